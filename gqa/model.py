@@ -1,0 +1,341 @@
+"""T5 with any number of KV heads per attention. The letters are those of `gqa/attention.py`.
+
+Training runs scanned layers: every layer parameter has a leading axis L, so converting a checkpoint
+is one reshape. Decoding runs the same layers one by one on `unstack`ed parameters, because a scan
+would copy each layer's slice of the KV cache.
+"""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.nn.initializers import normal, variance_scaling
+
+from gqa.attention import Attention
+from gqa.errors import UserError
+from gqa.layers import GATED_GELU, MASKED, MLP, RELU, RelativePositionBias, RMSNorm
+
+KV = tuple[Array, Array]  # keys [B, K, H, S], values [B, K, S, H]
+
+# What a backward pass keeps of the forward pass; "minimal" recomputes all but the weight products.
+REMAT = {
+    "none": None,
+    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that shapes the network. The defaults are T5 1.1's.
+
+    T5 1.0 is `activation="relu", tied_logits=True`.
+    """
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_heads: int
+    head_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    num_kv_heads_encoder: int
+    num_kv_heads_decoder: int
+    num_kv_heads_cross: int
+    activation: str = GATED_GELU
+    tied_logits: bool = False
+    num_buckets: int = 32
+    max_distance: int = 128
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        for name in ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross"):
+            value = getattr(self, name)
+            divisors = [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]
+            if value not in divisors:
+                raise UserError(
+                    f"model.{name}={value} does not divide num_heads={self.num_heads}; "
+                    f"use one of {', '.join(map(str, divisors))}"
+                )
+        _check_choice("activation", self.activation, (GATED_GELU, RELU))
+        _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        _check_choice("remat", self.remat, tuple(REMAT))
+        if not 0 <= self.dropout_rate < 1:
+            raise UserError(f"model.dropout_rate={self.dropout_rate}; use a value in [0, 1)")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"model.{name}={value!r}; use one of {', '.join(choices)}")
+
+
+def _attention(config: Config, num_kv_heads: int) -> Attention:
+    return Attention(
+        d_model=config.d_model,
+        num_heads=config.num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=config.head_dim,
+        dropout_rate=config.dropout_rate,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def _dropout(config: Config, **kwargs) -> nn.Dropout:
+    # T5 draws one mask for all positions; only the encoder's last dropout has one per position.
+    return nn.Dropout(config.dropout_rate, **({"broadcast_dims": (-2,)} | kwargs))
+
+
+def _mlp(config: Config) -> MLP:
+    return MLP(config.d_ff, config.activation, partial(_dropout, config), jnp.dtype(config.dtype))
+
+
+def _norm(config: Config, **kwargs) -> RMSNorm:
+    return RMSNorm(jnp.dtype(config.dtype), **kwargs)
+
+
+def _position_bias(config: Config, bidirectional: bool, **kwargs) -> RelativePositionBias:
+    c = config
+    return RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, bidirectional, **kwargs)
+
+
+class EncoderLayer(nn.Module):
+    config: Config
+    train: bool
+
+    def setup(self):
+        c = self.config
+        self.attention_norm, self.mlp_norm = _norm(c), _norm(c)
+        self.attention = _attention(c, c.num_kv_heads_encoder)
+        self.mlp = _mlp(c)
+        self.dropout = _dropout(c)
+
+    def __call__(self, x: Array, position_bias: Array, mask: Array) -> tuple[Array, None]:
+        """x [B, S, D], position_bias [1, N, S, S], mask as a bias [B, 1, S or 1, S]."""
+        h = self.attention_norm(x)
+        h = self.attention(h, self.attention.kv(h), position_bias + mask, self.train)
+        x += self.dropout(h, deterministic=not self.train)
+        h = self.mlp(self.mlp_norm(x), self.train)
+        return x + self.dropout(h, deterministic=not self.train), None
+
+
+class DecoderLayer(nn.Module):
+    config: Config
+    train: bool
+
+    def setup(self):
+        c = self.config
+        self.self_attention_norm, self.cross_attention_norm = _norm(c), _norm(c)
+        self.mlp_norm = _norm(c)
+        self.self_attention = _attention(c, c.num_kv_heads_decoder)
+        self.cross_attention = _attention(c, c.num_kv_heads_cross)
+        self.mlp = _mlp(c)
+        self.dropout = _dropout(c)
+
+    def __call__(self, x, encoded, position_bias, self_mask, cross_mask) -> tuple[Array, None]:
+        """x [B, T, D], encoded [B, S, D]; masks as biases [B or 1, 1, T, T] and [B, 1, T, S]."""
+        h = self.self_attention_norm(x)
+        kv = self.self_attention.kv(h)
+        x = self._self_attend(x, h, kv, position_bias + self_mask)
+        return self._cross_and_mlp(x, self.cross_attention.kv(encoded), cross_mask), None
+
+    def step(self, x: Array, cache: KV, memory: KV, index: Array, bias: Array, cross_mask: Array):
+        """One position x [B, 1, D], its keys and values written to `cache` at `index`."""
+        h = self.self_attention_norm(x)
+        k, v = (new.astype(old.dtype) for new, old in zip(self.self_attention.kv(h), cache))
+        cache = (
+            jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=3),
+            jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2),
+        )
+        x = self._self_attend(x, h, cache, bias)
+        return self._cross_and_mlp(x, memory, cross_mask), cache
+
+    def cross_kv(self, encoded: Array) -> KV:
+        return self.cross_attention.kv(encoded)
+
+    def _self_attend(self, x: Array, h: Array, kv: KV, bias: Array) -> Array:
+        h = self.self_attention(h, kv, bias, self.train)
+        return x + self.dropout(h, deterministic=not self.train)
+
+    def _cross_and_mlp(self, x: Array, memory: KV, mask: Array) -> Array:
+        h = self.cross_attention(self.cross_attention_norm(x), memory, mask, self.train)
+        x += self.dropout(h, deterministic=not self.train)
+        h = self.mlp(self.mlp_norm(x), self.train)
+        return x + self.dropout(h, deterministic=not self.train)
+
+
+def _layers(layer: type[nn.Module], config: Config, train: bool, length: int) -> nn.Module:
+    """`length` layers as one scan: x is carried, other arguments are shared by all layers."""
+    if REMAT[config.remat] is not None:
+        layer = nn.remat(layer, policy=REMAT[config.remat], prevent_cse=False)
+    scanned = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=length,
+    )
+    return scanned(config, train, name="layers")
+
+
+class Encoder(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, train: bool) -> Array:
+        c, S = self.config, x.shape[1]
+        position_bias = _position_bias(c, bidirectional=True, name="position_bias")(S, S)
+        x = _dropout(c)(x, deterministic=not train)
+        x, _ = _layers(EncoderLayer, c, train, c.num_encoder_layers)(x, position_bias, mask)
+        return _dropout(c, broadcast_dims=())(_norm(c, name="norm")(x), deterministic=not train)
+
+
+class Decoder(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, encoded, self_mask, cross_mask, train: bool) -> Array:
+        c, T = self.config, x.shape[1]
+        position_bias = _position_bias(c, bidirectional=False, name="position_bias")(T, T)
+        x = _dropout(c)(x, deterministic=not train)
+        layers = _layers(DecoderLayer, c, train, c.num_decoder_layers)
+        x, _ = layers(x, encoded, position_bias, self_mask, cross_mask)
+        return _dropout(c)(_norm(c, name="norm")(x), deterministic=not train)
+
+
+class Transformer(nn.Module):
+    """The whole network. A batch is a dict of int32 arrays, 0 being padding:
+
+    inputs [B, S], targets [B, T] and, if packed, inputs_segments, targets_segments (from 1) and
+    targets_positions of the same shapes.
+    """
+
+    config: Config
+
+    def setup(self):
+        c = self.config
+        self.embedding = self.param("embedding", normal(1.0), (c.vocab_size, c.d_model))
+        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        if not c.tied_logits:
+            init = variance_scaling(1.0, "fan_in", "truncated_normal")
+            self.logits = self.param("logits", init, (c.d_model, c.vocab_size))
+
+    def __call__(self, batch: dict[str, Array], train: bool = False) -> Array:
+        """Teacher-forced logits [B, T, V] of batch["targets"], in float32."""
+        inputs, targets = batch["inputs"], batch["targets"]
+        input_segments = batch.get("inputs_segments", (inputs > 0).astype(jnp.int32))
+        encoded = self.encode(inputs, input_segments, train)
+        causal = jnp.tri(targets.shape[1], dtype=bool)[None, None]
+        if "targets_segments" in batch:
+            segments = batch["targets_segments"]
+            self_mask = as_bias(causal & same_segment(segments, segments))
+            cross_mask = as_bias(same_segment(segments, input_segments))
+        else:
+            self_mask, cross_mask = as_bias(causal), padding_mask(inputs)
+        previous = shift_right(targets, batch.get("targets_positions"))
+        x = self.decoder(self.embed(previous), encoded, self_mask, cross_mask, train)
+        return self.to_logits(x)
+
+    def encode(self, inputs: Array, segments: Array | None = None, train: bool = False) -> Array:
+        """Encoder output [B, S, D] of tokens [B, S]; padding (0) is not attended to."""
+        if segments is None:
+            mask = padding_mask(inputs)
+        else:
+            mask = as_bias(same_segment(segments, segments))
+        return self.encoder(self.embed(inputs), mask, train)
+
+    def embed(self, tokens: Array) -> Array:
+        return self.embedding[tokens].astype(self.config.dtype)
+
+    def to_logits(self, x: Array) -> Array:
+        """Logits [..., V] of decoder output [..., D]; this product is in float32."""
+        x = x.astype(jnp.float32)
+        if self.config.tied_logits:
+            return x * self.config.d_model**-0.5 @ self.embedding.T
+        return x @ self.logits
+
+
+def as_bias(mask: Array) -> Array:
+    """A boolean mask, True where attention may look, as a bias on the logits."""
+    return jnp.where(mask, 0.0, MASKED)
+
+
+def padding_mask(inputs: Array) -> Array:
+    """Bias [B, 1, 1, S] that hides padding in tokens [B, S]."""
+    return as_bias(inputs > 0)[:, None, None, :]
+
+
+def same_segment(queries: Array, keys: Array) -> Array:
+    """Mask [B, 1, T, S] of packed examples, from segments [B, T] and [B, S]."""
+    same = (queries[:, :, None] == keys[:, None, :]) & (keys > 0)[:, None, :]
+    return same[:, None]
+
+
+def shift_right(targets: Array, positions: Array | None = None) -> Array:
+    """Decoder inputs [B, T]: each example starts with 0 (T5's start token is its padding)."""
+    shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    return shifted if positions is None else jnp.where(positions == 0, 0, shifted)
+
+
+def count_params(config: Config) -> int:
+    """Number of parameters, from shapes alone."""
+    batch = {name: jnp.zeros((1, 1), jnp.int32) for name in ("inputs", "targets")}
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), batch)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def unstack(params: dict, config: Config) -> dict:
+    """The parameters with the decoder's stacked layers as a list, as the functions below take."""
+    layers = params["decoder"]["layers"]
+    split = [jax.tree.map(lambda p: p[i], layers) for i in range(config.num_decoder_layers)]
+    return params | {"decoder": params["decoder"] | {"layers": split}}
+
+
+def prefill(params: dict, config: Config, inputs: Array) -> tuple[list[KV], Array]:
+    """Encode inputs [B, S] once: every layer's cross keys and values, and the mask over S."""
+    encoded = Transformer(config).apply({"params": params}, inputs, method="encode")
+    layer = DecoderLayer(config, train=False)
+    layers = params["decoder"]["layers"]
+    memory = [layer.apply({"params": p}, encoded, method="cross_kv") for p in layers]
+    return memory, padding_mask(inputs)
+
+
+def init_cache(config: Config, batch_size: int, length: int) -> list[KV]:
+    """Zero self-attention keys [B, K, H, length] and values [B, K, length, H], a pair a layer."""
+    B, K, H = batch_size, config.num_kv_heads_decoder, config.head_dim
+
+    def zeros(*shape: int) -> Array:
+        return jnp.zeros(shape, config.dtype)
+
+    return [
+        (zeros(B, K, H, length), zeros(B, K, length, H)) for _ in range(config.num_decoder_layers)
+    ]
+
+
+def decode_step(
+    params: dict,
+    config: Config,
+    tokens: Array,
+    index: Array,
+    cache: list[KV],
+    memory: list[KV],
+    cross_mask: Array,
+) -> tuple[Array, list[KV]]:
+    """Logits [B, V] after tokens [B] at position `index`, and the cache with that position."""
+    length = cache[0][0].shape[-1]
+    decoder, transformer = params["decoder"], Transformer(config)
+    bias = _position_bias(config, bidirectional=False).apply(
+        {"params": decoder["position_bias"]}, index, length, method="row"
+    )
+    bias += as_bias(jnp.arange(length) <= index)[None, None, None]
+    x = transformer.apply({"params": params}, tokens[:, None], method="embed")
+    layer, new_cache = DecoderLayer(config, train=False), []
+    for p, kv, cross_kv in zip(decoder["layers"], cache, memory, strict=True):
+        x, kv = layer.apply({"params": p}, x, kv, cross_kv, index, bias, cross_mask, method="step")
+        new_cache.append(kv)
+    x = _norm(config).apply({"params": decoder["norm"]}, x[:, 0])
+    return transformer.apply({"params": params}, x, method="to_logits"), new_cache
