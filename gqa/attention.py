@@ -1,4 +1,4 @@
-"""Grouped-query attention: N query heads share K key/value heads (Ainslie et al., 2023, section 2.2).
+"""Grouped-query attention (Ainslie et al., 2023, section 2.2): N query heads share K KV heads.
 
 Letters, here and in every einsum of the project:
 

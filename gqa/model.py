@@ -6,6 +6,7 @@ would copy each layer's slice of the KV cache.
 """
 
 import dataclasses
+import operator
 from functools import partial
 
 import flax.linen as nn
@@ -146,7 +147,9 @@ class DecoderLayer(nn.Module):
     def step(self, x: Array, cache: KV, memory: KV, index: Array, bias: Array, cross_mask: Array):
         """One position x [B, 1, D], its keys and values written to `cache` at `index`."""
         h = self.self_attention_norm(x)
-        k, v = (new.astype(old.dtype) for new, old in zip(self.self_attention.kv(h), cache))
+        k, v = (
+            new.astype(old.dtype) for new, old in zip(self.self_attention.kv(h), cache, strict=True)
+        )
         cache = (
             jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=3),
             jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2),
@@ -291,7 +294,7 @@ def count_params(config: Config) -> int:
 def unstack(params: dict, config: Config) -> dict:
     """The parameters with the decoder's stacked layers as a list, as the functions below take."""
     layers = params["decoder"]["layers"]
-    split = [jax.tree.map(lambda p: p[i], layers) for i in range(config.num_decoder_layers)]
+    split = [jax.tree.map(operator.itemgetter(i), layers) for i in range(config.num_decoder_layers)]
     return params | {"decoder": params["decoder"] | {"layers": split}}
 
 
