@@ -73,8 +73,9 @@ class Attention(nn.Module):
     def setup(self):
         D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
         # T5 leaves the logits unscaled and draws the query kernel sqrt(H) times smaller instead.
-        self.query = self.param("query", variance_scaling(1 / H, "fan_in", "normal", 0), (D, N, H))
-        into = variance_scaling(1.0, "fan_in", "normal", 0)
+        small = variance_scaling(1 / H, "fan_in", "normal", 0, (1, 2))
+        self.query = self.param("query", small, (D, N, H))
+        into = variance_scaling(1.0, "fan_in", "normal", 0, (1, 2))
         self.key = self.param("key", into, (D, K, H))
         self.value = self.param("value", into, (D, K, H))
         self.out = self.param("out", variance_scaling(1.0, "fan_in", "normal", (0, 1)), (N, H, D))

@@ -56,18 +56,22 @@ class Config:
 
     def __post_init__(self):
         for name in ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross"):
-            value = getattr(self, name)
-            divisors = [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]
-            if value not in divisors:
-                raise UserError(
-                    f"model.{name}={value} does not divide num_heads={self.num_heads}; "
-                    f"use one of {', '.join(map(str, divisors))}"
-                )
+            check_kv_heads(f"model.{name}", getattr(self, name), self.num_heads)
         _check_choice("activation", self.activation, (GATED_GELU, RELU))
         _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         _check_choice("remat", self.remat, tuple(REMAT))
         if not 0 <= self.dropout_rate < 1:
             raise UserError(f"model.dropout_rate={self.dropout_rate}; use a value in [0, 1)")
+
+
+def check_kv_heads(name: str, num_kv_heads: int, num_heads: int) -> None:
+    """Raise a UserError with the possible values unless `num_kv_heads` divides `num_heads`."""
+    divisors = [k for k in range(1, num_heads + 1) if num_heads % k == 0]
+    if num_kv_heads not in divisors:
+        raise UserError(
+            f"{name}={num_kv_heads} does not divide the {num_heads} heads there are; "
+            f"use one of {', '.join(map(str, divisors))}"
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,0 +1,148 @@
+"""The recipe on one page: T5 1.1 trained, converted, uptrained and fine-tuned as in the GQA paper.
+
+Every key can be set on the command line, e.g. `--config.uptrain.alpha=0.1`. Lengths are in tokens,
+batch sizes in sequences. The numbers for nano and mini, which fit two CPU cores and minutes or
+hours, stand at the end; those for small .. xxl are the paper's (Ainslie et al., 2023, section 3.1)
+and T5's.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.sizes import COLUMNS, SIZES
+from gqa.errors import UserError
+
+
+def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
+    """The config of `arg`: a size, or `size=...,kv_heads=...`; `kv_heads` None means multi-head."""
+    size, kv_heads = _parse(arg or "", kv_heads)
+    row = dict(zip(COLUMNS, SIZES[size], strict=True))
+    layers, heads = row.pop("layers"), row["num_heads"]
+    kv_heads = heads if kv_heads is None else kv_heads
+    cpu = size in ("nano", "mini")
+
+    config = ConfigDict()
+    config.name = f"{_variant(kv_heads, heads)}-{size}"
+    config.size = size
+    config.seed = 0
+
+    # The network of the multi-head parent; see gqa.model.Config.
+    config.model = ConfigDict(row)
+    config.model.update(
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        activation="gated_gelu",
+        tied_logits=False,
+        dtype="float32" if cpu else "bfloat16",
+        remat="none" if cpu else "minimal",
+    )
+
+    # Text. The default corpus is the documentation of the packages in requirements.txt.
+    config.text = ConfigDict()
+    config.text.packages = ""  # comma-separated distributions; empty: all in requirements.txt
+    config.text.vocabulary = ""  # a SentencePiece file; empty: trained on the pretraining text
+
+    config.pretrain = ConfigDict()
+    config.pretrain.task = "docstrings"  # documents give span corruption, examples seq2seq
+    config.pretrain.steps = 1_000_000
+    config.pretrain.batch_size = 2048
+    config.pretrain.num_microbatches = 1
+    config.pretrain.inputs_length = 512
+    config.pretrain.targets_length = 114  # span corruption: follows from inputs_length
+    config.pretrain.warmup = 10_000  # learning rate = scale / sqrt(max(step, warmup))
+    config.pretrain.scale = 1.0
+    config.pretrain.dropout_rate = 0.0
+    config.pretrain.z_loss = 1e-4
+    config.pretrain.every = 5000  # steps between log lines, validations and checkpoints
+    config.pretrain.validation_examples = 2048
+
+    config.convert = ConfigDict()
+    config.convert.method = "mean"  # mean, first, random
+    config.convert.num_kv_heads_encoder = heads  # the paper leaves the encoder multi-head
+    config.convert.num_kv_heads_decoder = kv_heads
+    config.convert.num_kv_heads_cross = kv_heads
+    config.convert.optimizer = "map"  # or reset: what becomes of Adafactor's moments
+
+    config.uptrain = ConfigDict()
+    config.uptrain.alpha = 0.05  # of pretrain.steps, with pretrain's recipe and data; 0 is allowed
+
+    config.finetune = ConfigDict()
+    config.finetune.tasks = "parameter_qa,docstring_summary"
+    config.finetune.steps = 20_000
+    config.finetune.batch_size = 128
+    config.finetune.num_microbatches = 1
+    config.finetune.inputs_length = 512
+    config.finetune.targets_length = 256
+    config.finetune.pack = False  # several examples a row, with segment ids
+    config.finetune.learning_rate = 1e-3
+    config.finetune.dropout_rate = 0.1
+    config.finetune.z_loss = 1e-4
+    config.finetune.every = 1000
+    config.finetune.validation_examples = 1024
+
+    # The task `files`: your own pairs of texts, .jsonl or .tsv, also .gz.
+    config.files = ConfigDict()
+    config.files.train = ""
+    config.files.validation = ""
+    config.files.test = ""
+    config.files.source = "source"  # column names
+    config.files.target = "target"
+    config.files.prefix = ""  # put before every source
+    config.files.metrics = "rouge1,rouge2,rougeL"
+
+    config.evaluate = ConfigDict()
+    config.evaluate.split = "test"
+    config.evaluate.examples = 0  # the first so many; 0: all
+    config.evaluate.batch_size = 64
+
+    config.benchmark = ConfigDict()
+    config.benchmark.batch_size = 8
+    config.benchmark.inputs_length = 2048
+    config.benchmark.targets_length = 512
+    config.benchmark.repetitions = 10
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.keep_last = 1  # beside the one with the best validation loss
+    if cpu:
+        _fit_cpu(config)
+    return config.lock()
+
+
+def _fit_cpu(config: ConfigDict) -> None:
+    """Budgets for two CPU cores: nano a few minutes in all, mini a few hours."""
+    nano = config.size == "nano"
+    config.pretrain.steps = 1200 if nano else 20_000
+    config.pretrain.batch_size = 32
+    config.pretrain.inputs_length = 128
+    config.pretrain.targets_length = 29
+    config.pretrain.warmup = 400 if nano else 2000
+    config.pretrain.every = 200 if nano else 1000
+    config.pretrain.validation_examples = 256
+    config.finetune.steps = 300 if nano else 4000
+    config.finetune.batch_size = 32
+    config.finetune.inputs_length = 128
+    config.finetune.targets_length = 48
+    config.finetune.pack = True
+    config.finetune.every = 100 if nano else 500
+    config.finetune.validation_examples = 256
+    config.evaluate.examples = 256 if nano else 1024
+    config.benchmark.inputs_length = 512
+    config.benchmark.targets_length = 64
+
+
+def _variant(kv_heads: int, num_heads: int) -> str:
+    return {num_heads: "mha", 1: "mqa"}.get(kv_heads, f"gqa{kv_heads}")
+
+
+def _parse(arg: str, kv_heads: int | None) -> tuple[str, int | None]:
+    size = "nano"
+    for part in filter(None, arg.split(",")):
+        key, value = part.split("=", 1) if "=" in part else ("size", part)
+        if key == "size":
+            size = value
+        elif key == "kv_heads" and value.isdigit():
+            kv_heads = int(value)
+        else:
+            raise UserError(f"config argument {part!r}; use size=... and kv_heads=<a number>")
+    if size not in SIZES:
+        raise UserError(f"size={size!r}; use one of {', '.join(SIZES)}")
+    return size, kv_heads

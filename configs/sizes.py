@@ -1,0 +1,16 @@
+"""Model sizes, one row each. small .. xxl are T5 1.1; nano and mini are for a CPU.
+
+The small ones have 16 heads all the same, so that 8 KV heads mean something.
+"""
+
+COLUMNS = ("d_model", "d_ff", "num_heads", "head_dim", "layers", "vocab_size")
+
+SIZES = {
+    "nano": (128, 384, 16, 16, 2, 4096),
+    "mini": (256, 768, 16, 32, 4, 8192),
+    "small": (512, 1024, 6, 64, 8, 32128),
+    "base": (768, 2048, 12, 64, 12, 32128),
+    "large": (1024, 2816, 16, 64, 24, 32128),
+    "xl": (2048, 5120, 32, 64, 24, 32128),
+    "xxl": (4096, 10240, 64, 64, 24, 32128),
+}

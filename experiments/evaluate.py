@@ -1,0 +1,73 @@
+"""Score a fine-tuned checkpoint on a held-out split; predictions are kept beside the scores."""
+
+import json
+import os
+from pathlib import Path
+
+from experiments.stage import Job, Outcome, load_params, open_parent, record
+from gqa import data, evaluate, metrics, tasks, train
+from gqa.tasks import Example
+
+
+def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
+    """Settings: the config's section evaluate, and task. Lengths are the checkpoint's own."""
+    parent, task = open_parent(parents[0]), settings["task"]
+    params = load_params(parent, job)
+    recipe = parent.info["recipe"]
+    examples = job.text.examples(task, settings["split"])[: settings["examples"] or None]
+    pairs = job.text.pairs(examples)
+    train_examples = job.text.examples(task, "train")
+    shape = {key: recipe[key] for key in ("inputs_length", "targets_length")}
+    shape["batch_size"] = settings["batch_size"]
+
+    batches = data.evaluation(pairs, **shape)
+    length, tokenizer = recipe["targets_length"], job.text.tokenizer
+    predictions = evaluate.predict(params, parent.config, batches, length, tokenizer, job.mesh)
+    _keep(folder / "predictions.jsonl", examples, predictions)
+    validation_loss = train.make_validation(parent.config, job.mesh)
+    losses = evaluate.losses(
+        validation_loss, params, pairs, job.text.pairs(train_examples), **shape
+    )
+    n = len(pairs)
+    records = [record(metric, value, "nats per token", n=n) for metric, value in losses.items()]
+    records += _scores(task, job, examples, predictions, train_examples)
+    for entry in records:
+        print(f"{name}: {entry['metric']} {entry['value']:.2f} {entry['unit']}")
+    return Outcome(records)
+
+
+def _keep(path: Path, examples: list[Example], predictions: list[str]) -> None:
+    """One JSON object an example; written whole or not at all."""
+    lines = [
+        json.dumps({"inputs": e.inputs, "targets": e.targets, "prediction": p}, ensure_ascii=False)
+        for e, p in zip(examples, predictions, strict=True)
+    ]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _scores(
+    task: str,
+    job: Job,
+    examples: list[Example],
+    predictions: list[str],
+    train_examples: list[Example],
+) -> list[dict]:
+    """Every metric of the task; its headline again, also for two answers that need no model."""
+    names, headline = tasks.scoring(task, **job.text.options.get(task, {}))
+    references = [list(example.targets) for example in examples]
+    validation = [list(e.targets) for e in job.text.examples(task, "validation")]
+    targets = [example.targets[0] for example in train_examples]
+    constant = metrics.constant_answer(targets, headline, validation)
+    prefix = getattr(tasks.get(task), "PREFIX", "")
+    sources = [example.inputs.removeprefix(prefix) for example in examples]
+    scored = {name: (name, predictions, "%") for name in names} | {
+        "headline": (headline, predictions, f"{headline} %"),
+        "constant_answer": (headline, [constant] * len(examples), f"{headline} %"),
+        "first_sentence": (headline, metrics.first_sentence(sources), f"{headline} %"),
+    }
+    return [
+        record(key, unit=unit, **metrics.score(metric, texts, references)._asdict())
+        for key, (metric, texts, unit) in scored.items()
+    ]

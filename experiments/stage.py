@@ -1,0 +1,139 @@
+"""What a stage is given and what it leaves; the part that the three training stages share."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from experiments.text import Text, Training
+from gqa import checkpoint, model, train
+from gqa.errors import UserError
+from gqa.progress import Progress
+from gqa.sharding import replicate
+
+DONE = "done.json"
+
+
+class Job(NamedTuple):
+    """What all stages of a run share."""
+
+    workdir: Path
+    text: Text
+    mesh: Mesh
+    keep_last: int
+
+
+class Outcome(NamedTuple):
+    """Results of a stage: records for results.jsonl and, if it trained, a checkpoint's name."""
+
+    records: list[dict]
+    checkpoint: str | None = None
+
+
+def record(metric: str, value: float, unit: str, **more) -> dict[str, Any]:
+    """One number of a stage; `more` may be low, high, n, task or variant."""
+    return {"metric": metric, "value": value, "unit": unit, **more}
+
+
+def finish(folder: Path, outcome: Outcome, provenance: dict) -> dict:
+    """Write `done.json`, by another name first: with it a stage is finished, without it not."""
+    done = {**outcome._asdict(), "provenance": provenance}
+    temporary = folder / f"{DONE}.tmp"
+    temporary.write_text(json.dumps(done, indent=1))
+    os.replace(temporary, folder / DONE)
+    return done
+
+
+def read_done(folder: Path) -> dict | None:
+    """What `finish` wrote, or None."""
+    path = folder / DONE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+class Parent(NamedTuple):
+    """A checkpoint to start from: its path, its network and the JSON beside its parameters."""
+
+    path: Path
+    config: model.Config
+    info: dict
+
+
+def open_parent(path: Path) -> Parent:
+    """Read what a checkpoint says of itself."""
+    path = checkpoint.find(path)
+    info = checkpoint.load_config(path)
+    return Parent(path, model.Config(**info["model"]), info)
+
+
+def load_params(parent: Parent, job: Job) -> dict:
+    """The parameters of a checkpoint on every device."""
+    return _load(parent, job, "params")["params"]
+
+
+def load_state(parent: Parent, job: Job) -> tuple[train.State, dict]:
+    """All of a checkpoint: the training state, and where in the data it was."""
+    items = _load(parent, job, "params", "opt_state", "data")
+    step = jnp.int32(int(parent.path.name))
+    return train.State(step, items["params"], items["opt_state"]), items["data"]
+
+
+def _load(parent: Parent, job: Job, *items: str) -> dict:
+    if parent.info["vocabulary"] != job.text.tokenizer.hash:
+        raise UserError(
+            f"checkpoint {parent.path} was trained with another vocabulary than this config's "
+            f"text in {job.text.folder}; use the config and workdir it came from"
+        )
+    shapes = train.abstract(parent.config, job.mesh)._asdict() | {"data": None}
+    return checkpoint.load(parent.path, {name: shapes[name] for name in items})
+
+
+def run_training(
+    name: str,
+    job: Job,
+    folder: Path,
+    data: Training,
+    *,
+    start: Callable[[], train.State],
+    config: model.Config,
+    info: dict,
+    recipe: dict,
+    learning_rate: Callable,
+    steps: int,
+    keep: str,
+) -> Outcome:
+    """`gqa.train.fit` with what it needs made from plain settings; `keep` is "last" or "best"."""
+    loss = train.make_loss(config, recipe["z_loss"])
+    validation_loss = train.make_validation(config, job.mesh)
+    step = train.make_step(loss, learning_rate, recipe["seed"], recipe["num_microbatches"])
+    checkpoints = folder / "checkpoints"
+    events = job.workdir / "tensorboard" / folder.name
+    info = info | {"model": config.__dict__, "vocabulary": job.text.tokenizer.hash}
+    with Progress(name, events, recipe["every"]) as progress:
+        train.fit(
+            lambda: replicate(start(), job.mesh),
+            train.abstract(config, job.mesh),
+            step,
+            data.batches,
+            steps=steps,
+            every=recipe["every"],
+            validate=lambda params: validation_loss(params, data.validation()),
+            config=info,
+            folder=checkpoints,
+            mesh=job.mesh,
+            progress=progress,
+            keep_last=job.keep_last,
+        )
+    with checkpoint.Checkpoints(checkpoints, job.keep_last) as saved:
+        chosen = saved.best if keep == "best" else saved.latest
+        value = saved.metric(chosen)
+    records = [
+        record("validation_loss", value, "nats per token", n=data.validation_size),
+        record("steps", chosen, "steps"),
+    ]
+    jax.clear_caches()  # compiled steps of one network are no use to the next stage
+    return Outcome(records, str(chosen))

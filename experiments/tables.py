@@ -1,0 +1,65 @@
+"""Tables as Markdown and as plain text, and numbers with the right unit."""
+
+import math
+
+DASH = "-"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table whose source reads as a table, too."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    lines = [_padded(cells, widths, " | ") for cells in (header, rule, *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def plain(header: list[str], rows: list[list[str]], width: int = 100) -> str:
+    """Return the table in blocks of at most `width` columns, each opened by the first column."""
+    columns = [list(column) for column in zip(header, *rows, strict=True)]
+    blocks = [[columns[0]]]
+    for column in columns[1:]:
+        if sum(max(map(len, c)) + 2 for c in [*blocks[-1], column]) - 2 > width:
+            blocks.append([columns[0]])
+        blocks[-1].append(column)
+    return "\n\n".join(_block(block) for block in blocks)
+
+
+def _block(columns):
+    widths = [max(map(len, column)) for column in columns]
+    header, *rows = zip(*columns, strict=True)
+    lines = [_padded(header, widths, "  "), "-" * (sum(widths) + 2 * len(widths) - 2)]
+    return "\n".join(line.rstrip() for line in [*lines, *(_padded(r, widths, "  ") for r in rows)])
+
+
+def _padded(cells, widths, separator):
+    return separator.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+
+
+def count(value: float) -> str:
+    """Format a number of parameters: 11.1B, 77.0M."""
+    return _scaled(value, 1000, ("", "K", "M", "B", "T"))
+
+
+def size(value: float) -> str:
+    """Format a number of bytes: 256 KiB."""
+    return _scaled(value, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+
+
+def seconds(value: float) -> str:
+    """Format a duration: 1.52 ms."""
+    if value < 1e-3:
+        return _three_digits(value * 1e6) + " us"
+    return _three_digits(value * 1e3) + " ms" if value < 1 else _three_digits(value) + " s"
+
+
+def _scaled(value, step, suffixes):
+    power = 0
+    while value >= step and power < len(suffixes) - 1:
+        value, power = value / step, power + 1
+    return (_three_digits(value) if power else f"{value:.0f}") + suffixes[power]
+
+
+def _three_digits(value):
+    """Round to three significant digits, never in scientific notation."""
+    decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{min(max(decimals, 0), 2)}f}"

@@ -1,0 +1,206 @@
+"""Read T5 checkpoints of Hugging Face Transformers: T5 1.0 (ReLU, tied and scaled logits) and 1.1.
+
+Their linear layers keep weights as [outputs, inputs] with heads flattened, one tensor a layer; ours
+are [inputs, outputs] with a head axis, and the layers of a stack share one array.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from gqa.errors import UserError
+from gqa.layers import GATED_GELU, RELU
+from gqa.model import Config, Transformer
+
+ACTIVATIONS = {"relu": RELU, "gated-gelu": GATED_GELU}
+
+# What our network has as a constant: a file that says otherwise is refused.
+FIXED = {
+    "layer_norm_epsilon": 1e-6,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
+# Our name: theirs, which "decoder.block.3." or the like precedes and ".weight" ends.
+ENCODER_LAYER = {
+    "attention_norm/scale": "layer.0.layer_norm",
+    "attention/query": "layer.0.SelfAttention.q",
+    "attention/key": "layer.0.SelfAttention.k",
+    "attention/value": "layer.0.SelfAttention.v",
+    "attention/out": "layer.0.SelfAttention.o",
+    "mlp_norm/scale": "layer.1.layer_norm",
+    "mlp/wi_0": "layer.1.DenseReluDense.wi_0",
+    "mlp/wi_1": "layer.1.DenseReluDense.wi_1",
+    "mlp/wo": "layer.1.DenseReluDense.wo",
+}
+DECODER_LAYER = {
+    "self_attention_norm/scale": "layer.0.layer_norm",
+    "self_attention/query": "layer.0.SelfAttention.q",
+    "self_attention/key": "layer.0.SelfAttention.k",
+    "self_attention/value": "layer.0.SelfAttention.v",
+    "self_attention/out": "layer.0.SelfAttention.o",
+    "cross_attention_norm/scale": "layer.1.layer_norm",
+    "cross_attention/query": "layer.1.EncDecAttention.q",
+    "cross_attention/key": "layer.1.EncDecAttention.k",
+    "cross_attention/value": "layer.1.EncDecAttention.v",
+    "cross_attention/out": "layer.1.EncDecAttention.o",
+    "mlp_norm/scale": "layer.2.layer_norm",
+    "mlp/wi_0": "layer.2.DenseReluDense.wi_0",
+    "mlp/wi_1": "layer.2.DenseReluDense.wi_1",
+    "mlp/wo": "layer.2.DenseReluDense.wo",
+}
+LAYERS = {"encoder": ENCODER_LAYER, "decoder": DECODER_LAYER}
+OUTSIDE_LAYERS = {
+    "embedding": "shared",
+    "encoder/position_bias/table": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "encoder/norm/scale": "encoder.final_layer_norm",
+    "decoder/position_bias/table": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "decoder/norm/scale": "decoder.final_layer_norm",
+    "logits": "lm_head",
+}
+NOT_TRANSPOSED = ("embedding", "encoder/position_bias/table", "decoder/position_bias/table")
+
+# A file may repeat the embedding under these names; the last one only if the logits are tied.
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+# In the first T5 files, and read by nothing: cross-attention has no position bias.
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+def load(folder: str | os.PathLike) -> tuple[dict, Config]:
+    """Parameters and config of the folder's config.json and model.safetensors.
+
+    Raises:
+        UserError: if a file cannot be read, or for what `from_state_dict` refuses.
+    """
+    hf_config = _read(Path(folder) / "config.json", lambda path: json.loads(path.read_text()))
+    state = _read(Path(folder) / "model.safetensors", load_file)
+    try:
+        return from_state_dict(state, hf_config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def _read(path: Path, read: Callable[[Path], dict]) -> dict:
+    try:
+        return read(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: {reason}") from error
+
+
+def from_state_dict(state: Mapping[str, np.ndarray], hf_config: dict) -> tuple[dict, Config]:
+    """Parameters in float32, and their config, from a state dict and its config.json.
+
+    The vocabulary has the rows of the file. Dropout is left at our default: it belongs to training.
+
+    Raises:
+        UserError: for another model than T5, and for a tensor that is missing, not expected, or of
+            another shape than hf_config says.
+    """
+    config = to_config(hf_config)
+    batch = {name: jnp.zeros((1, 1), jnp.int32) for name in ("inputs", "targets")}
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), batch)["params"]
+    shapes = {name: leaf.shape for name, leaf in flatten_dict(shapes, sep="/").items()}
+    names = {name: _their_names(name, shape, config) for name, shape in shapes.items()}
+    _check_names(state, {theirs for group in names.values() for theirs in group})
+    params = {
+        name: jnp.asarray(_convert(state, names[name], name, shape))
+        for name, shape in shapes.items()
+    }
+    return unflatten_dict(params, sep="/"), config
+
+
+def to_config(hf_config: dict) -> Config:
+    """Our config of a config.json; keys that older files lack have Transformers' defaults."""
+    if hf_config.get("model_type") != "t5":
+        raise UserError(f"model_type={hf_config.get('model_type')!r} is not supported; use t5")
+    for key, ours in FIXED.items():
+        if hf_config.get(key, ours) not in (ours, None):
+            raise UserError(f"{key}={hf_config[key]!r} is not supported; use {ours}")
+    activation = hf_config.get("feed_forward_proj", "relu")
+    if activation not in ACTIVATIONS:
+        supported = ", ".join(ACTIVATIONS)
+        raise UserError(
+            f"feed_forward_proj={activation!r} is not supported; use one of {supported}"
+        )
+    try:
+        sizes = {
+            "vocab_size": hf_config["vocab_size"],
+            "d_model": hf_config["d_model"],
+            "d_ff": hf_config["d_ff"],
+            "num_heads": hf_config["num_heads"],
+            "head_dim": hf_config["d_kv"],
+            "num_encoder_layers": hf_config["num_layers"],
+            "num_decoder_layers": hf_config.get("num_decoder_layers") or hf_config["num_layers"],
+        }
+    except KeyError as error:
+        raise UserError(f"config.json has no {error.args[0]}") from error
+    kv_heads = {
+        f"num_kv_heads_{name}": sizes["num_heads"] for name in ("encoder", "decoder", "cross")
+    }
+    # Transformers 5 writes tie_word_embeddings=true for every T5 and this key for the scale.
+    untied = hf_config.get("tie_word_embeddings", True) is False
+    return Config(
+        **sizes,
+        **kv_heads,
+        activation=ACTIVATIONS[activation],
+        tied_logits=hf_config.get("scale_decoder_outputs", not untied),
+        num_buckets=hf_config.get("relative_attention_num_buckets", 32),
+        max_distance=hf_config.get("relative_attention_max_distance", 128),
+    )
+
+
+def _their_names(name: str, shape: tuple[int, ...], config: Config) -> list[str]:
+    """The tensors that one of our parameters is made of: one, or one a layer."""
+    stack, _, rest = name.partition("/layers/")
+    if not rest:
+        return [f"{OUTSIDE_LAYERS[name]}.weight"]
+    theirs = LAYERS[stack][rest]
+    if config.activation == RELU:
+        theirs = theirs.replace("wi_0", "wi")
+    return [f"{stack}.block.{i}.{theirs}.weight" for i in range(shape[0])]
+
+
+def _check_names(state: Mapping[str, np.ndarray], expected: set[str]) -> None:
+    if missing := sorted(expected - state.keys()):
+        raise UserError(f"tensor {missing[0]} is missing ({len(missing)} in all)")
+    if extra := sorted(state.keys() - expected - {*COPIES, UNUSED}):
+        raise UserError(f"tensor {extra[0]} is not one of T5's ({len(extra)} in all)")
+    for name in COPIES:
+        if name in state.keys() - expected and not np.array_equal(
+            state[name], state["shared.weight"]
+        ):
+            raise UserError(f"tensor {name} differs from shared.weight, which it should repeat")
+
+
+def _convert(
+    state: Mapping[str, np.ndarray], theirs: list[str], ours: str, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Our parameter of `shape` from the tensors `theirs`."""
+    stacked = "/layers/" in ours
+    inner = shape[1:] if stacked else shape
+    expected = _their_shape(ours, inner)
+    layers = []
+    for name in theirs:
+        if state[name].shape != expected:
+            raise UserError(f"tensor {name} has shape {state[name].shape}, expected {expected}")
+        layer = np.asarray(state[name], np.float32)
+        layers.append((layer if ours in NOT_TRANSPOSED else layer.T).reshape(inner))
+    return np.stack(layers) if stacked else layers[0]
+
+
+def _their_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) == 1 or ours in NOT_TRANSPOSED:
+        return shape
+    inputs = len(shape) - 1 if ours.endswith("/out") else 1
+    return math.prod(shape[inputs:]), math.prod(shape[:inputs])

@@ -1,0 +1,40 @@
+"""Settings and the small network that the tests share."""
+
+import jax
+import numpy as np
+import pytest
+
+from gqa.model import Config
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Accelerators round float32 products to fewer bits unless told; the tests compare to 1e-5.
+jax.config.update("jax_default_matmul_precision", "float32")
+
+
+@pytest.fixture
+def tiny() -> Config:
+    """T5 1.1 with 4 heads; `dataclasses.replace` gives the others."""
+    return Config(
+        vocab_size=32,
+        d_model=16,
+        d_ff=24,
+        num_heads=4,
+        head_dim=8,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        num_kv_heads_encoder=4,
+        num_kv_heads_decoder=4,
+        num_kv_heads_cross=4,
+    )
+
+
+@pytest.fixture
+def batch() -> dict[str, np.ndarray]:
+    """Tokens of two padded examples: inputs of 9 and 6, targets of 7 and 4."""
+    rng = np.random.default_rng(0)
+    tokens = {
+        "inputs": rng.integers(1, 32, (2, 10), dtype=np.int32),
+        "targets": rng.integers(1, 32, (2, 7), dtype=np.int32),
+    }
+    tokens["inputs"][0, 9:] = tokens["inputs"][1, 6:] = tokens["targets"][1, 4:] = 0
+    return tokens

@@ -1,0 +1,122 @@
+"""Grouped-query attention is what the paper's section 2.2 says, for every number of KV heads."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gqa.attention import Attention, grouped_query_attention
+
+B, T, S, N, H = 2, 5, 7, 4, 8
+
+
+def random_qkv(K, N=N, T=T, S=S):
+    rng = np.random.default_rng(K)
+    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H))
+    return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+
+
+def random_bias(*shape):
+    return np.random.default_rng(9).normal(size=shape).astype(np.float32)
+
+
+def one_head_at_a_time(q, k, v, bias, keep):
+    """The definition: query head n reads KV head n // G. Loops, numpy and float64."""
+    out = np.zeros(q.shape)
+    bias, keep = (np.broadcast_to(x, (B, N, T, S)) for x in (bias, keep))
+    group = N // k.shape[2]
+    for b in range(B):
+        for n in range(N):
+            logits = q[b, :, n].astype(np.float64) @ k[b, :, n // group].T + bias[b, n]
+            weights = np.exp(logits - logits.max(1, keepdims=True))
+            weights /= weights.sum(1, keepdims=True)
+            out[b, :, n] = (weights * keep[b, n]) @ v[b, :, n // group]
+    return out
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("bias_shape", [(1, 1, 1, 1), (1, N, T, S), (B, 1, 1, S), (B, N, T, S)])
+def test_equals_a_loop_over_heads(K, bias_shape):
+    q, k, v = random_qkv(K)
+    bias, keep = random_bias(*bias_shape), random_bias(B, N, 1, S)
+    out = grouped_query_attention(q, k, v, bias, keep)
+    np.testing.assert_allclose(out, one_head_at_a_time(q, k, v, bias, keep), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_equals_multi_head_attention_where_the_heads_of_a_group_are_the_same(K):
+    q, k, v = random_qkv(K)
+    bias = random_bias(1, N, T, S)
+    repeated = (np.repeat(x, N // K, axis=2) for x in (k, v))
+    out = grouped_query_attention(q, k, v, bias)
+    np.testing.assert_allclose(out, grouped_query_attention(q, *repeated, bias), rtol=1e-5)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_agrees_with_jax(K):
+    q, k, v = random_qkv(K)
+    bias = random_bias(B, N, T, S)
+    theirs = jax.nn.dot_product_attention(q, k, v, bias, scale=1.0)
+    out = grouped_query_attention(q, k, v, bias)
+    np.testing.assert_allclose(out, theirs, rtol=1e-5, atol=1e-6)
+
+
+def largest_array(f, *args):
+    """Elements of the largest array in the compiled program of f."""
+    program = jax.jit(f).lower(*args).compile().as_text()
+    shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program)
+    return max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
+
+
+def test_keys_and_values_are_never_repeated():
+    heads, length = 8, 64
+    q, k, v = random_qkv(2, N=heads, T=1, S=length)
+    assert q.size < k.size  # the logits, B * N * S, are smaller still
+    assert largest_array(grouped_query_attention, q, k, v) == k.size
+
+    def repeating(q, k, v):
+        k, v = (jnp.repeat(x, heads // 2, axis=2) for x in (k, v))
+        return grouped_query_attention(q, k, v)
+
+    assert largest_array(repeating, q, k, v) >= B * length * heads * H > k.size
+
+
+def test_heads_that_do_not_divide_are_refused():
+    q, k, v = random_qkv(3)
+    with pytest.raises(ValueError, match="4 query heads cannot share 3 KV heads"):
+        grouped_query_attention(q, k, v)
+
+
+def attention_module(**settings):
+    sizes = {"d_model": 16, "num_heads": N, "num_kv_heads": 2, "head_dim": H}
+    return Attention(**{**sizes, "dropout_rate": 0.5, "dtype": jnp.float32, **settings})
+
+
+def attend_to_itself(module, x, train):
+    return module(x, module.kv(x), jnp.zeros((1, 1, 1, 1)), train)
+
+
+def test_dropout_noise_is_shared_by_query_positions_alone():
+    module = attention_module()
+    x = jnp.broadcast_to(random_bias(1, 1, 16), (2, 6, 16))  # every position is the same
+    params = module.init(jax.random.key(0), x, False, method=attend_to_itself)
+    rngs = {"dropout": jax.random.key(1)}
+    out = module.apply(params, x, True, method=attend_to_itself, rngs=rngs)
+    np.testing.assert_allclose(out, jnp.broadcast_to(out[:, :1], out.shape), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(out[0], out[1])
+    clean = module.apply(params, x, False, method=attend_to_itself)
+    # Each head keeps a share of its own, so the sum over heads is no multiple of the clean one.
+    ratio = out[0, 0] / clean[0, 0]
+    assert np.ptp(ratio) > 0.1
+
+
+def test_initial_scales_are_t5s():
+    D = 256
+    module = attention_module(d_model=D, num_heads=16, num_kv_heads=8, head_dim=32)
+    x = jnp.zeros((1, 1, D))
+    params = module.init(jax.random.key(0), x, False, method=attend_to_itself)["params"]
+    variances = {"query": 1 / (D * 32), "key": 1 / D, "value": 1 / D, "out": 1 / (16 * 32)}
+    for name, variance in variances.items():
+        np.testing.assert_allclose(params[name].var(), variance, rtol=0.05, err_msg=name)

@@ -1,0 +1,199 @@
+"""Our network, given Transformers' weights, gives Transformers' logits.
+
+The golden arrays are always compared; where torch and transformers are installed, so is the live
+model after a round through its own files.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from gqa.errors import UserError
+from gqa.huggingface import COPIES, UNUSED, from_state_dict, load, to_config
+from gqa.layers import relative_position_bucket
+from gqa.model import Transformer
+
+GOLDEN = Path(__file__).parent / "golden"
+HAVE_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+
+
+def read_golden(version):
+    """The state dict and config of a golden file, and its inputs, targets and logits."""
+    arrays = dict(np.load(GOLDEN / f"{version}.npz"))
+    state = {n.removeprefix("weight:"): x for n, x in arrays.items() if n.startswith("weight:")}
+    data = [arrays[name] for name in ("inputs", "targets", "logits")]
+    return state, json.loads(str(arrays["config"])), data
+
+
+def golden(version, folder):
+    del folder
+    state, hf_config, data = read_golden(version)
+    return *from_state_dict(state, hf_config), *data
+
+
+def live(version, folder):
+    """Another random model than the golden one, saved by Transformers and read by us."""
+    import make_golden
+
+    model = make_golden.build_model(version, seed=7)
+    model.save_pretrained(folder)
+    inputs, targets = make_golden.random_batch(seed=7)
+    return *load(folder), inputs, targets, make_golden.compute_logits(model, inputs, targets)
+
+
+def max_relative_error(ours, theirs):
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+def apply(params, config, inputs, targets):
+    batch = {"inputs": inputs, "targets": targets}
+    return jax.jit(Transformer(config).apply)({"params": params}, batch)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return read_golden("t5_1_1")[0]
+
+
+@pytest.fixture(scope="module")
+def hf_config():
+    return read_golden("t5_1_1")[1]
+
+
+@pytest.mark.parametrize("version", ["t5_1_0", "t5_1_1"])
+@pytest.mark.parametrize("reference", [golden, live] if HAVE_TORCH else [golden])
+def test_logits_are_those_of_transformers(version, reference, tmp_path):
+    params, config, inputs, targets, logits = reference(version, tmp_path)
+    assert config.tied_logits == (version == "t5_1_0")
+    assert max_relative_error(apply(params, config, inputs, targets), logits) < 1e-4
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@pytest.mark.parametrize("bucket", [0, 31])
+def test_golden_logits_depend_on_the_position_bias(stack, bucket):
+    """The parity test could not see what does not matter."""
+    params, config, inputs, targets, logits = golden("t5_1_1", None)
+    position_bias = params[stack]["position_bias"]
+    position_bias["table"] = position_bias["table"].at[bucket].add(1.0)
+    assert max_relative_error(apply(params, config, inputs, targets), logits) > 1e-2
+
+
+def test_golden_logits_depend_on_padding():
+    params, config, inputs, targets, logits = golden("t5_1_1", None)
+    inputs = np.where(inputs == 0, 5, inputs)
+    assert max_relative_error(apply(params, config, inputs, targets), logits) > 1e-2
+
+
+@pytest.mark.parametrize("rule", ["bidirectional", "causal"])
+def test_buckets_are_those_of_transformers(rule):
+    distance = np.arange(-300, 301)
+    buckets = relative_position_bucket(distance, rule == "bidirectional", 32, 128)
+    np.testing.assert_array_equal(buckets, np.load(GOLDEN / "buckets.npz")[rule])
+
+
+def test_load_reads_what_from_state_dict_is_given(tmp_path, state, hf_config):
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(hf_config))
+    params, config = load(tmp_path)
+    expected, expected_config = from_state_dict(state, hf_config)
+    assert config == expected_config
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
+def test_layers_and_heads_keep_their_order(state, hf_config):
+    params, config = from_state_dict(state, hf_config)
+    H = config.head_dim
+    kernels = params["decoder"]["layers"]["cross_attention"]
+    theirs = state["decoder.block.2.layer.1.EncDecAttention.k.weight"]
+    np.testing.assert_array_equal(kernels["key"][2, :, 3], theirs[3 * H :].T)
+    theirs = state["decoder.block.2.layer.1.EncDecAttention.o.weight"]
+    np.testing.assert_array_equal(kernels["out"][2, 3], theirs[:, 3 * H :].T)
+
+
+def test_copies_of_the_embedding_and_an_unused_table_are_accepted():
+    state, hf_config, _ = read_golden("t5_1_0")
+    copies = dict.fromkeys(COPIES, state["shared.weight"]) | {UNUSED: np.zeros((32, 4))}
+    params, config = from_state_dict(state | copies, hf_config)
+    expected, expected_config = from_state_dict(state, hf_config)
+    assert config == expected_config
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_that_differs_is_refused(name):
+    state, hf_config, _ = read_golden("t5_1_0")
+    with pytest.raises(UserError, match=rf"{name} differs from shared\.weight"):
+        from_state_dict(state | {name: state["shared.weight"] + 1}, hf_config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shared.weight",
+        "lm_head.weight",
+        "encoder.final_layer_norm.weight",
+        "encoder.block.1.layer.1.DenseReluDense.wi_1.weight",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "decoder.block.2.layer.1.EncDecAttention.o.weight",
+    ],
+)
+def test_a_missing_or_misshapen_tensor_is_refused(state, hf_config, name):
+    others = {n: x for n, x in state.items() if n != name}
+    with pytest.raises(UserError, match=rf"{name} is missing \(1 in all\)"):
+        from_state_dict(others, hf_config)
+    with pytest.raises(UserError, match=f"{name} has shape"):
+        from_state_dict(others | {name: np.concatenate([state[name], state[name]])}, hf_config)
+
+
+def test_an_unknown_tensor_is_refused(state, hf_config):
+    with pytest.raises(UserError, match=r"encoder\.block\.9\.q\.weight is not one of T5's \(1 in"):
+        from_state_dict(state | {"encoder.block.9.q.weight": np.zeros(1)}, hf_config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "bart"),
+        ("feed_forward_proj", "gated-silu"),
+        ("layer_norm_epsilon", 1e-5),
+        ("pad_token_id", 3),
+    ],
+)
+def test_another_network_is_refused(hf_config, key, value):
+    with pytest.raises(UserError, match=f"{key}='?{value}'? is not supported; use "):
+        to_config(hf_config | {key: value})
+
+
+def test_a_config_without_a_size_is_refused(hf_config):
+    del (incomplete := dict(hf_config))["d_kv"]
+    with pytest.raises(UserError, match="no d_kv"):
+        to_config(incomplete)
+
+
+def test_configs_older_than_a_key(hf_config):
+    keys = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers", "model_type")
+    old = {key: hf_config[key] for key in keys}
+    config = to_config(old)
+    assert (config.activation, config.tied_logits) == ("relu", True)
+    assert config.num_decoder_layers == config.num_encoder_layers
+    assert to_config(old | {"tie_word_embeddings": False}).tied_logits is False
+
+
+def test_unreadable_files_are_named(tmp_path, hf_config):
+    with pytest.raises(UserError, match=r"config\.json: No such file"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: Expecting"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config))
+    with pytest.raises(UserError, match=r"model\.safetensors: No such file"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(UserError, match=r"model\.safetensors: .*header"):
+        load(tmp_path)
