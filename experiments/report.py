@@ -9,6 +9,7 @@ from experiments.tables import DASH
 from gqa import results
 from gqa.errors import UserError
 
+MARGIN = 0.01  # nats per token; a loss that is lower by less counts as the same
 NO_DIFFERENCE = "none shown"
 
 
@@ -46,7 +47,8 @@ def _variants_section(summary):
             "In parentheses: against the MHA parent of the same size, as a ratio and in percent "
             "for cost, in points and in percent for quality. Brackets: 95% interval (bootstrap "
             "over test examples; with several seeds, the spread of their mean is added in "
-            "quadrature). "
+            "quadrature). Prefill and time per token are those of a whole batch; time per sample "
+            "is the batch's share. "
             f'"{NO_DIFFERENCE}": the two intervals overlap, so this run shows no difference.',
             _sample_sizes(summary),
         ]
@@ -110,7 +112,11 @@ def _cost(summary, variant, metric, form):
     if parent is None or variant == variant.parent or not parent.value:
         return form(own.value)
     ratio = own.value / parent.value
-    return f"{form(own.value)} ({ratio:.2f}x, {ratio - 1:+.0%})"
+    return f"{form(own.value)} ({ratio:.2f}x, {_percent(ratio - 1)})"
+
+
+def _percent(change):
+    return f"{round(100 * change):+d}%"
 
 
 def _quality(summary, variant, task):
@@ -120,7 +126,7 @@ def _quality(summary, variant, task):
     if own is None or parent is None or variant == variant.parent:
         return _interval(own)
     difference = own.value - parent.value
-    relative = f", {difference / parent.value:+.0%}" if parent.value else ""
+    relative = f", {_percent(difference / parent.value)}" if parent.value else ""
     shown = f"{difference:+.1f}{relative}" if differ(own, parent) else NO_DIFFERENCE
     return f"{_interval(own)} ({shown})"
 
@@ -175,7 +181,8 @@ def _baselines_section(summary):
         parts.append(
             "Scores in the unit of the main table. Losses and margins in nats per target token, "
             "on the test set: with the example's own input, with another example's, and of a "
-            "unigram model of the training targets. A margin is that loss minus the model's own."
+            "unigram model of the training targets. A margin is that loss minus the model's own; "
+            f"below {MARGIN} it counts as missing."
         )
     return "\n\n".join(parts)
 
@@ -205,10 +212,10 @@ def _margin(baseline, own):
 def _missing(found):
     """Yield a sentence for each margin that the model does not have."""
     own, score = found["test_loss"], found["headline"]
-    if own and (other := found["test_loss_other_input"]) and own.value >= other.value:
-        yield "the loss is no lower with its own input than with another's: the input is not used"
-    if own and (unigram := found["test_loss_unigram"]) and own.value >= unigram.value:
-        yield "the loss is no lower than the unigram model's"
+    if own and (other := found["test_loss_other_input"]) and other.value - own.value < MARGIN:
+        yield "the loss is hardly lower with its own input than another's: the input is not used"
+    if own and (unigram := found["test_loss_unigram"]) and unigram.value - own.value < MARGIN:
+        yield "the loss is hardly lower than the unigram model's, or higher"
     for name in ("constant_answer", "first_sentence"):
         trivial = found[name]
         if score and trivial and (score.value if score.low is None else score.low) <= trivial.value:

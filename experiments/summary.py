@@ -8,6 +8,8 @@ from scipy import stats
 
 from gqa import results
 
+TASK_STAGES = ("finetune", "evaluate")  # the others' task is the pretraining text, or none
+
 
 class Variant(NamedTuple):
     """What sets one row of the report apart from another; seeds are averaged over."""
@@ -59,12 +61,16 @@ class Summary:
         self._uptrained = {_variant(r) for r in records if r["stage"] == "uptrain"}
         by_seed = defaultdict(dict)
         for record in results.latest(records):
-            key = self.variant_of(record), record["stage"], record["task"], record["metric"]
+            stage = record["stage"]
+            task = record["task"] if stage in TASK_STAGES else None
+            key = self.variant_of(record), stage, task, record["metric"]
             by_seed[key][record["variant"]["seed"]] = record
         self._estimates = {key: _estimate([*seeds.values()]) for key, seeds in by_seed.items()}
         sizes = list(dict.fromkeys(key[0].size for key in by_seed))
+        trained = {variant for variant, stage, _, _ in by_seed if stage != "convert"}
+        converted = {variant for variant, stage, _, _ in by_seed if stage == "convert"}
         self.variants = sorted(
-            {key[0] for key in by_seed},
+            trained | (converted - {v._replace(alpha=0.0) for v in trained}),
             key=lambda v: (sizes.index(v.size), v != v.parent, *[-k for k in v[1:5]], *v[5:]),
         )
         self.tasks = list(dict.fromkeys(t for _, stage, t, _ in by_seed if stage == "evaluate"))
@@ -72,12 +78,14 @@ class Summary:
     def variant_of(self, record: dict) -> Variant:
         """Return the variant of the model that was measured, which a run's settings only imply.
 
-        A converted run pretrains its parent; alpha has no meaning where nothing was uptrained.
+        A converted run pretrains its parent; alpha has no meaning where nothing was uptrained,
+        and one conversion may be uptrained to several.
         """
         variant = _variant(record)
         if record["stage"] == "pretrain" and variant.method != "none":
             return variant.parent
-        if variant.method == "none" and variant not in self._uptrained:
+        unconverted = variant.method == "none" and variant not in self._uptrained
+        if unconverted or record["stage"] == "convert":
             return variant._replace(alpha=0.0)
         return variant
 
@@ -88,6 +96,8 @@ class Summary:
 
     def get(self, variant: Variant, stage: str, metric: str, task=None) -> Estimate | None:
         """Return one estimate, None where it was not measured."""
+        if stage == "convert":
+            variant = variant._replace(alpha=0.0)
         return self._estimates.get((variant, stage, task, metric))
 
     def metrics(self, stage: str, task: str) -> list[str]:

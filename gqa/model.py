@@ -288,11 +288,17 @@ def shift_right(targets: Array, positions: Array | None = None) -> Array:
     return shifted if positions is None else jnp.where(positions == 0, 0, shifted)
 
 
+@partial(jax.jit, static_argnums=0)
+def init_params(config: Config, seed: int) -> dict:
+    """Random parameters, drawn from T5's initialisers."""
+    batch = {name: jnp.zeros((1, 1), jnp.int32) for name in ("inputs", "targets")}
+    return Transformer(config).init(jax.random.key(seed), batch)["params"]
+
+
 def count_params(config: Config) -> int:
     """Number of parameters, from shapes alone."""
-    batch = {name: jnp.zeros((1, 1), jnp.int32) for name in ("inputs", "targets")}
-    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), batch)
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    shapes = jax.eval_shape(lambda: init_params(config, 0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def unstack(params: dict, config: Config) -> dict:

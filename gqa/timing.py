@@ -48,9 +48,7 @@ def measure(
 
 def _compiled(config: Config, inputs: Array, length: int) -> tuple[Callable, Callable]:
     """The two timed parts of one network as functions of nothing and of the memory, warmed up."""
-    shape = {"inputs": inputs[:, :1], "targets": inputs[:, :1]}
-    params = model.Transformer(config).init(jax.random.key(0), shape)["params"]
-    params = jax.jit(model.unstack, static_argnums=1)(params, config)
+    params = jax.jit(model.unstack, static_argnums=1)(model.init_params(config, 0), config)
 
     @jax.jit
     def prefill(params):

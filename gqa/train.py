@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gqa.checkpoint import Checkpoints
 from gqa.errors import UserError
 from gqa.loss import cross_entropy
-from gqa.model import Config, Transformer
+from gqa.model import Config, Transformer, init_params
 from gqa.optim import adafactor
 from gqa.progress import Progress
 from gqa.sharding import place
@@ -32,8 +32,7 @@ Loss = Callable[[dict, dict, Array], dict[str, Array]]
 
 def init(config: Config, seed: int) -> State:
     """A fresh state at step 0."""
-    batch = {name: jnp.zeros((1, 1), jnp.int32) for name in ("inputs", "targets")}
-    params = Transformer(config).init(jax.random.key(seed), batch)["params"]
+    params = init_params(config, seed)
     return State(jnp.int32(0), params, adafactor().init(params))
 
 

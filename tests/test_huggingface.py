@@ -171,7 +171,7 @@ def test_another_network_is_refused(hf_config, key, value):
 
 
 def test_a_config_without_a_size_is_refused(hf_config):
-    del (incomplete := dict(hf_config))["d_kv"]
+    incomplete = {key: value for key, value in hf_config.items() if key != "d_kv"}
     with pytest.raises(UserError, match="no d_kv"):
         to_config(incomplete)
 

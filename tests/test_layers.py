@@ -82,7 +82,7 @@ def test_rms_norm_computes_in_float32():
     x = jax.random.normal(jax.random.key(0), (8, 64), jnp.bfloat16)
     params = {"params": {"scale": jnp.linspace(0.5, 1.5, 64)}}
     y = RMSNorm(jnp.bfloat16).apply(params, x)
-    exact = RMSNorm(jnp.float32).apply(params, x)
+    exact = RMSNorm(jnp.float32).apply(params, x.astype(jnp.float32))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
 

@@ -246,7 +246,7 @@ def record_dropout(config, params, batch):
 
     with nn.intercept_methods(record):
         rngs = {"dropout": jax.random.key(3)}
-        Transformer(config).apply({"params": params}, batch, True, rngs=rngs)
+        jax.jit(lambda: Transformer(config).apply({"params": params}, batch, True, rngs=rngs))()
     jax.effects_barrier()
     return zeros, outputs
 

@@ -145,7 +145,7 @@ def test_margins_that_are_not_there_are_said_in_words(tmp_path):
     ]
     _, page = make(tmp_path, [*records, score(settings, "parameter_qa", 24.0)])
     assert "the input is not used" in page
-    assert "no lower than the unigram model's" in page
+    assert "hardly lower than the unigram model's" in page
     assert "not shown to be above that of the best constant answer" in page
     assert "above that of the first sentence" not in page
     assert "margin measured here is there" not in page
@@ -188,6 +188,21 @@ def test_the_pretraining_of_a_converted_run_is_its_parents():
     assert parent == parent.parent
     control = record(variant(16, "none", 0.05), "uptrain", "validation_loss", 2.9)
     assert [v.label for v in Summary([*records, control]).variants] == ["MHA", "MHA, alpha 0.05"]
+
+
+def test_one_conversion_serves_every_alpha(tmp_path):
+    """The conversion knows no alpha, and pretraining may name its text as the task."""
+    records = [
+        record(PARENT, "pretrain", "validation_loss", 3.0, task="docstrings"),
+        record(variant(8, alpha=0.0), "convert", "validation_loss", 4.0),
+    ]
+    assert [v.label for v in Summary(records).variants] == ["MHA", "GQA-8 mean, alpha 0"]
+    tuned = [record(variant(8, alpha=a), "uptrain", "validation_loss", 3.5) for a in (0.05, 0.1)]
+    _, page = make(tmp_path, records + tuned)
+    losses = page.split("## Conversion")[1]
+    assert re.search(r"alpha 0.05 +\| 3.000 +\| 4.000 +\| 3.500", losses)
+    assert re.search(r"alpha 0.1 +\| 3.000 +\| 4.000 +\| 3.500", losses)
+    assert "alpha 0 " not in page.split("## Provenance")[0]
 
 
 def test_several_commits_are_pointed_out(tmp_path):

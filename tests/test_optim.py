@@ -1,0 +1,121 @@
+"""Adafactor sees T5's matrices; conversion carries its moments over."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gqa import convert, optim
+from gqa.errors import UserError
+from gqa.model import Config, init_params
+
+
+@pytest.fixture(scope="module")
+def wide() -> Config:
+    """Wide enough that Adafactor factors the moments: both sides of a kernel are 128 or more."""
+    heads = {f"num_kv_heads_{name}": 16 for name in convert.ATTENTIONS}
+    return Config(130, 128, 132, 16, 16, 2, 2, **heads)
+
+
+@pytest.fixture(scope="module")
+def params(wide):
+    return init_params(wide, 0)
+
+
+def normal_like(tree, seed):
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return treedef.unflatten(
+        [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+
+def two_updates(optimizer, params, grads):
+    state = optimizer.init(params)
+    for g in grads:
+        updates, state = optimizer.update(g, state, params)
+    return updates
+
+
+@pytest.mark.parametrize(
+    ("path", "matrix"),
+    [
+        (("decoder", "layers", "self_attention", "query"), (128, 256)),
+        (("decoder", "layers", "cross_attention", "out"), (256, 128)),
+        (("encoder", "layers", "mlp", "wi_0"), (128, 132)),
+        (("encoder", "layers", "mlp_norm", "scale"), (128,)),
+    ],
+)
+def test_each_layer_is_its_own_matrix_to_optax(params, path, matrix):
+    grads = [normal_like(params, seed) for seed in (1, 2)]
+    ours = two_updates(optim.adafactor(), params, grads)
+    reference = optax.adafactor(learning_rate=1.0, min_dim_size_to_factor=128)
+    for layer in range(2):
+
+        def leaf(tree, layer=layer):
+            for name in path:
+                tree = tree[name]
+            return tree[layer].reshape(matrix)
+
+        expected = two_updates(reference, leaf(params), [leaf(g) for g in grads])
+        np.testing.assert_allclose(-leaf(ours), expected, rtol=2e-5, atol=1e-7)
+
+
+def test_moments_are_factored_where_t5_factors_them(params):
+    state = optim.adafactor().init(params)
+    moments = state["decoder"]["layers"]["self_attention"]["key"][0]
+    assert moments.v_row.shape == (2, 128)
+    assert moments.v_col.shape == (2, 256)
+    assert state["embedding"][0].v_row.shape == (128,)
+    assert state["decoder"]["position_bias"]["table"][0].v.shape == (32, 16)
+
+
+def test_rates():
+    rate = optim.rsqrt(warmup=100, scale=2.0)
+    np.testing.assert_allclose(rate(jnp.int32(0)), 0.2)
+    np.testing.assert_allclose(rate(jnp.int32(100)), 0.2)
+    np.testing.assert_allclose(rate(jnp.int32(400)), 0.1)
+    assert optim.constant(1e-3)(jnp.int32(7)) == np.float32(1e-3)
+
+
+def trained_state(params):
+    optimizer = optim.adafactor()
+    return optimizer.update(normal_like(params, 1), optimizer.init(params), params)[1]
+
+
+@pytest.mark.parametrize("num_kv_heads", [16, 8, 1])
+@pytest.mark.parametrize("how", ["map", "reset"])
+def test_converted_state_fits_the_converted_parameters(wide, params, num_kv_heads, how):
+    state = trained_state(params)
+    new, _ = convert.convert(params, wide, num_kv_heads)
+    converted = optim.convert_state(state, params, new, how)
+    fresh = optim.adafactor().init(new)
+    assert jax.tree.map(jnp.shape, converted) == jax.tree.map(jnp.shape, fresh)
+    if num_kv_heads == 16 and how == "map":
+        jax.tree.map(np.testing.assert_array_equal, converted, state)
+    if how == "reset":
+        jax.tree.map(np.testing.assert_array_equal, converted, fresh)
+
+
+@pytest.mark.parametrize("num_kv_heads", [8, 1])  # factored, and too narrow to be
+def test_mapping_keeps_the_total_second_moment_and_the_count(wide, params, num_kv_heads):
+    state = trained_state(params)
+    new, _ = convert.convert(params, wide, num_kv_heads)
+    converted = optim.convert_state(state, params, new, "map")
+    old, pooled = (s["decoder"]["layers"]["self_attention"]["key"][0] for s in (state, converted))
+    total = old.v_row.sum(1) * 256  # row means of 256 columns
+    columns = 16 * num_kv_heads
+    found = pooled.v_row.sum(1) * columns if num_kv_heads > 1 else pooled.v.sum((1, 2))
+    np.testing.assert_allclose(found, total, rtol=1e-5)
+    np.testing.assert_array_equal(pooled.count, old.count)
+    np.testing.assert_array_equal(
+        converted["encoder"]["layers"]["attention"]["key"][0].v_row,
+        state["encoder"]["layers"]["attention"]["key"][0].v_row,
+    )
+
+
+def test_unknown_way_to_convert_a_state_is_refused(wide, params):
+    new, _ = convert.convert(params, wide, 8)
+    with pytest.raises(UserError, match=r"convert.optimizer='keep'; use map or reset"):
+        optim.convert_state(optim.adafactor().init(params), params, new, "keep")
