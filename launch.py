@@ -57,6 +57,7 @@ def _run() -> None:
         raise UserError("--checkpoint goes with --stage=evaluate")
     config, workdir = CONFIG.value, Path(WORKDIR.value)
     pipeline.check(config)
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     print(f"{config.name} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
     if CHECKPOINT.value:
         pipeline.evaluate_checkpoint(config, workdir, Path(CHECKPOINT.value))

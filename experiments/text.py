@@ -36,9 +36,7 @@ class Text(NamedTuple):
 
     def pairs(self, examples: list[tasks.Example]) -> list[data.Pair]:
         """Token ids of each example's inputs and first target."""
-        inputs = self.ids([example.inputs for example in examples])
-        targets = self.ids([example.targets[0] for example in examples])
-        return list(zip(inputs, targets, strict=True))
+        return data.tokenize_examples(examples, self.tokenizer, self.folder / "tokens")
 
 
 def task_options(config: ConfigDict) -> dict[str, dict]:
@@ -69,18 +67,28 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"finetune.tasks: {name} has documents, not examples to fine-tune on")
     if config.text.vocabulary:
         tokenizer.load(config.text.vocabulary)
+    if _needs_corpus(config):
+        corpus.distributions(_packages(config))
+
+
+def _needs_corpus(config: ConfigDict) -> bool:
+    return any(name != "files" for name in task_names(config))
+
+
+def _packages(config: ConfigDict) -> tuple[str, ...]:
+    """Names of the corpus packages; by default the pinned ones, the same on every machine."""
+    if config.text.packages:
+        return split_names(config.text.packages)
+    pins = [line for line in REQUIREMENTS.read_text().splitlines() if line[:1].isalpha()]
+    return tuple(pin.split("==")[0].split("[")[0] for pin in pins)
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Text:
     """Build, or read back, what the config's tasks need in `workdir`/text."""
     folder, options = workdir / "text", task_options(config)
-    names = task_names(config)
-    built = None
-    if any(name != "files" for name in names):
-        packages = split_names(config.text.packages) or requirements()
-        built = corpus.build(folder / "corpus", packages)
+    built = corpus.build(folder / "corpus", _packages(config)) if _needs_corpus(config) else None
     sources = {"corpus": built.manifest["sha256"] if built else None}
-    if "files" in names:
+    if "files" in task_names(config):
         paths = [config.files[split] for split in tasks.SPLITS if config.files[split]]
         sources["files"] = [_sha256(path) for path in paths] + [sorted(config.files.items())]
     text = Text(None, built, options, folder, "")
@@ -100,12 +108,6 @@ def _vocabulary(config: ConfigDict, text: Text, sources: dict) -> tokenizer.Toke
     if isinstance(texts[0], tasks.Example):
         texts = [part for example in texts for part in (example.inputs, *example.targets)]
     return tokenizer.train(texts, size, path)
-
-
-def requirements() -> list[str]:
-    """Names of the pinned packages of requirements.txt, the same on every machine."""
-    pins = [line for line in REQUIREMENTS.read_text().splitlines() if line[:1].isalpha()]
-    return [pin.split("==")[0].split("[")[0] for pin in pins]
 
 
 def _hash(value) -> str:

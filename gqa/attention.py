@@ -28,13 +28,17 @@ def grouped_query_attention(
         bias: added to the logits; broadcastable to [B, N, T, S].
         dropout: multiplies the weights; broadcastable to [B, N, T, S].
     """
-    return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), bias, dropout)
+    biases = () if bias is None else (bias,)
+    return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), biases, dropout)
 
 
 def attend(
-    q: Array, k: Array, v: Array, bias: Array | None = None, dropout: Array | None = None
+    q: Array, k: Array, v: Array, biases: tuple[Array, ...] = (), dropout: Array | None = None
 ) -> Array:
-    """`grouped_query_attention` on the cache's layout: k [B, K, H, S], v [B, K, S, H]."""
+    """`grouped_query_attention` on the cache's layout: k [B, K, H, S], v [B, K, S, H].
+
+    Biases that broadcast along different axes stay small by coming one by one.
+    """
     B, T, N, H = q.shape
     K = k.shape[1]
     if N % K:
@@ -42,7 +46,7 @@ def attend(
     # The G queries of a group are more rows of one product; K and V are never repeated.
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     logits = jnp.einsum("BKGTH,BKHS->BKGTS", q, k, preferred_element_type=jnp.float32)
-    if bias is not None:
+    for bias in biases:
         logits += _split_heads(bias, K)
     weights = jax.nn.softmax(logits)
     if dropout is not None:
@@ -86,8 +90,8 @@ class Attention(nn.Module):
         v = jnp.einsum("BSD,DKH->BKSH", y, self.value.astype(self.dtype))
         return k, v
 
-    def __call__(self, x: Array, kv: tuple[Array, Array], bias: Array, train: bool) -> Array:
-        """Attend from x [B, T, D] to `kv`, with bias broadcastable to [B, N, T, S]."""
+    def __call__(self, x: Array, kv: tuple[Array, Array], biases: tuple, train: bool) -> Array:
+        """Attend from x [B, T, D] to `kv`, with biases broadcastable to [B, N, T, S]."""
         q = jnp.einsum("BTD,DNH->BTNH", x, self.query.astype(self.dtype))
         k, v = kv
         dropout = None
@@ -96,5 +100,5 @@ class Attention(nn.Module):
             keep = 1 - self.dropout_rate
             shape = (x.shape[0], self.num_heads, 1, k.shape[-1])
             dropout = jax.random.bernoulli(self.make_rng("dropout"), keep, shape) / keep
-        out = attend(q, k, v, bias, dropout)
+        out = attend(q, k, v, biases, dropout)
         return jnp.einsum("BTNH,NHD->BTD", out, self.out.astype(self.dtype))

@@ -99,7 +99,7 @@ def _load(step: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
 def _check_shapes(step: Path, expected: Any) -> None:
     """Compare names and shapes before Orbax does: its message would not name the parameter."""
-    metadata = ocp.checkpointables_metadata(step).metadata["params"]
+    metadata = ocp.metadata(step, "params").metadata
     have, want = _shapes(metadata), _shapes(expected)
     lines = [f"- {n} {have[n]}" for n in have if want.get(n) != have[n]]
     lines += [f"+ {n} {want[n]}" for n in want if have.get(n) != want[n]]

@@ -73,16 +73,20 @@ def build(folder: str | os.PathLike, packages: Sequence[str]) -> Corpus:
     What is there is used if it was built from the same packages at the same versions.
     """
     folder = pathlib.Path(folder)
-    distributions = _distributions(packages)
-    versions = {name: distribution.version for name, distribution in distributions.items()}
+    found = distributions(packages)
+    versions = {name: distribution.version for name, distribution in found.items()}
     manifest = _read_manifest(folder / "manifest.json", versions)
     if manifest is None:
-        manifest = _extract(folder, distributions)
+        manifest = _extract(folder, found)
     return Corpus(folder, manifest)
 
 
-def _distributions(packages: Sequence[str]) -> dict[str, importlib.metadata.Distribution]:
-    """Installed distributions by canonical name (PEP 503), sorted."""
+def distributions(packages: Sequence[str]) -> dict[str, importlib.metadata.Distribution]:
+    """Installed distributions by canonical name (PEP 503), sorted.
+
+    Raises:
+        UserError: for one that is not installed, or none that is held out for a split.
+    """
     found = {}
     for name in packages:
         try:

@@ -122,7 +122,7 @@ class EncoderLayer(nn.Module):
     def __call__(self, x: Array, position_bias: Array, mask: Array) -> tuple[Array, None]:
         """x [B, S, D], position_bias [1, N, S, S], mask as a bias [B, 1, S or 1, S]."""
         h = self.attention_norm(x)
-        h = self.attention(h, self.attention.kv(h), position_bias + mask, self.train)
+        h = self.attention(h, self.attention.kv(h), (position_bias, mask), self.train)
         x += self.dropout(h, deterministic=not self.train)
         h = self.mlp(self.mlp_norm(x), self.train)
         return x + self.dropout(h, deterministic=not self.train), None
@@ -145,7 +145,7 @@ class DecoderLayer(nn.Module):
         """x [B, T, D], encoded [B, S, D]; masks as biases [B or 1, 1, T, T] and [B, 1, T, S]."""
         h = self.self_attention_norm(x)
         kv = self.self_attention.kv(h)
-        x = self._self_attend(x, h, kv, position_bias + self_mask)
+        x = self._self_attend(x, h, kv, (position_bias, self_mask))
         return self._cross_and_mlp(x, self.cross_attention.kv(encoded), cross_mask), None
 
     def step(self, x: Array, cache: KV, memory: KV, index: Array, bias: Array, cross_mask: Array):
@@ -158,18 +158,18 @@ class DecoderLayer(nn.Module):
             jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=3),
             jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2),
         )
-        x = self._self_attend(x, h, cache, bias)
+        x = self._self_attend(x, h, cache, (bias,))
         return self._cross_and_mlp(x, memory, cross_mask), cache
 
     def cross_kv(self, encoded: Array) -> KV:
         return self.cross_attention.kv(encoded)
 
-    def _self_attend(self, x: Array, h: Array, kv: KV, bias: Array) -> Array:
-        h = self.self_attention(h, kv, bias, self.train)
+    def _self_attend(self, x: Array, h: Array, kv: KV, biases: tuple) -> Array:
+        h = self.self_attention(h, kv, biases, self.train)
         return x + self.dropout(h, deterministic=not self.train)
 
     def _cross_and_mlp(self, x: Array, memory: KV, mask: Array) -> Array:
-        h = self.cross_attention(self.cross_attention_norm(x), memory, mask, self.train)
+        h = self.cross_attention(self.cross_attention_norm(x), memory, (mask,), self.train)
         x += self.dropout(h, deterministic=not self.train)
         h = self.mlp(self.mlp_norm(x), self.train)
         return x + self.dropout(h, deterministic=not self.train)

@@ -11,6 +11,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
 
 
+def pytest_configure(config):
+    """Compile each program once: the tests run the same small networks again and again."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 @pytest.fixture
 def tiny() -> Config:
     """T5 1.1 with 4 heads; `dataclasses.replace` gives the others."""

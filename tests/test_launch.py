@@ -1,0 +1,84 @@
+"""A user's mistake gives one line, status 2, and nothing on disk; configs are what they say."""
+
+import re
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import launch
+
+ROOT = Path(launch.__file__).parent
+GQA8 = "--config=configs/gqa8.py"
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Run the command in this process; returns its status and what it said on stderr."""
+    monkeypatch.chdir(ROOT)
+
+    def main(*arguments):
+        with flagsaver.flagsaver():
+            status = launch.main(["launch.py", f"--workdir={tmp_path}/runs", *arguments])
+        flags.FLAGS.unparse_flags()
+        return status, capsys.readouterr().err
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--config is missing"),
+        (("--config=configs/nothing.py",), "configs/nothing.py"),
+        ((GQA8, "--config.uptrain.alhpa=0.1"), "alhpa"),
+        ((GQA8, "--config.uptrain.alpha=lots"), "uptrain.alpha"),
+        ((GQA8, "--config.uptrain.alpha=1.5"), "uptrain.alpha=1.5; use a fraction from 0 to 1"),
+        ((GQA8, "--workdri=x"), "workdri"),
+        ((GQA8, "extra"), "unexpected argument 'extra'"),
+        (("--config=configs/gqa8.py:medium",), "size='medium'; use one of nano, mini, small"),
+        (("--config=configs/gqa8.py:small",), "num_kv_heads_decoder=8 .* use one of 1, 2, 3, 6"),
+        (
+            ("--config=configs/gqa.py:kv_heads=3",),
+            "=3 does not divide .* use one of 1, 2, 4, 8, 16",
+        ),
+        (("--config=configs/gqa.py:heads=4",), "config argument 'heads=4'"),
+        ((GQA8, "--config.convert.num_kv_heads_encoder=5"), "num_kv_heads_encoder=5"),
+        ((GQA8, "--config.convert.method=median"), "convert.method='median'; use one of mean"),
+        ((GQA8, "--config.convert.optimizer=keep"), "convert.optimizer='keep'; use map or reset"),
+        ((GQA8, "--config.model.remat=some"), "model.remat='some'; use one of none, minimal, full"),
+        ((GQA8, "--config.model.activation=tanh"), "model.activation='tanh'"),
+        ((GQA8, "--config.finetune.dropout_rate=1.0"), "dropout_rate=1.0; use a value in"),
+        ((GQA8, "--config.pretrain.batch_size=6"), "pretrain.batch_size=6 .* use a multiple of 4"),
+        ((GQA8, "--config.finetune.every=0"), "finetune.every=0; use 1 or more"),
+        ((GQA8, "--config.finetune.tasks=squad"), "task='squad' is unknown; choose from"),
+        ((GQA8, "--config.finetune.tasks="), "finetune.tasks names no task"),
+        ((GQA8, "--config.finetune.tasks=docstrings"), "docstrings has documents"),
+        ((GQA8, "--config.finetune.tasks=files"), "task files needs train=PATH"),
+        ((GQA8, "--config.finetune.tasks=files", "--config.files.train=no.tsv"), "no.tsv"),
+        ((GQA8, "--config.text.vocabulary=no.model"), "vocabulary no.model: No such file"),
+        ((GQA8, "--config.text.packages=nothing-like-it"), "nothing-like-it"),
+        ((GQA8, "--stage=train"), "--stage=train; use one of pretrain, convert, uptrain"),
+        ((GQA8, "--checkpoint=x"), "--checkpoint goes with --stage=evaluate"),
+        ((GQA8, "--stage=evaluate", "--checkpoint=no/where"), "no checkpoint in .*no/where"),
+        ((GQA8, "--stage=report"), "results.jsonl: No such file or directory; run a stage"),
+    ],
+)
+def test_a_mistake_is_one_line_and_costs_nothing(run, tmp_path, arguments, message):
+    status, error = run(*arguments)
+    assert status == 2
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert re.search(message, error), error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_bad_row_is_named_by_file_and_line(run, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"source": 1, "target": "b"}\n')
+    files = ("--config.finetune.tasks=files", f"--config.files.train={bad}")
+    status, error = run(GQA8, *files)
+    assert status == 2
+    assert f"{bad}:1:" in error
+    assert error.count("\n") == 1
