@@ -15,54 +15,55 @@ from ml_collections import config_flags
 
 from gqa.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: configs/NAME.py[:argument].")
-WORKDIR = flags.DEFINE_string("workdir", "runs/", "Where everything is kept, and found again.")
-STAGE = flags.DEFINE_string("stage", None, "Only this stage and what it builds on.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "With --stage=evaluate: what to score.")
-
 
 def main(argv: list[str]) -> int:
     """Parse, check, run; returns the exit status."""
     try:
-        _parse(argv)
-        _run()
+        _run(_parse(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _parse(argv: list[str]) -> None:
+def _parse(argv: list[str]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    options = {"flag_values": values}
+    config_flags.DEFINE_config_file(
+        "config", None, "configs/NAME.py[:argument]", sys_argv=argv, **options
+    )
+    flags.DEFINE_string("workdir", "runs/", "where everything is kept, and found again", **options)
+    flags.DEFINE_string("stage", None, "only this stage and what it builds on", **options)
+    flags.DEFINE_string("checkpoint", None, "with --stage=evaluate: what to score", **options)
     try:
-        rest = flags.FLAGS(argv)[1:]
-        config = CONFIG.value
-    except UserError:
-        raise
+        rest = values(argv)[1:]
+        missing = values.config is None
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options start with --")
-    if config is None:
+    if missing:
         raise UserError("--config is missing; use e.g. --config=configs/gqa8.py")
+    return values
 
 
-def _run() -> None:
+def _run(values: flags.FlagValues) -> None:
     import jax  # after the flags, so that a mistake in them is told at once
 
     from experiments import pipeline
 
-    if STAGE.value not in (None, *pipeline.KINDS):
-        raise UserError(f"--stage={STAGE.value}; use one of {', '.join(pipeline.KINDS)}")
-    if CHECKPOINT.value and STAGE.value != "evaluate":
+    config, workdir, stage = values.config, Path(values.workdir), values.stage
+    if stage not in (None, *pipeline.KINDS):
+        raise UserError(f"--stage={stage}; use one of {', '.join(pipeline.KINDS)}")
+    if values.checkpoint and stage != "evaluate":
         raise UserError("--checkpoint goes with --stage=evaluate")
-    config, workdir = CONFIG.value, Path(WORKDIR.value)
     pipeline.check(config)
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     print(f"{config.name} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
-    if CHECKPOINT.value:
-        pipeline.evaluate_checkpoint(config, workdir, Path(CHECKPOINT.value))
+    if values.checkpoint:
+        pipeline.evaluate_checkpoint(config, workdir, Path(values.checkpoint))
     else:
-        pipeline.run(config, workdir, STAGE.value)
+        pipeline.run(config, workdir, stage)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ def _run_stage(stage: Stage, run_name: str, job: Job) -> None:
     folder = stage.folder(job.workdir)
     done = read_done(folder)
     if done is None:
+        print(f"{stage.label}: in {folder}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         parents = [_result(parent, job.workdir) for parent in stage.parents]
         module = importlib.import_module(f"experiments.{stage.kind}")

@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import launch
 
@@ -19,9 +17,7 @@ def run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def main(*arguments):
-        with flagsaver.flagsaver():
-            status = launch.main(["launch.py", f"--workdir={tmp_path}/runs", *arguments])
-        flags.FLAGS.unparse_flags()
+        status = launch.main(["launch.py", f"--workdir={tmp_path}/runs", *arguments])
         return status, capsys.readouterr().err
 
     return main
