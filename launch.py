@@ -37,12 +37,14 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("checkpoint", None, "with --stage=evaluate: what to score", **options)
     try:
         rest = values(argv)[1:]
-        missing = values.config is None
+        # A config file that did not load says so when it is first looked into.
+        named = values.config is not None and values.config.name
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        text = str(error.args[0] if error.args else error)
+        raise UserError(" ".join(text.split())) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options start with --")
-    if missing:
+    if not named:
         raise UserError("--config is missing; use e.g. --config=configs/gqa8.py")
     return values
 

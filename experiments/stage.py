@@ -103,10 +103,14 @@ def run_training(
     info: dict,
     recipe: dict,
     learning_rate: Callable,
+    first_step: int = 0,
     steps: int,
     keep: str,
 ) -> Outcome:
-    """`gqa.train.fit` with what it needs made from plain settings; `keep` is "last" or "best"."""
+    """`gqa.train.fit`, for `steps` after `first_step`, with what it needs made from settings.
+
+    `keep` says which checkpoint is handed on: "last" or "best".
+    """
     loss = train.make_loss(config, recipe["z_loss"])
     validation_loss = train.make_validation(config, job.mesh)
     step = train.make_step(loss, learning_rate, recipe["seed"], recipe["num_microbatches"])
@@ -119,7 +123,7 @@ def run_training(
             train.abstract(config, job.mesh),
             step,
             data.batches,
-            steps=steps,
+            steps=first_step + steps,
             every=recipe["every"],
             validate=lambda params: validation_loss(params, data.validation()),
             config=info,
@@ -133,7 +137,7 @@ def run_training(
         value = saved.metric(chosen)
     records = [
         record("validation_loss", value, "nats per token", n=data.validation_size),
-        record("steps", chosen, "steps"),
+        record("steps", chosen - first_step, "steps"),
     ]
     jax.clear_caches()  # compiled steps of one network are no use to the next stage
     return Outcome(records, str(chosen))

@@ -33,6 +33,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
         info=parent.info | {"variant": settings["variant"]},
         recipe=recipe,
         learning_rate=optim.rsqrt(recipe["warmup"], recipe["scale"]),
-        steps=int(parent.path.name) + round(settings["alpha"] * recipe["steps"]),
+        first_step=int(parent.path.name),
+        steps=round(settings["alpha"] * recipe["steps"]),
         keep="last",
     )

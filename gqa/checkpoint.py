@@ -82,15 +82,13 @@ def load_config(path: str | Path) -> dict:
 
 
 def load(path: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Items of a checkpoint, e.g. only params, placed as the arrays of `abstract` say.
-
-    An item that is None in `abstract` comes as it was saved.
+    """Items of a checkpoint, e.g. only params, placed as in `abstract`; None there loads JSON.
 
     Raises:
         UserError: naming the first parameters that are missing, extra or of another shape.
     """
     step = find(path)
-    if abstract.get("params") is not None:
+    if "params" in abstract:
         _check_shapes(step, abstract["params"])
     return _load(step, abstract)
 

@@ -15,7 +15,8 @@ import pytest
 
 from configs import base
 from experiments import pipeline
-from gqa import checkpoint, results
+from gqa import checkpoint, results, sharding, train
+from gqa.model import Config
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -124,7 +125,10 @@ def outputs(workdir):
             found[folder.name] = done["records"]
         if done["checkpoint"]:
             path = folder / "checkpoints" / done["checkpoint"]
-            arrays = checkpoint.load(path, {"params": None, "opt_state": None, "data": None})
+            config = Config(**checkpoint.load_config(path)["model"])
+            shapes = train.abstract(config, sharding.make_mesh())._asdict() | {"data": None}
+            del shapes["step"]
+            arrays = checkpoint.load(path, shapes)
             leaves = jax.tree_util.tree_leaves_with_path(arrays)
             found |= {f"{folder.name}{jax.tree_util.keystr(p)}": x for p, x in leaves}
     return found
