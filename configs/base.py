@@ -77,7 +77,7 @@ def _pretrain() -> ConfigDict:
     pretrain.batch_size = 2048
     pretrain.num_microbatches = 1
     pretrain.inputs_length = 512
-    pretrain.targets_length = 114  # span corruption: what inputs_length leads to
+    pretrain.targets_length = 114  # of examples; in span corruption inputs_length decides it
     pretrain.warmup = 10_000  # learning rate = scale / sqrt(max(step, warmup))
     pretrain.scale = 1.0
     pretrain.dropout_rate = 0.0

@@ -11,6 +11,7 @@ meet only there: checkpoints, `stage.json`, and `done.json` with its results onc
 import hashlib
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from experiments import report, text
 from experiments.stage import Job, finish, open_parent, read_done
 from gqa import convert, model, results, sharding
 from gqa.errors import UserError
+from gqa.tasks import SPLITS
 
 RESULTS = "results.jsonl"
 KINDS = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark", "report")
@@ -68,17 +70,28 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"convert.optimizer={config.convert.optimizer!r}; use map or reset")
     if not 0 <= config.uptrain.alpha <= 1:
         raise UserError(f"uptrain.alpha={config.uptrain.alpha}; use a fraction from 0 to 1")
+    if config.evaluate.split not in SPLITS:
+        raise UserError(f"evaluate.split={config.evaluate.split!r}; use one of {', '.join(SPLITS)}")
+    _check_numbers(config)
     for section in ("pretrain", "finetune"):
         training = config[section]
-        for key in ("steps", "batch_size", "num_microbatches", "inputs_length", "every"):
-            if training[key] < 1:
-                raise UserError(f"{section}.{key}={training[key]}; use 1 or more")
         model.Config(**{**parent.__dict__, "dropout_rate": training.dropout_rate})
         sharding.check_batch(
             f"{section}.batch_size", training.batch_size, training.num_microbatches
         )
     sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size)
     text.check(config)
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    """Counts are 1 or more, rates not negative; 0 examples stand for all."""
+    for section, settings in config.items():
+        for key, value in settings.items() if isinstance(settings, ConfigDict) else ():
+            name = f"{section}.{key}"
+            least = 0 if isinstance(value, float) or name == "evaluate.examples" else 1
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and not least <= value < math.inf:
+                raise UserError(f"{name}={value}; use {least} or more")
 
 
 def parent_config(config: ConfigDict) -> model.Config:
@@ -162,7 +175,12 @@ def run(config: ConfigDict, workdir: Path, kind: str | None = None) -> None:
 
 
 def _job(config: ConfigDict, workdir: Path) -> Job:
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: {error.strerror}; use a folder to write to"
+        ) from error
     prepared = text.prepare(config, workdir)
     return Job(workdir, prepared, sharding.make_mesh(), config.checkpoint.keep_last)
 

@@ -69,6 +69,7 @@ def check(config: ConfigDict) -> None:
         tokenizer.load(config.text.vocabulary)
     if _needs_corpus(config):
         corpus.distributions(_packages(config))
+    data.span_lengths(config.pretrain.inputs_length)
 
 
 def _needs_corpus(config: ConfigDict) -> bool:
@@ -141,6 +142,7 @@ def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
         batches = data.seq2seq(text.pairs(train), **shape, **stream, pack=recipe.get("pack", False))
         held_out = text.pairs(validation[:limit])
     else:
+        shape["targets_length"] = data.span_lengths(recipe["inputs_length"]).targets
         first_sentinel = text.tokenizer.sentinel(0)
         corruption = {"inputs_length": shape["inputs_length"], "first_sentinel": first_sentinel}
         batches = data.pretrain(np.concatenate(text.ids(train)), **corruption, **stream)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import launch
+from experiments import text
 
 ROOT = Path(launch.__file__).parent
 GQA8 = "--config=configs/gqa8.py"
@@ -15,6 +16,7 @@ GQA8 = "--config=configs/gqa8.py"
 def run(capsys, tmp_path, monkeypatch):
     """Run the command in this process; returns its status and what it said on stderr."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(text, "prepare", lambda *_: pytest.fail("the job began"))
 
     def main(*arguments):
         status = launch.main(["launch.py", f"--workdir={tmp_path}/runs", *arguments])
@@ -46,8 +48,18 @@ def run(capsys, tmp_path, monkeypatch):
         ((GQA8, "--config.model.remat=some"), "model.remat='some'; use one of none, minimal, full"),
         ((GQA8, "--config.model.activation=tanh"), "model.activation='tanh'"),
         ((GQA8, "--config.finetune.dropout_rate=1.0"), "dropout_rate=1.0; use a value in"),
-        ((GQA8, "--config.pretrain.batch_size=6"), "pretrain.batch_size=6 .* use a multiple of 4"),
+        (
+            (GQA8, "--config.pretrain.batch_size=6", "--config.pretrain.num_microbatches=4"),
+            "pretrain.batch_size=6 does not split over .* 4 microbatches; use a multiple of",
+        ),
         ((GQA8, "--config.finetune.every=0"), "finetune.every=0; use 1 or more"),
+        ((GQA8, "--config.pretrain.steps=0"), "pretrain.steps=0; use 1 or more"),
+        ((GQA8, "--config.model.d_ff=-1"), "model.d_ff=-1; use 1 or more"),
+        ((GQA8, "--config.finetune.learning_rate=-0.1"), "learning_rate=-0.1; use 0 or more"),
+        ((GQA8, "--config.pretrain.scale=nan"), "pretrain.scale=nan; use 0 or more"),
+        ((GQA8, "--config.pretrain.inputs_length=2"), "inputs_length=2"),
+        ((GQA8, "--config.evaluate.split=dev"), "evaluate.split='dev'; use one of train"),
+        ((GQA8, "--workdir=README.md"), "--workdir=README.md: "),
         ((GQA8, "--config.finetune.tasks=squad"), "task='squad' is unknown; choose from"),
         ((GQA8, "--config.finetune.tasks="), "finetune.tasks names no task"),
         ((GQA8, "--config.finetune.tasks=docstrings"), "docstrings has documents"),
