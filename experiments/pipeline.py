@@ -202,7 +202,10 @@ def _run_stage(stage: Stage, run_name: str, job: Job) -> None:
         done = finish(folder, outcome, results.provenance())
     else:
         print(f"{stage.label}: done before, in {folder}")
-    _publish(stage, done, run_name, job.workdir / RESULTS)
+    path = job.workdir / RESULTS
+    # A stage that several runs share is published once, by the first.
+    if not path.exists() or all(r["stage_key"] != stage.key for r in results.read(path)):
+        _publish(stage, done, run_name, path)
 
 
 def _result(stage: Stage, workdir: Path) -> Path:
@@ -212,9 +215,6 @@ def _result(stage: Stage, workdir: Path) -> Path:
 
 
 def _publish(stage: Stage, done: dict, run_name: str, path: Path) -> None:
-    """Append a stage's results, once: a stage that several runs share keeps its first name."""
-    if path.exists() and any(r["stage_key"] == stage.key for r in results.read(path)):
-        return
     common = {"run": run_name, "stage": stage.kind, "stage_key": stage.key, "task": stage.task}
     common["variant"] = stage.variant
     blank = {"low": None, "high": None, "n": None}
