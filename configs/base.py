@@ -121,12 +121,12 @@ def _fit_cpu(config: ConfigDict) -> None:
     """Budgets for two CPU cores: nano a few minutes in all, mini a few hours."""
     nano = config.size == "nano"
     pretrain, finetune = config.pretrain, config.finetune
-    pretrain.steps = 1600 if nano else 40_000
+    pretrain.steps = 1600 if nano else 20_000
     pretrain.inputs_length, pretrain.targets_length = 128, 29
     # Fewer steps than T5's by a factor of 1000: a higher rate that also decays earlier.
     pretrain.scale = 0.5
-    pretrain.warmup = 400 if nano else 4000
-    finetune.steps = 500 if nano else 4000
+    pretrain.warmup = 400 if nano else 2000
+    finetune.steps = 500 if nano else 2000
     finetune.inputs_length, finetune.targets_length = 128, 48
     finetune.pack = True
     finetune.learning_rate = 1e-2 if nano else 3e-3
