@@ -48,7 +48,9 @@ def _variants_section(summary):
             "for cost, in points and in percent for quality. Brackets: 95% interval (bootstrap "
             "over test examples; with several seeds, the spread of their mean is added in "
             "quadrature). Prefill and time per token are those of a whole batch; time per sample "
-            "is the batch's share. "
+            "is the batch's share. Every variant is timed in turn with its parent; if the parent "
+            "was timed more than once, the variant's times are their ratio to the parent in "
+            "their own run, times the parent's latest. "
             f'"{NO_DIFFERENCE}": the two intervals overlap, so this run shows no difference.',
             _sample_sizes(summary),
         ]

@@ -60,7 +60,7 @@ class Summary:
     def __init__(self, records: list[dict]):
         self._uptrained = {_variant(r) for r in records if r["stage"] == "uptrain"}
         by_seed = defaultdict(dict)
-        for record in results.latest(records):
+        for record in _same_clock(results.latest(records)):
             stage = record["stage"]
             task = record["task"] if stage in TASK_STAGES else None
             key = self.variant_of(record), stage, task, record["metric"]
@@ -126,6 +126,26 @@ def differ(a: Estimate, b: Estimate) -> bool:
     if None in (a.low, a.high, b.low, b.high):
         return False
     return a.low > b.high or b.low > a.high
+
+
+def _same_clock(records):
+    """Scale each timing by how the parent's latest differs from the parent's of the same run.
+
+    A timing compares only with what took turns with it (its `parent_value`): the parent is timed
+    again beside every variant, on a machine that may be faster or slower by then.
+    """
+    parents = {
+        (_variant(r).size, r["metric"]): r["value"]
+        for r in records
+        if r["stage"] == "benchmark" and _variant(r) == _variant(r).parent
+    }
+    for record in records:
+        latest = parents.get((_variant(record).size, record["metric"]))
+        if "parent_value" in record and latest:
+            scale = latest / record["parent_value"]
+            scaled = {name: record[name] * scale for name in ("value", "low", "high")}
+            record = record | scaled
+        yield record
 
 
 def _variant(record):

@@ -65,6 +65,26 @@ def make(tmp_path, records):
     return text, (tmp_path / "report/report.md").read_text()
 
 
+def test_timings_compare_within_their_own_run(tmp_path):
+    """The parent timed again at half the speed, beside another variant, changes no ratio."""
+
+    def timed(settings, seconds, **beside):
+        interval = (seconds * 0.9, seconds * 1.1)
+        line = record(settings, "benchmark", "token_seconds", seconds, "s", interval=interval)
+        return line | beside
+
+    lines = [timed(PARENT, 0.04), timed(variant(8), 0.03, parent_value=0.04)]
+    lines += [timed(PARENT, 0.08), timed(variant(1), 0.02, parent_value=0.08)]
+    summary = Summary(lines)
+    parent, grouped, single = (
+        summary.get(v, "benchmark", "token_seconds") for v in summary.variants
+    )
+    assert parent.value == pytest.approx(0.08)
+    assert grouped.value == pytest.approx(0.06)
+    assert (grouped.low, grouped.high) == pytest.approx((0.054, 0.066))
+    assert single.value == pytest.approx(0.02)
+
+
 def test_whole_job(tmp_path):
     text, page = make(tmp_path, WHOLE)
     assert max(map(len, text.splitlines())) <= 100
