@@ -90,7 +90,9 @@ class Attention(nn.Module):
         v = jnp.einsum("BSD,DKH->BKSH", y, self.value.astype(self.dtype))
         return k, v
 
-    def __call__(self, x: Array, kv: tuple[Array, Array], biases: tuple, train: bool) -> Array:
+    def __call__(
+        self, x: Array, kv: tuple[Array, Array], biases: tuple[Array, ...], train: bool
+    ) -> Array:
         """Attend from x [B, T, D] to `kv`, with biases broadcastable to [B, N, T, S]."""
         q = jnp.einsum("BTD,DNH->BTNH", x, self.query.astype(self.dtype))
         k, v = kv

@@ -95,7 +95,7 @@ def attention_module(**settings):
 
 
 def attend_to_itself(module, x, train):
-    return module(x, module.kv(x), jnp.zeros((1, 1, 1, 1)), train)
+    return module(x, module.kv(x), (), train)
 
 
 def test_dropout_noise_is_shared_by_query_positions_alone():
