@@ -55,6 +55,24 @@ def attend(
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
+def attend_blocks(q: Array, k: Array, v: Array, bias: Array) -> Array:
+    """`attend` for the few rows of a decoding step: keys lie in blocks, k [B, K, C, H, S / C].
+
+    q [B, T, N, H], v [B, K, S, H], bias broadcastable to [B, N, T, S]; returns [B, T, N, H].
+    """
+    B, T, N, H = q.shape
+    _, K, C, _, block = k.shape
+    G = N // K
+    q = q.astype(k.dtype).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    # All rows of a KV head meet each block of its keys in one product.
+    rows = jnp.broadcast_to(q.reshape(B, K, 1, G * T, H), (B, K, C, G * T, H))
+    logits = jnp.einsum("BKCMH,BKCHS->BKCMS", rows, k, preferred_element_type=jnp.float32)
+    logits = logits.swapaxes(2, 3).reshape(B, K, G, T, C * block) + _split_heads(bias, K)
+    weights = jax.nn.softmax(logits).reshape(B, K, G * T, C * block).astype(v.dtype)
+    out = jnp.einsum("BKMS,BKSH->BKMH", weights, v)
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
 def _split_heads(x: Array, K: int) -> Array:
     """[B, N, T, S] -> [B, K, G, T, S], where a head axis of 1 stays broadcastable."""
     B, N, T, S = x.shape

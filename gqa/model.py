@@ -148,22 +148,6 @@ class DecoderLayer(nn.Module):
         x = self._self_attend(x, h, kv, (position_bias, self_mask))
         return self._cross_and_mlp(x, self.cross_attention.kv(encoded), cross_mask), None
 
-    def step(self, x: Array, cache: KV, memory: KV, index: Array, bias: Array, cross_mask: Array):
-        """One position x [B, 1, D], its keys and values written to `cache` at `index`."""
-        h = self.self_attention_norm(x)
-        k, v = (
-            new.astype(old.dtype) for new, old in zip(self.self_attention.kv(h), cache, strict=True)
-        )
-        cache = (
-            jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=3),
-            jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2),
-        )
-        x = self._self_attend(x, h, cache, (bias,))
-        return self._cross_and_mlp(x, memory, cross_mask), cache
-
-    def cross_kv(self, encoded: Array) -> KV:
-        return self.cross_attention.kv(encoded)
-
     def _self_attend(self, x: Array, h: Array, kv: KV, biases: tuple) -> Array:
         h = self.self_attention(h, kv, biases, self.train)
         return x + self.dropout(h, deterministic=not self.train)
@@ -299,56 +283,3 @@ def count_params(config: Config) -> int:
     """Number of parameters, from shapes alone."""
     shapes = jax.eval_shape(lambda: init_params(config, 0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-
-def unstack(params: dict, config: Config) -> dict:
-    """The parameters with the decoder's stacked layers as a list, as the functions below take."""
-    layers = params["decoder"]["layers"]
-    split = [jax.tree.map(operator.itemgetter(i), layers) for i in range(config.num_decoder_layers)]
-    return params | {"decoder": params["decoder"] | {"layers": split}}
-
-
-def prefill(params: dict, config: Config, inputs: Array) -> tuple[list[KV], Array]:
-    """Encode inputs [B, S] once: every layer's cross keys and values, and the mask over S."""
-    encoded = Transformer(config).apply({"params": params}, inputs, method="encode")
-    layer = DecoderLayer(config, train=False)
-    layers = params["decoder"]["layers"]
-    memory = [layer.apply({"params": p}, encoded, method="cross_kv") for p in layers]
-    return memory, padding_mask(inputs)
-
-
-def init_cache(config: Config, batch_size: int, length: int) -> list[KV]:
-    """Zero self-attention keys [B, K, H, length] and values [B, K, length, H], a pair a layer."""
-    B, K, H = batch_size, config.num_kv_heads_decoder, config.head_dim
-
-    def zeros(*shape: int) -> Array:
-        return jnp.zeros(shape, config.dtype)
-
-    return [
-        (zeros(B, K, H, length), zeros(B, K, length, H)) for _ in range(config.num_decoder_layers)
-    ]
-
-
-def decode_step(
-    params: dict,
-    config: Config,
-    tokens: Array,
-    index: Array,
-    cache: list[KV],
-    memory: list[KV],
-    cross_mask: Array,
-) -> tuple[Array, list[KV]]:
-    """Logits [B, V] after tokens [B] at position `index`, and the cache with that position."""
-    length = cache[0][0].shape[-1]
-    decoder, transformer = params["decoder"], Transformer(config)
-    bias = _position_bias(config, bidirectional=False).apply(
-        {"params": decoder["position_bias"]}, index, length, method="row"
-    )
-    bias += as_bias(jnp.arange(length) <= index)[None, None, None]
-    x = transformer.apply({"params": params}, tokens[:, None], method="embed")
-    layer, new_cache = DecoderLayer(config, train=False), []
-    for p, kv, cross_kv in zip(decoder["layers"], cache, memory, strict=True):
-        x, kv = layer.apply({"params": p}, x, kv, cross_kv, index, bias, cross_mask, method="step")
-        new_cache.append(kv)
-    x = _norm(config).apply({"params": decoder["norm"]}, x[:, 0])
-    return transformer.apply({"params": params}, x, method="to_logits"), new_cache
