@@ -224,7 +224,7 @@ class Inference:
 
 
 def project(x: Array, kernel: Array, width: int) -> Array:
-    """x [..., D] times a kernel in blocks [C, D, F / C], its first `width` columns: [..., width]."""
+    """x [..., D] times a kernel in blocks [C, D, F / C], the first columns: [..., width]."""
     C, D, block = kernel.shape
     rows = jnp.broadcast_to(x.reshape(1, -1, D), (C, x.size // D, D))
     out = jnp.einsum("CMD,CDF->CMF", rows, kernel)

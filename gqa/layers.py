@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn.initializers import ones, variance_scaling
 
+from gqa.attention import linear
+
 # A finite "minus infinity": a row that is masked whole (padding) gives equal weights, not NaN.
 MASKED = -1e10
 
@@ -42,7 +44,7 @@ class MLP(nn.Module):
         init = variance_scaling(1.0, "fan_in", "truncated_normal")
 
         def project(name: str, y: Array, shape: tuple[int, int]) -> Array:
-            return y @ self.param(name, init, shape).astype(self.dtype)
+            return linear(y, self.param(name, init, shape).astype(self.dtype))
 
         hidden = project("wi_0", x, (D, F))
         if self.activation == GATED_GELU:

@@ -1,12 +1,10 @@
 """T5 with any number of KV heads per attention. The letters are those of `gqa/attention.py`.
 
 Training runs scanned layers: every layer parameter has a leading axis L, so converting a checkpoint
-is one reshape. Decoding runs the same layers one by one on `unstack`ed parameters, because a scan
-would copy each layer's slice of the KV cache.
+is one reshape. `gqa/inference.py` runs the same layers to generate.
 """
 
 import dataclasses
-import operator
 from functools import partial
 
 import flax.linen as nn
@@ -15,11 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn.initializers import normal, variance_scaling
 
-from gqa.attention import Attention
+from gqa.attention import Attention, linear
 from gqa.errors import UserError
 from gqa.layers import GATED_GELU, MASKED, MLP, RELU, RelativePositionBias, RMSNorm
-
-KV = tuple[Array, Array]  # keys [B, K, H, S], values [B, K, S, H]
 
 # What a backward pass keeps of the forward pass; "minimal" recomputes all but the weight products.
 REMAT = {
@@ -122,7 +118,7 @@ class EncoderLayer(nn.Module):
     def __call__(self, x: Array, position_bias: Array, mask: Array) -> tuple[Array, None]:
         """x [B, S, D], position_bias [1, N, S, S], mask as a bias [B, 1, S or 1, S]."""
         h = self.attention_norm(x)
-        h = self.attention(h, self.attention.kv(h), (position_bias, mask), self.train)
+        h = self.attention(h, self.attention.kv(h), position_bias, mask, self.train)
         x += self.dropout(h, deterministic=not self.train)
         h = self.mlp(self.mlp_norm(x), self.train)
         return x + self.dropout(h, deterministic=not self.train), None
@@ -145,18 +141,13 @@ class DecoderLayer(nn.Module):
         """x [B, T, D], encoded [B, S, D]; masks as biases [B or 1, 1, T, T] and [B, 1, T, S]."""
         h = self.self_attention_norm(x)
         kv = self.self_attention.kv(h)
-        x = self._self_attend(x, h, kv, (position_bias, self_mask))
-        return self._cross_and_mlp(x, self.cross_attention.kv(encoded), cross_mask), None
-
-    def _self_attend(self, x: Array, h: Array, kv: KV, biases: tuple) -> Array:
-        h = self.self_attention(h, kv, biases, self.train)
-        return x + self.dropout(h, deterministic=not self.train)
-
-    def _cross_and_mlp(self, x: Array, memory: KV, mask: Array) -> Array:
-        h = self.cross_attention(self.cross_attention_norm(x), memory, (mask,), self.train)
+        h = self.self_attention(h, kv, position_bias, self_mask, self.train)
+        x += self.dropout(h, deterministic=not self.train)
+        kv = self.cross_attention.kv(encoded)
+        h = self.cross_attention(self.cross_attention_norm(x), kv, None, cross_mask, self.train)
         x += self.dropout(h, deterministic=not self.train)
         h = self.mlp(self.mlp_norm(x), self.train)
-        return x + self.dropout(h, deterministic=not self.train)
+        return x + self.dropout(h, deterministic=not self.train), None
 
 
 def _layers(layer: type[nn.Module], config: Config, train: bool, length: int) -> nn.Module:
@@ -169,6 +160,8 @@ def _layers(layer: type[nn.Module], config: Config, train: bool, length: int) ->
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=length,
+        # A loop on a CPU copies every parameter and activation that its body slices.
+        unroll=length if jax.default_backend() == "cpu" else 1,
     )
     return scanned(config, train, name="layers")
 
@@ -247,7 +240,7 @@ class Transformer(nn.Module):
         x = x.astype(jnp.float32)
         if self.config.tied_logits:
             return x * self.config.d_model**-0.5 @ self.embedding.T
-        return x @ self.logits
+        return linear(x, self.logits)
 
 
 def as_bias(mask: Array) -> Array:
