@@ -4,6 +4,10 @@ Without an accelerator the TPU kernels are interpreted and cuDNN's arguments go 
 """
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -177,3 +181,56 @@ def test_this_machine_is_asked_for_its_backend(monkeypatch):
     assert on("gpu", compute_capability="9.0") == "cudnn"
     assert on("gpu", compute_capability="7.5") == ""
     assert on("gpu", compute_capability="gfx90a") == ""
+
+
+SCRIPT = """
+import sys
+import jax
+import numpy as np
+from jax.experimental import pallas
+from gqa import kernels, sharding
+
+pallas_call = pallas.pallas_call
+pallas.pallas_call = lambda *args, **kwargs: pallas_call(*args, **(kwargs | {"interpret": True}))
+arrays = dict(np.load(sys.argv[1]))
+mesh = sharding.make_mesh()
+bias = sharding.replicate(arrays.pop("bias"), mesh)
+q, k, v, query, key = (sharding.place({"x": x}, mesh)["x"] for x in arrays.values())
+
+def loss(q, k, v, bias):
+    segments = kernels.Segments(query, key, packed=True)
+    out = kernels.fused_attention(
+        q, k, v, position_bias=bias, segments=segments, causal=True, backend="tpu"
+    )
+    return (out * (query > 0)[..., None, None]).sum()
+
+plain = {"position_bias": True, "packed": True, "dropout": False, "backend": "tpu"}
+assert "no mesh" in kernels.select(q, k, **plain).reason
+with jax.set_mesh(mesh):
+    assert "do not split" in kernels.select(q[:1], k[:1], **plain).reason
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(q, k, v, bias)
+assert len(gradients[0].sharding.device_set) == jax.device_count() == 2
+np.savez(sys.argv[2], *gradients)
+"""
+
+
+def test_devices_share_a_batch(tmp_path):
+    """The gradient of the bias is a sum over all devices' rows."""
+    inputs, _ = make_inputs(2, 100, 100, jnp.float32, bias=True)
+    segments = make_segments(100, 100, packed=True, self_attention=True)
+    arrays = inputs | {"query": segments.query, "key": segments.key}
+    np.savez(tmp_path / "in.npz", **arrays)
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DEFAULT_MATMUL_PRECISION": "float32",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    command = [sys.executable, "-c", SCRIPT, tmp_path / "in.npz", tmp_path / "out.npz"]
+    subprocess.run(command, env=environment, check=True)
+    found = dict(zip(inputs, np.load(tmp_path / "out.npz").values(), strict=True))
+    attend = functools.partial(defined, segments=segments, causal=True, dropout=None)
+    expected = value_and_gradients(attend, inputs, jnp.ones_like(inputs["q"]), segments)
+    for name, array in found.items():
+        np.testing.assert_allclose(array, expected[name], atol=1e-4, err_msg=name)
