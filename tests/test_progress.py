@@ -58,27 +58,33 @@ def scalars(monkeypatch) -> dict:
 
 
 def run(clock, folder, steps, every, first=0, peak=100.0):
-    """Steps of 2 s, the first of 50 s; after each line a validation of 30 s."""
+    """Steps of 2 s, and of 2 s more after each line; the first of 50 s; validations of 30 s."""
     with Progress("test", folder, every, 50.0, peak) as bar:
         bar.start(first, first + steps)
+        seconds = 2
         for step in range(first + 1, first + steps + 1):
-            clock.now += 50 if step == first + 1 else 2
+            clock.now += 50 if step == first + 1 else seconds
             bar.step(step, METRICS)
             if step % every == 0:
+                seconds += 2
                 with bar.pause():
                     clock.now += 30
 
 
 @pytest.mark.parametrize(("every", "first"), [(3, 0), (1, 0), (3, 5)])
-def test_rates_are_of_training_alone(clock, scalars, tmp_path, every, first):
+def test_rates_are_of_training_since_the_last_line(clock, scalars, tmp_path, every, first):
     run(clock, tmp_path, 7, every, first)
-    lines = {step for name, step in scalars if name == "loss"}
-    assert lines == {s for s in range(first + 1, first + 8) if s % every == 0 or s == first + 7}
-    for step in lines - {first + 1}:
-        assert scalars["input_tokens_per_second", step] == pytest.approx(30)
-        assert scalars["target_tokens_per_second", step] == pytest.approx(6)
-        assert scalars["mfu", step] == pytest.approx(0.25)  # 50 FLOPs in 2 s of 100 a second
-    assert ("mfu", first + 1) not in scalars  # of a step that was compiled there is no rate
+    last = first + 7
+    lines = [step for name, step in scalars if name == "loss"]
+    assert lines == [s for s in range(first + 1, last + 1) if s % every == 0 or s == last]
+    for line, step in enumerate(lines):
+        if step == first + 1:  # of a step that was compiled there is no rate
+            assert ("mfu", step) not in scalars
+            continue
+        seconds = 2 * (line + 1)
+        assert scalars["input_tokens_per_second", step] == pytest.approx(60 / seconds)
+        assert scalars["target_tokens_per_second", step] == pytest.approx(12 / seconds)
+        assert scalars["mfu", step] == pytest.approx(50 / seconds / 100)
 
 
 def test_a_line_says_all(clock, scalars, tmp_path, capsys):
@@ -86,7 +92,7 @@ def test_a_line_says_all(clock, scalars, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "test  step 2/4  loss 2.000  accuracy 0.250  30 input + 6 target tokens/s  MFU 25.0%  "
         "52 s left",
-        "test  step 4/4  loss 2.000  accuracy 0.250  30 input + 6 target tokens/s  MFU 25.0%  "
+        "test  step 4/4  loss 2.000  accuracy 0.250  15 input + 3 target tokens/s  MFU 12.5%  "
         "0 s left",
     ]
 
@@ -100,6 +106,6 @@ def test_the_bar_says_all(clock, scalars, tmp_path, monkeypatch):
 
 def test_without_a_known_peak_there_is_no_mfu(clock, scalars, tmp_path, capsys):
     run(clock, tmp_path, 4, every=2, peak=None)
-    assert "6 target tokens/s  0 s left" in capsys.readouterr().out
+    assert "3 target tokens/s  0 s left" in capsys.readouterr().out
     assert not [name for name, _ in scalars if name == "mfu"]
-    assert scalars["target_tokens_per_second", 4] == pytest.approx(6)
+    assert scalars["target_tokens_per_second", 4] == pytest.approx(3)
