@@ -10,11 +10,43 @@ Query head n reads KV head n // G, so the heads of a group are neighbours. Keys 
 [B, K, H, S] and values as [B, K, S, H]: the products below then read both in memory order.
 """
 
-import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.nn.initializers import variance_scaling
+
+# A finite "minus infinity": a row that is masked whole (padding) gives equal weights, not NaN.
+MASKED = -1e10
+
+
+@flax.struct.dataclass
+class Segments:
+    """Which example of its row each position belongs to: query [B, T] and key [B, S], int32.
+
+    Queries attend to keys of their own number; 0 is padding, which is not attended to. `packed`
+    says that a row may have several examples. If not, it is a run of ones and then zeros, and
+    queries that are padding may attend to anything: nothing reads what comes out for them.
+    """
+
+    query: Array
+    key: Array
+    packed: bool = flax.struct.field(pytree_node=False)
+
+
+def make_mask(segments: Segments | None, causal: bool, T: int, S: int) -> Array | None:
+    """The bias that hides what T queries may not attend to, broadcastable to [B, 1, T, S]."""
+    visible = jnp.tri(T, S, dtype=bool)[None, None] if causal else None
+    if segments is not None:
+        real = (segments.key > 0)[:, None, None, :]
+        if segments.packed:
+            real &= (segments.query[:, :, None] == segments.key[:, None, :])[:, None]
+        visible = real if visible is None else visible & real
+    return None if visible is None else as_bias(visible)
+
+
+def as_bias(visible: Array) -> Array:
+    """A boolean mask, True where attention may look, as a bias on the logits."""
+    return jnp.where(visible, 0.0, MASKED)
 
 
 def grouped_query_attention(
@@ -176,58 +208,3 @@ def _linear_backward(saved, dout):
 
 
 linear.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _linear_backward)
-
-
-class Attention(nn.Module):
-    """The projections around `attend`; `kv` is apart so that its result can be cached.
-
-    Parameters: query [D, N, H], key and value [D, K, H], out [N, H, D]; no biases.
-    """
-
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dropout_rate: float
-    dtype: jnp.dtype
-
-    def setup(self):
-        D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
-        # T5 leaves the logits unscaled and draws the query kernel sqrt(H) times smaller instead.
-        small = variance_scaling(1 / H, "fan_in", "normal", 0, (1, 2))
-        self.query = self.param("query", small, (D, N, H))
-        into = variance_scaling(1.0, "fan_in", "normal", 0, (1, 2))
-        self.key = self.param("key", into, (D, K, H))
-        self.value = self.param("value", into, (D, K, H))
-        self.out = self.param("out", variance_scaling(1.0, "fan_in", "normal", (0, 1)), (N, H, D))
-
-    def kv(self, y: Array) -> tuple[Array, Array]:
-        """Keys [B, K, H, S] and values [B, K, S, H] of y [B, S, D]."""
-        k, v = self._heads(y, self.key), self._heads(y, self.value)
-        return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-
-    def __call__(
-        self,
-        x: Array,
-        kv: tuple[Array, Array],
-        position_bias: Array | None,
-        mask: Array | None,
-        train: bool,
-    ) -> Array:
-        """Attend from x [B, T, D] to `kv`, with the biases of `attend`."""
-        (B, T, D), N, H = x.shape, self.num_heads, self.head_dim
-        k, v = kv
-        dropout = None
-        if train and self.dropout_rate > 0:
-            # One draw per key serves every query position, as in T5.
-            keep = 1 - self.dropout_rate
-            shape = (B, N, 1, k.shape[-1])
-            dropout = jax.random.bernoulli(self.make_rng("dropout"), keep, shape) / keep
-        out = attend(self._heads(x, self.query), k, v, position_bias, mask, dropout)
-        return linear(out.reshape(B, T, N * H), self.out.astype(self.dtype).reshape(N * H, D))
-
-    def _heads(self, x: Array, kernel: Array) -> Array:
-        """[B, T, D] -> [B, T, heads, H] for a kernel [D, heads, H]."""
-        D, heads, H = kernel.shape
-        out = linear(x, kernel.astype(self.dtype).reshape(D, heads * H))
-        return out.reshape(*x.shape[:2], heads, H)

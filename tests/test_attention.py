@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.attention import Attention, attend, attend_blocks, grouped_query_attention, linear
+from gqa.attention import attend, attend_blocks, grouped_query_attention, linear
+from gqa.layers import Attention
 
 B, T, S, N, H = 2, 5, 7, 4, 8
 
@@ -134,12 +135,12 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 def attention_module(**settings):
-    sizes = {"d_model": 16, "num_heads": N, "num_kv_heads": 2, "head_dim": H}
+    sizes = {"d_model": 16, "num_heads": N, "num_kv_heads": 2, "head_dim": H, "causal": False}
     return Attention(**{**sizes, "dropout_rate": 0.5, "dtype": jnp.float32, **settings})
 
 
 def attend_to_itself(module, x, train):
-    return module(x, module.kv(x), None, None, train)
+    return module(x, x, None, None, train)
 
 
 def test_dropout_noise_is_shared_by_query_positions_alone():
