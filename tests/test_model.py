@@ -1,4 +1,4 @@
-"""The whole network: what may depend on what, its sizes, dropout, and decoding step by step."""
+"""The whole network: what may depend on what, its sizes, and dropout."""
 
 import dataclasses
 import functools
@@ -12,19 +12,9 @@ import pytest
 
 from gqa.attention import Attention
 from gqa.errors import UserError
-from gqa.model import (
-    Config,
-    Transformer,
-    count_params,
-    decode_step,
-    init_cache,
-    prefill,
-    shift_right,
-    unstack,
-)
+from gqa.model import Config, Transformer, count_params, shift_right
 
 KV_HEADS = ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross")
-T5_1_0 = {"activation": "relu", "tied_logits": True}
 
 
 def replace(config, encoder=4, decoder=4, cross=4, **settings):
@@ -289,20 +279,3 @@ def test_without_training_dropout_is_off(tiny, batch):
     np.testing.assert_array_equal(one, again)
     assert not np.allclose(one, other)
     assert not np.allclose(one, expected)
-
-
-@pytest.mark.parametrize("version", [{}, T5_1_0], ids=["1.1", "1.0"])
-@pytest.mark.parametrize("K", [1, 2, 4])
-def test_decoding_step_by_step_equals_teacher_forcing(tiny, batch, K, version):
-    config = replace(tiny, decoder=K, cross=K, **version)
-    params = init(config)
-    expected = logits_of(params, config, batch)
-    unstacked = unstack(params, config)
-    memory, cross_mask = jax.jit(prefill, static_argnums=1)(unstacked, config, batch["inputs"])
-    B, T = batch["targets"].shape
-    cache = init_cache(config, B, T + 3)  # longer than what is decoded
-    assert cache[0][0].shape == (B, K, config.head_dim, T + 3)
-    step = jax.jit(decode_step, static_argnums=1)
-    for index, tokens in enumerate(shift_right(jnp.asarray(batch["targets"])).T):
-        logits, cache = step(unstacked, config, tokens, index, cache, memory, cross_mask)
-        np.testing.assert_allclose(logits, expected[:, index], rtol=1e-4, atol=1e-5)
