@@ -171,20 +171,27 @@ def _swapped(x: Array) -> Array:
 
 
 def attend_blocks(q: Array, k: Array, v: Array, bias: Array) -> Array:
-    """`attend` for the few rows of a decoding step: keys lie in blocks, k [B, K, C, H, S / C].
+    """`attend` for the few rows of a decoding step, to keys in blocks: k [B * K, C, H, S / C].
 
-    q [B, T, N, H], v [B, K, S, H], bias broadcastable to [B, N, T, S]; returns [B, T, N, H].
+    q [B, T, N, H], k of one block [B * K, H, S], v [B * K, S, H], bias broadcastable to
+    [B, N, T, S]; returns [B, T, N, H]. Products take k and v in the very shape they are kept in:
+    XLA:CPU would write a cache that it also reads in another shape twice.
     """
     B, T, N, H = q.shape
-    _, K, C, _, block = k.shape
+    K, S = len(v) // B, v.shape[1]
     G = N // K
-    q = q.astype(k.dtype).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
-    # All rows of a KV head meet each block of its keys in one product.
-    rows = jnp.broadcast_to(q.reshape(B, K, 1, G * T, H), (B, K, C, G * T, H))
-    logits = jnp.einsum("BKCMH,BKCHS->BKCMS", rows, k, preferred_element_type=jnp.float32)
-    logits = logits.swapaxes(2, 3).reshape(B, K, G, T, C * block) + _split_heads(bias, K)
-    weights = jax.nn.softmax(logits).reshape(B, K, G * T, C * block).astype(v.dtype)
-    out = jnp.einsum("BKMS,BKSH->BKMH", weights, v)
+    # All query rows of a KV head meet each block of its keys in one product.
+    rows = q.astype(k.dtype).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(B * K, G * T, H)
+    if k.ndim == 3:
+        logits = jnp.einsum("bMH,bHS->bMS", rows, k, preferred_element_type=jnp.float32)
+    else:
+        rows = jnp.broadcast_to(rows[:, None], (*k.shape[:2], G * T, H))
+        logits = jnp.einsum("bCMH,bCHS->bCMS", rows, k, preferred_element_type=jnp.float32)
+        logits = logits.swapaxes(1, 2)
+    logits = logits.reshape(B, K, G, T, S) + _split_heads(bias, K)
+    weights = jax.nn.softmax(logits).reshape(B * K, G * T, S).astype(v.dtype)
+    out = jnp.einsum("bMS,bSH->bMH", weights, v)
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

@@ -1,7 +1,8 @@
 """Search over a step function; knows no model.
 
 A step takes the tokens [B, R] of R beams, their position and a cache, and gives logits [B, R, V] of
-the next token and the new cache; row b * R + r of every cache array belongs to tokens[b, r].
+the next token and the new cache; of every cache array's first axis each of the B * R tokens has an
+equal part, in their order.
 
 A search keeps what it has of B examples in `rows`: arrays whose first axis is B, among them
 
@@ -53,7 +54,7 @@ def _follow(cache: Any, parents: Array) -> Any:
     B, R = parents.shape
 
     def gather(x: Array) -> Array:
-        beams = x.reshape(B, R, *x.shape[1:])
+        beams = x.reshape(B, R, -1, *x.shape[1:])
         return jax.vmap(lambda beams, parents: beams[parents])(beams, parents).reshape(x.shape)
 
     moved = (parents != jnp.arange(R)[None]).any()
@@ -147,8 +148,8 @@ class Beam:
         B, R = len(numbers), self.num_beams
         tokens = jnp.zeros((B, R, 1 + length), jnp.int32)
         # All beams begin alike, so only the first may be continued.
-        scores = jnp.full((B, R), -jnp.inf).at[:, 0].set(0.0)
-        return Beams(tokens, scores, tokens[:, 0], jnp.full(B, -jnp.inf), numbers < 0)
+        scores = jnp.full((B, R), -jnp.inf, jnp.float32)
+        return Beams(tokens, scores.at[:, 0].set(0), tokens[:, 0], scores[:, 0], numbers < 0)
 
     def update(self, rows: Beams, logits: Array, index: Array, eos: int) -> tuple[Beams, Array]:
         parents, chosen, scores = self._continuations(rows.scores, logits)

@@ -76,7 +76,7 @@ class Generator:
         `numbers` [B] are the examples' numbers in draws, by default 0 .. B - 1; rows of a negative
         number stand for no example and stay 0.
         """
-        B = memory.mask.shape[0]
+        B = len(memory.mask)
         numbers = np.arange(B) if numbers is None else np.asarray(numbers)
         outputs = np.zeros((B, self.length), np.int32)
         places, ended = np.arange(B), numbers < 0  # of the rows that are left
@@ -109,7 +109,7 @@ class Generator:
     def _with_room(self, cache: list[KV] | None, batch_size: int, length: int) -> list[KV]:
         if cache is None:
             return self._init_cache(batch_size, self.search.num_beams, length)
-        return cache if cache[0][1].shape[2] >= length else self._grow(cache, length)
+        return cache if cache[0][1].shape[1] >= length else self._grow(cache, length)
 
     def _advance_rows(self, weights, rows, cache, memory, begin, end):
         def step(tokens, index, cache):
@@ -119,8 +119,9 @@ class Generator:
         return decode.advance(step, self.search, rows, cache, begin, end, eos)
 
     def _keep_rows(self, rows, cache, memory, keep: Array):
-        """All arrays with the examples `keep` alone; a row of the cache is a beam of one."""
-        R = self.search.num_beams
-        beams = (keep[:, None] * R + jnp.arange(R)[None]).reshape(-1)
-        rows, memory = jax.tree.map(lambda x: x[keep], (rows, memory))
-        return rows, jax.tree.map(lambda x: x[beams], cache), memory
+        """All arrays, each with equal parts for each example, with the examples `keep` alone."""
+
+        def part(x: Array) -> Array:
+            return x.reshape(len(rows.ended), -1, *x.shape[1:])[keep].reshape(-1, *x.shape[1:])
+
+        return jax.tree.map(part, (rows, cache, memory))

@@ -9,12 +9,13 @@
 A step multiplies a few rows by every weight of the decoder and reads every key and value. To move
 each of those bytes once, and nothing else of size, is all there is to its speed; hence the layouts:
 
-    keys     [B, K, C, H, S / C]    C blocks of positions, so that a product with a few query rows
-    values   [B, K, S, H]           reads memory in order
+    keys     [B * K, C, H, S / C]   C blocks of positions, so that a product with a few query rows
+    values   [B * K, S, H]          reads memory in order; keys in one block are [B * K, H, S]
     weights  [C, D, F / C]          C blocks of columns, for the same reason
 
 Beams R are more query rows of the same keys in cross-attention, which is never repeated for them,
 and more batch rows in self-attention. Layers run one by one: a scan would copy each one's cache.
+So would an axis of length 1 in it, which XLA:CPU drops for a product but not for what is kept.
 """
 
 import dataclasses
@@ -125,7 +126,10 @@ class Inference:
         def kv(layer: dict) -> KV:
             k = jnp.einsum("BSD,DKH->BKHS", encoded, layer["cross_key"])
             v = jnp.einsum("BSD,DKH->BKSH", encoded, layer["cross_value"])
-            k = k.reshape(*k.shape[:3], -1, block).swapaxes(2, 3)
+            B, K, H, S = k.shape
+            if block < S:
+                k = k.reshape(B, K, H, -1, block).swapaxes(2, 3)
+            k, v = k.reshape(B * K, *k.shape[2:]), v.reshape(B * K, S, H)
             return k.astype(self.cache_dtype), v.astype(self.cache_dtype)
 
         return Memory([kv(layer) for layer in weights["decoder"]["layers"]], mask)
@@ -140,24 +144,27 @@ class Inference:
         There is room for `length` positions, and up to a block's more.
         """
         c = self.config
-        B, K, H = batch_size * num_beams, c.num_kv_heads_decoder, c.head_dim
+        K, H = c.num_kv_heads_decoder, c.head_dim
         block = self._key_block(c.num_heads // K) or length
         C = -(-length // block)
+        rows = batch_size * num_beams * K
 
         def zeros(*shape: int) -> Array:
             return jnp.zeros(shape, self.cache_dtype)
 
-        return [
-            (zeros(B, K, C, H, block), zeros(B, K, C * block, H))
-            for _ in range(c.num_decoder_layers)
-        ]
+        keys = (rows, C, H, block) if C > 1 else (rows, H, block)
+        return [(zeros(*keys), zeros(rows, C * block, H)) for _ in range(c.num_decoder_layers)]
 
     def grow(self, cache: list[KV], length: int) -> list[KV]:
         """The cache with room for `length` positions."""
-        larger = self.init_cache(cache[0][0].shape[0], 1, length)
-        return jax.tree.map(
-            lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim), larger, cache
-        )
+        rows = len(cache[0][0]) // self.config.num_kv_heads_decoder
+
+        def copy(new: Array, old: Array) -> Array:
+            if old.ndim < new.ndim:
+                old = old[:, None]  # one block of what become several
+            return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
+
+        return jax.tree.map(copy, self.init_cache(rows, 1, length), cache)
 
     def step(
         self, weights: dict, tokens: Array, index: Array, cache: list[KV], memory: Memory
@@ -167,7 +174,7 @@ class Inference:
         Row b * R + r of the cache belongs to tokens[b, r].
         """
         c, decoder = self.config, weights["decoder"]
-        length = cache[0][1].shape[2]
+        length = cache[0][1].shape[1]
         bias = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, False).apply(
             {"params": decoder["position_bias"]}, index, length, method="row"
         )
@@ -193,11 +200,7 @@ class Inference:
         x = self._norm(layer["self_attention_norm"], x).reshape(B * R, 1, -1)
         heads = project(x, layer["qkv"], (N + 2 * K) * H).reshape(B * R, N + 2 * K, H)
         q, k, v = jnp.split(heads, (N, N + K), axis=1)
-        k, v = (new.astype(old.dtype) for new, old in zip((k, v), cache, strict=True))
-        block = cache[0].shape[-1]
-        at = (0, 0, index // block, 0, index % block)
-        k = jax.lax.dynamic_update_slice(cache[0], k[:, :, None, :, None], at)
-        v = jax.lax.dynamic_update_slice(cache[1], v[:, :, None], (0, 0, index, 0))
+        k, v = _put(cache, k.reshape(-1, H), v.reshape(-1, H), index)
         out = attend_blocks(q[:, None], k, v, bias).reshape(B, R, N * H)
         return project(out.astype(c.dtype), layer["self_out"], c.d_model), (k, v)
 
@@ -222,6 +225,18 @@ class Inference:
 
     def _norm(self, params: dict, x: Array) -> Array:
         return RMSNorm(jnp.dtype(self.config.dtype)).apply({"params": params}, x)
+
+
+def _put(cache: KV, k: Array, v: Array, index: Array) -> KV:
+    """The cache with keys and values [B * R * K, H] at position `index`."""
+    block = cache[0].shape[-1]
+    k, at = k[:, :, None], (0, index % block)
+    if cache[0].ndim == 4:
+        k, at = k[:, None], (index // block, *at)
+    return (
+        jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, *at)),
+        jax.lax.dynamic_update_slice(cache[1], v[:, None].astype(cache[1].dtype), (0, index, 0)),
+    )
 
 
 def project(x: Array, kernel: Array, width: int) -> Array:

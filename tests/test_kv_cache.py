@@ -8,6 +8,7 @@ import pytest
 
 import gqa
 from gqa import model
+from gqa.inference import Inference
 
 
 @pytest.mark.parametrize(("decoder", "cross"), [(4, 4), (2, 4), (1, 1)])
@@ -16,10 +17,13 @@ def test_size_is_that_of_the_arrays(tiny, decoder, cross, dtype):
     heads = {"num_kv_heads_decoder": decoder, "num_kv_heads_cross": cross}
     config = dataclasses.replace(tiny, **heads, dtype=dtype)
 
+    # On CPUs both are filled up to whole blocks.
+    net = Inference(config, cache_dtype=dtype, backend="tpu")
+
     def arrays():
-        params = model.unstack(model.init_params(config, 0), config)
-        memory, _ = model.prefill(params, config, jnp.ones((3, 11), jnp.int32))
-        return memory, model.init_cache(config, 3, 5)
+        weights = net.prepare(model.init_params(config, 0))
+        memory = net.prefill(weights, jnp.ones((3, 11), jnp.int32))
+        return memory.kv, net.init_cache(3, 1, 5)
 
     leaves = jax.tree.leaves(jax.eval_shape(arrays))
     expected = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
