@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.attention import Attention
 from gqa.errors import UserError
+from gqa.layers import Attention
 from gqa.model import Config, Transformer, count_params, shift_right
 
 KV_HEADS = ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross")
@@ -217,14 +217,13 @@ def record_dropout(config, params, batch):
     Lists by module path, in the order of the layers.
     """
     zeros, outputs = {}, {}
-    B, K, H, S = 2, 4, config.head_dim, 5
-    x = jax.random.normal(jax.random.key(1), (B, 1, config.d_model))
-    kv = jnp.ones((B, K, H, S)), jax.random.normal(jax.random.key(2), (B, K, S, H))
+    B, S, D = 2, 5, config.d_model
+    x, y = (jax.random.normal(jax.random.key(n), (B, n, D)) for n in (1, S))
 
     def record(call, args, kwargs, context):
         log = None
         if isinstance(context.module, Attention) and context.method_name == "__call__":
-            args, log = (x, kv, (), True), outputs
+            args, log = (x, y, None, None, True), outputs
         elif isinstance(context.module, nn.Dropout):
             log = zeros
         out = call(*args, **kwargs)

@@ -1,0 +1,46 @@
+"""Model FLOPs of the network, counted analytically; the letters are those of `gqa/attention.py`.
+
+A product of [M, N] by [N, K] is 2 M N K. Only products count: no embedding look-ups, norms,
+softmax, masks or optimizer, and nothing that rematerialisation computes twice. Shapes are those of
+the batch, so padding counts, and the two products of attention count in full, without a discount
+for what a causal mask hides. This is the convention of PaLM's MFU (Chowdhery et al., 2022,
+appendix B).
+"""
+
+from gqa.layers import GATED_GELU
+from gqa.model import Config
+
+
+def train_flops(config: Config, batch_size: int, inputs_length: int, targets_length: int) -> float:
+    """FLOPs of one training step: a backward pass has two products for each of a forward pass."""
+    return 3 * forward_flops(config, batch_size, inputs_length, targets_length)
+
+
+def forward_flops(
+    config: Config, batch_size: int, inputs_length: int, targets_length: int
+) -> float:
+    """FLOPs of the logits [B, T, V] of inputs [B, S] and targets [B, T], teacher forced."""
+    c, S, T = config, inputs_length, targets_length
+    encoder_layer = _attention(c, c.num_kv_heads_encoder, S, S) + _mlp(c, S)
+    decoder_layer = (
+        _attention(c, c.num_kv_heads_decoder, T, T)
+        + _attention(c, c.num_kv_heads_cross, T, S)
+        + _mlp(c, T)
+    )
+    logits = 2 * T * c.d_model * c.vocab_size
+    row = c.num_encoder_layers * encoder_layer + c.num_decoder_layers * decoder_layer + logits
+    return float(batch_size * row)
+
+
+def _attention(config: Config, K: int, T: int, S: int) -> int:
+    """Projections of T queries and S keys and values, and the products between them."""
+    D, N, H = config.d_model, config.num_heads, config.head_dim
+    query_and_out = 2 * (2 * T * D * N * H)
+    key_and_value = 2 * (2 * S * D * K * H)
+    logits_and_sum = 2 * (2 * N * T * S * H)
+    return query_and_out + key_and_value + logits_and_sum
+
+
+def _mlp(config: Config, T: int) -> int:
+    kernels = 3 if config.activation == GATED_GELU else 2
+    return kernels * 2 * T * config.d_model * config.d_ff
