@@ -17,7 +17,7 @@ STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark",
 MAY_IMPORT_STAGES = ("launch", "experiments.pipeline", "experiments.sweep")
 LEAVES = (
     *("attention", "layers", "decode", "loss", "optim", "sharding", "checkpoint"),
-    *("corpus", "tokenizer", "metrics", "progress", "results", "errors"),
+    *("corpus", "tokenizer", "metrics", "progress", "results", "errors", "hardware"),
 )
 # Who may import it, as a pattern over module names.
 ROOMS = {
