@@ -1,0 +1,119 @@
+"""Text from a network: decoding in segments, over arrays no larger than what is left to do."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gqa import decode
+from gqa.decode import Search
+from gqa.inference import KV, Inference, Memory
+
+SHORTEST = 64  # the smallest bucket of lengths
+EVERY = 16  # positions after which the rows that ended are looked for
+HALVINGS = 3  # of a batch whose rows end
+
+
+def bucket(length: int, longest: int) -> int:
+    """The first of 64, 128, 256 ... `longest` that is `length` or more."""
+    size = SHORTEST
+    while size < length:
+        size *= 2
+    return min(size, longest)
+
+
+class Generator:
+    """`search` over `net`: texts of up to `length` tokens, filled to `length` if not `stop`.
+
+    Self-attention reads a cache of the current length's bucket. When the examples that go on fit
+    half of the batch, the others are left out of it, down to an eighth. So decoding is compiled
+    for at most 4 batch sizes times 1 + log2(length / 64) lengths, for each shape of inputs.
+
+    With a `mesh`, rows are split over its axis "data", and a batch is never made smaller than it.
+    """
+
+    def __init__(
+        self,
+        net: Inference,
+        search: Search,
+        length: int,
+        stop: bool = True,
+        mesh: Mesh | None = None,
+    ):
+        self.net, self.search, self.length, self.stop = net, search, length, stop
+        self._devices = 1 if mesh is None else mesh.size
+        rows = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
+        jit = partial(jax.jit, out_shardings=rows)
+        self.prefill = jit(partial(net.prefill, num_beams=search.num_beams))
+        self._start = jit(partial(search.start, length=length))
+        self._init_cache = jit(net.init_cache, static_argnums=(0, 1, 2))
+        self._grow = jit(net.grow, static_argnums=1)
+        self._keep = jit(self._keep_rows)
+        self._advance = jit(self._advance_rows, donate_argnames="cache")
+        self._outputs = jit(search.outputs)
+
+    def __call__(
+        self, weights: dict, inputs: Array, numbers: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Tokens [B, length] for inputs [B, S]; see `decode`."""
+        return self.decode(weights, self.prefill(weights, inputs), numbers)
+
+    def decode(
+        self, weights: dict, memory: Memory, numbers: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Tokens [B, length] for what `prefill` gave, 0 behind the end of a text.
+
+        `numbers` [B] are the examples' numbers in draws, by default 0 .. B - 1; rows of a negative
+        number stand for no example and stay 0.
+        """
+        B = memory.mask.shape[0]
+        numbers = np.arange(B) if numbers is None else np.asarray(numbers)
+        outputs = np.zeros((B, self.length), np.int32)
+        places, ended = np.arange(B), numbers < 0  # of the rows that are left
+        rows, cache = self._start(jnp.asarray(numbers, jnp.int32)), None
+        sizes = self._batch_sizes(B)
+        begin = 0
+        while begin < self.length and not ended.all():
+            size = min(size for size in sizes if size >= (~ended).sum())
+            if size < len(places):
+                outputs[places] = self._outputs(rows)
+                keep = np.argsort(ended, kind="stable")[:size]  # those that go on come first
+                rows, cache, memory = self._keep(rows, cache, memory, keep)
+                places, ended = places[keep], ended[keep]
+            room = bucket(begin + 1, self.length)
+            cache = self._with_room(cache, size, room)
+            end = min(begin + EVERY, room) if self.stop else room
+            rows, cache = self._advance(weights, rows, cache, memory, begin, end)
+            begin = end
+            if self.stop:
+                ended = np.asarray(rows.ended)
+        outputs[places] = self._outputs(rows)
+        return outputs
+
+    def _batch_sizes(self, B: int) -> list[int]:
+        sizes = [B]
+        while len(sizes) <= HALVINGS and sizes[-1] % (2 * self._devices) == 0:
+            sizes.append(sizes[-1] // 2)
+        return sizes
+
+    def _with_room(self, cache: list[KV] | None, batch_size: int, length: int) -> list[KV]:
+        if cache is None:
+            return self._init_cache(batch_size, self.search.num_beams, length)
+        return cache if cache[0][1].shape[2] >= length else self._grow(cache, length)
+
+    def _advance_rows(self, weights, rows, cache, memory, begin, end):
+        def step(tokens, index, cache):
+            return self.net.step(weights, tokens, index, cache, memory)
+
+        eos = decode.EOS if self.stop else decode.NO_EOS
+        return decode.advance(step, self.search, rows, cache, begin, end, eos)
+
+    def _keep_rows(self, rows, cache, memory, keep: Array):
+        """All arrays with the examples `keep` alone; a row of the cache is a beam of one."""
+        R = self.search.num_beams
+        beams = (keep[:, None] * R + jnp.arange(R)[None]).reshape(-1)
+        rows, memory = jax.tree.map(lambda x: x[keep], (rows, memory))
+        return rows, jax.tree.map(lambda x: x[beams], cache), memory
