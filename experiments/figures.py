@@ -104,6 +104,44 @@ def pretraining_loss(summary: Summary, path: str | os.PathLike) -> bool:
     return True
 
 
+def time_by_groups(lines: dict[str, list], path: str | os.PathLike) -> None:
+    """Draw seconds per sample against KV heads, beside the paper's Figure 6.
+
+    `lines` has, by label, pairs of a number of KV heads and a record with low and high.
+    """
+    figure = Figure(figsize=(7.2, 3.4 + 0.16 * len(lines)), layout="constrained")
+    ours, published = figure.subplots(1, 2)
+    for i, (label, points) in enumerate(lines.items()):
+        heads, seconds = zip(*points, strict=True)
+        color, marker = _style(i)
+        ours.errorbar(
+            heads,
+            [s["value"] for s in seconds],
+            yerr=[
+                [s["value"] - s["low"] for s in seconds],
+                [s["high"] - s["value"] for s in seconds],
+            ],
+            label=label,
+            color=color,
+            marker=marker,
+            elinewidth=0.8,
+            capsize=2,
+        )
+    published.plot(*zip(*paper.FIGURE6.items(), strict=True), color=COLORS[6], marker="o")
+    ours.set(title="Ours")
+    published.set(title="Published: T5-XXL on TPUv4, input 2048")
+    for axes in (ours, published):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="KV heads", ylabel="Time per sample (s)")
+        heads = sorted({int(x) for line in axes.lines for x in line.get_xdata()})
+        axes.set_xticks(heads, [str(K) for K in heads])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        _tidy(axes)
+    _legend_below(ours)
+    _save(figure, path)
+
+
 def _style(i):
     """Return color and marker of the variant in row `i`, the same in every figure."""
     return COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
@@ -138,5 +176,5 @@ def _tidy(axes):
 def _save(figure, path):
     """Write under a temporary name first, so that a reader never sees half a picture."""
     temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, format="png", dpi=200)
+    figure.savefig(temporary, format=Path(path).suffix[1:], dpi=200)
     os.replace(temporary, path)

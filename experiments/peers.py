@@ -8,7 +8,6 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +15,12 @@ import numpy as np
 from gqa import huggingface
 from gqa.model import Config
 
-HUGGING_FACE, CTRANSLATE2 = "Hugging Face", "CTranslate2"
+HUGGING_FACE, CTRANSLATE2 = "hugging_face", "ctranslate2"
+TITLES = {HUGGING_FACE: "Hugging Face", CTRANSLATE2: "CTranslate2"}
 PACKAGES = {
     HUGGING_FACE: ("torch", "transformers"),
-    CTRANSLATE2: ("torch", "transformers", "ctranslate2"),  # which reads a Transformers model
+    CTRANSLATE2: ("torch", "transformers", "ctranslate2"),  # it reads a Transformers model
 }
-REQUIREMENTS = "requirements-bench.txt"
 
 
 class Peer(NamedTuple):
@@ -39,7 +38,7 @@ def installed() -> list[str]:
 def missing() -> list[str]:
     """A line for each of the others, which says how to install it."""
     return [
-        f"{name} is not timed: {', '.join(packages)} not found; install {REQUIREMENTS}"
+        f"{TITLES[name]} is not timed: no {', '.join(packages)}; install requirements-bench.txt"
         for name in PACKAGES
         if (packages := _missing(name))
     ]
@@ -51,10 +50,11 @@ def _missing(name: str) -> list[str]:
 
 def build(name: str, params: dict, config: Config, inputs: np.ndarray) -> Peer:
     """The peer `name` with our multi-head parameters, on inputs [B, S] without padding."""
-    return {HUGGING_FACE: _hugging_face, CTRANSLATE2: _ctranslate2}[name](params, config, inputs)
+    return {HUGGING_FACE: hugging_face, CTRANSLATE2: ctranslate2}[name](params, config, inputs)
 
 
-def _hugging_face(params: dict, config: Config, inputs: np.ndarray) -> Peer:
+def hugging_face(params: dict, config: Config, inputs: np.ndarray) -> Peer:
+    """Transformers' own `generate`, with its cache."""
     import torch
     from transformers import DynamicCache, EncoderDecoderCache
 
@@ -102,7 +102,11 @@ def _transformers(params: dict, config: Config):
     return network
 
 
-def _ctranslate2(params: dict, config: Config, inputs: np.ndarray) -> Peer:
+def ctranslate2(params: dict, config: Config, inputs: np.ndarray) -> Peer:
+    """A CTranslate2 model in float32, whose tokens are the words "0", "1" and so on.
+
+    It cannot do without an end, only put it off: a token 1 it would choose becomes another.
+    """
     import ctranslate2
     from ctranslate2.converters.transformers import T5Loader
 
@@ -135,6 +139,32 @@ def _ctranslate2(params: dict, config: Config, inputs: np.ndarray) -> Peer:
         return np.array([[int(word) for word in result.hypotheses[0]] for result in results])
 
     return Peer(generate, None)
+
+
+def hugging_face_training(
+    params: dict, config: Config, learning_rate: float
+) -> Callable[[np.ndarray, np.ndarray], float]:
+    """A training step (inputs [B, S], targets [B, T]) -> loss, with Transformers' Adafactor.
+
+    Its settings are ours: updates scaled by the size of a parameter, a rate from outside.
+    """
+    import torch
+    from transformers.optimization import Adafactor
+
+    network = _transformers(params, config).train()
+    optimizer = Adafactor(
+        network.parameters(), lr=learning_rate, scale_parameter=True, relative_step=False
+    )
+
+    def step(inputs: np.ndarray, targets: np.ndarray) -> float:
+        inputs, targets = torch.tensor(inputs).long(), torch.tensor(targets).long()
+        optimizer.zero_grad()
+        loss = network(input_ids=inputs, labels=targets).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
 
 
 def _cores() -> int:
