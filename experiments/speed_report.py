@@ -65,7 +65,6 @@ TIMES = (
     Column("tokens/s", "tokens_per_second", _rate),
     Column("time / sample", "sample_seconds", tables.seconds),
     Column("sample / MHA", "sample_ratio_mha", _ratio),
-    Column("encoder alone", "encoder_seconds", tables.seconds),
     Column("our tokens", "same_tokens", _percent),
 )
 TRAFFIC = (
@@ -207,14 +206,13 @@ def _ceilings(machine: Row) -> str:
     )
 
 
-def _lines(rows: list[Row]) -> dict[str, list]:
+def _lines(rows: list[Row]) -> dict[tuple[str, bool], list]:
     """What the figure draws: time per sample by KV heads, of each system, length and batch."""
-    lines: dict[str, list] = {}
+    lines: dict[tuple[str, bool], list] = {}
     for row in [*_of(rows, EQUAL), *_of(rows, LARGEST)]:
-        v = row.variant
-        batch = f"batch {v['batch_size']}" if v["batch"] == EQUAL else "largest batch"
-        label = f"{row.system}: input {v['inputs_length']}, {batch}"
-        lines.setdefault(label, []).append((v["num_kv_heads"], row.numbers["sample_seconds"]))
+        label = f"{row.system}, input {row.variant['inputs_length']}"
+        points = lines.setdefault((label, row.variant["batch"] == LARGEST), [])
+        points.append((row.variant["num_kv_heads"], row.numbers["sample_seconds"]))
     return lines
 
 
