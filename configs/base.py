@@ -47,10 +47,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.uptrain.alpha = 0.05  # of pretrain.steps, with pretrain's recipe and data; 0 is allowed
     config.finetune = _finetune()
     config.files = _files()
-    config.evaluate = ConfigDict()
-    config.evaluate.split = "test"
-    config.evaluate.examples = 0  # the first so many; 0: all
-    config.evaluate.batch_size = 64
+    config.evaluate = _evaluate()
     config.benchmark = ConfigDict()
     config.benchmark.batch_size = 8
     config.benchmark.inputs_length = 2048
@@ -116,6 +113,21 @@ def _files() -> ConfigDict:
     files.prefix = ""  # put before every source
     files.metrics = "rouge1,rouge2,rougeL"
     return files
+
+
+def _evaluate() -> ConfigDict:
+    evaluate = ConfigDict()
+    evaluate.split = "test"
+    evaluate.examples = 0  # the first so many; 0: all
+    evaluate.batch_size = 64
+    evaluate.search = "greedy"  # greedy, beam, sample
+    evaluate.num_beams = 4  # beam: with T5's length penalty ((5 + tokens) / 6) ** alpha
+    evaluate.alpha = 0.6
+    evaluate.temperature = 1.0  # sample: 0 is greedy
+    evaluate.top_k = 0  # of so many most likely tokens; 0: all
+    evaluate.top_p = 1.0  # of the most likely tokens that have this probability together
+    evaluate.cache_dtype = ""  # of keys and values; empty: float32 on CPUs, bfloat16 elsewhere
+    return evaluate
 
 
 def _fit_cpu(config: ConfigDict) -> None:

@@ -2,11 +2,28 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.stage import Job, Outcome, load_params, open_parent, record
-from gqa import data, evaluate, metrics, tasks, train
+from gqa import decode, evaluate, metrics, tasks, train
+from gqa.errors import UserError
+from gqa.generate import Generator
+from gqa.inference import Inference
 from gqa.tasks import Example
+
+SEARCHES = ("greedy", "beam", "sample")
+CACHE_DTYPES = ("", "float32", "bfloat16")
+
+
+def check(settings: Mapping) -> None:
+    """Refuse what no search can use in the config's section evaluate."""
+    for key, choices in (("search", SEARCHES), ("cache_dtype", CACHE_DTYPES)):
+        if settings[key] not in choices:
+            known = ", ".join(choice or "nothing" for choice in choices)
+            raise UserError(f"evaluate.{key}={settings[key]!r}; use one of {known}")
+    if not 0 < settings["top_p"] <= 1:
+        raise UserError(f"evaluate.top_p={settings['top_p']}; use more than 0 and at most 1")
 
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
@@ -20,9 +37,20 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     shape = {key: recipe[key] for key in ("inputs_length", "targets_length")}
     shape["batch_size"] = settings["batch_size"]
 
-    batches = data.evaluation(pairs, **shape)
-    length, tokenizer = recipe["targets_length"], job.text.tokenizer
-    predictions = evaluate.predict(params, parent.config, batches, length, tokenizer, job.mesh)
+    generator = Generator(
+        Inference(parent.config, settings["cache_dtype"]),
+        _make_search(settings),
+        recipe["targets_length"],
+        mesh=job.mesh,
+    )
+    tokens = evaluate.predict(
+        generator,
+        generator.prepare(params),
+        [inputs for inputs, _ in pairs],
+        inputs_length=recipe["inputs_length"],
+        batch_size=settings["batch_size"],
+    )
+    predictions = [job.text.tokenizer.decode(row) for row in tokens]
     _keep(folder / "predictions.jsonl", examples, predictions)
     validation_loss = train.make_validation(parent.config, job.mesh)
     losses = evaluate.losses(
@@ -34,6 +62,15 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     for entry in records:
         print(f"{name}: {entry['metric']} {entry['value']:.2f} {entry['unit']}")
     return Outcome(records)
+
+
+def _make_search(settings: dict) -> decode.Search:
+    if settings["search"] == "beam":
+        return decode.beam_search(settings["num_beams"], settings["alpha"])
+    if settings["search"] == "sample":
+        options = {key: settings[key] for key in ("temperature", "top_k", "top_p")}
+        return decode.Sample(**options, seed=settings["variant"]["seed"])
+    return decode.GREEDY
 
 
 def _keep(path: Path, examples: list[Example], predictions: list[str]) -> None:

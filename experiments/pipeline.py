@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments import report, text
+from experiments import evaluate, report, text
 from experiments.stage import Job, finish, make_workdir, open_parent, read_done
 from gqa import convert, model, results, sharding
 from gqa.errors import UserError
 from gqa.tasks import SPLITS
 
 RESULTS = "results.jsonl"
+ALL_IF_ZERO = ("evaluate.examples", "evaluate.top_k")
 KINDS = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark", "report")
 
 
@@ -73,6 +74,7 @@ def check(config: ConfigDict) -> None:
     if config.evaluate.split not in SPLITS:
         raise UserError(f"evaluate.split={config.evaluate.split!r}; use one of {', '.join(SPLITS)}")
     check_numbers(config)
+    evaluate.check(config.evaluate)
     for section in ("pretrain", "finetune"):
         training = config[section]
         model.Config(**{**parent.__dict__, "dropout_rate": training.dropout_rate})
@@ -84,11 +86,11 @@ def check(config: ConfigDict) -> None:
 
 
 def check_numbers(config: ConfigDict) -> None:
-    """Counts are 1 or more, rates not negative; 0 examples stand for all."""
+    """Counts are 1 or more, rates not negative; 0 stands for all examples and tokens."""
     for section, settings in config.items():
         for key, value in settings.items() if isinstance(settings, ConfigDict) else ():
             name = f"{section}.{key}"
-            least = 0 if isinstance(value, float) or name == "evaluate.examples" else 1
+            least = 0 if isinstance(value, float) or name in ALL_IF_ZERO else 1
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if number and not least <= value < math.inf:
                 raise UserError(f"{name}={value}; use {least} or more")

@@ -1,46 +1,39 @@
 """Score a model: generated text against references, and losses that say what it learned."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
-from jax import Array
-from jax.sharding import Mesh
 
-from gqa import decode, model
 from gqa.data import EOS, Pair, evaluation
-from gqa.model import Config
-from gqa.sharding import place
-from gqa.tokenizer import Tokenizer
-
-
-def make_generate(config: Config, length: int, stop: bool = True) -> Callable[[dict, Array], Array]:
-    """The jitted greedy decoder (params, inputs [B, S]) -> tokens [B, length]."""
-
-    @jax.jit
-    def generate(params: dict, inputs: Array) -> Array:
-        params = model.unstack(params, config)
-        memory, mask = model.prefill(params, config, inputs)
-        cache = model.init_cache(config, len(inputs), length)
-
-        def step(tokens, index, cache):
-            return model.decode_step(params, config, tokens, index, cache, memory, mask)
-
-        return decode.greedy(step, cache, len(inputs), length, stop)
-
-    return generate
+from gqa.generate import Generator, bucket
 
 
 def predict(
-    params: dict, config: Config, batches: Iterable, length: int, tokenizer: Tokenizer, mesh: Mesh
-) -> list[str]:
-    """Greedy outputs, as text and in order, for batches of (batch, number of real rows)."""
-    generate = make_generate(config, length)
-    texts = []
-    for batch, real in batches:
-        tokens = generate(params, place({"inputs": batch["inputs"]}, mesh)["inputs"])
-        texts += [tokenizer.decode(row) for row in np.asarray(tokens)[:real]]
-    return texts
+    generator: Generator,
+    weights: dict,
+    texts: Sequence[np.ndarray],
+    *,
+    inputs_length: int,
+    batch_size: int,
+) -> np.ndarray:
+    """Tokens [n, length] that `generator` gives for n texts of token ids, in their order.
+
+    Texts are cut to `inputs_length`, their end counted. Those of like length share a batch, so that
+    few of its columns are padding; what a text gives does not depend on the batch it is in.
+    """
+    order = np.argsort([len(text) for text in texts], kind="stable")
+    outputs = np.zeros((len(texts), generator.length), np.int32)
+    for start in range(0, len(texts), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [np.append(texts[i][: inputs_length - 1], EOS) for i in chosen]
+        width = bucket(max(map(len, rows)), inputs_length)
+        inputs = np.zeros((batch_size, width), np.int32)
+        for row, text in zip(inputs, rows, strict=False):
+            row[: len(text)] = text
+        numbers = np.full(batch_size, -1)
+        numbers[: len(chosen)] = chosen
+        outputs[chosen] = generator(weights, inputs, numbers)[: len(chosen)]
+    return outputs
 
 
 def losses(

@@ -45,15 +45,22 @@ class Generator:
     ):
         self.net, self.search, self.length, self.stop = net, search, length, stop
         self._devices = 1 if mesh is None else mesh.size
-        rows = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
+        rows = everywhere = None
+        if mesh is not None:
+            rows, everywhere = (
+                NamedSharding(mesh, PartitionSpec(*axis)) for axis in (["data"], [])
+            )
         jit = partial(jax.jit, out_shardings=rows)
-        self.prefill = jit(partial(net.prefill, num_beams=search.num_beams))
+        prefill = partial(net.prefill, num_beams=search.num_beams)
+        self.prepare = jax.jit(net.prepare, out_shardings=everywhere)
+        self.prefill = jit(prefill, in_shardings=(everywhere, rows))
         self._start = jit(partial(search.start, length=length))
         self._init_cache = jit(net.init_cache, static_argnums=(0, 1, 2))
         self._grow = jit(net.grow, static_argnums=1)
         self._keep = jit(self._keep_rows)
         self._advance = jit(self._advance_rows, donate_argnames="cache")
-        self._outputs = jit(search.outputs)
+        self._outputs = jax.jit(search.outputs, out_shardings=everywhere)
+        self._ended = jax.jit(lambda rows: rows.ended, out_shardings=everywhere)
 
     def __call__(
         self, weights: dict, inputs: Array, numbers: np.ndarray | None = None
@@ -89,7 +96,7 @@ class Generator:
             rows, cache = self._advance(weights, rows, cache, memory, begin, end)
             begin = end
             if self.stop:
-                ended = np.asarray(rows.ended)
+                ended = np.asarray(self._ended(rows))
         outputs[places] = self._outputs(rows)
         return outputs
 

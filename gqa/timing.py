@@ -98,7 +98,8 @@ def measure(
     turns = {}
     for name, config in configs.items():
         net = Inference(config)
-        turns[name] = generation(net, net.prepare(init_params(config, 0)), inputs, targets_length)
+        weights = jax.jit(net.prepare)(init_params(config, 0))
+        turns[name] = generation(net, weights, inputs, targets_length)
     return take_turns(turns, repetitions)
 
 
