@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from experiments.text import Text, Training
 from gqa import checkpoint, model, train
 from gqa.errors import UserError
+from gqa.flops import train_flops
+from gqa.hardware import peak_flops
 from gqa.progress import Progress
 from gqa.sharding import replicate
 
@@ -127,7 +129,9 @@ def run_training(
     checkpoints = folder / "checkpoints"
     events = job.workdir / "tensorboard" / folder.name
     info = info | {"model": config.__dict__, "vocabulary": job.text.tokenizer.hash}
-    with Progress(name, events, recipe["every"]) as progress:
+    step_flops = train_flops(config, recipe["batch_size"], **data.lengths)
+    peak = peak_flops(config.dtype)
+    with Progress(name, events, recipe["every"], step_flops, peak) as progress:
         train.fit(
             lambda: replicate(start(), job.mesh),
             train.abstract(config, job.mesh),

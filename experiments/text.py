@@ -121,9 +121,13 @@ def _sha256(path: str) -> str:
 
 
 class Training(NamedTuple):
-    """Batches to train on, without end, and the same validation batches each time."""
+    """Batches to train on, without end, and the same validation batches each time.
+
+    `lengths` are those of a batch: inputs_length and targets_length.
+    """
 
     batches: object
+    lengths: dict[str, int]
     validation: Callable[[], Iterator]
     validation_size: int
 
@@ -152,4 +156,4 @@ def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
     evaluation = functools.partial(
         data.evaluation, held_out, **shape, batch_size=recipe["batch_size"], shard=shard
     )
-    return Training(batches, evaluation, len(held_out))
+    return Training(batches, shape, evaluation, len(held_out))

@@ -74,6 +74,7 @@ def make_step(loss: Loss, learning_rate: Callable, seed: int, num_microbatches: 
             "loss": sums["nats"] / tokens,
             "accuracy": sums["correct"] / tokens,
             "learning_rate": rate,
+            "input_tokens": jnp.sum(batch["inputs"] > 0),
             "tokens": sums["tokens"],
         }
         return State(state.step + 1, params, opt_state), metrics
@@ -154,10 +155,11 @@ def fit(
             state = _restore(checkpoints, abstract_state, batches)
 
         def save(step: int) -> None:
-            metrics = {"validation_loss": validate(state.params)}
-            progress.scalars(step, metrics)
-            items = {"params": state.params, "opt_state": state.opt_state, "config": config}
-            checkpoints.save(step, items | {"data": batches.get_state()}, metrics)
+            with progress.pause():
+                metrics = {"validation_loss": validate(state.params)}
+                progress.scalars(step, metrics)
+                items = {"params": state.params, "opt_state": state.opt_state, "config": config}
+                checkpoints.save(step, items | {"data": batches.get_state()}, metrics)
 
         first = int(state.step)
         progress.start(first, steps)

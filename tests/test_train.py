@@ -69,6 +69,8 @@ def test_rows_of_padding_change_nothing(config):
     (a, metrics), (b, padded_metrics) = (step(train.init(config, 0), x) for x in (batch, padded))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), a.params, b.params)
     assert metrics["tokens"] == padded_metrics["tokens"] == (batch["targets"] > 0).sum()
+    counts = (x["input_tokens"] for x in (metrics, padded_metrics))
+    assert {int(n) for n in counts} == {batch["inputs"].size}
 
 
 def test_every_step_and_microbatch_draws_its_own_dropout(config):
@@ -120,7 +122,7 @@ def run_fit(config, folder, steps, every=2, rate=1e-2, batches=None, alive=lambd
             super().step(number, metrics)
             alive(number)
 
-    with Watched("test", folder / "events", every) as progress:
+    with Watched("test", folder / "events", every, 1.0, None) as progress:
         train.fit(
             lambda: train.init(config, 0),
             train.abstract(config, mesh),
@@ -193,7 +195,7 @@ def run_fit_with_nan(config, folder, loss, batches):
         return sums | {name: sums[name] + jnp.where(third, jnp.nan, 0) for name in ("loss", "nats")}
 
     mesh = sharding.make_mesh()
-    with Progress("test", folder / "events", 1) as progress:
+    with Progress("test", folder / "events", 1, 1.0, None) as progress:
         train.fit(
             lambda: train.init(config, 0),
             train.abstract(config, mesh),
