@@ -59,15 +59,16 @@ def check(config: ConfigDict) -> None:
 
 def run(config: ConfigDict, workdir: Path, kind: str | None = None) -> None:
     """Measure everything, or one part of it; print it and leave `speed.md` and its figure."""
-    make_workdir(workdir)
     path = workdir / pipeline.RESULTS
-    others = [] if kind == "report" else _others()
-    for part, measure in (("inference", _inference), ("training", _training)):
-        if kind in (None, part):
-            made = measure(config, others)
-            common = {"run": config.name, "stage": part, "stage_key": None, "task": None}
-            common |= results.provenance()
-            results.append(path, [common | r for r in made])
+    if kind != "report":
+        make_workdir(workdir)
+        others = _others()
+        for part, measure in (("inference", _inference), ("training", _training)):
+            if kind in (None, part):
+                made = measure(config, others)
+                common = {"run": config.name, "stage": part, "stage_key": None, "task": None}
+                common |= results.provenance()
+                results.append(path, [common | r for r in made])
     print(speed_report.run(path, workdir, config.name))
 
 
