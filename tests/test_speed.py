@@ -198,10 +198,12 @@ def test_the_report_shows_everyone(measured, config, capsys):
 
 def test_only_the_last_measurement_of_a_part_is_shown(measured, tmp_path):
     _, records, _ = measured
-    older = [r | {"time": "2020-01-01T00:00:00+00:00", "value": 99.0} for r in records]
+    before = {"time": "2020-01-01T00:00:00+00:00"}
+    older = [r | before | {"variant": r["variant"] | {"inputs_length": 999}} for r in records]
     results.append(tmp_path / "results.jsonl", older + records)
     again = speed_report.run(tmp_path / "results.jsonl", tmp_path, "speed")
-    assert "99.00" not in again
+    assert "999 input" not in again
+    assert f"{LENGTH} input" in again
     with pytest.raises(UserError, match="no timings of speed-large; run it without"):
         speed_report.run(tmp_path / "results.jsonl", tmp_path, "speed-large")
 
