@@ -10,17 +10,49 @@ Query head n reads KV head n // G, so the heads of a group are neighbours. Keys 
 [B, K, H, S] and values as [B, K, S, H]: the products below then read both in memory order.
 """
 
-import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.nn.initializers import variance_scaling
+
+# A finite "minus infinity": a row that is masked whole (padding) gives equal weights, not NaN.
+MASKED = -1e10
+
+
+@flax.struct.dataclass
+class Segments:
+    """Which example of its row each position belongs to: query [B, T] and key [B, S], int32.
+
+    Queries attend to keys of their own number; 0 is padding, which is not attended to. `packed`
+    says that a row may have several examples. If not, it is a run of ones and then zeros, and
+    queries that are padding may attend to anything: nothing reads what comes out for them.
+    """
+
+    query: Array
+    key: Array
+    packed: bool = flax.struct.field(pytree_node=False)
+
+
+def make_mask(segments: Segments | None, causal: bool, T: int, S: int) -> Array | None:
+    """The bias that hides what T queries may not attend to, broadcastable to [B, 1, T, S]."""
+    visible = jnp.tri(T, S, dtype=bool)[None, None] if causal else None
+    if segments is not None:
+        real = (segments.key > 0)[:, None, None, :]
+        if segments.packed:
+            real &= (segments.query[:, :, None] == segments.key[:, None, :])[:, None]
+        visible = real if visible is None else visible & real
+    return None if visible is None else as_bias(visible)
+
+
+def as_bias(visible: Array) -> Array:
+    """A boolean mask, True where attention may look, as a bias on the logits."""
+    return jnp.where(visible, 0.0, MASKED)
 
 
 def grouped_query_attention(
     q: Array, k: Array, v: Array, bias: Array | None = None, dropout: Array | None = None
 ) -> Array:
-    """Attend from q [B, T, N, H] to k and v [B, S, K, H]; returns [B, T, N, H].
+    """The definition: attend from q [B, T, N, H] to k and v [B, S, K, H]; returns [B, T, N, H].
 
     Logits are not divided by sqrt(H), as in T5 (the factor sits in the query initialiser).
 
@@ -28,31 +60,114 @@ def grouped_query_attention(
         bias: added to the logits; broadcastable to [B, N, T, S].
         dropout: multiplies the weights; broadcastable to [B, N, T, S].
     """
-    biases = () if bias is None else (bias,)
-    return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), biases, dropout)
-
-
-def attend(
-    q: Array, k: Array, v: Array, biases: tuple[Array, ...] = (), dropout: Array | None = None
-) -> Array:
-    """`grouped_query_attention` on the cache's layout: k [B, K, H, S], v [B, K, S, H].
-
-    Biases that broadcast along different axes stay small by coming one by one.
-    """
     B, T, N, H = q.shape
-    K = k.shape[1]
-    if N % K:
-        raise ValueError(f"{N} query heads cannot share {K} KV heads: q {q.shape}, k {k.shape}")
+    K = k.shape[2]
+    _check_heads(N, K)
     # The G queries of a group are more rows of one product; K and V are never repeated.
-    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    logits = jnp.einsum("BKGTH,BKHS->BKGTS", q, k, preferred_element_type=jnp.float32)
-    for bias in biases:
+    q = q.reshape(B, T, K, N // K, H)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    if bias is not None:
         logits += _split_heads(bias, K)
     weights = jax.nn.softmax(logits)
     if dropout is not None:
         weights *= _split_heads(dropout, K)
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
+    return out.reshape(B, T, N, H)
+
+
+def _check_heads(N: int, K: int) -> None:
+    if N % K:
+        raise ValueError(f"{N} query heads cannot share {K} KV heads")
+
+
+def _split_heads(x: Array, K: int) -> Array:
+    """[B, N, T, S] -> [B, K, G, T, S], where a head axis of 1 stays broadcastable."""
+    B, N, T, S = x.shape
+    return x.reshape(B, K, N // K, T, S) if N > 1 else x[:, None]
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    position_bias: Array | None = None,
+    mask: Array | None = None,
+    dropout: Array | None = None,
+) -> Array:
+    """`grouped_query_attention` as it is trained: k [B, K, H, S], v [B, K, S, H].
+
+    The bias comes in two parts that stay small alone: position_bias [1, N, T, S], and mask,
+    broadcastable to [B, 1, T, S], which like dropout [B, N, 1, S] gets no gradient.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    _check_heads(N, K)
+    G = N // K
+    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    if position_bias is not None:
+        position_bias = position_bias.reshape(1, K, G * T, -1)
+    if mask is not None and mask.shape[2] > 1:
+        mask = jnp.tile(mask, (1, 1, G, 1))
+    if dropout is not None:
+        dropout = jnp.repeat(dropout.reshape(B, K, G, -1), T, axis=2)
+    out = _attend(q, k, v, position_bias, mask, dropout)
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, position_bias, mask, dropout):
+    """q [B, K, M, H], M = G * T rows a KV head; the others broadcastable to [B, K, M, S].
+
+    Four axes, no more, and the backward pass by hand: on CPUs XLA writes out whatever it has to
+    broadcast to five, and puts transposes of [.., M, S] arrays into the products of its own.
+    """
+    return _attend_forward(q, k, v, position_bias, mask, dropout)[0]
+
+
+def _attend_forward(q, k, v, position_bias, mask, dropout):
+    logits = _product(q, k, 3, 2)
+    for bias in (position_bias, mask):
+        if bias is not None:
+            logits += bias
+    weights = jax.nn.softmax(logits)
+    dropped = weights if dropout is None else weights * dropout
+    out = _product(dropped.astype(v.dtype), v, 3, 2).astype(v.dtype)
+    return out, (q, k, v, weights, dropout, out, position_bias is not None)
+
+
+def _attend_backward(saved, dout):
+    q, k, v, weights, dropout, out, has_bias = saved
+    dropped = weights if dropout is None else weights * dropout
+    dv = _product(_swapped(dout), dropped.astype(v.dtype), 3, 2).swapaxes(2, 3)
+    dweights = _product(dout, v, 3, 3)
+    if dropout is not None:
+        dweights *= dropout
+    # The softmax's inner product sum_s weights * dweights is also dout . out, a sum over H.
+    inner = jnp.sum(dout * out, axis=-1, keepdims=True, dtype=jnp.float32)
+    dlogits = weights * (dweights - inner)
+    narrow = dlogits.astype(k.dtype)
+    dq = _product(narrow, k, 3, 3).astype(q.dtype)
+    dk = _product(_swapped(q), narrow, 3, 2).astype(k.dtype)
+    dbias = None
+    if has_bias:
+        # As a product: XLA:CPU runs a sum over the leading axis at a fraction of the bandwidth.
+        ones = jnp.ones(len(q))
+        dbias = jax.lax.dot_general(ones, dlogits, (((0,), (0,)), ((), ())), "highest")[None]
+    return dq, dk, dv.astype(v.dtype), dbias, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _product(x: Array, y: Array, i: int, j: int) -> Array:
+    """Batched matrix product over axis i of x and j of y, summed in float32."""
+    dimensions = (((i,), (j,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+
+
+def _swapped(x: Array) -> Array:
+    """The last two axes in each other's place, in memory too; else the product would see to it."""
+    return jax.lax.optimization_barrier(x.swapaxes(2, 3))
 
 
 def attend_blocks(q: Array, k: Array, v: Array, bias: Array) -> Array:
@@ -73,52 +188,23 @@ def attend_blocks(q: Array, k: Array, v: Array, bias: Array) -> Array:
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _split_heads(x: Array, K: int) -> Array:
-    """[B, N, T, S] -> [B, K, G, T, S], where a head axis of 1 stays broadcastable."""
-    B, N, T, S = x.shape
-    return x.reshape(B, K, N // K, T, S) if N > 1 else x[:, None]
+@jax.custom_vjp
+def linear(x: Array, kernel: Array) -> Array:
+    """x [..., D] times kernel [D, F].
 
-
-class Attention(nn.Module):
-    """The projections around `attend`; `kv` is apart so that its result can be cached.
-
-    Parameters: query [D, N, H], key and value [D, K, H], out [N, H, D]; no biases.
+    Its gradients are products of arrays as they lie in memory; left alone, XLA:CPU transposes the
+    output's gradient while computing it, which takes longer than the product.
     """
+    return x @ kernel
 
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dropout_rate: float
-    dtype: jnp.dtype
 
-    def setup(self):
-        D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
-        # T5 leaves the logits unscaled and draws the query kernel sqrt(H) times smaller instead.
-        small = variance_scaling(1 / H, "fan_in", "normal", 0, (1, 2))
-        self.query = self.param("query", small, (D, N, H))
-        into = variance_scaling(1.0, "fan_in", "normal", 0, (1, 2))
-        self.key = self.param("key", into, (D, K, H))
-        self.value = self.param("value", into, (D, K, H))
-        self.out = self.param("out", variance_scaling(1.0, "fan_in", "normal", (0, 1)), (N, H, D))
+def _linear_backward(saved, dout):
+    x, kernel = saved
+    dout = jax.lax.optimization_barrier(dout)
+    batch = tuple(range(x.ndim - 1))
+    dx = jax.lax.dot_general(dout, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+    dkernel = jax.lax.dot_general(x, dout, ((batch, batch), ((), ())))
+    return dx, dkernel
 
-    def kv(self, y: Array) -> tuple[Array, Array]:
-        """Keys [B, K, H, S] and values [B, K, S, H] of y [B, S, D]."""
-        k = jnp.einsum("BSD,DKH->BKHS", y, self.key.astype(self.dtype))
-        v = jnp.einsum("BSD,DKH->BKSH", y, self.value.astype(self.dtype))
-        return k, v
 
-    def __call__(
-        self, x: Array, kv: tuple[Array, Array], biases: tuple[Array, ...], train: bool
-    ) -> Array:
-        """Attend from x [B, T, D] to `kv`, with biases broadcastable to [B, N, T, S]."""
-        q = jnp.einsum("BTD,DNH->BTNH", x, self.query.astype(self.dtype))
-        k, v = kv
-        dropout = None
-        if train and self.dropout_rate > 0:
-            # One draw per key serves every query position, as in T5.
-            keep = 1 - self.dropout_rate
-            shape = (x.shape[0], self.num_heads, 1, k.shape[-1])
-            dropout = jax.random.bernoulli(self.make_rng("dropout"), keep, shape) / keep
-        out = attend(q, k, v, biases, dropout)
-        return jnp.einsum("BTNH,NHD->BTD", out, self.out.astype(self.dtype))
+linear.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _linear_backward)

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gqa.attention import attend_blocks
+from gqa.attention import Segments, as_bias, attend_blocks
 from gqa.layers import GATED_GELU, RelativePositionBias, RMSNorm
-from gqa.model import Config, Encoder, as_bias, padding_mask
+from gqa.model import Config, Encoder
 
 KV = tuple[Array, Array]
 
@@ -113,13 +113,14 @@ class Inference:
     def prefill(self, weights: dict, inputs: Array, num_beams: int = 1) -> Memory:
         """Encode inputs [B, S], 0 being padding, and take each layer's keys and values of it."""
         x = weights["embedding"][inputs].astype(self.config.dtype)
-        encoder = Encoder(self.config)
-        encoded = encoder.apply({"params": weights["encoder"]}, x, padding_mask(inputs), False)
+        real = (inputs > 0).astype(jnp.int32)
+        segments = Segments(real, real, packed=False)
+        encoded = Encoder(self.config).apply({"params": weights["encoder"]}, x, segments, False)
         G = self.config.num_heads // self.config.num_kv_heads_cross
         block = self._key_block(G * num_beams) or inputs.shape[1]
         fill = -inputs.shape[1] % block  # up to whole blocks, as more padding
         encoded = jnp.pad(encoded, ((0, 0), (0, fill), (0, 0)))
-        mask = padding_mask(jnp.pad(inputs, ((0, 0), (0, fill))))
+        mask = as_bias(jnp.pad(inputs, ((0, 0), (0, fill))) > 0)[:, None, None, :]
 
         def kv(layer: dict) -> KV:
             k = jnp.einsum("BSD,DKH->BKHS", encoded, layer["cross_key"])
@@ -224,7 +225,7 @@ class Inference:
 
 
 def project(x: Array, kernel: Array, width: int) -> Array:
-    """x [..., D] times a kernel in blocks [C, D, F / C], its first `width` columns: [..., width]."""
+    """x [..., D] times a kernel in blocks [C, D, F / C], the first columns: [..., width]."""
     C, D, block = kernel.shape
     rows = jnp.broadcast_to(x.reshape(1, -1, D), (C, x.size // D, D))
     out = jnp.einsum("CMD,CDF->CMF", rows, kernel)

@@ -28,7 +28,7 @@ from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from gqa.layers import MASKED
+from gqa.attention import MASKED, Segments
 
 LANES = 128  # T and S of the TPU kernels are multiples of it
 BLOCKS = (512, 384, 256, 128)  # positions of a TPU block; larger ones read K and V less often
@@ -39,19 +39,6 @@ class Selection(NamedTuple):
 
     kernel: str | None
     reason: str = ""
-
-
-class Segments(NamedTuple):
-    """Which example of its row each position belongs to: query [B, T] and key [B, S], int32.
-
-    Queries attend to keys of their own number; 0 is padding, which is not attended to, and what
-    comes out for queries that are padding is finite but not defined. `packed` says that a row may
-    have several examples; if not, each row is a run of ones and then zeros.
-    """
-
-    query: Array
-    key: Array
-    packed: bool
 
 
 def backend() -> str:

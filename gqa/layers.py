@@ -8,10 +8,73 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn.initializers import ones, variance_scaling
 
-# A finite "minus infinity": a row that is masked whole (padding) gives equal weights, not NaN.
-MASKED = -1e10
+from gqa import kernels
+from gqa.attention import Segments, attend, linear, make_mask
 
 GATED_GELU, RELU = "gated_gelu", "relu"
+
+
+class Attention(nn.Module):
+    """Attention with its projections, by the backend's fused kernel or `attend`.
+
+    Parameters: query [D, N, H], key and value [D, K, H], out [N, H, D]; no biases.
+    """
+
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool
+    dropout_rate: float
+    dtype: jnp.dtype
+
+    def setup(self):
+        D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
+        # T5 leaves the logits unscaled and draws the query kernel sqrt(H) times smaller instead.
+        small = variance_scaling(1 / H, "fan_in", "normal", 0, (1, 2))
+        self.query = self.param("query", small, (D, N, H))
+        into = variance_scaling(1.0, "fan_in", "normal", 0, (1, 2))
+        self.key = self.param("key", into, (D, K, H))
+        self.value = self.param("value", into, (D, K, H))
+        self.out = self.param("out", variance_scaling(1.0, "fan_in", "normal", (0, 1)), (N, H, D))
+
+    def __call__(
+        self,
+        x: Array,
+        y: Array,
+        position_bias: Array | None,
+        segments: Segments | None,
+        train: bool,
+    ) -> Array:
+        """Attend from x [B, T, D] to y [B, S, D]; position_bias [1, N, T, S]."""
+        (B, T, D), S, N, H = x.shape, y.shape[1], self.num_heads, self.head_dim
+        q, k, v = (self._heads(*pair) for pair in ((x, self.query), (y, self.key), (y, self.value)))
+        dropout = None
+        if train and self.dropout_rate > 0:
+            # One draw per key serves every query position, as in T5.
+            keep = 1 - self.dropout_rate
+            dropout = jax.random.bernoulli(self.make_rng("dropout"), keep, (B, N, 1, S)) / keep
+        out = kernels.fused_attention(
+            q,
+            k,
+            v,
+            position_bias=position_bias,
+            segments=segments,
+            causal=self.causal,
+            dropout=dropout,
+            backend=kernels.backend(),
+        )
+        if out is None:
+            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+            mask = make_mask(segments, self.causal, T, S)
+            out = attend(q, k, v, position_bias, mask, dropout)
+        return linear(out.reshape(B, T, N * H), self.out.astype(self.dtype).reshape(N * H, D))
+
+    def _heads(self, x: Array, kernel: Array) -> Array:
+        """[B, T, D] -> [B, T, heads, H] for a kernel [D, heads, H]."""
+        D, heads, H = kernel.shape
+        out = linear(x, kernel.astype(self.dtype).reshape(D, heads * H))
+        return out.reshape(*x.shape[:2], heads, H)
 
 
 class RMSNorm(nn.Module):
@@ -42,7 +105,7 @@ class MLP(nn.Module):
         init = variance_scaling(1.0, "fan_in", "truncated_normal")
 
         def project(name: str, y: Array, shape: tuple[int, int]) -> Array:
-            return y @ self.param(name, init, shape).astype(self.dtype)
+            return linear(y, self.param(name, init, shape).astype(self.dtype))
 
         hidden = project("wi_0", x, (D, F))
         if self.activation == GATED_GELU:

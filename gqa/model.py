@@ -1,12 +1,10 @@
 """T5 with any number of KV heads per attention. The letters are those of `gqa/attention.py`.
 
 Training runs scanned layers: every layer parameter has a leading axis L, so converting a checkpoint
-is one reshape. Decoding runs the same layers one by one on `unstack`ed parameters, because a scan
-would copy each layer's slice of the KV cache.
+is one reshape. `gqa/inference.py` runs the same layers to generate.
 """
 
 import dataclasses
-import operator
 from functools import partial
 
 import flax.linen as nn
@@ -15,11 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn.initializers import normal, variance_scaling
 
-from gqa.attention import Attention
+from gqa.attention import Segments, linear
 from gqa.errors import UserError
-from gqa.layers import GATED_GELU, MASKED, MLP, RELU, RelativePositionBias, RMSNorm
-
-KV = tuple[Array, Array]  # keys [B, K, H, S], values [B, K, S, H]
+from gqa.layers import GATED_GELU, MLP, RELU, Attention, RelativePositionBias, RMSNorm
 
 # What a backward pass keeps of the forward pass; "minimal" recomputes all but the weight products.
 REMAT = {
@@ -79,12 +75,13 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"model.{name}={value!r}; use one of {', '.join(choices)}")
 
 
-def _attention(config: Config, num_kv_heads: int) -> Attention:
+def _attention(config: Config, num_kv_heads: int, causal: bool = False) -> Attention:
     return Attention(
         d_model=config.d_model,
         num_heads=config.num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=config.head_dim,
+        causal=causal,
         dropout_rate=config.dropout_rate,
         dtype=jnp.dtype(config.dtype),
     )
@@ -119,10 +116,10 @@ class EncoderLayer(nn.Module):
         self.mlp = _mlp(c)
         self.dropout = _dropout(c)
 
-    def __call__(self, x: Array, position_bias: Array, mask: Array) -> tuple[Array, None]:
-        """x [B, S, D], position_bias [1, N, S, S], mask as a bias [B, 1, S or 1, S]."""
+    def __call__(self, x: Array, position_bias: Array, segments: Segments) -> tuple[Array, None]:
+        """x [B, S, D], position_bias [1, N, S, S]."""
         h = self.attention_norm(x)
-        h = self.attention(h, self.attention.kv(h), (position_bias, mask), self.train)
+        h = self.attention(h, h, position_bias, segments, self.train)
         x += self.dropout(h, deterministic=not self.train)
         h = self.mlp(self.mlp_norm(x), self.train)
         return x + self.dropout(h, deterministic=not self.train), None
@@ -136,27 +133,21 @@ class DecoderLayer(nn.Module):
         c = self.config
         self.self_attention_norm, self.cross_attention_norm = _norm(c), _norm(c)
         self.mlp_norm = _norm(c)
-        self.self_attention = _attention(c, c.num_kv_heads_decoder)
+        self.self_attention = _attention(c, c.num_kv_heads_decoder, causal=True)
         self.cross_attention = _attention(c, c.num_kv_heads_cross)
         self.mlp = _mlp(c)
         self.dropout = _dropout(c)
 
-    def __call__(self, x, encoded, position_bias, self_mask, cross_mask) -> tuple[Array, None]:
-        """x [B, T, D], encoded [B, S, D]; masks as biases [B or 1, 1, T, T] and [B, 1, T, S]."""
+    def __call__(self, x, encoded, position_bias, segments, cross_segments) -> tuple[Array, None]:
+        """x [B, T, D], encoded [B, S, D], position_bias [1, N, T, T]; segments may be None."""
         h = self.self_attention_norm(x)
-        kv = self.self_attention.kv(h)
-        x = self._self_attend(x, h, kv, (position_bias, self_mask))
-        return self._cross_and_mlp(x, self.cross_attention.kv(encoded), cross_mask), None
-
-    def _self_attend(self, x: Array, h: Array, kv: KV, biases: tuple) -> Array:
-        h = self.self_attention(h, kv, biases, self.train)
-        return x + self.dropout(h, deterministic=not self.train)
-
-    def _cross_and_mlp(self, x: Array, memory: KV, mask: Array) -> Array:
-        h = self.cross_attention(self.cross_attention_norm(x), memory, (mask,), self.train)
+        h = self.self_attention(h, h, position_bias, segments, self.train)
+        x += self.dropout(h, deterministic=not self.train)
+        h = self.cross_attention_norm(x)
+        h = self.cross_attention(h, encoded, None, cross_segments, self.train)
         x += self.dropout(h, deterministic=not self.train)
         h = self.mlp(self.mlp_norm(x), self.train)
-        return x + self.dropout(h, deterministic=not self.train)
+        return x + self.dropout(h, deterministic=not self.train), None
 
 
 def _layers(layer: type[nn.Module], config: Config, train: bool, length: int) -> nn.Module:
@@ -169,6 +160,8 @@ def _layers(layer: type[nn.Module], config: Config, train: bool, length: int) ->
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=length,
+        # A loop on a CPU copies every parameter and activation that its body slices.
+        unroll=length if jax.default_backend() == "cpu" else 1,
     )
     return scanned(config, train, name="layers")
 
@@ -177,11 +170,11 @@ class Encoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, train: bool) -> Array:
+    def __call__(self, x: Array, segments: Segments, train: bool) -> Array:
         c, S = self.config, x.shape[1]
         position_bias = _position_bias(c, bidirectional=True, name="position_bias")(S, S)
         x = _dropout(c)(x, deterministic=not train)
-        x, _ = _layers(EncoderLayer, c, train, c.num_encoder_layers)(x, position_bias, mask)
+        x, _ = _layers(EncoderLayer, c, train, c.num_encoder_layers)(x, position_bias, segments)
         return _dropout(c, broadcast_dims=())(_norm(c, name="norm")(x), deterministic=not train)
 
 
@@ -189,12 +182,12 @@ class Decoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, encoded, self_mask, cross_mask, train: bool) -> Array:
+    def __call__(self, x, encoded, segments, cross_segments, train: bool) -> Array:
         c, T = self.config, x.shape[1]
         position_bias = _position_bias(c, bidirectional=False, name="position_bias")(T, T)
         x = _dropout(c)(x, deterministic=not train)
         layers = _layers(DecoderLayer, c, train, c.num_decoder_layers)
-        x, _ = layers(x, encoded, position_bias, self_mask, cross_mask)
+        x, _ = layers(x, encoded, position_bias, segments, cross_segments)
         return _dropout(c)(_norm(c, name="norm")(x), deterministic=not train)
 
 
@@ -218,26 +211,17 @@ class Transformer(nn.Module):
     def __call__(self, batch: dict[str, Array], train: bool = False) -> Array:
         """Teacher-forced logits [B, T, V] of batch["targets"], in float32."""
         inputs, targets = batch["inputs"], batch["targets"]
-        input_segments = batch.get("inputs_segments", (inputs > 0).astype(jnp.int32))
-        encoded = self.encode(inputs, input_segments, train)
-        causal = jnp.tri(targets.shape[1], dtype=bool)[None, None]
-        if "targets_segments" in batch:
-            segments = batch["targets_segments"]
-            self_mask = as_bias(causal & same_segment(segments, segments))
-            cross_mask = as_bias(same_segment(segments, input_segments))
+        packed = "targets_segments" in batch
+        if packed:
+            source, target = batch["inputs_segments"], batch["targets_segments"]
+            segments = Segments(target, target, packed)
         else:
-            self_mask, cross_mask = as_bias(causal), padding_mask(inputs)
+            source, target = (inputs > 0).astype(jnp.int32), jnp.ones_like(targets)
+            segments = None  # a position sees all before it; what is behind the end is not scored
+        x = self.encoder(self.embed(inputs), Segments(source, source, packed), train)
+        cross = Segments(target, source, packed)
         previous = shift_right(targets, batch.get("targets_positions"))
-        x = self.decoder(self.embed(previous), encoded, self_mask, cross_mask, train)
-        return self.to_logits(x)
-
-    def encode(self, inputs: Array, segments: Array | None = None, train: bool = False) -> Array:
-        """Encoder output [B, S, D] of tokens [B, S]; padding (0) is not attended to."""
-        if segments is None:
-            mask = padding_mask(inputs)
-        else:
-            mask = as_bias(same_segment(segments, segments))
-        return self.encoder(self.embed(inputs), mask, train)
+        return self.to_logits(self.decoder(self.embed(previous), x, segments, cross, train))
 
     def embed(self, tokens: Array) -> Array:
         return self.embedding[tokens].astype(self.config.dtype)
@@ -247,23 +231,7 @@ class Transformer(nn.Module):
         x = x.astype(jnp.float32)
         if self.config.tied_logits:
             return x * self.config.d_model**-0.5 @ self.embedding.T
-        return x @ self.logits
-
-
-def as_bias(mask: Array) -> Array:
-    """A boolean mask, True where attention may look, as a bias on the logits."""
-    return jnp.where(mask, 0.0, MASKED)
-
-
-def padding_mask(inputs: Array) -> Array:
-    """Bias [B, 1, 1, S] that hides padding in tokens [B, S]."""
-    return as_bias(inputs > 0)[:, None, None, :]
-
-
-def same_segment(queries: Array, keys: Array) -> Array:
-    """Mask [B, 1, T, S] of packed examples, from segments [B, T] and [B, S]."""
-    same = (queries[:, :, None] == keys[:, None, :]) & (keys > 0)[:, None, :]
-    return same[:, None]
+        return linear(x, self.logits)
 
 
 def shift_right(targets: Array, positions: Array | None = None) -> Array:

@@ -100,7 +100,8 @@ def accumulate(loss: Loss, params: dict, batch: dict, key: Array, num_microbatch
     )
     shapes = jax.eval_shape(value, params, batch, key)[1]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, shapes))
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(num_microbatches), split))
+    items = (jnp.arange(num_microbatches), split)
+    total, _ = jax.lax.scan(add, zeros, items, unroll=num_microbatches == 1)
     return total
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.attention import Attention, grouped_query_attention
+from gqa.attention import attend, attend_blocks, grouped_query_attention, linear
+from gqa.layers import Attention
 
 B, T, S, N, H = 2, 5, 7, 4, 8
 
@@ -51,7 +52,8 @@ def test_equals_multi_head_attention_where_the_heads_of_a_group_are_the_same(K):
     bias = random_bias(1, N, T, S)
     repeated = (np.repeat(x, N // K, axis=2) for x in (k, v))
     out = grouped_query_attention(q, k, v, bias)
-    np.testing.assert_allclose(out, grouped_query_attention(q, *repeated, bias), rtol=1e-5)
+    expected = grouped_query_attention(q, *repeated, bias)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("K", [1, 2, 4])
@@ -61,6 +63,49 @@ def test_agrees_with_jax(K):
     theirs = jax.nn.dot_product_attention(q, k, v, bias, scale=1.0)
     out = grouped_query_attention(q, k, v, bias)
     np.testing.assert_allclose(out, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask_rows", [1, T])
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_trained_form_has_the_values_and_gradients_of_the_definition(K, mask_rows):
+    q, k, v = random_qkv(K)
+    bias, keep = random_bias(1, N, T, S), np.abs(random_bias(B, N, 1, S))
+    mask = np.where(random_bias(B, 1, mask_rows, S) > 1, -1e10, 0).astype(np.float32)
+    weights = random_bias(B, T, N, H)
+
+    def trained(q, k, v, bias):
+        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+        return (attend(q, k, v, bias, mask, keep) * weights).sum()
+
+    def definition(q, k, v, bias):
+        return (grouped_query_attention(q, k, v, bias + mask, keep) * weights).sum()
+
+    found, expected = (
+        jax.value_and_grad(f, (0, 1, 2, 3))(q, k, v, bias) for f in (trained, definition)
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("block", [2, 8])
+def test_decoding_form_has_the_values_of_the_definition(K, block):
+    q, k, v = random_qkv(K, S=8)
+    bias = random_bias(B, N, T, 8)
+    blocks = k.transpose(0, 2, 3, 1).reshape(B, K, H, -1, block).swapaxes(2, 3)
+    out = attend_blocks(q, blocks, v.swapaxes(1, 2), bias)
+    expected = grouped_query_attention(q, k, v, bias)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_has_the_values_and_gradients_of_a_product():
+    x, kernel, weights = random_bias(3, 4, 5), random_bias(5, 6), random_bias(3, 4, 6)
+    found, expected = (
+        jax.value_and_grad(lambda x, kernel, f=f: (f(x, kernel) * weights).sum(), (0, 1))(x, kernel)
+        for f in (linear, jnp.matmul)
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def largest_array(f, *args):
@@ -90,12 +135,12 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 def attention_module(**settings):
-    sizes = {"d_model": 16, "num_heads": N, "num_kv_heads": 2, "head_dim": H}
+    sizes = {"d_model": 16, "num_heads": N, "num_kv_heads": 2, "head_dim": H, "causal": False}
     return Attention(**{**sizes, "dropout_rate": 0.5, "dtype": jnp.float32, **settings})
 
 
 def attend_to_itself(module, x, train):
-    return module(x, module.kv(x), (), train)
+    return module(x, x, None, None, train)
 
 
 def test_dropout_noise_is_shared_by_query_positions_alone():

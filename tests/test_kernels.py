@@ -17,9 +17,8 @@ import pytest
 from jax.experimental import pallas
 
 from gqa import kernels
-from gqa.attention import grouped_query_attention
-from gqa.kernels import Segments, fused_attention, select
-from gqa.model import as_bias, same_segment
+from gqa.attention import Segments, grouped_query_attention, make_mask
+from gqa.kernels import fused_attention, select
 
 B, N, H = 2, 4, 16
 
@@ -66,10 +65,8 @@ def make_segments(T, S, packed, self_attention=False):
 
 
 def defined(q, k, v, bias=None, *, segments, causal, dropout):
-    mask = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None] if causal else True
-    if segments is not None:
-        mask &= same_segment(segments.query, segments.key)
-    mask = as_bias(mask)
+    mask = make_mask(segments, causal, q.shape[1], k.shape[1])
+    mask = jnp.zeros((1, 1, 1, 1)) if mask is None else mask
     return grouped_query_attention(q, k, v, mask if bias is None else bias + mask, dropout)
 
 

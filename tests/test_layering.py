@@ -16,7 +16,7 @@ LAYERS = ("tests", "configs", "launch", "experiments", "gqa")
 STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark", "report", "speed")
 MAY_IMPORT_STAGES = ("launch", "experiments.pipeline", "experiments.sweep")
 LEAVES = (
-    *("attention", "layers", "decode", "loss", "optim", "sharding", "checkpoint"),
+    *("attention", "decode", "loss", "hardware", "optim", "sharding", "checkpoint"),
     *("corpus", "tokenizer", "metrics", "progress", "results", "errors"),
 )
 # Who may import it, as a pattern over module names.

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.layers import MASKED, MLP, RelativePositionBias, RMSNorm, relative_position_bucket
+from gqa.attention import MASKED
+from gqa.layers import MLP, RelativePositionBias, RMSNorm, relative_position_bucket
 
 BUCKETS, MAX_DISTANCE, HEADS = 32, 128, 3
 
