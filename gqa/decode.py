@@ -147,8 +147,8 @@ class Beam:
         B, R = len(numbers), self.num_beams
         tokens = jnp.zeros((B, R, 1 + length), jnp.int32)
         # All beams begin alike, so only the first may be continued.
-        scores = jnp.full((B, R), -jnp.inf).at[:, 0].set(0.0)
-        return Beams(tokens, scores, tokens[:, 0], jnp.full(B, -jnp.inf), numbers < 0)
+        scores = jnp.full((B, R), -jnp.inf, jnp.float32)
+        return Beams(tokens, scores.at[:, 0].set(0), tokens[:, 0], scores[:, 0], numbers < 0)
 
     def update(self, rows: Beams, logits: Array, index: Array, eos: int) -> tuple[Beams, Array]:
         parents, chosen, scores = self._continuations(rows.scores, logits)

@@ -1,10 +1,12 @@
 """Settings and the small network that the tests share."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from gqa.model import Config
+from gqa.model import Config, Transformer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Accelerators round float32 products to fewer bits unless told; the tests compare to 1e-5.
@@ -44,3 +46,20 @@ def batch() -> dict[str, np.ndarray]:
     }
     tokens["inputs"][0, 9:] = tokens["inputs"][1, 6:] = tokens["targets"][1, 4:] = 0
     return tokens
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """A function of a config: parameters drawn here, which takes no compilation."""
+
+    @functools.cache
+    def draw(config: Config) -> dict:
+        rng = np.random.default_rng(0)
+        tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
+        batch = {"inputs": tokens, "targets": tokens}
+        shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), batch)["params"]
+        return jax.tree.map(
+            lambda leaf: jax.numpy.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype), shapes
+        )
+
+    return draw

@@ -117,16 +117,21 @@ def search_batch(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nd
     return tuple(batch)
 
 
+def search_model(config: dict) -> T5ForConditionalGeneration:
+    """A new T5 1.1 of a config, with logits of its own (see `build_model`)."""
+    model = T5ForConditionalGeneration(T5Config(**config))
+    logits = torch.randn_like(model.shared.weight) * model.config.d_model**-0.5
+    model.lm_head.weight = torch.nn.Parameter(logits)
+    return model
+
+
 def train_search_model(steps: int = 1000, batch_size: int = 64) -> T5ForConditionalGeneration:
     """A small T5 that has learned the tasks of `search_example`, its weights rounded to float16."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     sizes = {"vocab_size": 24, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
-    config = T5Config(
-        **sizes, num_layers=2, dropout_rate=0.0, decoder_start_token_id=0, **VERSIONS["t5_1_1"]
-    )
-    model = T5ForConditionalGeneration(config)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) / 32**0.5)
+    start = {"num_layers": 2, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+    model = search_model(sizes | start | VERSIONS["t5_1_1"])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 100, 1.02 - step / steps)

@@ -1,21 +1,16 @@
-"""Predictions are the decoder's, complete and in order; losses are what their names say."""
+"""Predictions are each text's own, complete and in order; losses are what their names say."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gqa import data, evaluate, sharding, train
+from gqa.decode import Sample
+from gqa.generate import Generator
+from gqa.inference import Inference
 from gqa.model import init_params
 
 TRAIN = [(np.array([5]), np.array([7, 7, 8])), (np.array([6]), np.array([7]))]
 SHAPE = {"inputs_length": 6, "targets_length": 4, "batch_size": 2}
-
-
-class Spell:
-    """A tokenizer that spells ids out, so that a prediction can be read."""
-
-    def decode(self, ids):
-        return " ".join(map(str, ids))
 
 
 @pytest.fixture
@@ -24,16 +19,38 @@ def pairs():
     return [(rng.integers(3, 32, n), rng.integers(3, 32, 2)) for n in (3, 5, 2)]
 
 
-def test_predictions_are_complete_and_in_order(tiny, pairs):
-    params = init_params(tiny, 1)
-    batches = data.evaluation(pairs, **SHAPE)
-    mesh = sharding.make_mesh()
-    texts = evaluate.predict(params, tiny, batches, 4, Spell(), mesh)
-    generate = evaluate.make_generate(tiny, 4)
-    for (inputs, _), text in zip(pairs, texts, strict=True):
-        row = np.zeros((1, 6), np.int32)
-        row[0, : len(inputs) + 1] = [*inputs, 1]
-        assert text == Spell().decode(np.asarray(generate(params, jnp.array(row)))[0])
+def test_predictions_are_complete_in_order_and_each_texts_own(tiny, random_params):
+    """Whatever their lengths, and whichever share a batch; a long text is cut."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(3, 32, n) for n in (70, 3, 0, 66, 5, 2, 90)]
+    generator = Generator(Inference(tiny), Sample(seed=1), 4)
+    weights = generator.prepare(random_params(tiny))
+    found = evaluate.predict(generator, weights, texts, inputs_length=80, batch_size=4)
+    assert len(np.unique(found, axis=0)) > 4
+    for number, (text, row) in enumerate(zip(texts, found, strict=True)):
+        inputs = np.zeros((1, 80), np.int32)
+        inputs[0, : len(text[:79]) + 1] = [*text[:79], 1]
+        np.testing.assert_array_equal(generator(weights, inputs, np.array([number]))[0], row)
+
+
+def test_inputs_are_no_wider_than_their_bucket(tiny):
+    texts = [np.full(n, 5) for n in (200, 3, 100, 63, 64, 5)]
+    seen = []
+
+    class Wide:
+        length = 1
+
+        def __call__(self, weights, inputs, numbers):
+            seen.append((inputs.shape, numbers.tolist(), (inputs > 0).sum(1).tolist()))
+            return numbers[:, None]
+
+    found = evaluate.predict(Wide(), {}, texts, inputs_length=150, batch_size=2)
+    assert seen == [
+        ((2, 64), [1, 5], [4, 6]),
+        ((2, 128), [3, 4], [64, 65]),
+        ((2, 150), [2, 0], [101, 150]),
+    ]
+    np.testing.assert_array_equal(found[:, 0], range(6))
 
 
 def test_losses_swap_inputs_and_know_the_baseline(tiny, pairs):

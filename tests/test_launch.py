@@ -43,6 +43,18 @@ def run(capsys, tmp_path, monkeypatch):
             "=3 does not divide .* use one of 1, 2, 4, 8, 16",
         ),
         (("--config=configs/gqa.py:heads=4",), "config argument 'heads=4'"),
+        (
+            (GQA8, "--config.evaluate.search=best"),
+            "evaluate.search='best'; use one of greedy, beam, sample",
+        ),
+        ((GQA8, "--config.evaluate.top_p=0"), "evaluate.top_p=0.0; use more than 0 and at most 1"),
+        ((GQA8, "--config.evaluate.top_k=-1"), "evaluate.top_k=-1; use 0 or more"),
+        ((GQA8, "--config.evaluate.num_beams=0"), "evaluate.num_beams=0; use 1 or more"),
+        ((GQA8, "--config.evaluate.alpha=-1"), "evaluate.alpha=-1.0; use 0 or more"),
+        (
+            (GQA8, "--config.evaluate.cache_dtype=float16"),
+            "evaluate.cache_dtype='float16'; use one of nothing, float32, bfloat16",
+        ),
         ((GQA8, "--config.convert.num_kv_heads_encoder=5"), "num_kv_heads_encoder=5"),
         ((GQA8, "--config.convert.method=median"), "convert.method='median'; use one of mean"),
         ((GQA8, "--config.convert.optimizer=keep"), "convert.optimizer='keep'; use map or reset"),

@@ -1,4 +1,4 @@
-"""The whole network: what may depend on what, its sizes, dropout, and decoding step by step."""
+"""The whole network: what may depend on what, its sizes, and dropout."""
 
 import dataclasses
 import functools
@@ -12,15 +12,9 @@ import pytest
 
 from gqa.errors import UserError
 from gqa.layers import Attention
-from gqa.model import (
-    Config,
-    Transformer,
-    count_params,
-    shift_right,
-)
+from gqa.model import Config, Transformer, count_params, shift_right
 
 KV_HEADS = ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross")
-T5_1_0 = {"activation": "relu", "tied_logits": True}
 
 
 def replace(config, encoder=4, decoder=4, cross=4, **settings):

@@ -1,0 +1,88 @@
+"""Decoding step by step gives what teacher forcing gives, in every layout."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gqa import inference
+from gqa.inference import Inference
+from gqa.model import Transformer, shift_right
+
+T5_1_0 = {"activation": "relu", "tied_logits": True}
+LENGTH = 7
+
+
+def config_of(tiny, K, **version):
+    return dataclasses.replace(tiny, num_kv_heads_decoder=K, num_kv_heads_cross=K, **version)
+
+
+def teacher_forced(params, config, inputs, targets):
+    batch = {"inputs": inputs, "targets": targets}
+    return jax.jit(Transformer(config).apply)({"params": params}, batch)
+
+
+def step_by_step(net, params, inputs, targets, room):
+    """Logits [B, R, T, V] of targets [B, R, T], from a cache with `room` that grows half-way."""
+    B, R, T = targets.shape
+    weights = jax.jit(net.prepare)(params)
+    memory = jax.jit(net.prefill, static_argnums=2)(weights, inputs, R)
+    cache = net.init_cache(B, R, room)
+    step = jax.jit(net.step)
+    previous = shift_right(jnp.asarray(targets).reshape(B * R, T)).reshape(B, R, T)
+    logits = []
+    for index in range(T):
+        if index == room:
+            cache = net.grow(cache, T)
+        new, cache = step(weights, previous[:, :, index], index, cache, memory)
+        logits.append(new)
+    assert cache[0][1].shape[2] >= T
+    return np.stack(logits, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("K", "R", "version", "backend"),
+    [
+        (4, 1, {}, "cpu"),
+        (2, 1, T5_1_0, "cpu"),
+        (1, 1, {}, "cpu"),
+        (4, 3, T5_1_0, "cpu"),
+        (2, 3, {}, "cpu"),
+        (4, 1, {}, "tpu"),
+        (2, 1, T5_1_0, "tpu"),
+        (1, 3, {}, "tpu"),
+    ],
+)
+def test_steps_equal_teacher_forcing(
+    tiny, batch, random_params, monkeypatch, K, R, version, backend
+):
+    """Each of R beams is a row of its own; blocks of 3 neither divide lengths nor widths."""
+    monkeypatch.setattr(inference, "CPU_BLOCK", 3)
+    config = config_of(tiny, K, **version)
+    params, inputs = random_params(config), batch["inputs"]
+    rng = np.random.default_rng(1)
+    targets = rng.integers(1, 32, (2, R, LENGTH), dtype=np.int32)
+    flat = targets.reshape(2 * R, LENGTH)
+    expected = teacher_forced(params, config, np.repeat(inputs, R, axis=0), flat)
+    net = Inference(config, cache_dtype="float32", backend=backend)
+    found = step_by_step(net, params, inputs, targets, room=3)
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bfloat16_cache_costs_a_little_precision(tiny, batch, random_params):
+    config = config_of(tiny, 2)
+    params, targets = random_params(config), batch["targets"][:, None]
+    nets = [Inference(config, cache_dtype=dtype) for dtype in ("float32", "bfloat16")]
+    exact, half = (step_by_step(net, params, batch["inputs"], targets, LENGTH) for net in nets)
+    assert 1e-4 < np.abs(half - exact).max() / np.abs(exact).max() < 0.05
+
+
+def test_the_backend_decides_the_cache(tiny):
+    for backend, dtype in (("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")):
+        net = Inference(tiny, backend=backend)
+        assert net.cache_dtype == dtype
+        leaves = jax.tree.leaves(jax.eval_shape(lambda net=net: net.init_cache(2, 3, 5)))
+        assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
+        assert {leaf.shape[0] for leaf in leaves} == {6}
