@@ -31,6 +31,10 @@ from jax.sharding import PartitionSpec
 from gqa.attention import MASKED, Segments
 
 LANES = 128  # T and S of the TPU kernels are multiples of it
+# Flash attention writes statistics of each row LANES wide, and a gradient of the bias for each
+# example. Compiled for TPU v4, its gradient takes 1.5 times the memory of the definition's at 512
+# positions, and less than the definition's from here on.
+FLASH_LENGTH = 1024
 BLOCKS = (512, 384, 256, 128)  # positions of a TPU block; larger ones read K and V less often
 
 
@@ -72,6 +76,8 @@ def select(
         return _select_cudnn(T, S, H, q.dtype, position_bias, packed)
     if min(T, S) < LANES // 2:
         return Selection(None, f"of a block of {LANES} positions more than half would be padding")
+    if position_bias and min(T, S) < FLASH_LENGTH:
+        return Selection(None, f"with a bias a kernel saves nothing below {FLASH_LENGTH} positions")
     if H > LANES and H % LANES:
         return Selection(None, f"head_dim {H} is over {LANES} and no multiple of it")
     mesh = jax.sharding.get_abstract_mesh()
@@ -225,6 +231,7 @@ def _flash(
     if causal:
         bias += jnp.where(jnp.tri(T, S, dtype=bool), 0.0, MASKED)[None]
     bias = jnp.pad(bias, ((0, 0), (0, -T % LANES), (0, -S % LANES)))
+    bias = bias.astype(q.dtype)  # it is read as often as the logits would be
     q, k, v, query_ids, key_ids = map(_fill, (q, k, v, query_ids, key_ids))
     T, S = bias.shape[1:]
     rows, columns = _block(G * T), _block(S)

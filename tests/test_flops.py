@@ -20,10 +20,14 @@ B, S, T = 3, 10, 7
 
 
 def product_flops(jaxpr) -> int:
-    """FLOPs of all products of a program; those in a loop's body as often as it runs."""
+    """FLOPs of all products of matrices; those in a loop's body as often as it runs.
+
+    A product with a vector is a sum, of the position bias's gradient over the batch.
+    """
     total = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
+        is_product = eqn.primitive.name == "dot_general"
+        if is_product and min(var.aval.ndim for var in eqn.invars) > 1:
             contracted = eqn.params["dimension_numbers"][0][0]
             shape = eqn.invars[0].aval.shape
             total += 2 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
