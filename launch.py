@@ -52,20 +52,24 @@ def _parse(argv: list[str]) -> flags.FlagValues:
 def _run(values: flags.FlagValues) -> None:
     import jax  # after the flags, so that a mistake in them is told at once
 
-    from experiments import pipeline
+    from experiments import pipeline, speed
 
     config, workdir, stage = values.config, Path(values.workdir), values.stage
-    if stage not in (None, *pipeline.KINDS):
-        raise UserError(f"--stage={stage}; use one of {', '.join(pipeline.KINDS)}")
+    experiments = {"pipeline": pipeline, "speed": speed}
+    if config.experiment not in experiments:
+        raise UserError(f"experiment={config.experiment!r}; use one of {', '.join(experiments)}")
+    experiment = experiments[config.experiment]
+    if stage not in (None, *experiment.KINDS):
+        raise UserError(f"--stage={stage}; use one of {', '.join(experiment.KINDS)}")
     if values.checkpoint and stage != "evaluate":
         raise UserError("--checkpoint goes with --stage=evaluate")
-    pipeline.check(config)
+    experiment.check(config)
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     print(f"{config.name} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
     if values.checkpoint:
         pipeline.evaluate_checkpoint(config, workdir, Path(values.checkpoint))
     else:
-        pipeline.run(config, workdir, stage)
+        experiment.run(config, workdir, stage)
 
 
 if __name__ == "__main__":

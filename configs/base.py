@@ -24,6 +24,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.name = f"{_variant(kv_heads, heads)}-{size}"
     config.size = size
     config.seed = 0
+    config.experiment = "pipeline"  # what launch.py runs
     # The network of the multi-head parent; see gqa.model.Config.
     config.model = ConfigDict(row)
     config.model.update(

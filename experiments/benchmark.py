@@ -1,13 +1,12 @@
-"""Time the networks' inference in turn: prefill, each token, and the KV cache they need."""
+"""Time the networks' inference in turn: prefill, each token, the KV cache, what a step reads."""
 
 from pathlib import Path
 
-import numpy as np
-
+from experiments import timings
 from experiments.stage import Job, Outcome, open_parent, record
-from gqa import timing
-from gqa.kv_cache import kv_cache_bytes
-from gqa.model import count_params
+from gqa import kv_cache, timing
+from gqa.inference import Inference
+from gqa.model import Config, count_params
 
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
@@ -16,41 +15,48 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     The first is the multi-head one; the others' timings say what it took beside them.
     """
     del folder, job
-    networks = [open_parent(path) for path in parents]
-    configs = {str(i): network.config for i, network in enumerate(networks)}
     shape = {key: settings[key] for key in ("batch_size", "inputs_length", "targets_length")}
+    networks = [open_parent(path) for path in parents]
+    configs = {path: network.config for path, network in zip(parents, networks, strict=True)}
     measured = timing.measure(configs, **shape, repetitions=settings["repetitions"])
-    tokens = settings["targets_length"]
     records, parent = [], {}
-    for i, network in enumerate(networks):
-        cache = kv_cache_bytes(network.config, 1, settings["inputs_length"], tokens)
-        timings = _timings(measured[str(i)], settings["batch_size"], tokens)
-        entries = [
-            record("num_params", count_params(network.config), "parameters"),
-            record("kv_cache_bytes", cache, "bytes per sequence"),
-            *(record(key, value, "") for key, value in shape.items()),
-            *(entry | parent.get(entry["metric"], {}) for entry in timings),
-        ]
-        if i == 0:
-            parent = {entry["metric"]: {"parent_value": entry["value"]} for entry in timings}
-        records += [entry | {"variant": network.info["variant"]} for entry in entries]
-        prefill, token, _ = (1e3 * entry["value"] for entry in timings)
-        print(
-            f"{name}: {network.config.num_kv_heads_decoder} KV heads: {token:.2f} ms a token, "
-            f"prefill {prefill:.1f} ms, KV cache {cache / 2**20:.2f} MiB a sequence"
+    for path, network in zip(parents, networks, strict=True):
+        variant = network.info["variant"]
+        times = timings.generation(
+            measured[path], shape["batch_size"], decoded=shape["targets_length"]
         )
+        timed = timings.records(times, variant)
+        parent = parent or {entry["metric"]: entry["value"] for entry in timed}
+        if path != parents[0]:
+            timed = [entry | {"parent_value": parent[entry["metric"]]} for entry in timed]
+        sizes = _sizes(network.config, **shape)
+        records += [*(entry | {"variant": variant} for entry in sizes), *timed]
+        print(f"{name}: {_line(network.config, [*sizes, *timed])}")
     return Outcome(records)
 
 
-def _timings(times: timing.Times, batch_size: int, tokens: int) -> list[dict]:
-    """Medians with quartiles."""
-    samples = {
-        ("prefill_seconds", "s per batch"): times.prefill,
-        ("token_seconds", "s per step of a batch"): times.decode / tokens,
-        ("sample_seconds", "s per sample"): (times.prefill + times.decode) / batch_size,
-    }
-    records = []
-    for (metric, unit), seconds in samples.items():
-        low, median, high = map(float, np.percentile(seconds, [25, 50, 75]))
-        records.append(record(metric, median, unit, low=low, high=high, n=len(seconds)))
-    return records
+def _sizes(config: Config, batch_size: int, inputs_length: int, targets_length: int) -> list[dict]:
+    """What can be said of a network and a shape without timing it."""
+    net = Inference(config)
+    cache = kv_cache.kv_cache_bytes(config, 1, inputs_length, targets_length, net.cache_dtype)
+    step = kv_cache.step(net, batch_size, inputs_length, targets_length)
+    return [
+        record("num_params", count_params(config), "parameters"),
+        record("kv_cache_bytes", cache, "bytes per sequence"),
+        record("step_weight_bytes", step.weights, "bytes per step of a batch"),
+        record("step_cache_bytes", step.cross_cache + step.self_cache, "bytes per step of a batch"),
+        record("batch_size", batch_size, ""),
+        record("inputs_length", inputs_length, ""),
+        record("targets_length", targets_length, ""),
+    ]
+
+
+def _line(config: Config, entries: list[dict]) -> str:
+    of = {entry["metric"]: entry["value"] for entry in entries}
+    token, read = of["token_seconds"], of["step_weight_bytes"] + of["step_cache_bytes"]
+    return (
+        f"{config.num_kv_heads_decoder} KV heads: {1e3 * token:.2f} ms a token "
+        f"({read / 2**20:.1f} MiB at {read / token / 1e9:.1f} GB/s), "
+        f"prefill {1e3 * of['prefill_seconds']:.1f} ms, "
+        f"KV cache {of['kv_cache_bytes'] / 2**20:.2f} MiB a sequence"
+    )

@@ -104,6 +104,46 @@ def pretraining_loss(summary: Summary, path: str | os.PathLike) -> bool:
     return True
 
 
+def time_by_groups(lines: dict[tuple[str, bool], list], path: str | os.PathLike) -> None:
+    """Draw seconds per sample against KV heads, beside the paper's Figure 6.
+
+    `lines` has, by label and whether it is at the largest batch, pairs of a number of KV heads and
+    a record with low and high.
+    """
+    figure = Figure(figsize=(7.2, 3.2 + 0.19 * len(lines)), layout="constrained")
+    ours, published = figure.subplots(1, 2)
+    labels = list(dict.fromkeys(label for label, _ in lines))
+    for (label, largest), points in lines.items():
+        heads, seconds = zip(*points, strict=True)
+        color, marker = _style(labels.index(label))
+        below = [s["value"] - s["low"] for s in seconds]
+        above = [s["high"] - s["value"] for s in seconds]
+        ours.errorbar(
+            heads,
+            [s["value"] for s in seconds],
+            yerr=[below, above],
+            label=f"{label}, largest batch" if largest else label,
+            color=color,
+            marker=marker,
+            markerfacecolor="white" if largest else color,
+            linestyle="--" if largest else "-",
+            elinewidth=0.8,
+            capsize=2,
+        )
+    published.plot(*zip(*paper.FIGURE6.items(), strict=True), color=COLORS[6], marker="o")
+    ours.set_title("This run")
+    published.set_title("Published: T5-XXL on TPUv4")
+    for axes in (ours, published):
+        heads = sorted({int(K) for line in axes.lines for K in line.get_xdata()})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(heads, [str(K) for K in heads])
+        axes.minorticks_off()
+        axes.set(xlabel="KV heads", ylabel="Time per sample (s)", ylim=(0, None))
+        _tidy(axes)
+    _legend_below(ours)
+    _save(figure, path)
+
+
 def _style(i):
     """Return color and marker of the variant in row `i`, the same in every figure."""
     return COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
@@ -138,5 +178,5 @@ def _tidy(axes):
 def _save(figure, path):
     """Write under a temporary name first, so that a reader never sees half a picture."""
     temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, format="png", dpi=200)
+    figure.savefig(temporary, format=Path(path).suffix[1:], dpi=200)
     os.replace(temporary, path)

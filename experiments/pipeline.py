@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from experiments import evaluate, report, text
-from experiments.stage import Job, finish, open_parent, read_done
+from experiments.stage import Job, finish, make_workdir, open_parent, read_done
 from gqa import convert, model, results, sharding
 from gqa.errors import UserError
 from gqa.tasks import SPLITS
@@ -73,7 +73,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"uptrain.alpha={config.uptrain.alpha}; use a fraction from 0 to 1")
     if config.evaluate.split not in SPLITS:
         raise UserError(f"evaluate.split={config.evaluate.split!r}; use one of {', '.join(SPLITS)}")
-    _check_numbers(config)
+    check_numbers(config)
     evaluate.check(config.evaluate)
     for section in ("pretrain", "finetune"):
         training = config[section]
@@ -85,7 +85,7 @@ def check(config: ConfigDict) -> None:
     text.check(config)
 
 
-def _check_numbers(config: ConfigDict) -> None:
+def check_numbers(config: ConfigDict) -> None:
     """Counts are 1 or more, rates not negative; 0 stands for all examples and tokens."""
     for section, settings in config.items():
         for key, value in settings.items() if isinstance(settings, ConfigDict) else ():
@@ -177,12 +177,7 @@ def run(config: ConfigDict, workdir: Path, kind: str | None = None) -> None:
 
 
 def _job(config: ConfigDict, workdir: Path) -> Job:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir}: {error.strerror}; use a folder to write to"
-        ) from error
+    make_workdir(workdir)
     prepared = text.prepare(config, workdir)
     return Job(workdir, prepared, sharding.make_mesh(), config.checkpoint.keep_last)
 

@@ -9,13 +9,14 @@ from experiments.tables import DASH
 from gqa import results
 from gqa.errors import UserError
 
+STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
 MARGIN = 0.01  # nats per token; a loss that is lower by less counts as the same
 NO_DIFFERENCE = "none shown"
 
 
 def run(results_path: str | os.PathLike, folder: str | os.PathLike) -> str:
     """Write `report.md` and its figures into `folder`; return the main table as plain text."""
-    records = results.read(results_path)
+    records = [r for r in results.read(results_path) if r["stage"] in STAGES]
     if not records:
         raise UserError(f"{results_path}: no results yet; run a stage before the report")
     summary = Summary(records)

@@ -21,6 +21,16 @@ from gqa.sharding import replicate
 DONE = "done.json"
 
 
+def make_workdir(workdir: Path) -> None:
+    """Raise a UserError unless there is, or can be, such a folder."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: {error.strerror}; use a folder to write to"
+        ) from error
+
+
 class Job(NamedTuple):
     """What all stages of a run share."""
 

@@ -1,4 +1,6 @@
-"""Read T5 checkpoints of Hugging Face Transformers: T5 1.0 (ReLU, tied and scaled logits) and 1.1.
+"""T5 checkpoints of Hugging Face Transformers: T5 1.0 (ReLU, tied and scaled logits) and 1.1.
+
+`load` reads a folder; `state_dict` and `from_config` give what Transformers' own model takes.
 
 Their linear layers keep weights as [outputs, inputs] with heads flattened, one tensor a layer; ours
 are [inputs, outputs] with a head axis, and the layers of a stack share one array.
@@ -158,6 +160,50 @@ def to_config(hf_config: dict) -> Config:
         num_buckets=hf_config.get("relative_attention_num_buckets", 32),
         max_distance=hf_config.get("relative_attention_max_distance", 128),
     )
+
+
+def state_dict(params: dict, config: Config) -> dict[str, np.ndarray]:
+    """The parameters in float32 under Transformers' names; `from_state_dict` is the way back.
+
+    Raises:
+        UserError: for fewer KV heads than heads, which Transformers' T5 does not have.
+    """
+    for name in ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross"):
+        if getattr(config, name) != config.num_heads:
+            raise UserError(
+                f"{name}={getattr(config, name)}: Transformers' T5 is multi-head only; "
+                f"use {config.num_heads}"
+            )
+    state = {}
+    for ours, leaf in flatten_dict(params, sep="/").items():
+        names = _their_names(ours, leaf.shape, config)
+        leaf = np.asarray(leaf, np.float32)
+        for name, layer in zip(names, leaf if "/layers/" in ours else (leaf,), strict=True):
+            theirs = _their_shape(ours, layer.shape)
+            stored = layer if ours in NOT_TRANSPOSED else layer.reshape(theirs[::-1]).T
+            state[name] = np.ascontiguousarray(stored)
+    return state
+
+
+def from_config(config: Config) -> dict:
+    """What a config.json says of a multi-head `config`; `to_config` is the way back."""
+    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    return FIXED | {
+        "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration"],
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "d_ff": config.d_ff,
+        "num_heads": config.num_heads,
+        "d_kv": config.head_dim,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "feed_forward_proj": activations[config.activation],
+        "tie_word_embeddings": config.tied_logits,
+        "relative_attention_num_buckets": config.num_buckets,
+        "relative_attention_max_distance": config.max_distance,
+        "dropout_rate": config.dropout_rate,
+    }
 
 
 def _their_names(name: str, shape: tuple[int, ...], config: Config) -> list[str]:

@@ -1,73 +1,108 @@
-"""Inference time: prefill (encoder and cross K/V) and each decoded token, in interleaved runs."""
+"""Seconds of prefill (encoder and cross K/V), of decoded tokens, and of what takes turns with them.
+
+A machine that others share is faster in one minute than in the next. So whatever is compared takes
+turns: one turn each, again and again, and numbers of the same turn belong together.
+"""
 
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gqa import decode, model
-from gqa.model import Config
+from gqa.attention import attend_blocks
+from gqa.decode import GREEDY
+from gqa.generate import Generator
+from gqa.inference import Inference, Memory
+from gqa.model import Config, init_params
+
+Turn = Callable[[], dict[str, float]]  # does its work once; numbers by name
+Name = TypeVar("Name", bound=Hashable)
+
+ATTENTION_RUNS = 5  # of `attention` in a turn, since one takes only milliseconds
 
 
-class Times(NamedTuple):
-    """Seconds of each repetition."""
+def take_turns(turns: dict[Name, Turn], repetitions: int) -> dict[Name, dict[str, np.ndarray]]:
+    """What each turn measures, [repetitions] a number, after one turn each to warm up."""
+    for turn in turns.values():
+        turn()
+    rounds = [{name: turn() for name, turn in turns.items()} for _ in range(repetitions)]
+    return {
+        name: {number: np.array([r[name][number] for r in rounds]) for number in rounds[0][name]}
+        for name in turns
+    }
 
-    prefill: np.ndarray
-    decode: np.ndarray
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until the result of `run` is there, and the result."""
+    begin = time.perf_counter()
+    result = jax.block_until_ready(run())
+    return time.perf_counter() - begin, result
+
+
+def generation(
+    net: Inference, weights: dict, inputs: Array, length: int, rows: int | None = None
+) -> Turn:
+    """Greedy decoding of inputs [B, S], `length` tokens forced, as seconds of its parts.
+
+    The parts are prefill, of `rows` rows at once (default all), decode, of all tokens, and
+    attention, which is that of one token to the inputs, in all layers and alone.
+    """
+    generator = Generator(net, GREEDY, length, stop=False)
+    queries = attention_queries(net, len(inputs))
+    attend = jax.jit(attention)
+    rows = rows or len(inputs)
+
+    def prefill() -> Memory:
+        # A large batch goes in parts: the encoder needs more room than the memory it leaves.
+        parts = [
+            generator.prefill(weights, inputs[i : i + rows]) for i in range(0, len(inputs), rows)
+        ]
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+    def turn() -> dict[str, float]:
+        first, memory = timed(prefill)
+        alone = [timed(partial(attend, queries, memory))[0] for _ in range(ATTENTION_RUNS)]
+        rest, _ = timed(partial(generator.decode, weights, memory))
+        return {"prefill": first, "decode": rest, "attention": float(np.median(alone))}
+
+    return turn
+
+
+def attention_queries(net: Inference, batch_size: int) -> Array:
+    """One query a head and sequence, [B, 1, N, H]."""
+    shape = (batch_size, 1, net.config.num_heads, net.config.head_dim)
+    return jax.random.normal(jax.random.key(0), shape, net.config.dtype)
+
+
+def attention(queries: Array, memory: Memory) -> list[Array]:
+    """What a step's cross-attention does between its projections: one [B, 1, N, H] a layer."""
+    return [attend_blocks(queries, *kv, memory.mask) for kv in memory.kv]
 
 
 def measure(
-    configs: dict[str, Config],
+    configs: dict[Name, Config],
     *,
     batch_size: int,
     inputs_length: int,
     targets_length: int,
     repetitions: int,
-    seed: int = 0,
-) -> dict[str, Times]:
-    """Time each network (random weights) on the same inputs, `targets_length` tokens forced.
-
-    The networks take turns, so that a machine that slows down slows all of them.
-    """
-    key = jax.random.key(seed)
+) -> dict[Name, dict[str, np.ndarray]]:
+    """Time each network (random weights) on the same inputs; see `generation`."""
     vocab = min(config.vocab_size for config in configs.values())
-    inputs = jax.random.randint(key, (batch_size, inputs_length), 3, vocab)
-    runs = {name: _compiled(config, inputs, targets_length) for name, config in configs.items()}
-    seconds: dict[str, list] = {name: [] for name in configs}
-    for _ in range(repetitions):
-        for name, (prefill, generate) in runs.items():
-            first, memory = _timed(prefill)
-            rest, _ = _timed(lambda generate=generate, memory=memory: generate(memory))
-            seconds[name].append((first, rest))
-    return {name: Times(*np.array(values).T) for name, values in seconds.items()}
+    inputs = random_tokens(vocab, batch_size, inputs_length)
+    turns = {}
+    for name, config in configs.items():
+        net = Inference(config)
+        weights = jax.jit(net.prepare)(init_params(config, 0))
+        turns[name] = generation(net, weights, inputs, targets_length)
+    return take_turns(turns, repetitions)
 
 
-def _compiled(config: Config, inputs: Array, length: int) -> tuple[Callable, Callable]:
-    """The two timed parts of one network as functions of nothing and of the memory, warmed up."""
-    params = jax.jit(model.unstack, static_argnums=1)(model.init_params(config, 0), config)
-
-    @jax.jit
-    def prefill(params):
-        return model.prefill(params, config, inputs)
-
-    @jax.jit
-    def generate(params, memory):
-        def step(tokens, index, cache):
-            return model.decode_step(params, config, tokens, index, cache, *memory)
-
-        cache = model.init_cache(config, len(inputs), length)
-        return decode.greedy(step, cache, len(inputs), length, stop=False)
-
-    memory = prefill(params)
-    jnp.sum(generate(params, memory)).block_until_ready()
-    return lambda: prefill(params), lambda memory: generate(params, memory)
-
-
-def _timed(run: Callable) -> tuple[float, object]:
-    begin = time.perf_counter()
-    result = jax.block_until_ready(run())
-    return time.perf_counter() - begin, result
+def random_tokens(vocab_size: int, batch_size: int, length: int, seed: int = 0) -> Array:
+    """Tokens [B, length] that are neither padding nor an end."""
+    return jax.random.randint(jax.random.key(seed), (batch_size, length), 3, vocab_size)

@@ -13,8 +13,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from gqa.convert import convert
 from gqa.errors import UserError
-from gqa.huggingface import COPIES, UNUSED, from_state_dict, load, to_config
+from gqa.huggingface import (
+    COPIES,
+    UNUSED,
+    from_config,
+    from_state_dict,
+    load,
+    state_dict,
+    to_config,
+)
 from gqa.layers import relative_position_bucket
 from gqa.model import Transformer
 
@@ -123,6 +132,23 @@ def test_copies_of_the_embedding_and_an_unused_table_are_accepted():
     expected, expected_config = from_state_dict(state, hf_config)
     assert config == expected_config
     jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize("version", ["t5_1_0", "t5_1_1"])
+def test_state_dict_and_from_config_are_the_way_back(version):
+    state, hf_config, _ = read_golden(version)
+    params, config = from_state_dict(state, hf_config)
+    assert to_config(from_config(config)) == config
+    back = state_dict(params, config)
+    assert back.keys() == state.keys()
+    for name, array in back.items():
+        np.testing.assert_array_equal(array, state[name].astype(np.float32), err_msg=name)
+
+
+def test_a_grouped_network_has_no_state_dict(state, hf_config):
+    params, config = convert(*from_state_dict(state, hf_config), 2)
+    with pytest.raises(UserError, match=r"num_kv_heads_decoder=2: .* multi-head only; use 4"):
+        state_dict(params, config)
 
 
 @pytest.mark.parametrize("name", COPIES)

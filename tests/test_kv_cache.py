@@ -1,4 +1,4 @@
-"""The cache's size is that of the arrays that decoding allocates."""
+"""Sizes are those of the arrays that decoding allocates and reads."""
 
 import dataclasses
 
@@ -7,27 +7,70 @@ import jax.numpy as jnp
 import pytest
 
 import gqa
-from gqa import model
+from gqa import generate, kv_cache, model
 from gqa.inference import Inference
+from gqa.layers import RELU
+
+
+def grouped(config, decoder, cross, **more):
+    heads = {"num_kv_heads_decoder": decoder, "num_kv_heads_cross": cross}
+    return dataclasses.replace(config, **heads, **more)
+
+
+def nbytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize(("decoder", "cross"), [(4, 4), (2, 4), (1, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_size_is_that_of_the_arrays(tiny, decoder, cross, dtype):
-    heads = {"num_kv_heads_decoder": decoder, "num_kv_heads_cross": cross}
-    config = dataclasses.replace(tiny, **heads, dtype=dtype)
-
-    # On CPUs both are filled up to whole blocks.
-    net = Inference(config, cache_dtype=dtype, backend="tpu")
+    config = grouped(tiny, decoder, cross)
+    net = Inference(config, cache_dtype=dtype)
 
     def arrays():
         weights = net.prepare(model.init_params(config, 0))
-        memory = net.prefill(weights, jnp.ones((3, 11), jnp.int32))
-        return memory.kv, net.init_cache(3, 1, 5)
+        # Lengths of whole blocks, which are not filled up.
+        return net.prefill(weights, jnp.ones((3, 64), jnp.int32)).kv, net.init_cache(3, 1, 128)
 
-    leaves = jax.tree.leaves(jax.eval_shape(arrays))
-    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    assert gqa.kv_cache_bytes(config, 3, 11, 5) == expected
+    assert gqa.kv_cache_bytes(config, 3, 64, 128, dtype) == nbytes(jax.eval_shape(arrays))
+
+
+@pytest.mark.parametrize("decoder", [4, 1])
+@pytest.mark.parametrize("form", [{}, {"activation": RELU, "tied_logits": True}])
+def test_a_step_reads_its_arrays_once(tiny, monkeypatch, decoder, form):
+    """The weights are those on which its logits depend; the self-attention cache grows."""
+    monkeypatch.setattr(generate, "SHORTEST", 2)
+    net = Inference(grouped(tiny, decoder, 2, **form), backend="tpu", cache_dtype="float32")
+    B, S, T = 3, 11, 6
+    step = kv_cache.step(net, B, S, T)
+    assert step.cross_cache == 2 * 2 * B * 2 * S * tiny.head_dim * 4
+    by_token = [nbytes(net.init_cache(B, 1, room)) for room in (2, 2, 4, 4, 6, 6)]
+    assert step.self_cache == sum(by_token) / T
+    read = _read(net, B, S)
+    del read["decoder/position_bias/table"]  # a look-up of a few numbers
+    looked_up = 0
+    if not net.config.tied_logits:  # else it also makes the logits
+        assert read.pop("embedding").shape == (32, 16)
+        looked_up = B * 16 * 4
+    assert step.weights == nbytes(read) + looked_up
+    assert step.flops == 2 * B * sum(x.size for x in read.values() if len(x.shape) > 1)
+
+
+def _read(net, B, S):
+    """The weights that a step's program has any use for, by name."""
+    weights = jax.eval_shape(lambda: net.prepare(model.init_params(net.config, 0)))
+    memory = jax.eval_shape(net.prefill, weights, jax.ShapeDtypeStruct((B, S), jnp.int32))
+    tokens, index = jax.ShapeDtypeStruct((B, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    cache = jax.eval_shape(lambda: net.init_cache(B, 1, 6))
+    program = jax.make_jaxpr(net.step)(weights, tokens, index, cache, memory).jaxpr
+    used = {id(x) for equation in program.eqns for x in equation.invars}
+    leaves = jax.tree_util.tree_leaves_with_path(weights)
+    named = zip(leaves, program.invars[: len(leaves)], strict=True)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for (path, leaf), var in named
+        if id(var) in used
+    }
 
 
 def test_a_stated_dtype_overrides_the_config(tiny):

@@ -10,6 +10,7 @@ from experiments import text
 
 ROOT = Path(launch.__file__).parent
 GQA8 = "--config=configs/gqa8.py"
+SPEED = "--config=configs/sweeps/speed.py"
 
 
 @pytest.fixture
@@ -83,6 +84,17 @@ def run(capsys, tmp_path, monkeypatch):
         ((GQA8, "--checkpoint=x"), "--checkpoint goes with --stage=evaluate"),
         ((GQA8, "--stage=evaluate", "--checkpoint=no/where"), "no checkpoint in .*no/where"),
         ((GQA8, "--stage=report"), "results.jsonl: No such file or directory; run a stage"),
+        ((GQA8, "--config.experiment=race"), "experiment='race'; use one of pipeline, speed"),
+        (("--config=configs/sweeps/speed.py:medium",), "size='medium'; use one of nano, mini"),
+        ((SPEED, "--config.benchmark.kv_heads=3"), "kv_heads=3 .* use one of 1, 2, 4, 8, 16"),
+        ((SPEED, "--config.benchmark.inputs_lengths=()"), "inputs_lengths=; use lengths such as"),
+        ((SPEED, "--config.benchmark.inputs_lengths=64,0"), "inputs_lengths=0; use lengths"),
+        ((SPEED, "--config.benchmark.targets_length=1"), "targets_length=1; use 2 or more"),
+        ((SPEED, "--config.benchmark.batch_size=0"), "batch_size=0; use 1 or more"),
+        ((SPEED, "--config.benchmark.memory_gib=0.1"), "memory_gib=0.1 holds no .* use 0.4"),
+        ((SPEED, "--config.training.networks.mini.d_ff=0"), "mini.d_ff=0; use 1 or more"),
+        ((SPEED, "--stage=finetune"), "--stage=finetune; use one of inference, training, report"),
+        ((SPEED, "--stage=report"), "results.jsonl: No such file or directory"),
     ],
 )
 def test_a_mistake_is_one_line_and_costs_nothing(run, tmp_path, arguments, message):

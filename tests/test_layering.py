@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 # Each may import itself and what follows it.
 LAYERS = ("tests", "configs", "launch", "experiments", "gqa")
-STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark", "report")
+STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark", "report", "speed")
 MAY_IMPORT_STAGES = ("launch", "experiments.pipeline", "experiments.sweep")
 LEAVES = (
     *("attention", "decode", "loss", "hardware", "optim", "sharding", "checkpoint"),
@@ -24,8 +24,9 @@ ROOMS = {
     "ml_collections": r"(configs|experiments|tests)\..*|launch",
     "orbax": r"gqa\.checkpoint|tests\..*",
     "tensorflow": r"nobody",
-    "torch": r"tests\..*",
-    "transformers": r"tests\..*",
+    "torch": r"experiments\.peers|tests\..*",
+    "transformers": r"experiments\.peers|tests\..*",
+    "ctranslate2": r"experiments\.peers|tests\..*",
 }
 
 
@@ -137,6 +138,13 @@ def test_every_line_pins_one_package_once(file):
     names = list(pins(ROOT / file))
     assert {"jax", "pytest"} <= set(names)
     assert len(names) == len(set(names))
+
+
+def test_peers_are_installed_beside_what_runs():
+    """Neither file pins what the other does, so that installing both changes no version."""
+    peers = set(pins(ROOT / "requirements-bench.txt"))
+    assert {"torch", "transformers", "ctranslate2"} <= peers
+    assert not peers & set(pins(ROOT / "requirements.txt"))
 
 
 @pytest.mark.parametrize("file", ["requirements.txt", "requirements-test.txt"])
