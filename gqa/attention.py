@@ -126,9 +126,9 @@ def _attend(q, k, v, position_bias, mask, dropout):
 
 def _attend_forward(q, k, v, position_bias, mask, dropout):
     logits = _product(q, k, 3, 2)
-    for bias in (position_bias, mask):
-        if bias is not None:
-            logits += bias
+    biases = [bias for bias in (position_bias, mask) if bias is not None]
+    if biases:
+        logits += sum(biases)  # their sum is the same in every layer, and taken once
     weights = jax.nn.softmax(logits)
     dropped = weights if dropout is None else weights * dropout
     out = _product(dropped.astype(v.dtype), v, 3, 2).astype(v.dtype)
