@@ -171,28 +171,42 @@ def _swapped(x: Array) -> Array:
 
 
 def attend_blocks(q: Array, k: Array, v: Array, bias: Array) -> Array:
-    """`attend` for the few rows of a decoding step, to keys in blocks: k [B * K, C, H, S / C].
+    """`attend` for the few rows of a decoding step, to keys and values in C blocks of positions.
 
-    q [B, T, N, H], k of one block [B * K, H, S], v [B * K, S, H], bias broadcastable to
-    [B, N, T, S]; returns [B, T, N, H]. Products take k and v in the very shape they are kept in:
-    XLA:CPU would write a cache that it also reads in another shape twice.
+    q [B, T, N, H], k [B * K, C, H, S / C] and v [B * K, C, S / C, H], both without C where it is 1;
+    bias [B or 1, N, T, S] or [B, 1, 1, S]; returns [B, T, N, H]. Products take k and v in the very
+    shape they are kept in: XLA:CPU would write a cache that it reads in two shapes twice.
     """
     B, T, N, H = q.shape
-    K, S = len(v) // B, v.shape[1]
-    G = N // K
-    # All query rows of a KV head meet each block of its keys in one product.
-    rows = q.astype(k.dtype).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(B * K, G * T, H)
+    K = len(v) // B
+    # All query rows of a KV head are the rows M of one product.
+    q = q.astype(k.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    bias = _split_heads(bias, K)
     if k.ndim == 3:
+        rows = q.reshape(B * K, -1, H)
         logits = jnp.einsum("bMH,bHS->bMS", rows, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits.reshape(*q.shape[:4], -1) + bias)
+        out = jnp.einsum("bMS,bSH->bMH", weights.reshape(logits.shape).astype(v.dtype), v)
     else:
-        rows = jnp.broadcast_to(rows[:, None], (*k.shape[:2], G * T, H))
-        logits = jnp.einsum("bCMH,bCHS->bCMS", rows, k, preferred_element_type=jnp.float32)
-        logits = logits.swapaxes(1, 2)
-    logits = logits.reshape(B, K, G, T, S) + _split_heads(bias, K)
-    weights = jax.nn.softmax(logits).reshape(B * K, G * T, S).astype(v.dtype)
-    out = jnp.einsum("bMS,bSH->bMH", weights, v)
-    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+        out = _attend_each_block(q, k, v, bias)
+    return out.astype(v.dtype).reshape(q.shape).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _attend_each_block(q: Array, k: Array, v: Array, bias: Array) -> Array:
+    """q [B, K, G, T, H] to blocks, bias [B or 1, K or 1, G or 1, T, S]; float32 [B * K, M, H].
+
+    Each block's part of the sum is a product of its own, and the softmax divides their total.
+    """
+    (B, K, G, T, H), C, block = q.shape, k.shape[1], k.shape[3]
+    rows = jnp.broadcast_to(q.reshape(B * K, 1, G * T, H), (B * K, C, G * T, H))
+    logits = jnp.einsum("bCMH,bCHS->bCMS", rows, k, preferred_element_type=jnp.float32)
+    bias = bias.reshape(*bias.shape[:2], -1, C, block).swapaxes(2, 3)
+    split = logits.reshape(B, K, C, G * T, block) + bias
+    weights = jnp.exp(split - split.max((2, 4), keepdims=True))
+    total = weights.sum((2, 4)).reshape(B * K, G * T, 1)
+    weights = weights.reshape(logits.shape).astype(v.dtype)
+    out = jnp.einsum("bCMS,bCSH->bCMH", weights, v, preferred_element_type=jnp.float32)
+    return out.sum(1) / total
 
 
 @jax.custom_vjp

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gqa import decode
+from gqa import decode, inference
 from gqa.decode import Search
 from gqa.inference import KV, Inference, Memory
 
@@ -109,7 +109,7 @@ class Generator:
     def _with_room(self, cache: list[KV] | None, batch_size: int, length: int) -> list[KV]:
         if cache is None:
             return self._init_cache(batch_size, self.search.num_beams, length)
-        return cache if cache[0][1].shape[1] >= length else self._grow(cache, length)
+        return cache if inference.room(cache) >= length else self._grow(cache, length)
 
     def _advance_rows(self, weights, rows, cache, memory, begin, end):
         def step(tokens, index, cache):

@@ -10,7 +10,7 @@ A step multiplies a few rows by every weight of the decoder and reads every key 
 each of those bytes once, and nothing else of size, is all there is to its speed; hence the layouts:
 
     keys     [B * K, C, H, S / C]   C blocks of positions, so that a product with a few query rows
-    values   [B * K, S, H]          reads memory in order; keys in one block are [B * K, H, S]
+    values   [B * K, C, S / C, H]   reads memory in order; without C where it is 1
     weights  [C, D, F / C]          C blocks of columns, for the same reason
 
 Beams R are more query rows of the same keys in cross-attention, which is never repeated for them,
@@ -19,6 +19,7 @@ So would an axis of length 1 in it, which XLA:CPU drops for a product but not fo
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -127,9 +128,10 @@ class Inference:
             k = jnp.einsum("BSD,DKH->BKHS", encoded, layer["cross_key"])
             v = jnp.einsum("BSD,DKH->BKSH", encoded, layer["cross_value"])
             B, K, H, S = k.shape
+            k, v = k.reshape(B * K, H, S), v.reshape(B * K, S, H)
             if block < S:
-                k = k.reshape(B, K, H, -1, block).swapaxes(2, 3)
-            k, v = k.reshape(B * K, *k.shape[2:]), v.reshape(B * K, S, H)
+                k = k.reshape(B * K, H, -1, block).swapaxes(1, 2)
+                v = v.reshape(B * K, -1, block, H)
             return k.astype(self.cache_dtype), v.astype(self.cache_dtype)
 
         return Memory([kv(layer) for layer in weights["decoder"]["layers"]], mask)
@@ -152,8 +154,10 @@ class Inference:
         def zeros(*shape: int) -> Array:
             return jnp.zeros(shape, self.cache_dtype)
 
-        keys = (rows, C, H, block) if C > 1 else (rows, H, block)
-        return [(zeros(*keys), zeros(rows, C * block, H)) for _ in range(c.num_decoder_layers)]
+        lead = (rows, C) if C > 1 else (rows,)
+        return [
+            (zeros(*lead, H, block), zeros(*lead, block, H)) for _ in range(c.num_decoder_layers)
+        ]
 
     def grow(self, cache: list[KV], length: int) -> list[KV]:
         """The cache with room for `length` positions."""
@@ -174,7 +178,7 @@ class Inference:
         Row b * R + r of the cache belongs to tokens[b, r].
         """
         c, decoder = self.config, weights["decoder"]
-        length = cache[0][1].shape[1]
+        length = room(cache)
         bias = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, False).apply(
             {"params": decoder["position_bias"]}, index, length, method="row"
         )
@@ -227,15 +231,22 @@ class Inference:
         return RMSNorm(jnp.dtype(self.config.dtype)).apply({"params": params}, x)
 
 
+def room(cache: list[KV]) -> int:
+    """Positions that a cache holds."""
+    _, *blocks, _ = cache[0][1].shape
+    return math.prod(blocks)
+
+
 def _put(cache: KV, k: Array, v: Array, index: Array) -> KV:
     """The cache with keys and values [B * R * K, H] at position `index`."""
     block = cache[0].shape[-1]
-    k, at = k[:, :, None], (0, index % block)
+    k, v, at = k[:, :, None], v[:, None], (index % block,)
+    lead = (0,)
     if cache[0].ndim == 4:
-        k, at = k[:, None], (index // block, *at)
+        k, v, lead = k[:, None], v[:, None], (0, index // block)
     return (
-        jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, *at)),
-        jax.lax.dynamic_update_slice(cache[1], v[:, None].astype(cache[1].dtype), (0, index, 0)),
+        jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (*lead, 0, *at)),
+        jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (*lead, *at, 0)),
     )
 
 

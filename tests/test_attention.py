@@ -88,13 +88,16 @@ def test_trained_form_has_the_values_and_gradients_of_the_definition(K, mask_row
 
 
 @pytest.mark.parametrize("K", [1, 2, 4])
-@pytest.mark.parametrize("block", [2, 8])
-def test_decoding_form_has_the_values_of_the_definition(K, block):
+@pytest.mark.parametrize("C", [1, 4])
+@pytest.mark.parametrize("bias_shape", [(B, 1, 1, 8), (1, N, T, 8), (B, N, T, 8)])
+def test_decoding_form_has_the_values_of_the_definition(K, C, bias_shape):
     q, k, v = random_qkv(K, S=8)
-    bias = random_bias(B, N, T, 8)
-    blocks = k.transpose(0, 2, 3, 1).reshape(B, K, H, -1, block).swapaxes(2, 3)
-    out = attend_blocks(q, blocks, v.swapaxes(1, 2), bias)
+    bias = random_bias(*bias_shape)
     expected = grouped_query_attention(q, k, v, bias)
+    k, v = k.transpose(0, 2, 3, 1).reshape(B * K, H, 8), v.swapaxes(1, 2).reshape(B * K, 8, H)
+    if C > 1:
+        k, v = k.reshape(B * K, H, C, -1).swapaxes(1, 2), v.reshape(B * K, C, -1, H)
+    out = attend_blocks(q, k, v, bias)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -75,7 +75,7 @@ def shapes(monkeypatch):
     shapes, advance = [], Generator._advance_rows
 
     def traced(self, weights, rows, cache, memory, begin, end):
-        shapes.append((len(memory.mask), cache[0][1].shape[1]))
+        shapes.append((len(memory.mask), inference.room(cache)))
         each = self.search.num_beams * self.net.config.num_kv_heads_decoder
         assert len(cache[0][0]) == len(rows.ended) * each
         return advance(self, weights, rows, cache, memory, begin, end)

@@ -40,7 +40,7 @@ def step_by_step(net, params, inputs, targets, room):
             cache = net.grow(cache, T)
         new, cache = step(weights, previous[:, :, index], index, cache, memory)
         logits.append(new)
-    assert cache[0][1].shape[1] >= T
+    assert inference.room(cache) >= T
     return np.stack(logits, axis=2)
 
 
