@@ -36,6 +36,9 @@ KV = tuple[Array, Array]
 # the matrix first; a single row (MHA without beams) is a matrix times a vector and needs no blocks.
 CPU_BLOCK = 64
 
+# Attention logits of a layer that are computed at once; more would go through memory many times.
+CPU_LOGITS = 2**24
+
 
 class Memory(NamedTuple):
     """What decoding reads of the inputs: keys and values a layer, and the bias that hides padding.
@@ -114,10 +117,7 @@ class Inference:
 
     def prefill(self, weights: dict, inputs: Array, num_beams: int = 1) -> Memory:
         """Encode inputs [B, S], 0 being padding, and take each layer's keys and values of it."""
-        x = weights["embedding"][inputs].astype(self.config.dtype)
-        real = (inputs > 0).astype(jnp.int32)
-        segments = Segments(real, real, packed=False)
-        encoded = Encoder(self.config).apply({"params": weights["encoder"]}, x, segments, False)
+        encoded = self._encode(weights, inputs)
         G = self.config.num_heads // self.config.num_kv_heads_cross
         block = self._key_block(G * num_beams) or inputs.shape[1]
         fill = -inputs.shape[1] % block  # up to whole blocks, as more padding
@@ -135,6 +135,22 @@ class Inference:
             return k.astype(self.cache_dtype), v.astype(self.cache_dtype)
 
         return Memory([kv(layer) for layer in weights["decoder"]["layers"]], mask)
+
+    def _encode(self, weights: dict, inputs: Array) -> Array:
+        """Encoder output [B, S, D], on a CPU of as many examples at a time as its cache is for."""
+        c, (B, S) = self.config, inputs.shape
+
+        def encode(inputs: Array) -> Array:
+            x = weights["embedding"][inputs].astype(c.dtype)
+            real = (inputs > 0).astype(jnp.int32)
+            segments = Segments(real, real, packed=False)
+            return Encoder(c).apply({"params": weights["encoder"]}, x, segments, False)
+
+        fit = CPU_LOGITS // (c.num_heads * S * S) if self.backend == "cpu" else B
+        rows = next(n for n in range(min(max(fit, 1), B), 0, -1) if B % n == 0)
+        if rows == B:
+            return encode(inputs)
+        return jax.lax.map(encode, inputs.reshape(-1, rows, S)).reshape(B, S, c.d_model)
 
     def _key_block(self, rows: int) -> int:
         """Positions of a block of keys that `rows` query rows read at once; 0 is all of them."""
