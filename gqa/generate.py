@@ -13,7 +13,7 @@ from gqa.decode import Search
 from gqa.inference import KV, Inference, Memory
 
 SHORTEST = 64  # the smallest bucket of lengths
-EVERY = 16  # positions after which the rows that ended are looked for
+EVERY = 32  # positions after which the rows that ended are looked for
 HALVINGS = 3  # of a batch whose rows end
 
 
@@ -27,6 +27,10 @@ def bucket(length: int, longest: int) -> int:
 
 class Generator:
     """`search` over `net`: texts of up to `length` tokens, filled to `length` if not `stop`.
+
+        generate = Generator(Inference(config), GREEDY, length=512)
+        weights = generate.prepare(params)                              once a checkpoint
+        tokens = generate(weights, inputs)                              prefill, then decode
 
     Self-attention reads a cache of the current length's bucket. When the examples that go on fit
     half of the batch, the others are left out of it, down to an eighth. So decoding is compiled
@@ -80,7 +84,7 @@ class Generator:
         numbers = np.arange(B) if numbers is None else np.asarray(numbers)
         outputs = np.zeros((B, self.length), np.int32)
         places, ended = np.arange(B), numbers < 0  # of the rows that are left
-        rows, cache = self._start(jnp.asarray(numbers, jnp.int32)), None
+        rows, cache = self._start(numbers.astype(np.int32)), None
         sizes = self._batch_sizes(B)
         begin = 0
         while begin < self.length and not ended.all():

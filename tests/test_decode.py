@@ -120,7 +120,7 @@ def test_examples_do_not_know_of_each_other(search):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 3.0])
 def test_enough_beams_find_the_best_of_all_texts(alpha):
-    B, V, length = 8, 4, 4
+    B, V, length = 60, 4, 4
     step, table, empty = language(B, V, length)
     search = Beam(num_beams=54, alpha=alpha)  # as many as the last position's 27 * 4 need
     rows, _ = run(step, search, empty(54), B, length)
