@@ -11,8 +11,8 @@ import numpy as np
 
 # Dense peaks of one JAX device in TFLOP/s, for bfloat16 and for float32 at XLA's default
 # precision: bfloat16 passes on TPUs, TF32 on NVIDIA GPUs. A core of TPU v2, v3 and 7x is a device.
-# TPUs: the system-architecture pages of cloud.google.com/tpu/docs. GPUs: NVIDIA's datasheets,
-# whose figures with sparsity are twice these.
+# As Google's TPU documentation and NVIDIA's datasheets give them; the latter's figures with
+# sparsity are twice these.
 PEAKS = {
     "TPU v2": (23, 23),
     "TPU v3": (61.5, 61.5),

@@ -1,6 +1,7 @@
 """Settings and the small network that the tests share."""
 
 import functools
+import os
 
 import jax
 import numpy as np
@@ -15,7 +16,8 @@ jax.config.update("jax_default_matmul_precision", "float32")
 
 def pytest_configure(config):
     """Compile each program once: the tests run the same small networks again and again."""
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")  # jax does not write atomically
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"compiled-{worker}")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
