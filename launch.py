@@ -1,30 +1,28 @@
-"""Run a config: the whole job, or one stage of it.
+"""Run a config: the whole job, one stage of it, or a sweep.
 
     python launch.py --config=configs/gqa8.py
     python launch.py --config=configs/gqa8.py:mini --config.uptrain.alpha=0.1
     python launch.py --config=configs/gqa8.py --stage=evaluate --checkpoint=DIR
+    python launch.py --config=configs/sweeps/groups.py --jobs=2
+    python launch.py --config=configs/sweeps/groups.py --dry-run
 
-Exit status: 0 done, 2 something to change in the command, the config or a file.
+Exit status: 0 done, 2 something to change in the command, the config or a file, 128 + signal
+stopped by one, having saved what was done.
 """
 
-import os
 import sys
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from experiments import process
 from gqa.errors import UserError
 
 
 def main(argv: list[str]) -> int:
     """Parse, check, run; returns the exit status."""
-    try:
-        _run(_parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return process.status(lambda: _run(_parse(argv), argv))
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:
@@ -36,6 +34,9 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("workdir", "runs/", "where everything is kept, and found again", **options)
     flags.DEFINE_string("stage", None, "only this stage and what it builds on", **options)
     flags.DEFINE_string("checkpoint", None, "with --stage=evaluate: what to score", **options)
+    flags.DEFINE_string("executor", "local", "local, or slurm: one job a stage", **options)
+    flags.DEFINE_integer("jobs", 1, "stages at a time on this machine", **options)
+    flags.DEFINE_boolean("dry-run", False, "print the stages and do nothing", **options)
     try:
         rest = values(argv)[1:]
         # A config file that did not load says so when it is first looked into.
@@ -50,7 +51,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def _run(values: flags.FlagValues) -> None:
+def _run(values: flags.FlagValues, argv: list[str]) -> None:
     import jax  # after the flags, so that a mistake in them is told at once
 
     from experiments import pipeline, speed
@@ -64,27 +65,19 @@ def _run(values: flags.FlagValues) -> None:
         raise UserError(f"--stage={stage}; use one of {', '.join(experiment.KINDS)}")
     if values.checkpoint and stage != "evaluate":
         raise UserError("--checkpoint goes with --stage=evaluate")
+    options = pipeline.Options(
+        values.executor, values.jobs, values["dry-run"].value, tuple(argv[1:])
+    )
+    pipeline.check_options(options)
     experiment.check(config)
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     print(f"{config.name} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
     if values.checkpoint:
-        pipeline.evaluate_checkpoint(config, workdir, Path(values.checkpoint))
+        pipeline.score_checkpoint(config, workdir, Path(values.checkpoint))
     else:
-        experiment.run(config, workdir, stage)
-
-
-def _start_with_huge_pages() -> None:
-    """Have glibc, which reads this once at its start, back large arrays by huge pages.
-
-    XLA on a CPU takes new memory for every step; with small pages a fifth of a training step went
-    into their faults.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        experiment.run(config, workdir, stage, options)
 
 
 if __name__ == "__main__":
-    _start_with_huge_pages()
+    process.start_with_huge_pages()
     sys.exit(main(sys.argv))

@@ -1,4 +1,4 @@
-"""Model sizes, one row each. small .. xxl are T5 1.1; nano and mini are for a CPU.
+"""Model sizes, one row each. small .. xxl are T5 1.1; pico, nano and mini are for a CPU.
 
 The small ones have 16 heads all the same, so that 8 KV heads mean something.
 """
@@ -6,6 +6,7 @@ The small ones have 16 heads all the same, so that 8 KV heads mean something.
 COLUMNS = ("d_model", "d_ff", "num_heads", "head_dim", "layers", "vocab_size")
 
 SIZES = {
+    "pico": (64, 192, 16, 8, 2, 4096),
     "nano": (128, 384, 16, 16, 2, 4096),
     "mini": (256, 768, 16, 32, 4, 8192),
     "small": (512, 1024, 6, 64, 8, 32128),
@@ -14,3 +15,8 @@ SIZES = {
     "xl": (2048, 5120, 32, 64, 24, 32128),
     "xxl": (4096, 10240, 64, 64, 24, 32128),
 }
+
+# The next smaller size worth comparing with, as the paper does Large with XXL.
+SMALLER = {"nano": "pico", "mini": "nano", "base": "small", "large": "base"} | dict.fromkeys(
+    ("xl", "xxl"), "large"
+)

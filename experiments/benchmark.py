@@ -3,35 +3,40 @@
 from pathlib import Path
 
 from experiments import timings
-from experiments.stage import Job, Outcome, open_parent, record
+from experiments.stage import Job, Outcome, record
 from gqa import kv_cache, timing
 from gqa.inference import Inference
 from gqa.model import Config, count_params
 
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
-    """Settings: the config's section benchmark. Every parent is timed, in turn, in one run.
+    """Settings: the config's section benchmark, and networks: (variant, model.Config as a dict).
 
-    The first is the multi-head one; the others' timings say what it took beside them.
+    All are timed in turn, with random weights. The first is the multi-head reference: the others'
+    timings say what it took beside them, and of what size it is.
     """
-    del folder, job
+    del folder, parents, job
     shape = {key: settings[key] for key in ("batch_size", "inputs_length", "targets_length")}
-    networks = [open_parent(path) for path in parents]
-    configs = {path: network.config for path, network in zip(parents, networks, strict=True)}
+    networks = [(variant, Config(**config)) for variant, config in settings["networks"]]
+    configs = {i: config for i, (_, config) in enumerate(networks)}
     measured = timing.measure(configs, **shape, repetitions=settings["repetitions"])
-    records, parent = [], {}
-    for path, network in zip(parents, networks, strict=True):
-        variant = network.info["variant"]
+    records, reference = [], {}
+    for i, (variant, config) in enumerate(networks):
         times = timings.generation(
-            measured[path], shape["batch_size"], decoded=shape["targets_length"]
+            measured[i], shape["batch_size"], decoded=shape["targets_length"]
         )
         timed = timings.records(times, variant)
-        parent = parent or {entry["metric"]: entry["value"] for entry in timed}
-        if path != parents[0]:
-            timed = [entry | {"parent_value": parent[entry["metric"]]} for entry in timed]
-        sizes = _sizes(network.config, **shape)
+        if i == 0:
+            reference = {entry["metric"]: entry["value"] for entry in timed}
+        else:
+            size = networks[0][0]["size"]
+            timed = [
+                entry | {"parent_value": reference[entry["metric"]], "parent_size": size}
+                for entry in timed
+            ]
+        sizes = _sizes(config, **shape)
         records += [*(entry | {"variant": variant} for entry in sizes), *timed]
-        print(f"{name}: {_line(network.config, [*sizes, *timed])}")
+        print(f"{name}: {_line(config, [*sizes, *timed])}")
     return Outcome(records)
 
 

@@ -1,11 +1,10 @@
 """Score a fine-tuned checkpoint on a held-out split; predictions are kept beside the scores."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.stage import Job, Outcome, load_params, open_parent, record
+from experiments.stage import Job, Outcome, load_params, open_parent, record, write_whole
 from gqa import decode, evaluate, metrics, tasks, train
 from gqa.errors import UserError
 from gqa.generate import Generator
@@ -79,9 +78,7 @@ def _keep(path: Path, examples: list[Example], predictions: list[str]) -> None:
         json.dumps({"inputs": e.inputs, "targets": e.targets, "prediction": p}, ensure_ascii=False)
         for e, p in zip(examples, predictions, strict=True)
     ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def _scores(

@@ -1,235 +1,117 @@
-"""The main job as a graph of stages, each done once and found again by what determines it.
+"""The main job, and sweeps of it: check, prepare the text, plan, run or submit, report."""
 
-    pretrain (multi-head) ---------------------> finetune -> evaluate     a task each
-        `-> convert -> uptrain ----------------> finetune -> evaluate     a task each
-    benchmark (both networks in turn)            report (from results.jsonl alone)
-
-A stage's key is a hash of its settings and its parents' keys, its folder `stages/KIND-KEY`. Stages
-meet only there: checkpoints, `stage.json`, and `done.json` with its results once it is finished.
-"""
-
-import hashlib
-import importlib
-import json
-import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
-from experiments import evaluate, report, text
-from experiments.stage import Job, finish, make_workdir, open_parent, read_done
-from gqa import convert, model, results, sharding
+from experiments import check as checks
+from experiments import report, schedule, sweep, text, worker
+from experiments.plan import KINDS as STAGE_KINDS
+from experiments.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
+from experiments.stage import lock, make_workdir, open_parent
 from gqa.errors import UserError
-from gqa.tasks import SPLITS
 
-RESULTS = "results.jsonl"
-ALL_IF_ZERO = ("evaluate.examples", "evaluate.top_k")
-KINDS = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark", "report")
+KINDS = (*STAGE_KINDS, "report")
+EXECUTORS = ("local", "slurm")
 
 
-class Stage(NamedTuple):
-    """One piece of work; `settings` and `parents` determine its result."""
+class Options(NamedTuple):
+    """How a graph of stages is run; `report_command` is what a cluster's last job runs."""
 
-    kind: str
-    settings: dict[str, Any]
-    parents: tuple["Stage", ...]
-
-    @property
-    def key(self) -> str:
-        """Content hash."""
-        what = [self.kind, self.settings, [parent.key for parent in self.parents]]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-
-    @property
-    def task(self) -> str | None:
-        """The task it fine-tunes on or scores, if any."""
-        return self.settings.get("task")
-
-    def folder(self, workdir: Path) -> Path:
-        """Where it works and leaves its results."""
-        return workdir / "stages" / f"{self.kind}-{self.key}"
-
-    @property
-    def variant(self) -> dict[str, Any]:
-        """What result lines say of its network."""
-        return self.settings["variant"]
-
-    @property
-    def label(self) -> str:
-        """What a person calls it."""
-        task = f" {self.task}" if self.kind in ("finetune", "evaluate") else ""
-        return f"{self.kind}{task} ({self.variant['num_kv_heads']} KV heads)"
+    executor: str = "local"
+    jobs: int = 1
+    dry_run: bool = False
+    report_command: tuple[str, ...] = ()
 
 
 def check(config: ConfigDict) -> None:
     """Refuse, in one line and before any compute, what could not run."""
-    parent = parent_config(config)
-    heads = target_heads(config)
-    convert.check(parent, heads, config.convert.method)
-    if config.convert.optimizer not in ("map", "reset"):
-        raise UserError(f"convert.optimizer={config.convert.optimizer!r}; use map or reset")
-    if not 0 <= config.uptrain.alpha <= 1:
-        raise UserError(f"uptrain.alpha={config.uptrain.alpha}; use a fraction from 0 to 1")
-    if config.evaluate.split not in SPLITS:
-        raise UserError(f"evaluate.split={config.evaluate.split!r}; use one of {', '.join(SPLITS)}")
-    check_numbers(config)
-    evaluate.check(config.evaluate)
-    for section in ("pretrain", "finetune"):
-        training = config[section]
-        model.Config(**{**parent.__dict__, "dropout_rate": training.dropout_rate})
-        sharding.check_batch(
-            f"{section}.batch_size", training.batch_size, training.num_microbatches
+    read = set()
+    for point in sweep.expand(config):
+        checks.check(point)
+        wanted = repr(text.settings(point))
+        if wanted not in read:  # texts may be large: each is read once
+            text.check(point)
+        read.add(wanted)
+
+
+def check_options(options: Options) -> None:
+    """Refuse what could not be run that way."""
+    if options.executor not in EXECUTORS:
+        raise UserError(f"--executor={options.executor}; use one of {', '.join(EXECUTORS)}")
+    if options.jobs < 1:
+        raise UserError(f"--jobs={options.jobs}; use 1 or more")
+    if options.jobs > 1 and options.executor != "local":
+        raise UserError("--jobs goes with --executor=local")
+    if options.jobs > 1 and jax.default_backend() != "cpu":
+        raise UserError(
+            f"--jobs={options.jobs} would share one accelerator; use --jobs=1 or --executor=slurm"
         )
-    sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size)
-    text.check(config)
 
 
-def check_numbers(config: ConfigDict) -> None:
-    """Counts are 1 or more, rates not negative; 0 stands for all examples and tokens."""
-    for section, settings in config.items():
-        for key, value in settings.items() if isinstance(settings, ConfigDict) else ():
-            name = f"{section}.{key}"
-            least = 0 if isinstance(value, float) or name in ALL_IF_ZERO else 1
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and not least <= value < math.inf:
-                raise UserError(f"{name}={value}; use {least} or more")
-
-
-def parent_config(config: ConfigDict) -> model.Config:
-    """The multi-head network that everything starts from."""
-    heads = {f"num_kv_heads_{name}": config.model.num_heads for name in convert.ATTENTIONS}
-    return model.Config(**config.model, **heads)
-
-
-def target_heads(config: ConfigDict) -> dict[str, int]:
-    """KV heads of each attention after conversion."""
-    return {name: config.convert[f"num_kv_heads_{name}"] for name in convert.ATTENTIONS}
-
-
-def plan(config: ConfigDict, text_hash: str) -> list[Stage]:
-    """The stages of a config in the order they run."""
-    heads = target_heads(config)
-    multi_head = dict.fromkeys(convert.ATTENTIONS, config.model.num_heads)
-    mha = _variant(config, multi_head, "none", 0.0)
-    settings = {"model": parent_config(config).__dict__, "text": text_hash, "seed": config.seed}
-    pretrain = _stage("pretrain", config.pretrain.to_dict() | settings, (), mha)
-    stages, leaves = [pretrain], [pretrain]
-    if heads != multi_head or config.uptrain.alpha > 0:
-        method, alpha = config.convert.method, config.uptrain.alpha
-        variant = _variant(config, heads, method, alpha)
-        settings = {"num_kv_heads": heads, "method": method, "seed": config.seed}
-        settings["optimizer"] = config.convert.optimizer
-        converted = _stage("convert", settings, (pretrain,), variant | {"alpha": 0.0})
-        uptrained = _stage("uptrain", {"alpha": alpha}, (converted,), variant)
-        stages += [converted, uptrained]
-        leaves.append(uptrained)
-    for leaf in leaves:
-        for task in text.split_names(config.finetune.tasks):
-            stages += _tune_and_score(config, leaf, task)
-    benchmark = _stage("benchmark", config.benchmark.to_dict(), tuple(leaves), leaves[-1].variant)
-    return [*stages, benchmark]
-
-
-def _tune_and_score(config: ConfigDict, leaf: Stage, task: str) -> list[Stage]:
-    settings = config.finetune.to_dict() | {"task": task, "seed": config.seed}
-    del settings["tasks"]
-    tuned = _stage("finetune", settings, (leaf,), leaf.variant)
-    settings = config.evaluate.to_dict() | {"task": task}
-    return [tuned, _stage("evaluate", settings, (tuned,), leaf.variant)]
-
-
-def _stage(kind: str, settings: dict, parents: tuple[Stage, ...], variant: dict) -> Stage:
-    return Stage(kind, settings | {"variant": variant}, parents)
-
-
-def _variant(config: ConfigDict, heads: dict[str, int], method: str, alpha: float) -> dict:
-    """What a result line says of the network it is about."""
-    return {
-        "size": config.size,
-        "num_heads": config.model.num_heads,
-        "num_kv_heads": heads["decoder"],
-        "cross_num_kv_heads": heads["cross"],
-        "encoder_num_kv_heads": heads["encoder"],
-        "method": method,
-        "alpha": alpha,
-        "seed": config.seed,
-    }
-
-
-def run(config: ConfigDict, workdir: Path, kind: str | None = None) -> None:
+def run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) -> None:
     """Do what is not done yet: everything, or the stages of one kind and what they build on."""
     if kind == "report":
-        print(report.run(workdir / RESULTS, workdir))
-        return
-    job = _job(config, workdir)
-    stages = plan(config, job.text.hash)
-    if kind is not None:
-        wanted = [s for s in stages if s.kind == kind]
-        if not wanted:
-            raise UserError(f"stage={kind}: {config.name} has no such stage")
-        stages = [s for s in stages if any(s in _ancestors(w) for w in wanted)]
-    for stage in stages:
-        _run_stage(stage, config.name, job)
-    if kind is None:
-        print(report.run(workdir / RESULTS, workdir))
-        print(f"report: {workdir / 'report.md'}")
-
-
-def _job(config: ConfigDict, workdir: Path) -> Job:
-    make_workdir(workdir)
-    prepared = text.prepare(config, workdir)
-    return Job(workdir, prepared, sharding.make_mesh(), config.checkpoint.keep_last)
-
-
-def _ancestors(stage: Stage) -> list[Stage]:
-    return [stage, *(a for parent in stage.parents for a in _ancestors(parent))]
-
-
-def _run_stage(stage: Stage, run_name: str, job: Job) -> None:
-    """Run a stage unless it is done, and see to it that its results are in results.jsonl."""
-    folder = stage.folder(job.workdir)
-    done = read_done(folder)
-    if done is None:
-        print(f"{stage.label}: in {folder}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        parents = [_result(parent, job.workdir) for parent in stage.parents]
-        module = importlib.import_module(f"experiments.{stage.kind}")
-        outcome = module.run(stage.label, stage.settings, folder, parents, job)
-        done = finish(folder, outcome, results.provenance())
+        _report(config, workdir)
+    elif options.dry_run:
+        stages = _stages(config, workdir, kind, _prepared)
+        print(schedule.describe(stages, workdir))
     else:
-        print(f"{stage.label}: done before, in {folder}")
-    path = job.workdir / RESULTS
-    # A stage that several runs share is published once, by the first.
-    if not path.exists() or all(r["stage_key"] != stage.key for r in results.read(path)):
-        _publish(stage, done, run_name, path)
+        make_workdir(workdir)
+        with lock(workdir / "lock", str(workdir)):
+            _run(config, workdir, kind, options)
 
 
-def _result(stage: Stage, workdir: Path) -> Path:
-    """The checkpoint that a finished stage hands on."""
-    folder = stage.folder(workdir)
-    return folder / "checkpoints" / read_done(folder)["checkpoint"]
+def _run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) -> None:
+    stages = _stages(config, workdir, kind, text.prepare)
+    if options.executor == "slurm":
+        from experiments import slurm  # only here: a laptop need not have it
+
+        slurm.submit(stages, workdir, config.slurm.to_dict(), options.report_command)
+        return
+    schedule.run(stages, workdir, options.jobs)
+    if kind is None:
+        _report(config, workdir)
 
 
-def _publish(stage: Stage, done: dict, run_name: str, path: Path) -> None:
-    common = {"run": run_name, "stage": stage.kind, "stage_key": stage.key, "task": stage.task}
-    common["variant"] = stage.variant
-    blank = {"low": None, "high": None, "n": None}
-    results.append(path, [common | blank | r | done["provenance"] for r in done["records"]])
+def _report(config: ConfigDict, workdir: Path) -> None:
+    print(report.run(workdir / worker.RESULTS, workdir, within=config.report.within))
+    print(f"report: {workdir / 'report.md'}, {workdir / 'report.html'}")
 
 
-def evaluate_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> None:
+def _stages(config: ConfigDict, workdir: Path, kind: str | None, prepare: Callable) -> list[Stage]:
+    """The graph, as far as `kind` needs it."""
+    points = sweep.expand(config)
+    texts, plans = {}, []
+    for point in points:
+        wanted = text.settings(point)
+        if repr(wanted) not in texts:
+            texts[repr(wanted)] = prepare(wanted, workdir)
+        plans.append(plan(point, texts[repr(wanted)], points[0]))
+    stages = merge(plans)
+    if kind is None:
+        return stages
+    wanted = {a.key for stage in stages if stage.kind == kind for a in ancestors(stage)}
+    if not wanted:
+        raise UserError(f"--stage={kind}: {config.name} has no such stage")
+    return [stage for stage in stages if stage.key in wanted]
+
+
+def _prepared(wanted: dict, workdir: Path) -> text.Text | None:
+    return text.prepare(wanted, workdir) if text.is_prepared(wanted, workdir) else None
+
+
+def score_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> None:
     """Score any checkpoint: on the task it was fine-tuned on, else on every task of the config."""
     parent = open_parent(path)
-    job = _job(config, workdir)
+    make_workdir(workdir)
     tuned_on = parent.info.get("task")
-    for task in [tuned_on] if tuned_on else text.split_names(config.finetune.tasks):
-        settings = config.evaluate.to_dict() | {"task": task, "checkpoint": str(parent.path)}
-        stage = _stage("evaluate", settings, (), parent.info["variant"])
-        folder = stage.folder(workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        module = importlib.import_module("experiments.evaluate")
-        outcome = module.run(stage.label, stage.settings, folder, [parent.path], job)
-        _publish(
-            stage, finish(folder, outcome, results.provenance()), config.name, workdir / RESULTS
-        )
+    with lock(workdir / "lock", str(workdir)):
+        for task in [tuned_on] if tuned_on else text.split_names(config.finetune.tasks):
+            stage = evaluate_checkpoint(config, parent.path, parent.info["variant"], task)
+            folder = worker.describe(stage, workdir)
+            (folder / "done.json").unlink(missing_ok=True)
+            worker.run(folder)

@@ -14,7 +14,7 @@ MARGIN = 0.01  # nats per token; a loss that is lower by less counts as the same
 NO_DIFFERENCE = "none shown"
 
 
-def run(results_path: str | os.PathLike, folder: str | os.PathLike) -> str:
+def run(results_path: str | os.PathLike, folder: str | os.PathLike, within=1.0) -> str:
     """Write `report.md` and its figures into `folder`; return the main table as plain text."""
     records = [r for r in results.read(results_path) if r["stage"] in STAGES]
     if not records:

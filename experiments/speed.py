@@ -15,9 +15,11 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments import peers, pipeline, speed_report, timings
+from experiments.check import check_numbers
 from experiments.speed_report import EQUAL, LARGEST, MACHINE, OURS
 from experiments.stage import make_workdir
 from experiments.timings import Numbers
+from experiments.worker import RESULTS
 from gqa import flops, hardware, kv_cache, optim, results, timing, train
 from gqa.convert import ATTENTIONS, convert
 from gqa.decode import GREEDY
@@ -40,8 +42,8 @@ class Entry(NamedTuple):
 
 def check(config: ConfigDict) -> None:
     """Refuse, in one line and before any compute, what could not run."""
-    pipeline.check_numbers(config)
-    pipeline.check_numbers(config.training.networks)
+    check_numbers(config)
+    check_numbers(config.training.networks)
     for S in config.benchmark.inputs_lengths or ("",):
         if not isinstance(S, int) or S < 1:
             raise UserError(f"benchmark.inputs_lengths={S}; use lengths such as 1024,2048")
@@ -57,9 +59,11 @@ def check(config: ConfigDict) -> None:
             _batch_sizes(config, net, S)
 
 
-def run(config: ConfigDict, workdir: Path, kind: str | None = None) -> None:
+def run(config: ConfigDict, workdir: Path, kind: str | None, options: pipeline.Options) -> None:
     """Measure everything, or one part of it; print it and leave `speed.md` and its figure."""
-    path = workdir / pipeline.RESULTS
+    if options._replace(report_command=()) != pipeline.Options():
+        raise UserError("--executor, --jobs and --dry-run go with the stages of the main job")
+    path = workdir / RESULTS
     if kind != "report":
         make_workdir(workdir)
         others = _others()

@@ -1,8 +1,11 @@
 """What a stage is given and what it leaves; the part that the three training stages share."""
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +34,42 @@ def make_workdir(workdir: Path) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Hold a file's lock; `what` it guards is for one process at a time.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        UserError: if another process has it, saying which.
+    """
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{what} is in use by {file.read().strip() or 'another process'}; wait for it, "
+                "stop it, or use another --workdir"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"{path}: no lock ({error.strerror}); start no second process", flush=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by another name first: a reader sees all of it or the one before."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class Job(NamedTuple):
     """What all stages of a run share."""
 
@@ -52,19 +91,31 @@ def record(metric: str, value: float, unit: str, **more) -> dict[str, Any]:
     return {"metric": metric, "value": value, "unit": unit, **more}
 
 
-def finish(folder: Path, outcome: Outcome, provenance: dict) -> dict:
-    """Write `done.json`, by another name first: with it a stage is finished, without it not."""
-    done = {**outcome._asdict(), "provenance": provenance}
-    temporary = folder / f"{DONE}.tmp"
-    temporary.write_text(json.dumps(done, indent=1))
-    os.replace(temporary, folder / DONE)
+def finish(folder: Path, outcome: Outcome, provenance: dict, seconds: float | None) -> dict:
+    """Write `done.json`: with it a stage is finished, without it not."""
+    done = {**outcome._asdict(), "provenance": provenance, "seconds": seconds}
+    write_whole(folder / DONE, json.dumps(done, indent=1))
     return done
 
 
 def read_done(folder: Path) -> dict | None:
-    """What `finish` wrote, or None."""
+    """What `finish` wrote, or None.
+
+    Raises:
+        UserError: if that is not what the file holds.
+    """
     path = folder / DONE
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+        if not done.keys() >= {"records", "checkpoint", "provenance", "seconds"}:
+            raise ValueError("keys are missing")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged; remove it to do the stage's last part again"
+        ) from error
+    return done
 
 
 class Parent(NamedTuple):

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +19,12 @@ REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 
 class Text(NamedTuple):
-    """A vocabulary, and where the tasks' texts come from; `hash` identifies all of it."""
+    """A vocabulary, and where the tasks' texts come from."""
 
     tokenizer: tokenizer.Tokenizer
     corpus: corpus.Corpus | None
     options: dict[str, dict]
     folder: Path
-    hash: str
 
     def examples(self, task: str, split: str) -> list:
         """Examples of a task, or documents."""
@@ -38,12 +38,13 @@ class Text(NamedTuple):
         """Token ids of each example's inputs and first target."""
         return data.tokenize_examples(examples, self.tokenizer, self.folder / "tokens")
 
+    def source(self, task: str) -> str:
+        """A hash of what the task's text is made from: not of where that lies."""
+        return _source(task, self.corpus, self.options)
 
-def task_options(config: ConfigDict) -> dict[str, dict]:
-    """Options of the tasks that have any: `files` has the user's paths and columns."""
-    files = dict(config.files)
-    files["metrics"] = split_names(files["metrics"])
-    return {"files": files}
+    def metrics(self, task: str) -> list[str]:
+        """Names of the metrics that the task is scored by."""
+        return list(tasks.scoring(task, **self.options.get(task, {}))[0])
 
 
 def split_names(text: str) -> tuple[str, ...]:
@@ -56,24 +57,42 @@ def task_names(config: ConfigDict) -> tuple[str, ...]:
     return (config.pretrain.task, *split_names(config.finetune.tasks))
 
 
+def settings(config: ConfigDict) -> dict:
+    """What `prepare` is to prepare, as JSON; paths are absolute."""
+    files = config.files.to_dict()
+    files["metrics"] = split_names(files["metrics"])
+    for key in ("train", "validation", "test"):
+        files[key] = files[key] and os.path.abspath(files[key])
+    vocabulary = config.text.vocabulary
+    return {
+        "packages": list(_packages(config)),
+        "vocabulary": vocabulary and os.path.abspath(vocabulary),
+        "vocab_size": config.model.vocab_size,
+        "pretraining": config.pretrain.task,
+        "tasks": sorted(set(task_names(config))),
+        "options": {"files": files} if "files" in task_names(config) else {},
+    }
+
+
 def check(config: ConfigDict) -> None:
     """Refuse unknown tasks, unreadable files and packages that are not installed."""
     if not split_names(config.finetune.tasks):
         raise UserError(f"finetune.tasks names no task; use {', '.join(tasks.names())}")
+    wanted = settings(config)
     for name in task_names(config):
-        tasks.check(name, **task_options(config).get(name, {}))
+        tasks.check(name, **wanted["options"].get(name, {}))
     for name in split_names(config.finetune.tasks):
         if not hasattr(tasks.get(name), "METRICS"):
             raise UserError(f"finetune.tasks: {name} has documents, not examples to fine-tune on")
-    if config.text.vocabulary:
-        tokenizer.load(config.text.vocabulary)
-    if _needs_corpus(config):
-        corpus.distributions(_packages(config))
+    if wanted["vocabulary"]:
+        tokenizer.load(wanted["vocabulary"])
+    if _needs_corpus(wanted):
+        corpus.distributions(wanted["packages"])
     data.span_lengths(config.pretrain.inputs_length)
 
 
-def _needs_corpus(config: ConfigDict) -> bool:
-    return any(name != "files" for name in task_names(config))
+def _needs_corpus(wanted: dict) -> bool:
+    return any(name != "files" for name in wanted["tasks"])
 
 
 def _packages(config: ConfigDict) -> tuple[str, ...]:
@@ -84,37 +103,58 @@ def _packages(config: ConfigDict) -> tuple[str, ...]:
     return tuple(pin.split("==")[0].split("[")[0] for pin in pins)
 
 
-def prepare(config: ConfigDict, workdir: Path) -> Text:
-    """Build, or read back, what the config's tasks need in `workdir`/text."""
-    folder, options = workdir / "text", task_options(config)
-    built = corpus.build(folder / "corpus", _packages(config)) if _needs_corpus(config) else None
-    sources = {"corpus": built.manifest["sha256"] if built else None}
-    if "files" in task_names(config):
-        paths = [config.files[split] for split in tasks.SPLITS if config.files[split]]
-        sources["files"] = [_sha256(path) for path in paths] + [sorted(config.files.items())]
-    text = Text(None, built, options, folder, "")
-    vocabulary = _vocabulary(config, text, sources)
-    sources["vocabulary"] = vocabulary.hash
-    return text._replace(tokenizer=vocabulary, hash=_hash(sources))
+def prepare(wanted: dict, workdir: Path) -> Text:
+    """Build, or read back, what the `settings` of a config name, in `workdir`/text."""
+    folder, options = workdir / "text", wanted["options"]
+    built = None
+    if _needs_corpus(wanted):
+        built = corpus.build(folder / "corpus", wanted["packages"])
+    text = Text(None, built, options, folder)
+    return text._replace(tokenizer=_vocabulary(wanted, text))
 
 
-def _vocabulary(config: ConfigDict, text: Text, sources: dict) -> tokenizer.Tokenizer:
-    if config.text.vocabulary:
-        return tokenizer.load(config.text.vocabulary)
-    size, task = config.model.vocab_size, config.pretrain.task
-    path = text.folder / f"vocabulary-{_hash([sources, size, task])[:12]}.model"
+def is_prepared(wanted: dict, workdir: Path) -> bool:
+    """Whether `prepare` would only read."""
+    folder, found = workdir / "text", None
+    if _needs_corpus(wanted):
+        found = corpus.find(folder / "corpus", wanted["packages"])
+        if found is None:
+            return False
+    source = _source(wanted["pretraining"], found, wanted["options"])
+    return bool(wanted["vocabulary"]) or _vocabulary_path(wanted, source, folder).exists()
+
+
+def _source(task: str, built: corpus.Corpus | None, options: dict[str, dict]) -> str:
+    if task != "files":
+        return built.manifest["sha256"]
+    files = options["files"]
+    contents = {split: _sha256(files[split]) for split in tasks.SPLITS if files[split]}
+    return _hash([contents, *(files[key] for key in ("source", "target", "prefix"))])
+
+
+def _vocabulary(wanted: dict, text: Text) -> tokenizer.Tokenizer:
+    if wanted["vocabulary"]:
+        return tokenizer.load(wanted["vocabulary"])
+    task = wanted["pretraining"]
+    path = _vocabulary_path(wanted, text.source(task), text.folder)
     if path.exists():
         return tokenizer.load(path)
     texts = text.examples(task, "train")
     if isinstance(texts[0], tasks.Example):
         texts = [part for example in texts for part in (example.inputs, *example.targets)]
-    return tokenizer.train(texts, size, path)
+    return tokenizer.train(texts, wanted["vocab_size"], path)
+
+
+def _vocabulary_path(wanted: dict, source: str, folder: Path) -> Path:
+    key = _hash([source, wanted["vocab_size"], wanted["pretraining"]])
+    return folder / f"vocabulary-{key[:12]}.model"
 
 
 def _hash(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+@functools.cache
 def _sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

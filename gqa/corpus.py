@@ -68,17 +68,20 @@ class Corpus:
 
 
 def build(folder: str | os.PathLike, packages: Sequence[str]) -> Corpus:
-    """Extract the corpus of installed distributions into `folder`, or read it from there.
+    """Extract the corpus of installed distributions into `folder`, or `find` it there."""
+    found = find(folder, packages)
+    return found or Corpus(
+        pathlib.Path(folder), _extract(pathlib.Path(folder), distributions(packages))
+    )
 
-    What is there is used if it was built from the same packages at the same versions.
-    """
+
+def find(folder: str | os.PathLike, packages: Sequence[str]) -> Corpus | None:
+    """The corpus in `folder` if it was built from the same packages at the same versions."""
     folder = pathlib.Path(folder)
-    found = distributions(packages)
-    versions = {name: distribution.version for name, distribution in found.items()}
+    installed = distributions(packages).items()
+    versions = {name: distribution.version for name, distribution in installed}
     manifest = _read_manifest(folder / "manifest.json", versions)
-    if manifest is None:
-        manifest = _extract(folder, found)
-    return Corpus(folder, manifest)
+    return manifest and Corpus(folder, manifest)
 
 
 def distributions(packages: Sequence[str]) -> dict[str, importlib.metadata.Distribution]:

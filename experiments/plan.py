@@ -1,0 +1,205 @@
+"""A config as a graph of stages, each found again by what determines it.
+
+    pretrain (multi-head) ---------------------> finetune -> evaluate     a task each
+        `-> convert -> uptrain ----------------> finetune -> evaluate     a task each
+    benchmark (both networks in turn; needs no checkpoint)
+
+A stage's key is a hash of its settings and its parents' keys, its folder `stages/KIND-KEY`. What
+several configs have in common is the same stage in each.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from experiments import text
+from gqa import convert, model
+
+KINDS = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
+
+
+class Stage(NamedTuple):
+    """One piece of work: `settings` and `parents` determine its result, `setup` does not."""
+
+    kind: str
+    settings: dict[str, Any]
+    parents: tuple["Stage", ...]
+    setup: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Content hash."""
+        return _key(json.dumps(self._identity(), sort_keys=True))
+
+    def _identity(self) -> list:
+        return [self.kind, self.settings, [parent.key for parent in self.parents]]
+
+    @property
+    def task(self) -> str | None:
+        """The task it fine-tunes on or scores, if any."""
+        return self.settings.get("task")
+
+    def folder(self, workdir: Path) -> Path:
+        """Where it works and leaves its results."""
+        return workdir / "stages" / f"{self.kind}-{self.key}"
+
+    @property
+    def variant(self) -> dict[str, Any]:
+        """What result lines say of its network."""
+        return self.settings["variant"]
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        variant = self.variant
+        parts = [variant["size"], f"{variant['num_kv_heads']} KV heads"]
+        if variant["method"] != "none":
+            parts.append(variant["method"])
+        if variant["alpha"]:
+            parts.append(f"alpha {variant['alpha']:g}")
+        if self.kind != "benchmark":
+            parts.append(f"seed {variant['seed']}")
+        task = f" {self.task}" if self.kind in ("finetune", "evaluate") else ""
+        return f"{self.kind}{task} ({', '.join(parts)})"
+
+
+@functools.cache
+def _key(identity: str) -> str:
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def parent_config(config: ConfigDict) -> model.Config:
+    """The multi-head network that everything starts from."""
+    heads = {f"num_kv_heads_{name}": config.model.num_heads for name in convert.ATTENTIONS}
+    return model.Config(**config.model, **heads)
+
+
+def target_heads(config: ConfigDict) -> dict[str, int]:
+    """KV heads of each attention after conversion."""
+    return {name: config.convert[f"num_kv_heads_{name}"] for name in convert.ATTENTIONS}
+
+
+def plan(
+    config: ConfigDict, prepared: text.Text | None, reference: ConfigDict | None = None
+) -> list[Stage]:
+    """The stages of a config in the order they run.
+
+    Args:
+        prepared: None where only the shape of the graph is asked for: the keys are none to keep.
+        reference: the config whose multi-head network is timed beside this one's; itself if None.
+    """
+    plan_stage = functools.partial(_stage, setup=_setup(config))
+    multi_head = dict.fromkeys(convert.ATTENTIONS, config.model.num_heads)
+    mha = _variant(config, multi_head, "none", 0.0)
+    settings = {"model": parent_config(config).__dict__, "seed": config.seed}
+    settings["text"] = prepared and [prepared.source(config.pretrain.task), prepared.tokenizer.hash]
+    pretrain = plan_stage("pretrain", config.pretrain.to_dict() | settings, (), mha)
+    stages = [pretrain]
+    leaves = [pretrain]
+    for stage in _grouped(config, pretrain, plan_stage):
+        stages.append(stage)
+        leaves = [pretrain, stage]  # the last one is what is fine-tuned
+    for leaf in leaves:
+        for task in text.split_names(config.finetune.tasks):
+            stages += _tune_and_score(config, leaf, task, prepared, plan_stage)
+    heads = leaves[-1].variant
+    return [*stages, _benchmark(config, reference or config, heads, plan_stage)]
+
+
+def _grouped(config: ConfigDict, pretrain: Stage, plan_stage) -> Iterable[Stage]:
+    """Conversion and uptraining, where the config asks for them."""
+    heads, alpha, method = target_heads(config), config.uptrain.alpha, config.convert.method
+    start = pretrain
+    if set(heads.values()) == {config.model.num_heads}:
+        method = "none"
+    else:
+        settings = {"num_kv_heads": heads, "method": method, "seed": config.seed}
+        settings["optimizer"] = config.convert.optimizer
+        start = plan_stage("convert", settings, (pretrain,), _variant(config, heads, method, 0.0))
+        yield start
+    if method != "none" or alpha > 0:
+        variant = _variant(config, heads, method, alpha)
+        yield plan_stage("uptrain", {"alpha": alpha}, (start,), variant)
+
+
+def _tune_and_score(
+    config: ConfigDict, leaf: Stage, task: str, prepared: text.Text | None, plan_stage
+) -> list[Stage]:
+    settings = config.finetune.to_dict() | {"task": task, "seed": config.seed}
+    settings["text"] = prepared and prepared.source(task)
+    del settings["tasks"]
+    tuned = plan_stage("finetune", settings, (leaf,), leaf.variant)
+    settings = config.evaluate.to_dict() | {"task": task}
+    settings["metrics"] = prepared and prepared.metrics(task)
+    return [tuned, plan_stage("evaluate", settings, (tuned,), leaf.variant)]
+
+
+def _benchmark(config: ConfigDict, reference: ConfigDict, variant: dict, plan_stage) -> Stage:
+    """Times depend on shapes alone: not on how a network was reached, nor on the seed."""
+    shape = {"method": "none", "alpha": 0.0, "seed": 0}
+    heads = {
+        "num_kv_heads_decoder": variant["num_kv_heads"],
+        "num_kv_heads_cross": variant["cross_num_kv_heads"],
+        "num_kv_heads_encoder": variant["encoder_num_kv_heads"],
+    }
+    multi_head = dict.fromkeys(convert.ATTENTIONS, reference.model.num_heads)
+    networks = [
+        [_variant(reference, multi_head, "none", 0.0) | shape, parent_config(reference).__dict__],
+        [variant | shape, parent_config(config).__dict__ | heads],
+    ]
+    if networks[0] == networks[1]:
+        networks.pop()
+    settings = config.benchmark.to_dict() | {"networks": networks}
+    return plan_stage("benchmark", settings, (), variant | shape)
+
+
+def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, variant: dict, task: str) -> Stage:
+    """The stage that scores any checkpoint on one task."""
+    settings = config.evaluate.to_dict() | {"task": task, "checkpoint": str(checkpoint)}
+    return _stage("evaluate", settings, (), variant, _setup(config))
+
+
+def _stage(kind: str, settings: dict, parents: tuple[Stage, ...], variant: dict, setup: dict):
+    return Stage(kind, settings | {"variant": variant}, parents, setup)
+
+
+def _setup(config: ConfigDict) -> dict[str, Any]:
+    """What a stage must know besides, as JSON: how to find its text, what to keep, its run."""
+    return {
+        "run": config.name,
+        "text": text.settings(config),
+        "checkpoint": config.checkpoint.to_dict(),
+    }
+
+
+def _variant(config: ConfigDict, heads: dict[str, int], method: str, alpha: float) -> dict:
+    """What a result line says of the network it is about."""
+    return {
+        "size": config.size,
+        "num_heads": config.model.num_heads,
+        "num_kv_heads": heads["decoder"],
+        "cross_num_kv_heads": heads["cross"],
+        "encoder_num_kv_heads": heads["encoder"],
+        "method": method,
+        "alpha": alpha,
+        "seed": config.seed,
+    }
+
+
+def merge(plans: Iterable[list[Stage]]) -> list[Stage]:
+    """Every stage of several plans once, in the order they first come."""
+    merged = {}
+    for stage in itertools.chain(*plans):
+        merged.setdefault(stage.key, stage)
+    return list(merged.values())
+
+
+def ancestors(stage: Stage) -> list[Stage]:
+    """The stage and everything it builds on, itself first."""
+    return [stage, *(a for parent in stage.parents for a in ancestors(parent))]

@@ -1,0 +1,52 @@
+"""What every process of ours begins with, and what becomes of what ends it."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from gqa import interrupt
+from gqa.errors import UserError, disk_full
+
+USER_ERROR = 2
+
+
+def status(run: Callable[[], None]) -> int:
+    """Run; returns the exit status, having said in one line what the user can do something about.
+
+    0 done, 2 something to change in the command, the config, a file or the disk, 128 + signal
+    stopped by it.
+    """
+    interrupt.install()
+    try:
+        run()
+    except UserError as error:
+        return _say(f"error: {error}", USER_ERROR)
+    except interrupt.Interrupted as stop:
+        return _say(f"stopped: {stop}", 128 + stop.signum)
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        where = getattr(error, "filename", None)
+        return _say(
+            f"error: no space left on device{f' for {where}' if where else ''}; free some and run "
+            "the same command again: what is finished is kept",
+            USER_ERROR,
+        )
+    return 0
+
+
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def start_with_huge_pages() -> None:
+    """Have glibc, which reads this once at its start, back large arrays by huge pages.
+
+    XLA on a CPU takes new memory for every step; with small pages a fifth of a training step went
+    into their faults.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

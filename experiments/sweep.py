@@ -1,0 +1,85 @@
+"""A sweep config -> the configs it is short for.
+
+Its section `sweep` has grids by name. A grid lists what varies over the base config, and stands for
+every combination; the sweep is all of its grids.
+"""
+
+import importlib
+import itertools
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from experiments.text import split_names
+from gqa.errors import UserError
+
+MULTI_HEAD = 0  # stands for as many KV heads as heads, in any size
+
+
+def expand(config: ConfigDict) -> list[ConfigDict]:
+    """The configs of a sweep, each like one of a single run; of any other config, itself.
+
+    Raises:
+        UserError: for an empty list or an unknown size.
+    """
+    if "sweep" not in config:
+        return [config]
+    return [each for grid in config.sweep for each in _grid(config, grid)]
+
+
+def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
+    axes = config.sweep[grid]
+    tasks = axes.tasks or config.finetune.tasks
+    for key in ("sizes", "methods"):
+        if not split_names(axes[key]):
+            raise UserError(f"sweep.{grid}.{key} is empty; name at least one")
+    for key in ("alphas", "seeds"):
+        if not axes[key]:
+            raise UserError(f"sweep.{grid}.{key} is empty; use numbers such as 0,1")
+    for size in split_names(axes.sizes):
+        base = _resized(config, size)
+        heads = axes.kv_heads or _groups(base.model.num_heads)
+        points = itertools.product(heads, split_names(axes.methods), axes.alphas, axes.seeds)
+        for kv_heads, method, alpha, seed in points:
+            point = _without_sweep(base)
+            kv_heads = base.model.num_heads if kv_heads == MULTI_HEAD else kv_heads
+            point.convert.num_kv_heads_decoder = point.convert.num_kv_heads_cross = kv_heads
+            point.convert.method, point.uptrain.alpha, point.seed = method, alpha, seed
+            point.finetune.tasks = tasks
+            yield point
+
+
+def _groups(num_heads: int) -> list[int]:
+    """Every number of KV heads below that of the parent, which is in every plan anyway."""
+    return [K for K in range(num_heads - 1, 0, -1) if num_heads % K == 0]
+
+
+def _resized(config: ConfigDict, size: str) -> ConfigDict:
+    """The base config of another size, with what the user changed in this one."""
+    if size == config.size:
+        return config
+    get_config = importlib.import_module("configs.base").get_config
+    own, other = get_config(config.size), get_config(size)
+    changed = _flat(config).items() - _flat(own).items()
+    keys = _flat(other).keys()
+    other.update_from_flattened_dict({k: v for k, v in changed if k in keys - {"name", "size"}})
+    other.name = config.name
+    return other
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _without_sweep(config: ConfigDict) -> ConfigDict:
+    point = config.copy_and_resolve_references()
+    if "sweep" in point:
+        with point.unlocked():
+            del point.sweep
+    return point

@@ -1,0 +1,144 @@
+"""Run one stage, from what its folder's `stage.json` says.
+
+    python -m experiments.worker runs/stages/KIND-KEY
+
+The same code runs a stage in the process of the main program, in a process beside it, or in a job
+of a cluster. A stage folder has `stage.json`, checkpoints if it trains, and `done.json` with its
+results once it is finished.
+"""
+
+import functools
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from experiments import process, text
+from experiments.plan import KINDS, Stage
+from experiments.stage import Job, Outcome, finish, lock, read_done, write_whole
+from gqa import checkpoint, results, sharding
+from gqa.errors import UserError
+
+RESULTS = "results.jsonl"
+STAGE = "stage.json"
+
+
+def describe(stage: Stage, workdir: Path) -> Path:
+    """Write what `run` needs to know into the stage's folder; returns the folder."""
+    folder = stage.folder(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    what = {"kind": stage.kind, "key": stage.key, "label": stage.label, "task": stage.task}
+    what |= {"settings": stage.settings, "setup": stage.setup}
+    what["parents"] = [parent.folder(workdir).name for parent in stage.parents]
+    write_whole(folder / STAGE, json.dumps(what, indent=1))
+    return folder
+
+
+def run(folder: Path) -> None:
+    """Run the stage of a folder unless it is done, and see to it that its results are published.
+
+    Raises:
+        UserError: where another process is at work on it, or its text is not the planned one.
+    """
+    what = _read(folder)
+    with lock(folder / "lock", f"the stage in {folder}"):
+        done = read_done(folder)
+        if done is None:
+            fresh = not (folder / "checkpoints").exists()
+            begun = time.monotonic()
+            outcome = _outcome(folder, what)
+            seconds = time.monotonic() - begun if fresh else None  # of all of it, or not known
+            done = finish(folder, outcome, results.provenance(), seconds)
+    _publish(folder, what, done)
+
+
+def _read(folder: Path) -> dict:
+    try:
+        what = json.loads((folder / STAGE).read_text())
+        if what["kind"] not in KINDS or any(Path(name).name != name for name in what["parents"]):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / STAGE}: not the description of a stage") from error
+    return what
+
+
+def _outcome(folder: Path, what: dict) -> Outcome:
+    """What the stage's module makes of it.
+
+    A damaged checkpoint is set aside if the user said so, and what is lost with it done again.
+    """
+    workdir = folder.parent.parent
+    module = importlib.import_module(f"experiments.{what['kind']}")
+    job = _job(json.dumps(what["setup"]), workdir)
+    while True:
+        try:
+            parents = [_result(workdir / "stages" / name) for name in what["parents"]]
+            if "checkpoint" in what["settings"]:
+                parents = [Path(what["settings"]["checkpoint"])]
+            return module.run(what["label"], what["settings"], folder, parents, job)
+        except checkpoint.Damaged as damaged:
+            owner = damaged.step.parent.parent
+            if job.on_damage != "previous" or owner.parent != folder.parent:
+                raise
+            _set_aside(damaged)
+            if owner != folder:
+                run(owner)
+
+
+def _set_aside(damaged: checkpoint.Damaged) -> None:
+    """Take the damaged step, and those after it, out of a stage, which is then not finished."""
+    folder = damaged.step.parent
+    for step in checkpoint.steps(folder):
+        if int(step.name) >= int(damaged.step.name):
+            checkpoint.set_aside(step)
+    (folder.parent / "done.json").unlink(missing_ok=True)
+    print(f"{damaged}\nset aside: the stage in {folder.parent} goes on from before it", flush=True)
+
+
+def _result(folder: Path) -> Path:
+    """The checkpoint that a finished stage hands on."""
+    done = read_done(folder)
+    if done is None:
+        raise UserError(f"the stage in {folder} is not finished; run it first")
+    return folder / "checkpoints" / Path(done["checkpoint"]).name
+
+
+@functools.lru_cache(maxsize=1)
+def _job(setup: str, workdir: Path) -> Job:
+    settings = json.loads(setup)
+    return Job(
+        workdir=workdir,
+        text=text.prepare(settings["text"], workdir),
+        mesh=sharding.make_mesh(),
+        keep_last=settings["checkpoint"]["keep_last"],
+    )
+
+
+def _publish(folder: Path, what: dict, done: dict) -> None:
+    """Append the results unless all of them are in results.jsonl already."""
+    path = folder.parent.parent / RESULTS
+    published = results.read(path) if path.exists() else []
+    same = sum(r["stage_key"] == what["key"] for r in published)
+    if same >= len(done["records"]) and "checkpoint" not in what["settings"]:
+        return
+    common = {"run": what["setup"]["run"], "stage": what["kind"], "stage_key": what["key"]}
+    common |= {"task": what["task"], "variant": what["settings"]["variant"]}
+    blank = {"low": None, "high": None, "n": None}
+    results.append(path, [common | blank | r | done["provenance"] for r in done["records"]])
+
+
+def main(argv: list[str]) -> None:
+    """Run the stage of the folder that is the one argument."""
+    if len(argv) != 2:
+        raise UserError("usage: python -m experiments.worker WORKDIR/stages/KIND-KEY")
+    folder = Path(argv[1]).absolute()
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent.parent / "compiled"))
+    run(folder)
+
+
+if __name__ == "__main__":
+    process.start_with_huge_pages()
+    sys.exit(process.status(functools.partial(main, sys.argv)))
