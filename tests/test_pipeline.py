@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
 from experiments import pipeline
 from gqa import checkpoint, results, sharding, train
 from gqa.model import Config
@@ -183,7 +182,7 @@ def test_a_second_variant_reuses_the_parent(whole, files):
         if folder.name not in before
     }
     assert new == {"convert", "uptrain", "finetune", "evaluate", "benchmark"}
-    assert "pretrain (4 KV heads): done before" in printed
+    assert "pretrain (nano, 4 KV heads, seed 0): done before" in printed
     report = (workdir / "report.md").read_text()
     assert "GQA-2" in report
     assert "MQA" in report
@@ -222,21 +221,3 @@ def test_a_job_killed_in_every_stage_ends_the_same(whole, files, tmp_path, seed)
             np.testing.assert_array_equal(value, expected[name], err_msg=name)
         else:
             assert value == expected[name], name
-
-
-def test_the_plan_shares_what_does_not_differ():
-    def keys(**overrides):
-        config = base.get_config("nano", kv_heads=overrides.pop("kv_heads", 8))
-        config.update_from_flattened_dict(overrides)
-        return {stage.label: stage.key for stage in pipeline.plan(config, "text")}
-
-    grouped, single = keys(), keys(kv_heads=1)
-    assert len(grouped) == 12
-    shared = {label for label in grouped if grouped[label] == single.get(label)}
-    assert shared == {label for label in grouped if "16 KV heads" in label}
-    assert (
-        keys(**{"finetune.steps": 9})["pretrain (16 KV heads)"] == grouped["pretrain (16 KV heads)"]
-    )
-    assert not set(keys(seed=1).values()) & set(grouped.values())
-    multi_head = keys(kv_heads=16, **{"uptrain.alpha": 0.0})
-    assert not any("uptrain" in label for label in multi_head)
