@@ -16,6 +16,7 @@ from gqa.errors import UserError
 
 POLL_SECONDS = 0.1
 ROOT = Path(__file__).parent.parent
+WORKER = (sys.executable, "-m", "experiments.worker")  # and the stage's folder
 
 
 def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
@@ -95,6 +96,7 @@ def _several(todo, stages, workdir, jobs, failed) -> None:
             each.process.terminate()
         for each in running:
             each.process.wait()
+            each.errors.close()
 
 
 def _room(stage: Stage, waiting: list[Stage], running: list[Running], jobs: int) -> bool:
@@ -106,9 +108,8 @@ def _room(stage: Stage, waiting: list[Stage], running: list[Running], jobs: int)
 
 def _start(stage: Stage, workdir: Path) -> Running:
     folder = stage.folder(workdir).absolute()
-    command = [sys.executable, "-m", "experiments.worker", str(folder)]
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read when the process has ended)
-    return Running(stage, subprocess.Popen(command, cwd=ROOT, stderr=errors), errors)
+    return Running(stage, subprocess.Popen([*WORKER, str(folder)], cwd=ROOT, stderr=errors), errors)
 
 
 def _outcome(ended: Running) -> Exception | None:

@@ -107,7 +107,11 @@ def test_another_size_has_its_own_recipe_and_what_the_user_changed():
     ("key", "value", "message"),
     [
         ("methods", "", "sweep.alpha.methods is empty"),
-        ("seeds", (), "sweep.alpha.seeds is empty"),
+        ("seeds", (), r"sweep.alpha.seeds=\(\); use numbers such as 0,1"),
+        ("seeds", (0.5,), r"sweep.alpha.seeds=\(0.5,\)"),
+        ("kv_heads", ("x",), r"sweep.alpha.kv_heads=\('x',\)"),
+        ("kv_heads", (True,), r"sweep.alpha.kv_heads=\(True,\)"),
+        ("alphas", (None,), r"sweep.alpha.alphas=\(None,\); use numbers such as 0.05,0.1"),
         ("sizes", "nano,medium", "size='medium'; use one of"),
     ],
 )
