@@ -117,7 +117,7 @@ def interrupted(job, options, rng, expected, count, signum, name) -> tuple[int, 
 
 
 def interrupt(job, workdir, log, signum, delay) -> float | None:
-    """Start the job, signal it after `delay` seconds; the seconds to its end, None if it was done."""
+    """Signal a started job after `delay` seconds; the seconds to its end, None if it was done."""
     process = start(job, workdir, log)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(delay)
