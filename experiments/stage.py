@@ -55,7 +55,7 @@ class Job(NamedTuple):
     keep_last: int
     on_damage: str = "stop"
     train: dict = guard.Settings()._asdict()
-    wandb: dict = {"mode": "off", "project": "gqa"}
+    wandb: dict | None = None
     run_name: str = ""
     title: str = ""
 
@@ -226,7 +226,7 @@ def _show(
 ) -> progress.Progress:
     """What shows a training run, under names that a person knows again."""
     tracking = None
-    if job.wandb["mode"] != "off":
+    if job.wandb and job.wandb["mode"] != "off":
         # The same for the same folder, and no other's.
         place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
         tracking = progress.Tracking(
