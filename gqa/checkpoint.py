@@ -191,7 +191,8 @@ def load(path: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
     step = find(path)
     arrays = {name: tree for name, tree in abstract.items() if tree is not None}
     seal.verify(step, arrays)
-    text = _read_json(step, [name for name in abstract if name not in arrays])
+    names = [name for name in abstract if name not in arrays]
+    text = _read_json(step, names) if names else {}
     for name, tree in arrays.items():
         _check_shapes(step, name, tree)
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
