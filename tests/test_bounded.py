@@ -16,19 +16,16 @@ def test_memory_files_and_handles_are_flat(tmp_path):
             gc.collect(0)
             seen[step] = process.memory_info().rss, process.num_fds()
 
-    toy.fit(tmp_path, 500, 50)
-    before = process.num_threads()
     toy.fit(tmp_path, 2000, 50, alive=watch)
-    assert process.num_threads() <= before + 4
     # The least of 500 steps: a checkpoint that is being saved has files of its own open.
     early, late = (
-        [min(column) for column in zip(*(seen[s] for s in range(a, a + 491, 10)), strict=True)]
-        for a in (510, 1510)
+        [min(column) for column in zip(*(seen[s] for s in range(a, a + 501, 10)), strict=True)]
+        for a in (500, 1500)
     )
-    assert seen[2000][0] < 1.02 * seen[510][0]
+    assert seen[2000][0] < 1.02 * seen[500][0]
     assert late[0] < 1.02 * early[0]
     assert late[1] <= early[1] + 4
     kept = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert {"1950", "2000"} <= set(kept)
     assert len(kept) <= 3  # the last two and the best
-    assert len(list((tmp_path / "events").iterdir())) == 2
+    assert len(list((tmp_path / "events").iterdir())) == 1
