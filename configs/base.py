@@ -54,7 +54,12 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.benchmark.targets_length = 512
     config.benchmark.repetitions = 10
     config.checkpoint = ConfigDict()
-    config.checkpoint.keep_last = 1  # beside the one with the best validation loss
+    config.checkpoint.keep_last = 2  # beside the one with the best validation loss
+    config.checkpoint.on_damage = "stop"  # or previous: set it aside, go on from the one before
+    config.train = _train()
+    config.wandb = ConfigDict()
+    config.wandb.mode = "off"  # Weights & Biases: off, offline, online
+    config.wandb.project = "gqa"
     config.report = ConfigDict()
     config.report.within = 1.0  # points of score below the multi-head parent that are acceptable
     if cpu:
@@ -102,6 +107,16 @@ def _finetune() -> ConfigDict:
     finetune.every = 1000
     finetune.validation_examples = 1024
     return finetune
+
+
+def _train() -> ConfigDict:
+    train = ConfigDict()
+    # At a loss that is not finite or a spike: stop, or rollback to the last checkpoint and skip the
+    # batches since.
+    train.on_nan = "stop"
+    train.max_rollbacks = 3  # of one stage
+    train.spike = 3.0  # nats per token above the running mean of the loss; 0: never
+    return train
 
 
 def _files() -> ConfigDict:

@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.stage import Job, Outcome, load_params, open_parent, record, write_whole
+from experiments.disk import write_whole
+from experiments.stage import Job, Outcome, load_params, open_parent, record
 from gqa import decode, evaluate, metrics, tasks, train
 from gqa.errors import UserError
 from gqa.generate import Generator

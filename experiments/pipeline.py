@@ -11,7 +11,8 @@ from experiments import check as checks
 from experiments import report, schedule, sweep, text, worker
 from experiments.plan import KINDS as STAGE_KINDS
 from experiments.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
-from experiments.stage import lock, make_workdir, open_parent
+from experiments.disk import lock, make_workdir
+from experiments.stage import open_parent
 from gqa.errors import UserError
 
 KINDS = (*STAGE_KINDS, "report")

@@ -1,83 +1,64 @@
 """What a stage is given and what it leaves; the part that the three training stages share."""
 
-import contextlib
-import fcntl
+import dataclasses
+import functools
+import hashlib
 import json
-import os
-import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from experiments.disk import write_whole
 from experiments.text import Text, Training
-from gqa import checkpoint, model, train
+from gqa import checkpoint, guard, model, progress, train
 from gqa.errors import UserError
 from gqa.flops import train_flops
 from gqa.hardware import peak_flops
-from gqa.progress import Progress
 from gqa.sharding import replicate
 
 DONE = "done.json"
 DONE_KEYS = {"records", "checkpoint", "provenance", "seconds"}
-
-
-def make_workdir(workdir: Path) -> None:
-    """Raise a UserError unless there is, or can be, such a folder."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir}: {error.strerror}; use a folder to write to"
-        ) from error
-
-
-@contextlib.contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold a file's lock; `what` it guards is for one process at a time.
-
-    The lock goes with the process, however that ends.
-
-    Raises:
-        UserError: if another process has it, saying which.
-    """
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{what} is in use by {file.read().strip() or 'another process'}; wait for it, "
-                "stop it, or use another --workdir"
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"{path}: no lock ({error.strerror}); start no second process", flush=True)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file by another name first: a reader sees all of it or the one before."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# What a checkpoint's config (JSON) says beside `model`, and with what type.
+INFO = {"vocabulary": str, "recipe": dict, "variant": dict, "task": str}
+OPTIONAL = ("task",)
+RECIPE = {
+    **dict.fromkeys(("steps", "batch_size", "num_microbatches", "every", "seed"), int),
+    **dict.fromkeys(("inputs_length", "targets_length", "validation_examples"), int),
+    **dict.fromkeys(("z_loss", "dropout_rate"), float),
+    "task": str,
+}
 
 
 class Job(NamedTuple):
-    """What all stages of a run share."""
+    """What all stages of a run share; some are sections of the config as dicts.
+
+    `title` names the TensorBoard folder of the stage that is run; empty: as its own folder.
+    """
 
     workdir: Path
     text: Text
     mesh: Mesh
     keep_last: int
+    on_damage: str = "stop"
+    train: dict = guard.Settings()._asdict()
+    wandb: dict | None = None
+    run_name: str = ""
+    title: str = ""
+
+
+def check(config: ConfigDict) -> None:
+    """Refuse settings of training, checkpoints and tracking that are none."""
+    guard.check(guard.Settings(**config.train))
+    progress.check(config.wandb.mode)
+    if config.checkpoint.on_damage not in ("stop", "previous"):
+        raise UserError(
+            f"checkpoint.on_damage={config.checkpoint.on_damage!r}; use stop or previous"
+        )
 
 
 class Outcome(NamedTuple):
@@ -128,10 +109,41 @@ class Parent(NamedTuple):
 
 
 def open_parent(path: Path) -> Parent:
-    """Read what a checkpoint says of itself."""
+    """Read what a checkpoint says of itself.
+
+    Raises:
+        UserError: naming the first key that is missing, unknown or of another type.
+    """
     path = checkpoint.find(path)
     info = checkpoint.load_config(path)
+    _check_types(path, "config", info, {**INFO, "model": dict}, OPTIONAL)
+    types = {field.name: field.type for field in dataclasses.fields(model.Config)}
+    _check_types(path, "config.model", info["model"], types)
+    recipe = {key: value for key, value in info["recipe"].items() if key in RECIPE}
+    _check_types(path, "config.recipe", recipe, RECIPE)
     return Parent(path, model.Config(**info["model"]), info)
+
+
+def _check_types(
+    path: Path, name: str, values: dict, types: dict[str, type], optional: tuple[str, ...] = ()
+) -> None:
+    for key in sorted(values.keys() | types.keys()):
+        if key not in types:
+            problem = "is unknown"
+        elif key not in values and key not in optional:
+            problem = "is missing"
+        elif key in values and not _is_a(values[key], types[key]):
+            problem = f"is {values[key]!r:.40} instead of a value of type {types[key].__name__}"
+        else:
+            continue
+        raise UserError(
+            f"checkpoint {path}: {name}.{key} {problem}; use a checkpoint of this program"
+        )
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    kinds = (int, float) if kind is float else kind
+    return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
 
 
 def load_params(parent: Parent, job: Job) -> dict:
@@ -178,13 +190,12 @@ def run_training(
     loss = train.make_loss(config, recipe["z_loss"])
     validation_loss = train.make_validation(config, job.mesh)
     step = train.make_step(loss, learning_rate, recipe["seed"], recipe["num_microbatches"])
-    checkpoints = folder / "checkpoints"
-    events = job.workdir / "tensorboard" / folder.name
+    checkpoints = folder.absolute() / "checkpoints"
     info = info | {"model": config.__dict__, "vocabulary": job.text.tokenizer.hash}
     step_flops = train_flops(config, recipe["batch_size"], **data.lengths)
-    peak = peak_flops(config.dtype)
-    with Progress(name, events, recipe["every"], step_flops, peak) as progress:
-        train.fit(
+    with _show(name, job, folder, recipe["every"], step_flops, config.dtype) as shown:
+        fit = functools.partial(
+            train.fit,
             lambda: replicate(start(), job.mesh),
             train.abstract(config, job.mesh),
             step,
@@ -195,9 +206,11 @@ def run_training(
             config=info,
             folder=checkpoints,
             mesh=job.mesh,
-            progress=progress,
+            progress=shown,
+            mishaps=guard.Settings(**job.train),
             keep_last=job.keep_last,
         )
+        rollbacks = _fit(fit, checkpoints, job.on_damage)
     with checkpoint.Checkpoints(checkpoints, job.keep_last) as saved:
         chosen = saved.best if keep == "best" else saved.latest
         value = saved.metric(chosen)
@@ -205,5 +218,38 @@ def run_training(
         record("validation_loss", value, "nats per token", n=data.validation_size),
         record("steps", chosen - first_step, "steps"),
     ]
+    if rollbacks:
+        records.append(record("rollbacks", rollbacks, "times"))
     jax.clear_caches()  # compiled steps of one network are no use to the next stage
     return Outcome(records, str(chosen))
+
+
+def _show(
+    name: str, job: Job, folder: Path, every: int, step_flops: float, dtype: str
+) -> progress.Progress:
+    """What shows a training run, under names that a person knows again."""
+    tracking = None
+    if job.wandb and job.wandb["mode"] != "off":
+        # The same for the same folder, and no other's.
+        place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
+        tracking = progress.Tracking(
+            **job.wandb,
+            group=job.run_name,
+            name=name,
+            id=f"{folder.name}-{place}",
+            folder=job.workdir,
+        )
+    events = job.workdir / "tensorboard" / (job.title or folder.name)
+    return progress.Progress(name, events, every, step_flops, peak_flops(dtype), tracking)
+
+
+def _fit(fit: Callable[[], int], checkpoints: Path, on_damage: str) -> int:
+    """Train; a damaged checkpoint of this stage's own is set aside if that is wished."""
+    while True:
+        try:
+            return fit()
+        except checkpoint.Damaged as damage:
+            if on_damage != "previous" or damage.step.parent != checkpoints:
+                raise
+            checkpoint.set_aside(damage.step)
+            print(f"{damage.step} is damaged and was set aside", flush=True)

@@ -18,7 +18,8 @@ import jax
 
 from experiments import process, text
 from experiments.plan import KINDS, Stage
-from experiments.stage import Job, Outcome, finish, lock, read_done, write_whole
+from experiments.disk import lock, write_whole
+from experiments.stage import Job, Outcome, finish, read_done
 from gqa import checkpoint, results, sharding
 from gqa.errors import UserError
 

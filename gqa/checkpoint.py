@@ -1,64 +1,160 @@
 """Checkpoints on disk: the only file that knows Orbax.
 
-A checkpoint is a step folder with separate items: params, opt_state, data (the iterator's state)
-and config (JSON: the network, and whatever its writer adds). An unfinished save has another name
-and is never seen as a step.
+A checkpoint is a step folder: `params` and `opt_state` as arrays, and JSON (config: the network and
+whatever its writer adds; data: the iterator's state; guard) in Orbax's own metadata. An unfinished
+save has another name and is never seen as a step. A seal (`gqa.seal`) is put on what is finished,
+and nothing is used before it was compared with it.
 """
 
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from gqa.errors import UserError
+from gqa import hardware, seal
+from gqa.errors import UserError, disk_full
+from gqa.seal import Damaged
+
+__all__ = ["Checkpoints", "Damaged", "find", "load", "load_config", "set_aside"]
+
+ARRAYS = ("params", "opt_state")
+JSON = "_CHECKPOINT_METADATA"
+LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted", "*.tmp")
 
 
 class Checkpoints:
-    """The checkpoints of one training run: the last `keep_last` and the best are kept."""
+    """The checkpoints of one training run.
+
+    Those with metrics are its result: the last `keep_last` and the best are kept. One without, from
+    a run that was interrupted, is there to go on from until the next one with metrics is saved.
+    """
 
     def __init__(self, folder: Path, keep_last: int = 1, best: str = "validation_loss"):
-        policies = ocp.training.preservation_policies
-        self._best = best
-        self._orbax = ocp.training.Checkpointer(
-            folder.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(keep_last),
-                    policies.BestN(get_metric_fn=lambda m: m[best], reverse=True, n=1),
-                ]
-            ),
-            cleanup_tmp_directories=True,
-        )
+        self._folder, self._keep_last, self._best = folder.absolute(), keep_last, best
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._pending: Future | None = None
+        if jax.process_index() == 0:
+            _clear(self._folder)
+            steps = _steps(self._folder)
+            # A kill may have come between the last save and its seal.
+            if steps and not seal.is_sealed(steps[-1]):
+                seal.write(steps[-1], None)
+        _wait_for_all("open")
+        self._metrics = {int(step.name): seal.metrics(step) for step in _steps(self._folder)}
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def wait(self) -> None:
+        """Return when what was saved is finished and sealed; raises what went wrong with it."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
 
     @property
     def latest(self) -> int | None:
         """The last step saved, or None."""
-        return self._orbax.latest.step if self._orbax.latest else None
+        self.wait()
+        return max(self._metrics, default=None)
+
+    @property
+    def measured(self) -> int | None:
+        """The last step saved with metrics, or None."""
+        self.wait()
+        return max(self._results(), default=None)
 
     @property
     def best(self) -> int | None:
         """The step with the lowest `best` metric, the later one if equal; or None."""
-        steps = self._orbax.checkpoints
-        return min(steps, key=lambda s: (s.metrics[self._best], -s.step)).step if steps else None
+        self.wait()
+        return self._find_best()
+
+    def path(self, step: int) -> Path:
+        """The folder of a step."""
+        return self._folder / str(step)
 
     def metric(self, step: int) -> float:
-        """The `best` metric of a saved step."""
-        return next(s.metrics[self._best] for s in self._orbax.checkpoints if s.step == step)
+        """The `best` metric of a step saved with metrics."""
+        self.wait()
+        return self._metrics[step][self._best]
 
-    def save(self, step: int, items: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Start saving the items of a step; returns before the files are written."""
-        self._orbax.save_checkpointables_async(step, items, force=True, metrics=metrics)
+    def save(
+        self, step: int, items: dict[str, Any], metrics: dict[str, float] | None = None
+    ) -> None:
+        """Start saving the items of a step; returns before the files are written.
+
+        Raises:
+            UserError: when the disk is full, here or in `wait`; earlier checkpoints stay.
+        """
+        self.wait()
+        path = self.path(step)
+        arrays = {name: value for name, value in items.items() if name in ARRAYS}
+        text = {name: value for name, value in items.items() if name not in ARRAYS}
+        with _full_disk_told(path):
+            response = ocp.save_checkpointables_async(path, arrays, custom_metadata=text)
+        self._pending = self._pool.submit(self._finish, step, response, metrics)
+
+    def measure(self, step: int, metrics: dict[str, float]) -> None:
+        """Give metrics to a step that was saved without."""
+        self.wait()
+        path = self.path(step)
+        with _full_disk_told(path):
+            if jax.process_index() == 0:
+                seal.amend(path, metrics)
+        self._metrics[step] = metrics
+        self._tidy()
+
+    def discard_after(self, step: int | None) -> None:
+        """Delete what was saved after a step; all, if None."""
+        self.wait()
+        self._delete([s for s in self._metrics if step is None or s > step])
 
     def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """The items of a step, arrays placed as in `abstract`; None there loads JSON."""
-        return _load(Path(self._orbax.directory) / str(step), abstract)
+        self.wait()
+        return load(self.path(step), abstract)
+
+    def _finish(self, step: int, response: Any, metrics: dict[str, float] | None) -> None:
+        path = self.path(step)
+        with _full_disk_told(path):
+            response.result()
+            if jax.process_index() == 0:
+                seal.write(path, metrics)
+        self._metrics[step] = metrics
+        self._tidy()
+
+    def _results(self) -> dict[int, dict[str, float]]:
+        return {step: values for step, values in self._metrics.items() if values is not None}
+
+    def _find_best(self) -> int | None:
+        results = self._results()
+        return min(results, key=lambda s: (results[s][self._best], -s), default=None)
+
+    def _tidy(self) -> None:
+        """Delete what is neither of the last, nor the best, nor the one to go on from."""
+        keep = {*sorted(self._results())[-self._keep_last :], self._find_best(), max(self._metrics)}
+        self._delete([step for step in self._metrics if step not in keep])
+
+    def _delete(self, steps: list[int]) -> None:
+        for step in steps:
+            if jax.process_index() == 0:
+                # By another name first: a kill leaves no half of a checkpoint.
+                _remove(self.path(step).rename(self._folder / f"{step}.deleted"))
+            del self._metrics[step]
 
 
 def find(path: str | Path) -> Path:
@@ -70,15 +166,19 @@ def find(path: str | Path) -> Path:
     path = Path(path).absolute()
     if (path / "params").is_dir():
         return path
-    steps = [p for p in path.glob("*") if p.name.isdigit() and (p / "params").is_dir()]
+    steps = _steps(path)
     if not steps:
         raise UserError(f"no checkpoint in {path}; name a step folder (with params/) or its parent")
-    return max(steps, key=lambda p: int(p.name))
+    return steps[-1]
 
 
 def load_config(path: str | Path) -> dict:
-    """The config item (JSON) of a checkpoint."""
-    return _load(find(path), {"config": None})["config"]
+    """The config (JSON) of a checkpoint.
+
+    Raises:
+        Damaged: when a file is not what was saved.
+    """
+    return load(path, {"config": None})["config"]
 
 
 def load(path: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -86,21 +186,95 @@ def load(path: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UserError: naming the first parameters that are missing, extra or of another shape.
+        Damaged: when a file is not what was saved.
     """
     step = find(path)
-    if "params" in abstract:
-        _check_shapes(step, abstract["params"])
-    return _load(step, abstract)
+    arrays = {name: tree for name, tree in abstract.items() if tree is not None}
+    seal.verify(step, arrays)
+    names = [name for name in abstract if name not in arrays]
+    text = _read_json(step, names) if names else {}
+    for name, tree in arrays.items():
+        _check_shapes(step, name, tree)
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+    hardware.check_memory(nbytes, f"checkpoint {step}")
+    return text | (ocp.load_checkpointables(step, arrays) if arrays else {})
 
 
-def _load(step: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    return ocp.load_checkpointables(step, abstract)
+def set_aside(step: Path) -> None:
+    """Rename a damaged step folder, and later ones, so that training goes on from before it.
+
+    Those are kept as `STEP.damaged` and `STEP.later`: a later one would bring a result that lacks
+    the damaged one.
+    """
+    later = [path for path in _steps(step.parent) if int(path.name) > int(step.name)]
+    for path in reversed(later):
+        path.rename(_unused(path, "later"))
+    step.rename(_unused(step, "damaged"))
 
 
-def _check_shapes(step: Path, expected: Any) -> None:
+def _unused(path: Path, suffix: str) -> Path:
+    names = [path.with_name(f"{path.name}.{suffix}")]
+    while names[-1].exists():
+        names.append(path.with_name(f"{path.name}.{suffix}-{len(names) + 1}"))
+    return names[-1]
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The finished checkpoints in a folder, in order."""
+    found = [p for p in folder.glob("*") if p.name.isdecimal() and (p / "params").is_dir()]
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a kill left of saving and deleting."""
+    for pattern in LEFTOVERS:
+        for path in folder.glob(pattern):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"checkpoint {what}")
+
+
+@contextlib.contextmanager
+def _full_disk_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        raise UserError(
+            f"no space left on device while saving checkpoint {path}; free space and run the same "
+            "command again; earlier checkpoints are intact"
+        ) from error
+
+
+def _read_json(step: Path, names: list[str]) -> dict[str, dict]:
+    path = step / JSON
+    hardware.check_memory(path.stat().st_size, str(path))
+    try:
+        items = dict(json.loads(path.read_bytes())["custom_metadata"])
+    except (ValueError, KeyError, TypeError):
+        items = {}
+    for name in names:
+        if not isinstance(items.get(name), dict):
+            raise UserError(f"checkpoint {step} has no {name}; use one that this program saved")
+    return {name: items[name] for name in names}
+
+
+def _check_shapes(step: Path, item: str, expected: Any) -> None:
     """Compare names and shapes before Orbax does: its message would not name the parameter."""
-    metadata = ocp.metadata(step, "params").metadata
-    have, want = _shapes(metadata), _shapes(expected)
+    if not (step / item).is_dir():
+        raise UserError(f"checkpoint {step} has no {item}; use one that this program saved")
+    have, want = _shapes(ocp.metadata(step, item).metadata), _shapes(expected)
     lines = [f"- {n} {have[n]}" for n in have if want.get(n) != have[n]]
     lines += [f"+ {n} {want[n]}" for n in want if have.get(n) != want[n]]
     if lines:
@@ -115,7 +289,3 @@ def _check_shapes(step: Path, expected: Any) -> None:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in leaves}
-
-
-class Damaged(UserError):
-    pass

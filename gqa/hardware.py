@@ -8,6 +8,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
+
+from gqa.errors import UserError
 
 # Dense peaks of one JAX device in TFLOP/s, for bfloat16 and for float32 at XLA's default
 # precision: bfloat16 passes on TPUs, TF32 on NVIDIA GPUs. A core of TPU v2, v3 and 7x is a device.
@@ -38,6 +41,16 @@ PEAKS = {
 }
 
 SECONDS = 0.15  # of repetitions of one product or read
+
+
+def check_memory(nbytes: int, what: str) -> None:
+    """Raise a UserError if `what` has more bytes than this machine's memory, when that is used."""
+    total = psutil.virtual_memory().total
+    if jax.default_backend() == "cpu" and nbytes > total:
+        raise UserError(
+            f"{what} takes {nbytes / 2**30:.1f} GiB, this machine has {total / 2**30:.1f} GiB; "
+            "use a smaller one or another machine"
+        )
 
 
 @functools.cache

@@ -1,15 +1,41 @@
-"""What a training run shows: a bar on a terminal, else lines; and TensorBoard event files."""
+"""What a training run shows: a bar on a terminal, else lines; TensorBoard events; W&B if wished."""
 
 import contextlib
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from gqa.errors import UserError, disk_full
 
 COUNTS = ("input_tokens", "tokens")  # per step; `tokens` are those of the targets
+MODES = ("off", "offline", "online")
+
+
+class Tracking(NamedTuple):
+    """A run of Weights & Biases: the same `id` goes on with it; files are in `folder`/wandb."""
+
+    mode: str
+    project: str
+    group: str
+    name: str
+    id: str
+    folder: Path
+
+
+def check(mode: str) -> None:
+    """Raise a UserError unless Weights & Biases can be used so."""
+    if mode not in MODES:
+        raise UserError(f"wandb.mode={mode!r}; use one of {', '.join(MODES)}")
+    if mode != "off" and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"wandb.mode={mode} needs a package that is missing: pip install wandb")
 
 
 class Progress:
@@ -20,29 +46,50 @@ class Progress:
         step_flops: model FLOPs of a step, and
         peak_flops: FLOP/s the devices can do, for the model FLOPs utilisation (MFU) of training;
             None, where that is not known, shows none.
+        tracking: a run of Weights & Biases that gets the same numbers, or None.
     """
 
     def __init__(
-        self, name: str, folder: Path, every: int, step_flops: float, peak_flops: float | None
+        self,
+        name: str,
+        folder: Path,
+        every: int,
+        step_flops: float,
+        peak_flops: float | None,
+        tracking: Tracking | None = None,
     ):
-        self._name, self._folder, self._every = name, folder, every
+        self.name, self._folder, self._every = name, folder, every
         self._step_flops, self._peak_flops = step_flops, peak_flops
-        self._bar = self._writer = None
+        self._tracking = tracking
+        self._bar = self._writer = self._run = None
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self._bar is not None:
             self._bar.close()
-            self._writer.close()
+        if self._run is not None:
+            self._run.finish(exit_code=0 if kind is None else 1)
+        if self._writer is not None:
+            with self._full_disk_told():
+                self._writer.close()
 
     def start(self, first: int, last: int) -> None:
         """Begin, or go on, at step `first`; events of later steps that were lost are dropped."""
         self._first, self._last = first, last
-        self._writer = tensorboardX.SummaryWriter(str(self._folder), purge_step=first + 1)
+        if self._bar is not None:
+            self._bar.close()
+        with self._full_disk_told():
+            if self._writer is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                # Not tensorboardX's usual writer: an error in its thread is told to nobody.
+                self._writer = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
+                self._run = self._tracking and _track(self._tracking)
+            begin = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(step=first + 1, session_log=begin))
         self._bar = tqdm.tqdm(
-            desc=self._name, initial=first, total=last, disable=not sys.stderr.isatty(), leave=False
+            desc=self.name, initial=first, total=last, disable=not sys.stderr.isatty(), leave=False
         )
         self._begun = time.monotonic()
         self._forget()
@@ -79,7 +126,7 @@ class Progress:
         text = f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.3f}{_text(rates)}"
         if self._bar.disable:
             left = (now - self._begun) / (step - self._first) * (self._last - step)
-            print(f"{self._name}  step {step}/{self._last}  {text}  {left:.0f} s left", flush=True)
+            print(f"{self.name}  step {step}/{self._last}  {text}  {left:.0f} s left", flush=True)
         else:
             self._bar.set_postfix_str(text)
 
@@ -93,15 +140,54 @@ class Progress:
         return rates
 
     def scalars(self, step: int, metrics: dict[str, float]) -> None:
-        """Write metrics to TensorBoard, and the validation loss to the terminal too."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        """Write metrics where they are kept, and the validation loss to the terminal too."""
+        with self._full_disk_told():
+            for name, value in metrics.items():
+                now = time.time()
+                self._writer.write_event(
+                    Event(wall_time=now, step=step, summary=scalar(name, value))
+                )
+            self._writer.flush()
+        if self._run is not None:
+            self._run.log({"step": step, **metrics})
         if "validation_loss" in metrics:
             self._bar.write(
-                f"{self._name}  step {step}/{self._last}  "
+                f"{self.name}  step {step}/{self._last}  "
                 f"validation loss {metrics['validation_loss']:.3f}",
                 file=sys.stdout,
             )
+
+    @contextlib.contextmanager
+    def _full_disk_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            raise UserError(
+                f"no space left on device while writing events to {self._folder}; free space and "
+                "run the same command again; checkpoints are intact"
+            ) from error
+
+
+def _track(tracking: Tracking) -> Any:
+    """Begin or go on with a run of Weights & Biases."""
+    import wandb  # optional
+
+    fields = tracking._asdict()
+    try:
+        run = wandb.init(
+            **fields | {"dir": str(fields.pop("folder"))},
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"Weights & Biases: {' '.join(str(error).split())}; use --config.wandb.mode=offline"
+        ) from error
+    # An axis of our own: W&B's may not go back, which a run that goes on or is rolled back does.
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _text(rates: dict[str, float]) -> str:

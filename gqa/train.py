@@ -1,8 +1,10 @@
 """The one training loop: pretraining, uptraining and fine-tuning differ only in its arguments."""
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from signal import Signals
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gqa import interrupt
 from gqa.checkpoint import Checkpoints
-from gqa.errors import UserError
+from gqa.guard import NEW, Guard, Mishap, Settings
 from gqa.loss import cross_entropy
 from gqa.model import Config, Transformer, init_params
 from gqa.optim import adafactor
@@ -134,8 +137,9 @@ def fit(
     folder: Path,
     mesh: Mesh,
     progress: Progress,
+    mishaps: Settings,
     keep_last: int = 1,
-) -> None:
+) -> int:
     """Train until `state.step` is `steps`; the result is the last and the best checkpoint.
 
     Every `every` steps, and at the end, the validation loss is taken and a checkpoint saved. If
@@ -145,54 +149,126 @@ def fit(
     Args:
         batches: iterator with `get_state` and `set_state`, a function of its seed and state alone.
         config: JSON saved beside the parameters; what a reader needs to rebuild the network.
+        mishaps: what to do at a loss that is not finite or a spike.
+
+    Returns:
+        How often training was rolled back.
 
     Raises:
-        UserError: when a loss is not finite, naming the step.
+        Diverged: at a loss that training may not go on from, naming the step.
+        Damaged: when the checkpoint to go on from is not what was saved.
+        Interrupted: after SIGTERM or SIGINT; the step under way is finished and saved before.
     """
-    with Checkpoints(folder, keep_last) as checkpoints:
-        if checkpoints.latest is None:
-            state = start()
-        else:
-            state = _restore(checkpoints, abstract_state, batches)
+    with Checkpoints(folder, keep_last) as checkpoints, interrupt.deferred():
+        run = _Run(checkpoints, start, abstract_state, batches, validate, config, progress, mishaps)
+        run.resume(checkpoints.latest)
+        while True:
+            try:
+                run.train(train_step, mesh, steps, every)
+                return run.guard.rollbacks
+            except Mishap as mishap:
+                run.roll_back(mishap)
 
-        def save(step: int) -> None:
-            with progress.pause():
-                metrics = {"validation_loss": validate(state.params)}
-                progress.scalars(step, metrics)
-                items = {"params": state.params, "opt_state": state.opt_state, "config": config}
-                checkpoints.save(step, items | {"data": batches.get_state()}, metrics)
 
-        first = int(state.step)
-        progress.start(first, steps)
-        if first >= steps and checkpoints.latest is None:
-            save(first)
+class _Run:
+    """What `fit` keeps from step to step: the state, the place in the data and the guard."""
+
+    def __init__(
+        self, checkpoints, start, abstract_state, batches, validate, config, progress, mishaps
+    ):
+        self._checkpoints, self._start, self._abstract = checkpoints, start, abstract_state
+        self._batches, self._validate, self._config = batches, validate, config
+        self._progress = progress
+        self.guard = Guard(mishaps)
+
+    def resume(self, step: int | None) -> None:
+        """Take up the checkpoint of a step, or the start if None."""
+        with interrupt.immediate():
+            if step is None:
+                self._state = self._start()
+                return
+            state = self._abstract
+            items = {"params": state.params, "opt_state": state.opt_state}
+            saved = self._checkpoints.restore(step, items | {"data": None, "guard": None})
+        self._batches.set_state(saved["data"])
+        self.guard.set_state(saved["guard"])
+        placed = jax.device_put(jnp.int32(step), state.step.sharding)
+        self._state = State(placed, saved["params"], saved["opt_state"])
+
+    def roll_back(self, mishap: Mishap) -> None:
+        """Go back to the last validated checkpoint, but not to the batches since.
+
+        A run that was interrupted in between has to end like one that was not, so what the
+        interruption saved is passed over.
+        """
+        good = self._checkpoints.measured
+        name = "the start" if good is None else f"checkpoint {self._checkpoints.path(good)}"
+        self.guard.roll_back(self._progress.name, mishap, name)
+        self._checkpoints.discard_after(good)
+        rollbacks = self.guard.rollbacks
+        self.guard.set_state(NEW)
+        self.resume(good)
+        self.guard.rollbacks = rollbacks
+        self._batches.set_state(mishap.position)
+
+    def train(self, train_step: Callable, mesh: Mesh, steps: int, every: int) -> None:
+        """Steps, validations and checkpoints from the state to step `steps`."""
+        first, latest = int(self._state.step), self._checkpoints.latest
+        self._progress.start(first, steps)
+        unmeasured = latest is not None and latest != self._checkpoints.measured
+        if (first >= steps and latest is None) or (unmeasured and _is_due(first, steps, every)):
+            self._save(first, self._batches.get_state())
         waiting = None
         for step in range(first + 1, steps + 1):
-            state, metrics = train_step(state, place(next(batches), mesh))
+            batch = next(self._batches)
+            position = self._batches.get_state()
+            self._state, metrics = train_step(self._state, place(batch, mesh))
             # The step before is read while this one runs, so the devices never wait for Python.
             if waiting is not None:
-                _record(progress, folder, *waiting)
-            waiting = step, metrics
-            if step % every == 0 or step == steps:
-                _record(progress, folder, *waiting)
+                self._record(*waiting)
+            waiting = step, metrics, position
+            if _is_due(step, steps, every) or interrupt.pending():
+                self._record(*waiting)
                 waiting = None
-                save(step)
+                self._save(step, position)
 
+    def _record(self, step: int, metrics: dict[str, Array], position: dict) -> None:
+        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        self.guard.look(step, values["loss"], position)
+        self._progress.step(step, values)
 
-def _restore(checkpoints: Checkpoints, abstract_state: State, batches: Any) -> State:
-    step = checkpoints.latest
-    items = {"params": abstract_state.params, "opt_state": abstract_state.opt_state, "data": None}
-    saved = checkpoints.restore(step, items)
-    batches.set_state(saved["data"])
-    placed = jax.device_put(jnp.int32(step), abstract_state.step.sharding)
-    return State(placed, saved["params"], saved["opt_state"])
+    def _save(self, step: int, position: dict) -> None:
+        """Validate and save; after a signal only the latter."""
+        state = self._state
+        items = {"params": state.params, "opt_state": state.opt_state, "config": self._config}
+        items |= {"data": position, "guard": self.guard.get_state()}
+        with self._progress.pause():
+            try:
+                with interrupt.immediate():
+                    loss = self._validate(state.params)
+            except interrupt.Interrupted as signal:
+                self._save_interrupted(step, items, signal.signum)
+            if not math.isfinite(loss):
+                raise Mishap(step, f"the validation loss is {loss}", position)
+            metrics = {"validation_loss": loss}
+            self._progress.scalars(step, metrics)
+            if self._checkpoints.latest == step:
+                self._checkpoints.measure(step, metrics)
+            else:
+                self._checkpoints.save(step, items, metrics)
 
-
-def _record(progress: Progress, folder: Path, step: int, metrics: dict[str, Array]) -> None:
-    values = {name: float(np.asarray(value)) for name, value in metrics.items()}
-    if not np.isfinite(values["loss"]):
-        raise UserError(
-            f"the loss is {values['loss']} at step {step}; the checkpoints in {folder} are from "
-            "before it: lower the learning rate or use another seed"
+    def _save_interrupted(self, step: int, items: dict, signum: int) -> NoReturn:
+        with interrupt.saving():
+            if self._checkpoints.latest != step:
+                self._checkpoints.save(step, items)
+                self._checkpoints.wait()
+        raise interrupt.Interrupted(
+            signum,
+            f"{self._progress.name}: interrupted by {Signals(signum).name}; the same command goes "
+            f"on from {self._checkpoints.path(step)}",
         )
-    progress.step(step, values)
+
+
+def _is_due(step: int, steps: int, every: int) -> bool:
+    """Whether a step ends with a validation and a checkpoint."""
+    return step % every == 0 or step >= steps

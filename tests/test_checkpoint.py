@@ -1,15 +1,19 @@
-"""Checkpoints come back bit for bit, unfinished ones are not seen, and mismatches are named."""
+"""Checkpoints come back bit for bit; unfinished, damaged and unfitting ones are told apart."""
+
+import json
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa import checkpoint
+from gqa import checkpoint, hardware, seal
 from gqa.checkpoint import Checkpoints
 from gqa.errors import UserError
 
-CONFIG = {"model": {"d_model": 4}, "variant": {"seed": 0}}
+CONFIG = {"model": {"d_model": 4, "tied": True}, "variant": {"seed": 0, "method": None}}
 
 
 def params(step):
@@ -90,3 +94,156 @@ def test_other_shapes_and_names_are_told_apart(tmp_path):
     message = r"- b/c \(2, 3\), \+ b/c \(2, 4\), \+ b/d \(1,\)$"
     with pytest.raises(UserError, match=message):
         checkpoint.load(tmp_path, {"params": expected})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run with two checkpoints; its folder."""
+    with Checkpoints(tmp_path / "run", keep_last=2) as checkpoints:
+        save(checkpoints, 1, 2.0)
+        save(checkpoints, 2, 1.0)
+    return tmp_path / "run"
+
+
+def load_all(step):
+    return checkpoint.load(step, {"params": params(1), "data": None, "config": None})
+
+
+def files(step):
+    return sorted(p.relative_to(step).as_posix() for p in step.rglob("*") if p.is_file())
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, os.unlink])
+def test_damage_of_any_file_is_found_and_named(saved, damage):
+    step = saved / "2"
+    names = files(step)
+    assert {"checksums.json", "_CHECKPOINT_METADATA"} < set(names)
+    assert any(name.startswith("params/ocdbt.process_0/d/") for name in names)
+    shutil.copytree(step, saved / "copy")
+    for name in names:
+        if not (step / name).stat().st_size and damage is not os.unlink:
+            continue
+        damage(step / name)
+        with pytest.raises(checkpoint.Damaged, match=f" {name} |of {name} have changed") as caught:
+            load_all(step)
+        assert caught.value.step == step
+        assert caught.value.remedy in str(caught.value)
+        shutil.rmtree(step)
+        shutil.copytree(saved / "copy", step)
+    load_all(step)
+
+
+def test_files_that_were_added_are_found(saved, tmp_path):
+    step = saved / "2"
+    (step / "params" / "d" / "more").write_text("x")
+    with pytest.raises(checkpoint.Damaged, match="params/d/more was added"):
+        checkpoint.load_config(step)
+
+
+@pytest.mark.parametrize("make", [os.symlink, lambda _, path: os.mkfifo(path)])
+def test_links_and_pipes_are_refused(saved, tmp_path, make):
+    """Also in the place of a file, with the same contents outside."""
+    path = saved / "2" / "params" / "manifest.ocdbt"
+    shutil.move(path, tmp_path / "elsewhere")
+    make(tmp_path / "elsewhere", path)
+    with pytest.raises(checkpoint.Damaged, match=r"params/manifest.ocdbt is neither a file nor"):
+        checkpoint.load_config(saved)
+
+
+def test_contents_are_compared_before_they_are_used(saved, monkeypatch):
+    def fail(*_):
+        raise AssertionError("damaged contents were used")
+
+    flip(next((saved / "2" / "params" / "d").iterdir()))
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", fail)
+    monkeypatch.setattr(checkpoint.ocp, "metadata", fail)
+    with pytest.raises(checkpoint.Damaged), Checkpoints(saved) as checkpoints:
+        checkpoints.restore(2, {"params": params(1)})
+
+
+def test_a_damaged_step_and_later_ones_are_set_aside(saved):
+    flip(saved / "1" / "checksums.json")
+    with pytest.raises(checkpoint.Damaged) as caught:
+        Checkpoints(saved)
+    checkpoint.set_aside(caught.value.step)
+    assert sorted(path.name for path in saved.iterdir()) == ["1.damaged", "2.later"]
+    with Checkpoints(saved) as checkpoints:
+        assert checkpoints.latest is None
+        save(checkpoints, 1, 2.0)
+    checkpoint.set_aside(saved / "1")
+    assert (saved / "1.damaged-2").is_dir()
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint.find(saved)
+
+
+def test_a_step_that_a_kill_left_without_seal_is_sealed_at_the_next_open(saved):
+    (saved / "2" / "checksums.json").unlink()
+    with Checkpoints(saved) as checkpoints:
+        assert (checkpoints.latest, checkpoints.measured) == (2, 1)
+        checkpoints.measure(2, {"validation_loss": 1.0})
+    load_all(saved / "2")
+    with Checkpoints(saved) as checkpoints:
+        assert (checkpoints.latest, checkpoints.measured, checkpoints.best) == (2, 2, 2)
+
+
+def test_a_seal_that_names_files_elsewhere_opens_none(saved, tmp_path):
+    step, secret = saved / "2", tmp_path / "secret"
+    os.mkfifo(secret)  # reading it would never end
+    content = json.loads((step / "checksums.json").read_text())
+    content["files"]["../../secret"] = [0, ""]
+    del content["sha256"]
+    content["sha256"] = seal._digest(content)
+    (step / "checksums.json").write_text(json.dumps(content))
+    with pytest.raises(checkpoint.Damaged, match="secret is missing"):
+        load_all(step)
+
+
+def test_more_than_the_memory_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: memory)
+    memory = type("Memory", (), {"total": 47})
+    with pytest.raises(UserError, match=r"2 takes 0\.0 GiB, this machine has 0\.0 GiB"):
+        checkpoint.load(saved, {"params": params(1)})
+    memory.total = 48
+    checkpoint.load(saved, {"params": params(1)})
+
+
+def test_items_that_are_not_there_are_named(saved):
+    for item, abstract in (("opt_state", params(1)), ("guard", None)):
+        with pytest.raises(UserError, match=f"has no {item}; use one"):
+            checkpoint.load(saved, {item: abstract})
+
+
+def test_a_step_without_metrics_is_kept_until_one_with_them(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, 1.0)
+        checkpoints.save(2, {"params": params(2), "config": CONFIG})
+        assert (checkpoints.latest, checkpoints.measured, checkpoints.best) == (2, 1, 1)
+        assert steps(tmp_path) == [1, 2]
+        save(checkpoints, 3, 2.0)
+    assert steps(tmp_path) == [1, 3]
+
+
+def test_errors_of_a_save_surface(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, 1.0)
+        checkpoints.wait()
+        monkeypatch.setattr(seal, "write", fail)
+        save(checkpoints, 2, 1.0)
+        with pytest.raises(OSError, match="Input/output"):
+            checkpoints.wait()
+    monkeypatch.undo()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.latest, checkpoints.measured) == (2, 1)

@@ -16,7 +16,7 @@ LAYERS = ("tests", "configs", "launch", "experiments", "gqa")
 STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark", "report", "speed")
 MAY_IMPORT_STAGES = ("launch", "experiments.pipeline", "experiments.check")
 LEAVES = (
-    *("attention", "decode", "loss", "hardware", "optim", "sharding", "checkpoint"),
+    *("attention", "decode", "loss", "hardware", "optim", "sharding", "seal", "interrupt", "guard"),
     *("corpus", "tokenizer", "metrics", "progress", "results", "errors"),
 )
 # Who may import it, as a pattern over module names.
@@ -24,6 +24,7 @@ ROOMS = {
     "ml_collections": r"(configs|experiments|tests)\..*|launch",
     "orbax": r"gqa\.checkpoint|tests\..*",
     "tensorflow": r"nobody",
+    "wandb": r"gqa\.progress|tests\..*",
     "torch": r"experiments\.peers|tests\..*",
     "transformers": r"experiments\.peers|tests\..*",
     "ctranslate2": r"experiments\.peers|tests\..*",

@@ -12,6 +12,7 @@ import pytest
 from gqa import optim, sharding, train
 from gqa.checkpoint import Checkpoints
 from gqa.errors import UserError
+from gqa.guard import Settings
 from gqa.model import Config
 from gqa.progress import Progress
 
@@ -135,6 +136,7 @@ def run_fit(config, folder, steps, every=2, rate=1e-2, batches=None, alive=lambd
             folder=folder / "checkpoints",
             mesh=mesh,
             progress=progress,
+            mishaps=Settings(),
         )
 
 
@@ -181,7 +183,10 @@ def test_no_steps_save_the_start(config, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(config, tmp_path):
     batches = Batches()
     loss = train.make_loss(config, 0.0)
-    with pytest.raises(UserError, match=r"the loss is nan at step 3; the checkpoints in .* before"):
+    with pytest.raises(
+        UserError,
+        match=r"^test: the loss is nan at step 3; the last good checkpoint is .*/checkpoints/2: ",
+    ):
         run_fit_with_nan(config, tmp_path, loss, batches)
     assert result(config, tmp_path, 2)["data"] == {"position": 2}
 
@@ -208,6 +213,7 @@ def run_fit_with_nan(config, folder, loss, batches):
             folder=folder / "checkpoints",
             mesh=mesh,
             progress=progress,
+            mishaps=Settings(),
         )
 
 

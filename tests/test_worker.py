@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import stage as stages
+from experiments import disk
 from experiments import worker
 from experiments.plan import Stage
-from experiments.stage import Outcome, finish, lock, read_done, record, write_whole
+from experiments.disk import lock, write_whole
+from experiments.stage import Outcome, finish, read_done, record
 from gqa import results
 from gqa.errors import UserError
 
@@ -114,7 +115,7 @@ def test_a_damaged_result_is_named(folder, text):
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_whole(path, "before")
-    monkeypatch.setattr(stages.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(disk.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
         write_whole(path, "after")
     assert path.read_text() == "before"

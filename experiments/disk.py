@@ -1,0 +1,56 @@
+"""The workdir: that it is there, whose it is, and that no file in it is ever half written."""
+
+import contextlib
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from gqa.errors import UserError
+
+
+def make_workdir(workdir: Path) -> None:
+    """Raise a UserError unless there is, or can be, such a folder."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: {error.strerror}; use a folder to write to"
+        ) from error
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Hold a file's lock; `what` it guards is for one process at a time.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        UserError: if another process has it, saying which.
+    """
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{what} is in use by {file.read().strip() or 'another process'}; wait for it, "
+                "stop it, or use another --workdir"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"{path}: no lock ({error.strerror}); start no second process", flush=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by another name first: a reader sees all of it or the one before."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

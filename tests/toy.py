@@ -1,0 +1,110 @@
+"""A training run of a few numbers, for what the loop does around its steps: it compiles at once."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gqa import sharding, train
+from gqa.checkpoint import Checkpoints
+from gqa.guard import Settings
+from gqa.progress import Progress
+
+
+class Batches:
+    """An endless stream that is a function of its position; `poison` is added to some losses."""
+
+    def __init__(self, poison=None):
+        self.position, self.poison = 0, poison or {}
+
+    def __next__(self):
+        self.position += 1
+        x = np.random.default_rng(self.position).normal(size=(4, 8)).astype(np.float32)
+        poison = np.full(4, self.poison.get(self.position, 0.0), np.float32)
+        return {"x": x, "poison": poison}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def start():
+    return train.State(jnp.int32(0), {"w": jnp.zeros(8)}, {"m": jnp.zeros(8)})
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def train_step(state, batch):
+    w, m = state.params["w"], 0.9 * state.opt_state["m"]
+    m += w - batch["x"].mean(axis=0) + batch["poison"].mean()
+    loss = jnp.square(w[None] - batch["x"]).mean() + batch["poison"].mean()
+    names = ("accuracy", "learning_rate", "input_tokens", "tokens")
+    metrics = dict.fromkeys(names, jnp.float32(1)) | {"loss": loss}
+    return train.State(state.step + 1, {"w": w - 0.1 * m}, {"m": m}), metrics
+
+
+def validate(params):
+    return float(jnp.square(params["w"] - 0.1).sum())
+
+
+def abstract_state():
+    def placed(x):
+        replicated = jax.sharding.NamedSharding(sharding.make_mesh(), jax.sharding.PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
+
+    return jax.tree.map(placed, jax.eval_shape(start))
+
+
+def fit(
+    folder: Path,
+    steps: int,
+    every: int,
+    *,
+    poison=None,
+    settings=Settings(spike=0.0),  # noqa: B008
+    keep_last=2,
+    validate=validate,
+    alive=lambda step: None,
+):
+    """Train in `folder`; `alive` is called with every step whose metrics were read."""
+
+    class Watched(Progress):
+        def step(self, number, metrics):
+            super().step(number, metrics)
+            alive(number)
+
+    with Watched("toy", folder / "events", every, 1.0, None) as progress:
+        return train.fit(
+            lambda: sharding.replicate(start(), sharding.make_mesh()),
+            abstract_state(),
+            train_step,
+            Batches(poison),
+            steps=steps,
+            every=every,
+            validate=validate,
+            config={"model": {}},
+            folder=folder / "checkpoints",
+            mesh=sharding.make_mesh(),
+            progress=progress,
+            mishaps=settings,
+            keep_last=keep_last,
+        )
+
+
+def outcome(folder: Path) -> dict:
+    """All that a run leaves: every checkpoint's contents, metrics, and which is the best."""
+    state = abstract_state()
+    items = {"params": state.params, "opt_state": state.opt_state, "data": None, "guard": None}
+    with Checkpoints(folder / "checkpoints", 2) as saved:
+        steps = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+        found = {s: jax.tree.map(np.asarray, saved.restore(s, items)) for s in steps}
+        metrics = {step: saved.metric(step) for step in steps}
+        return {"checkpoints": found, "metrics": metrics, "best": saved.best, "last": saved.latest}
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    """Bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
