@@ -26,6 +26,7 @@ DONE_KEYS = {"records", "checkpoint", "provenance", "seconds"}
 # What a checkpoint's config (JSON) says beside `model`, and with what type.
 INFO = {"vocabulary": str, "recipe": dict, "variant": dict, "task": str}
 OPTIONAL = ("task",)
+MOST = 10_000_000  # of any one thing in a network
 RECIPE = {
     **dict.fromkeys(("steps", "batch_size", "num_microbatches", "every", "seed"), int),
     **dict.fromkeys(("inputs_length", "targets_length", "validation_examples"), int),
@@ -119,6 +120,9 @@ def open_parent(path: Path) -> Parent:
     _check_types(path, "config", info, {**INFO, "model": dict}, OPTIONAL)
     types = {field.name: field.type for field in dataclasses.fields(model.Config)}
     _check_types(path, "config.model", info["model"], types)
+    for key, value in info["model"].items():
+        if types[key] is int and not 1 <= value <= MOST:
+            raise UserError(f"checkpoint {path}: config.model.{key} is {value}; use 1 to {MOST}")
     recipe = {key: value for key, value in info["recipe"].items() if key in RECIPE}
     _check_types(path, "config.recipe", recipe, RECIPE)
     return Parent(path, model.Config(**info["model"]), info)

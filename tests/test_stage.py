@@ -1,0 +1,123 @@
+"""What a stage reads is checked, and a damaged checkpoint costs no more than was wished."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from experiments import stage
+from gqa import checkpoint
+from gqa.checkpoint import Checkpoints
+from gqa.errors import UserError
+from tests import toy
+
+RECIPE = {
+    **dict.fromkeys(("steps", "batch_size", "num_microbatches", "every", "seed"), 2),
+    **dict.fromkeys(("inputs_length", "targets_length", "validation_examples"), 8),
+    **dict.fromkeys(("z_loss", "dropout_rate"), 0),
+    "task": "docstrings",
+    "warmup": 1,
+}
+
+
+@pytest.fixture
+def info(tiny):
+    model = dataclasses.asdict(tiny)
+    return {"model": model, "vocabulary": "a hash", "recipe": RECIPE, "variant": {"seed": 0}}
+
+
+def save(folder, info):
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, {"params": {"w": jnp.zeros(1)}, "config": info}, {"validation_loss": 1})
+    return folder
+
+
+def test_what_a_checkpoint_says_of_itself_is_read(info, tiny, tmp_path):
+    parent = stage.open_parent(save(tmp_path, info | {"task": "parameter_qa"}))
+    assert parent.config == tiny
+    assert parent.path == tmp_path / "1"
+    assert parent.info["task"] == "parameter_qa"
+
+
+def changed(info, path, value):
+    """`info` with another value at a path like model.d_model; None takes the key out."""
+    key, _, rest = path.partition(".")
+    if rest:
+        return info | {key: changed(info[key], rest, value)}
+    without = {k: v for k, v in info.items() if k != key}
+    return without if value is None else without | {key: value}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ("model", None, "config.model is missing"),
+        ("vocabulary", 3, "config.vocabulary is 3 instead of a value of type str"),
+        ("more", {}, "config.more is unknown"),
+        ("model.d_model", None, "config.model.d_model is missing"),
+        ("model.d_model", "16", "config.model.d_model is '16' instead of a value of type int"),
+        ("model.d_model", True, "config.model.d_model is True instead of a value of type int"),
+        ("model.tied_logits", 1, "config.model.tied_logits is 1 instead of a value of type bool"),
+        ("model.dropout_rate", [], r"config.model.dropout_rate is \[\] instead of"),
+        ("model.layers", 2, "config.model.layers is unknown"),
+        ("model.num_kv_heads_cross", 3, "model.num_kv_heads_cross=3 does not divide the 4 heads"),
+        ("model.num_heads", 10**12, "config.model.num_heads is 1000000000000; use 1 to 10000000"),
+        ("model.d_model", 0, "config.model.d_model is 0; use 1 to 10000000"),
+        ("recipe.steps", 1.5, "config.recipe.steps is 1.5 instead of a value of type int"),
+        ("recipe.task", None, "config.recipe.task is missing"),
+    ],
+)
+def test_what_it_says_wrong_is_named(info, tmp_path, path, value, problem):
+    save(tmp_path, changed(info, path, value))
+    with pytest.raises(UserError, match=problem):
+        stage.open_parent(tmp_path)
+
+
+def flip(step):
+    path = next((step / "params" / "ocdbt.process_0" / "d").iterdir())
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+
+
+@pytest.mark.parametrize("damaged", [["8"], ["8", "6"], ["8", "6", "2"]])
+def test_a_damaged_checkpoint_is_redone_from_the_one_before(tmp_path, damaged):
+    """The best one is among those kept; with all of them damaged the stage starts anew."""
+    losses = iter([1.0, 4.0, 3.0, 2.0, *[5.0] * 9])
+    expected = toy.fit(tmp_path / "whole", 8, 2)
+    toy.fit(tmp_path / "parts", 8, 2, validate=lambda _: next(losses))
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"2", "6", "8"}
+    for name in damaged:
+        flip(checkpoints / name)
+    fit = functools.partial(toy.fit, tmp_path / "parts", 8, 2)
+    with pytest.raises(checkpoint.Damaged, match="8 is damaged: the contents of params/"):
+        stage._fit(fit, checkpoints, "stop")
+    assert stage._fit(fit, checkpoints, "previous") == expected
+    assert {path.name for path in checkpoints.glob("*.damaged")} == {
+        f"{n}.damaged" for n in damaged
+    }
+    found, whole = (toy.outcome(tmp_path / name)["checkpoints"][8] for name in ("parts", "whole"))
+    toy.assert_same(found, whole)
+
+
+def test_a_damaged_parent_is_not_this_stages_to_set_aside(tmp_path):
+    damage = checkpoint.Damaged(tmp_path / "parent" / "checkpoints" / "4", "x is missing")
+
+    def fit():
+        raise damage
+
+    with pytest.raises(checkpoint.Damaged):
+        stage._fit(fit, tmp_path / "own" / "checkpoints", "previous")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.on_nan", "skip"), ("checkpoint.on_damage", "ignore"), ("wandb.mode", "on")],
+)
+def test_settings_that_are_none_are_named(key, value):
+    config = base.get_config()
+    stage.check(config)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f"^{key}='{value}'; use "):
+        stage.check(config)
