@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 from experiments import check as checks
 from experiments import report, schedule, sweep, text, worker
+from experiments.disk import lock, make_workdir
 from experiments.plan import KINDS as STAGE_KINDS
 from experiments.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
-from experiments.disk import lock, make_workdir
 from experiments.stage import open_parent
 from gqa.errors import UserError
 

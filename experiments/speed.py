@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from experiments import peers, pipeline, speed_report, timings
 from experiments.check import check_numbers
-from experiments.speed_report import EQUAL, LARGEST, MACHINE, OURS
 from experiments.disk import make_workdir
+from experiments.speed_report import EQUAL, LARGEST, MACHINE, OURS
 from experiments.timings import Numbers
 from experiments.worker import RESULTS
 from gqa import flops, hardware, kv_cache, optim, results, timing, train

@@ -17,8 +17,8 @@ from pathlib import Path
 import jax
 
 from experiments import process, text
-from experiments.plan import KINDS, Stage
 from experiments.disk import lock, write_whole
+from experiments.plan import KINDS, Stage
 from experiments.stage import Job, Outcome, finish, read_done
 from gqa import checkpoint, results, sharding
 from gqa.errors import UserError

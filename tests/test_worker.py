@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import disk
-from experiments import worker
-from experiments.plan import Stage
+from experiments import disk, worker
 from experiments.disk import lock, write_whole
+from experiments.plan import Stage
 from experiments.stage import Outcome, finish, read_done, record
 from gqa import results
 from gqa.errors import UserError
