@@ -57,16 +57,25 @@ class Stage(NamedTuple):
     @property
     def label(self) -> str:
         """What a person calls it."""
-        variant = self.variant
-        parts = [variant["size"], f"{variant['num_kv_heads']} KV heads"]
-        if variant["method"] != "none":
-            parts.append(variant["method"])
-        if variant["alpha"]:
-            parts.append(f"alpha {variant['alpha']:g}")
-        if self.kind != "benchmark":
-            parts.append(f"seed {variant['seed']}")
         task = f" {self.task}" if self.kind in ("finetune", "evaluate") else ""
-        return f"{self.kind}{task} ({', '.join(parts)})"
+        return f"{self.kind}{task} ({', '.join(self._words())})"
+
+    @property
+    def title(self) -> str:
+        """The same as a folder's name, that of its TensorBoard events."""
+        task = [self.task] if self.kind in ("finetune", "evaluate") else []
+        return "-".join([self.kind, *task, *self._words(), self.key]).replace(" ", "_")
+
+    def _words(self) -> list[str]:
+        variant = self.variant
+        words = [variant["size"], f"{variant['num_kv_heads']} KV heads"]
+        if variant["method"] != "none":
+            words.append(variant["method"])
+        if variant["alpha"]:
+            words.append(f"alpha {variant['alpha']:g}")
+        if self.kind != "benchmark":
+            words.append(f"seed {variant['seed']}")
+        return words
 
 
 @functools.cache
@@ -175,6 +184,8 @@ def _setup(config: ConfigDict) -> dict[str, Any]:
         "run": config.name,
         "text": text.settings(config),
         "checkpoint": config.checkpoint.to_dict(),
+        "train": config.train.to_dict(),
+        "wandb": config.wandb.to_dict(),
     }
 
 

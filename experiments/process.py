@@ -1,8 +1,10 @@
 """What every process of ours begins with, and what becomes of what ends it."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from gqa import interrupt
 from gqa.errors import UserError, disk_full
@@ -20,7 +22,7 @@ def status(run: Callable[[], None]) -> int:
     try:
         run()
     except UserError as error:
-        return _say(f"error: {error}", USER_ERROR)
+        return _say(f"error: {error}{_remedy(error)}", USER_ERROR)
     except interrupt.Interrupted as stop:
         return _say(f"stopped: {stop}", 128 + stop.signum)
     except Exception as error:
@@ -33,6 +35,14 @@ def status(run: Callable[[], None]) -> int:
             USER_ERROR,
         )
     return 0
+
+
+def _remedy(error: UserError) -> str:
+    """The command that goes on, where an error knows a flag for that."""
+    flag = getattr(error, "remedy", None)
+    if flag is None or Path(sys.argv[0]).name != "launch.py":
+        return ""
+    return f": python {shlex.join([*sys.argv, flag])}"
 
 
 def _say(text: str, code: int) -> int:

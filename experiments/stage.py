@@ -1,7 +1,6 @@
 """What a stage is given and what it leaves; the part that the three training stages share."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -45,7 +44,6 @@ class Job(NamedTuple):
     text: Text
     mesh: Mesh
     keep_last: int
-    on_damage: str = "stop"
     train: dict = guard.Settings()._asdict()
     wandb: dict | None = None
     run_name: str = ""
@@ -198,8 +196,7 @@ def run_training(
     info = info | {"model": config.__dict__, "vocabulary": job.text.tokenizer.hash}
     step_flops = train_flops(config, recipe["batch_size"], **data.lengths)
     with _show(name, job, folder, recipe["every"], step_flops, config.dtype) as shown:
-        fit = functools.partial(
-            train.fit,
+        rollbacks = train.fit(
             lambda: replicate(start(), job.mesh),
             train.abstract(config, job.mesh),
             step,
@@ -214,7 +211,6 @@ def run_training(
             mishaps=guard.Settings(**job.train),
             keep_last=job.keep_last,
         )
-        rollbacks = _fit(fit, checkpoints, job.on_damage)
     with checkpoint.Checkpoints(checkpoints, job.keep_last) as saved:
         chosen = saved.best if keep == "best" else saved.latest
         value = saved.metric(chosen)
@@ -245,15 +241,3 @@ def _show(
         )
     events = job.workdir / "tensorboard" / (job.title or folder.name)
     return progress.Progress(name, events, every, step_flops, peak_flops(dtype), tracking)
-
-
-def _fit(fit: Callable[[], int], checkpoints: Path, on_damage: str) -> int:
-    """Train; a damaged checkpoint of this stage's own is set aside if that is wished."""
-    while True:
-        try:
-            return fit()
-        except checkpoint.Damaged as damage:
-            if on_damage != "previous" or damage.step.parent != checkpoints:
-                raise
-            checkpoint.set_aside(damage.step)
-            print(f"{damage.step} is damaged and was set aside", flush=True)

@@ -19,7 +19,7 @@ import jax
 from experiments import process, text
 from experiments.disk import lock, write_whole
 from experiments.plan import KINDS, Stage
-from experiments.stage import Job, Outcome, finish, read_done
+from experiments.stage import DONE, Job, Outcome, finish, read_done
 from gqa import checkpoint, results, sharding
 from gqa.errors import UserError
 
@@ -31,7 +31,8 @@ def describe(stage: Stage, workdir: Path) -> Path:
     """Write what `run` needs to know into the stage's folder; returns the folder."""
     folder = stage.folder(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    what = {"kind": stage.kind, "key": stage.key, "label": stage.label, "task": stage.task}
+    what = {"kind": stage.kind, "key": stage.key, "task": stage.task}
+    what |= {"label": stage.label, "title": stage.title}
     what |= {"settings": stage.settings, "setup": stage.setup}
     what["parents"] = [parent.folder(workdir).name for parent in stage.parents]
     write_whole(folder / STAGE, json.dumps(what, indent=1))
@@ -73,7 +74,8 @@ def _outcome(folder: Path, what: dict) -> Outcome:
     """
     workdir = folder.parent.parent
     module = importlib.import_module(f"experiments.{what['kind']}")
-    job = _job(json.dumps(what["setup"]), workdir)
+    setup = what["setup"]
+    job = _job(json.dumps(setup), workdir)._replace(title=what["title"])
     while True:
         try:
             parents = [_result(workdir / "stages" / name) for name in what["parents"]]
@@ -82,21 +84,13 @@ def _outcome(folder: Path, what: dict) -> Outcome:
             return module.run(what["label"], what["settings"], folder, parents, job)
         except checkpoint.Damaged as damaged:
             owner = damaged.step.parent.parent
-            if job.on_damage != "previous" or owner.parent != folder.parent:
+            if setup["checkpoint"]["on_damage"] != "previous" or owner.parent != folder.parent:
                 raise
-            _set_aside(damaged)
+            checkpoint.set_aside(damaged.step)
+            (owner / DONE).unlink(missing_ok=True)  # what the stage made of it is to be made again
+            print(f"{damaged.step} is damaged and was set aside, with those after it", flush=True)
             if owner != folder:
                 run(owner)
-
-
-def _set_aside(damaged: checkpoint.Damaged) -> None:
-    """Take the damaged step, and those after it, out of a stage, which is then not finished."""
-    folder = damaged.step.parent
-    for step in checkpoint.steps(folder):
-        if int(step.name) >= int(damaged.step.name):
-            checkpoint.set_aside(step)
-    (folder.parent / "done.json").unlink(missing_ok=True)
-    print(f"{damaged}\nset aside: the stage in {folder.parent} goes on from before it", flush=True)
 
 
 def _result(folder: Path) -> Path:
@@ -115,6 +109,9 @@ def _job(setup: str, workdir: Path) -> Job:
         text=text.prepare(settings["text"], workdir),
         mesh=sharding.make_mesh(),
         keep_last=settings["checkpoint"]["keep_last"],
+        train=settings["train"],
+        wandb=settings["wandb"],
+        run_name=settings["run"],
     )
 
 

@@ -1,17 +1,14 @@
 """What a stage reads is checked, and a damaged checkpoint costs no more than was wished."""
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 import pytest
 
 from configs import base
 from experiments import stage
-from gqa import checkpoint
 from gqa.checkpoint import Checkpoints
 from gqa.errors import UserError
-from tests import toy
 
 RECIPE = {
     **dict.fromkeys(("steps", "batch_size", "num_microbatches", "every", "seed"), 2),
@@ -73,42 +70,6 @@ def test_what_it_says_wrong_is_named(info, tmp_path, path, value, problem):
     save(tmp_path, changed(info, path, value))
     with pytest.raises(UserError, match=problem):
         stage.open_parent(tmp_path)
-
-
-def flip(step):
-    path = next((step / "params" / "ocdbt.process_0" / "d").iterdir())
-    path.write_bytes(path.read_bytes()[:-1] + b"!")
-
-
-@pytest.mark.parametrize("damaged", [["8"], ["8", "6"], ["8", "6", "2"]])
-def test_a_damaged_checkpoint_is_redone_from_the_one_before(tmp_path, damaged):
-    """The best one is among those kept; with all of them damaged the stage starts anew."""
-    losses = iter([1.0, 4.0, 3.0, 2.0, *[5.0] * 9])
-    expected = toy.fit(tmp_path / "whole", 8, 2)
-    toy.fit(tmp_path / "parts", 8, 2, validate=lambda _: next(losses))
-    checkpoints = tmp_path / "parts" / "checkpoints"
-    assert {path.name for path in checkpoints.iterdir()} == {"2", "6", "8"}
-    for name in damaged:
-        flip(checkpoints / name)
-    fit = functools.partial(toy.fit, tmp_path / "parts", 8, 2)
-    with pytest.raises(checkpoint.Damaged, match="8 is damaged: the contents of params/"):
-        stage._fit(fit, checkpoints, "stop")
-    assert stage._fit(fit, checkpoints, "previous") == expected
-    assert {path.name for path in checkpoints.glob("*.damaged")} == {
-        f"{n}.damaged" for n in damaged
-    }
-    found, whole = (toy.outcome(tmp_path / name)["checkpoints"][8] for name in ("parts", "whole"))
-    toy.assert_same(found, whole)
-
-
-def test_a_damaged_parent_is_not_this_stages_to_set_aside(tmp_path):
-    damage = checkpoint.Damaged(tmp_path / "parent" / "checkpoints" / "4", "x is missing")
-
-    def fit():
-        raise damage
-
-    with pytest.raises(checkpoint.Damaged):
-        stage._fit(fit, tmp_path / "own" / "checkpoints", "previous")
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import pytest
 from experiments import disk, worker
 from experiments.disk import lock, write_whole
 from experiments.plan import Stage
-from experiments.stage import Outcome, finish, read_done, record
-from gqa import results
+from experiments.stage import Job, Outcome, finish, read_done, record
+from gqa import checkpoint, results
 from gqa.errors import UserError
 
 VARIANT = {"size": "nano", "num_kv_heads": 8, "method": "none", "alpha": 0.0, "seed": 0}
-SETUP = {"run": "r", "text": {}, "checkpoint": {"keep_last": 1}}
+SETUP = {"run": "r", "text": {}}
 PLANNED = Stage("pretrain", {"variant": VARIANT}, (), SETUP)
 ORIGIN = {"commit": "c", "device": "d", "time": "t"}
 
@@ -128,6 +128,92 @@ def test_a_parent_that_is_not_finished_is_named(tmp_path):
         worker._result(parent)
     finish(parent, Outcome([], "../../elsewhere/12"), ORIGIN, 1.0)
     assert worker._result(parent) == parent / "checkpoints" / "12"
+
+
+def parents_of(checkpoints):
+    return [path.parent.parent for path in checkpoints]
+
+
+class Module:
+    """Stands for a stage's module: needs its parent's checkpoint, and its own, undamaged."""
+
+    def __init__(self, *damaged):
+        self.damaged, self.done = list(damaged), []
+
+    def run(self, label, settings, folder, parents, job):
+        self.done.append(folder.name.partition("-")[0])
+        for step in [d for d in self.damaged if d.parent.parent in (folder, *parents_of(parents))]:
+            self.damaged.remove(step)
+            raise checkpoint.Damaged(step, "x is missing")
+        (folder / "checkpoints" / "4" / "params").mkdir(parents=True, exist_ok=True)
+        return Outcome([record("a", 1.0, "s")], "4")
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    """A function of on_damage: the folders of a finished parent and of a child that is not."""
+
+    def make(on_damage):
+        setup = SETUP | {"checkpoint": {"keep_last": 1, "on_damage": on_damage}}
+        parent = PLANNED._replace(setup=setup)
+        child = Stage("uptrain", {"variant": VARIANT, "alpha": 0.1}, (parent,), setup)
+        folders = [worker.describe(stage, tmp_path) for stage in (parent, child)]
+        for folder in folders:
+            for step in "246":
+                (folder / "checkpoints" / step / "params").mkdir(parents=True)
+        finish(folders[0], Outcome([record("a", 1.0, "s")], "4"), ORIGIN, 1.0)
+        return folders
+
+    def use(module):
+        monkeypatch.setattr(worker.importlib, "import_module", lambda _: module)
+        monkeypatch.setattr(worker, "_job", lambda *_: Job(tmp_path, None, None, 1))
+        return module
+
+    make.use = use
+    return make
+
+
+def test_damage_stops_a_stage_unless_the_user_said_otherwise(family):
+    _, child = family("stop")
+    module = family.use(Module(child / "checkpoints" / "4"))
+    with pytest.raises(checkpoint.Damaged, match="on_damage=previous sets it aside"):
+        worker.run(child)
+    assert module.done == ["uptrain"]
+    assert {p.name for p in (child / "checkpoints").iterdir()} == {"2", "4", "6"}
+
+
+def test_a_stage_goes_on_from_before_the_damage(family):
+    _, child = family("previous")
+    module = family.use(Module(child / "checkpoints" / "4"))
+    worker.run(child)
+    assert module.done == ["uptrain", "uptrain"]
+    names = {p.name for p in (child / "checkpoints").iterdir()}
+    assert names == {"2", "4.damaged", "6.later", "4"}
+    assert read_done(child)["checkpoint"] == "4"
+
+
+def test_a_damaged_parent_is_done_again_first(family):
+    parent, child = family("previous")
+    module = family.use(Module(parent / "checkpoints" / "4"))
+    worker.run(child)
+    assert module.done == ["uptrain", "pretrain", "uptrain"]
+    assert (parent / "checkpoints" / "4.damaged").exists()
+    assert read_done(parent)["seconds"] is None  # not of all of it
+
+
+def test_what_others_left_is_not_set_aside(family, tmp_path):
+    _, child = family("previous")
+    theirs = tmp_path / "theirs" / "checkpoints" / "4"
+    theirs.mkdir(parents=True)
+
+    class Foreign(Module):
+        def run(self, *_):
+            raise checkpoint.Damaged(theirs, "x is missing")
+
+    family.use(Foreign())
+    with pytest.raises(checkpoint.Damaged):
+        worker.run(child)
+    assert theirs.exists()
 
 
 def test_the_process_says_what_is_wrong_in_one_line(tmp_path):
