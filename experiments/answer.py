@@ -155,7 +155,7 @@ def _conclusion(summary, points, within):
 def _gains(summary, variant):
     sample, token, cache = (_gain(summary, variant, metric) for metric in COSTS)
     size = tables.size(summary.get(variant, "benchmark", "kv_cache_bytes").value)
-    yield f"Against MHA it is {sample:.2f}x as fast per sample and {token:.2f}x per token."
+    yield f"Against MHA it is {sample:.2f}x as fast per sample, {token:.2f}x per token."
     yield (
         f"Its KV cache is {size} a sequence, {1 / cache:.2f}x of MHA's: the same memory holds "
         f"{cache:.1f}x as many sequences (counting the KV cache alone)."
