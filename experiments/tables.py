@@ -7,6 +7,7 @@ DASH = "-"
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table whose source reads as a table, too."""
+    header, *rows = [[cell.replace("|", r"\|") for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     lines = [_padded(cells, widths, " | ") for cells in (header, rule, *rows)]

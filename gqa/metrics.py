@@ -19,6 +19,7 @@ from gqa.errors import UserError
 
 METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "exact_match", "f1")
 RESAMPLES = 1000
+REPLICATES = 200
 NGRAM_ORDER = 4
 
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}\u2018\u2019\u00b4]")
@@ -27,12 +28,17 @@ _SENTENCE = re.compile(r".+?(?:[.!?](?=\s|$)|(?=\n\s*\n))", re.DOTALL)
 
 
 class Score(NamedTuple):
-    """A score in percent, its 95% bootstrap interval over the examples, and how many they are."""
+    """A score in percent, its 95% bootstrap interval over the examples, and how many they are.
+
+    `replicates` are the score of the first resamples. Resample i of n examples is the same for
+    every score, so two scores of the same examples can be subtracted replicate by replicate.
+    """
 
     value: float
     low: float
     high: float
     n: int
+    replicates: tuple[float, ...]
 
 
 def score(name: str, predictions: list[str], references: list[list[str]]) -> Score:
@@ -46,7 +52,9 @@ def score(name: str, predictions: list[str], references: list[list[str]]) -> Sco
         _aggregate(name, statistics[rng.integers(n, size=n)].sum(0), n) for _ in range(RESAMPLES)
     ]
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return Score(_aggregate(name, statistics.sum(0), n), float(low), float(high), n)
+    value = _aggregate(name, statistics.sum(0), n)
+    replicates = tuple(round(value, 3) for value in resampled[:REPLICATES])
+    return Score(value, float(low), float(high), n, replicates)
 
 
 def _statistics(name, predictions, references):

@@ -65,7 +65,7 @@ def test_exact_match_and_f1(text, reference, exact, f1):
 
 def test_interval_is_that_of_a_proportion():
     references = [["yes" if i % 4 else "no"] for i in range(400)]
-    value, low, high, n = metrics.score("exact_match", ["yes"] * 400, references)
+    value, low, high, n, _ = metrics.score("exact_match", ["yes"] * 400, references)
     half = 196 * np.sqrt(0.75 * 0.25 / 400)
     assert (value, n) == (75, 400)
     assert low == pytest.approx(75 - half, abs=0.5)
@@ -79,6 +79,38 @@ def test_intervals_hold_the_value_and_repeat(name):
     score = metrics.score(name, texts, references)
     assert score.low <= score.value <= score.high
     assert score == metrics.score(name, texts, references)
+
+
+@pytest.mark.parametrize("name", sorted({*metrics.METRICS} - {"bleu"}))  # that is no mean
+def test_replicates_are_of_the_same_resamples_for_every_prediction(name):
+    """So that one example's change is one number times how often it was drawn."""
+    references = [[f"{word} {word}"] for word in ("red", "green", "blue", "pink")]
+    right = [reference for (reference,) in references]
+    first, second = ([*right[:i], "no", *right[i + 1 :]] for i in (0, 1))
+    both = [["no", "no", *right[2:]], first, second, right]
+    zero, one, two, all_right = (metrics.score(name, p, references).replicates for p in both)
+    assert len(all_right) == metrics.REPLICATES
+    assert len(set(one)) > 3
+    gains = np.subtract(all_right, one) + np.subtract(all_right, two)
+    assert gains == pytest.approx(np.subtract(all_right, zero), abs=0.002)
+    assert all(value == round(value, 3) for value in one)
+
+
+def test_replicates_tell_a_difference_better_than_the_two_intervals():
+    """Of two systems that fail on the same hard examples, one a little better than the other."""
+    rng = np.random.default_rng(0)
+    hard, better = rng.random(400) < 0.5, rng.random(400) < 0.06
+    references = [["yes"]] * 400
+    worse, best = (
+        metrics.score("exact_match", ["yes" if ok else "no" for ok in found], references)
+        for found in (~hard, ~hard | better)
+    )
+    differences = np.subtract(best.replicates, worse.replicates)
+    share = np.mean(hard & better)
+    expected = 100 * np.sqrt(share * (1 - share) / 400)  # each example gains 0 or 1
+    assert np.std(differences, ddof=1) == pytest.approx(expected, rel=0.15)
+    assert np.percentile(differences, 2.5) > 0
+    assert best.low < worse.high
 
 
 def test_unknown_metric_and_empty_test_set_name_what_would_do():

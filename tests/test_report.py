@@ -1,88 +1,29 @@
 """The report from a results file like the ones runs write, from a whole one to nearly nothing."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
+from made_results import (
+    PARENT,
+    WHOLE,
+    network,
+    record,
+    score,
+    timings,
+    variant,
+)
 
-from experiments import figures, paper, report, tables
-from experiments.summary import Summary, Variant, differ
-from gqa import results
+from experiments import evaluate, paper, report, tables
+from gqa import metrics, results
 from gqa.errors import UserError
-
-TASKS = {"parameter_qa": "f1 %", "docstring_summary": "rougeL %"}
-
-
-def variant(num_kv_heads, method="mean", alpha=0.05, seed=0, size="nano"):
-    heads = {"num_heads": 16, "num_kv_heads": num_kv_heads, "cross_num_kv_heads": num_kv_heads}
-    settings = {"encoder_num_kv_heads": 16, "method": method, "alpha": alpha, "seed": seed}
-    return {"size": size} | heads | settings
-
-
-def record(variant, stage, metric, value, unit="", task=None, interval=None, n=None):
-    low, high = interval or (None, None)
-    where = {"run": f"run-{variant['num_kv_heads']}", "stage": stage, "task": task}
-    number = {"metric": metric, "value": value, "unit": unit, "low": low, "high": high, "n": n}
-    origin = {"commit": "abc1234", "device": "cpu, 2 cores", "time": "2025-01-01T00:00:00+00:00"}
-    return where | {"variant": variant} | number | origin
-
-
-def score(variant, task, value, width=1.5):
-    interval = (value - width, value + width)
-    return record(variant, "evaluate", "headline", value, TASKS[task], task, interval, 400)
-
-
-def job(settings, quality, speed):
-    """Return what one run of the whole job writes."""
-
-    def add(stage, task=None, **metrics):
-        return [record(settings, stage, m, v, task=task) for m, v in metrics.items()]
-
-    records = add("pretrain", validation_loss=3.9, steps=2000, train_seconds=200.0)
-    if settings["method"] != "none":
-        records += add("convert", validation_loss=4.6 - settings["num_kv_heads"] / 20)
-        records += add("uptrain", validation_loss=4.0, steps=100)
-    for task in TASKS:
-        records += add("finetune", task, validation_loss=2.4, steps=300)
-        losses = {"test_loss": 2.5, "test_loss_other_input": 3.5, "test_loss_unigram": 5.0}
-        records += add("evaluate", task, rouge1=quality + 2, bleu=quality / 2, **losses)
-        records += add("evaluate", task, constant_answer=11.0, first_sentence=9.0)
-        records.append(score(settings, task, quality))
-    heads = settings["num_kv_heads"]
-    records += add("benchmark", num_params=1_200_000 + 20_000 * heads, kv_cache_bytes=heads * 32768)
-    records += add("benchmark", prefill_seconds=3e-3, token_seconds=speed / 40)
-    records += add("benchmark", batch_size=8, inputs_length=256, targets_length=40)
-    bars = (speed * 0.9, speed * 1.2)
-    return [*records, record(settings, "benchmark", "sample_seconds", speed, "s", interval=bars)]
-
-
-PARENT = variant(16, "none", 0.0)
-WHOLE = job(PARENT, 25.0, 0.04) + job(variant(8), 24.0, 0.03) + job(variant(1), 15.0, 0.02)
+from gqa.tasks import Example
 
 
 def make(tmp_path, records):
     results.append(tmp_path / "results.jsonl", records)
     text = report.run(tmp_path / "results.jsonl", tmp_path / "report")
     return text, (tmp_path / "report/report.md").read_text()
-
-
-def test_timings_compare_within_their_own_run(tmp_path):
-    """The parent timed again at half the speed, beside another variant, changes no ratio."""
-
-    def timed(settings, seconds, **beside):
-        interval = (seconds * 0.9, seconds * 1.1)
-        line = record(settings, "benchmark", "token_seconds", seconds, "s", interval=interval)
-        return line | beside
-
-    lines = [timed(PARENT, 0.04), timed(variant(8), 0.03, parent_value=0.04)]
-    lines += [timed(PARENT, 0.08), timed(variant(1), 0.02, parent_value=0.08)]
-    summary = Summary(lines)
-    parent, grouped, single = (
-        summary.get(v, "benchmark", "token_seconds") for v in summary.variants
-    )
-    assert parent.value == pytest.approx(0.08)
-    assert grouped.value == pytest.approx(0.06)
-    assert (grouped.low, grouped.high) == pytest.approx((0.054, 0.066))
-    assert single.value == pytest.approx(0.02)
 
 
 def test_whole_job(tmp_path):
@@ -102,8 +43,67 @@ def test_whole_job(tmp_path):
     assert re.search(r"MQA-XXL +\| 0.24 +\| 46.6 \(\*\)", page)
     assert "timed at batch 8, 256 input and 40 target tokens" in page
     assert "several" not in page.split("## Provenance")[1]
-    for name in re.findall(r"\]\((.*?)\)", page):
-        assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
+    assert "None below MHA's 16" not in text
+    assert "8 KV heads, interval [-2.5" in text
+    names = re.findall(r"\]\((.*?)\.png\)", page)
+    assert names == ["quality_time", "groups", "pretraining_loss"]
+    files = {path.name for path in (tmp_path / "report").iterdir()}
+    drawn = {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert files == {"report.md", "report.html", *drawn}
+    whole = (tmp_path / "report/report.html").read_text()
+    assert whole.count("data:image/svg+xml;base64,") == len(names)
+    assert whole.count("<table>") == page.count("\n| --")
+
+
+def test_paired_intervals_decide_what_is_shown(tmp_path):
+    """The scores' intervals overlap; the difference of the same examples does not hold 0."""
+    records = [
+        *network(PARENT, 25.0, 0.04, error=0.0),
+        *network(variant(8), 24.0, 0.03, error=0.3),
+        *network(variant(4), 24.9, 0.03, error=0.3),
+    ]
+    text, page = make(tmp_path, records)
+    assert "24.0 [22.5, 25.5] (-1.0, -4%)" in text
+    assert "24.9 [23.4, 26.4] (none shown)" in text
+    assert "4 KV heads will do" in text
+    differences = page.split("### Difference to MHA")[1].split("Brackets:")[0]
+    assert re.search(r"GQA-8 .*\| -1.00 \[-1.59, -0.41\] +\|", differences)
+    assert "(u)" not in differences
+    assert "the interval of the difference contains 0" in page
+    cut = [{k: v for k, v in r.items() if k != "replicates"} for r in records]
+    text, page = make(tmp_path / "unpaired", cut)
+    assert "24.0 [22.5, 25.5] (none shown)" in text
+    assert re.search(r"GQA-8 .*\| -1.00 \[-3.12, \+1.12\] \(u\)", page)
+
+
+def test_within_decides_the_answer(tmp_path):
+    records = [
+        *network(PARENT, 25.0, 0.04, error=0.0),
+        *network(variant(8), 24.8, 0.03, error=0.1),
+        *network(variant(1), 22.0, 0.03, error=0.1),
+    ]
+    results.append(tmp_path / "results.jsonl", records)
+    for within, heads in ((1.0, "8 KV heads will do"), (5.0, "1 KV head will do")):
+        text = report.run(tmp_path / "results.jsonl", tmp_path, within=within)
+        assert heads in text
+        assert heads in (tmp_path / "report.md").read_text()
+        assert heads in (tmp_path / "report.html").read_text()
+
+
+def test_the_headline_alone_keeps_its_replicates():
+    """As the scores of a job's evaluation are recorded, in the unit of the score."""
+    examples = [Example("The shape. More.", (f"the shape {i % 3}",)) for i in range(12)]
+    text = SimpleNamespace(options={}, examples=lambda task, split: examples)
+    job = SimpleNamespace(text=text)
+    predictions = ["the shape 1"] * 12
+    records = {
+        r["metric"]: r
+        for r in evaluate._scores("docstring_summary", job, examples, predictions, examples)
+    }
+    assert [name for name, r in records.items() if "replicates" in r] == ["headline"]
+    headline = records["headline"]
+    assert len(headline["replicates"]) == metrics.REPLICATES
+    assert min(headline["replicates"]) < headline["value"] < max(headline["replicates"])
 
 
 def test_missing_pieces_are_dashes(tmp_path):
@@ -113,9 +113,11 @@ def test_missing_pieces_are_dashes(tmp_path):
         only = [r for r in WHOLE if r["stage"] == stage]
         text, page = make(tmp_path / f"only{i}", only)
         assert "## Provenance" in page
-        assert ("500 us" in text) == (stage == "benchmark")
+        assert "500 us" not in text
         assert ("24.0 [" in text) == (stage == "evaluate")
-        assert re.search(r"GQA-8 .* -", text) or stage == "pretrain"
+        assert re.search(r"GQA-8 .* -", text) or stage in ("pretrain", "benchmark")
+    timed = [r for r in WHOLE if r["stage"] in ("uptrain", "benchmark")]
+    assert "500 us" in make(tmp_path / "timed", timed)[0]
     for end in (1, len(WHOLE) // 3, len(WHOLE) // 2):
         text, page = make(tmp_path / f"first{end}", WHOLE[:end])
         assert re.search(r"MHA +16 +" + ("-" if end == 1 else ""), text)
@@ -124,35 +126,11 @@ def test_missing_pieces_are_dashes(tmp_path):
     assert "parameter_qa" not in page
 
 
-def test_a_variant_without_one_task_has_no_average():
-    records = [score(PARENT, "parameter_qa", 20.0), score(PARENT, "docstring_summary", 30.0)]
-    summary = Summary([*records, score(variant(8), "parameter_qa", 20.0)])
-    parent, grouped = summary.variants
-    assert summary.average(parent).value == 25
-    assert summary.average(parent).high - 25 == pytest.approx(1.5 / 2**0.5)
-    assert summary.average(grouped) is None
-
-
 def test_an_empty_results_file_is_the_users_to_fill(tmp_path):
     (tmp_path / "results.jsonl").touch()
     with pytest.raises(UserError, match=r"results.jsonl: no results yet"):
         report.run(tmp_path / "results.jsonl", tmp_path)
     assert not (tmp_path / "report.md").exists()
-
-
-def test_the_last_number_of_a_seed_stands_and_seeds_widen_the_interval():
-    scores = [99.0, 20.0, 24.0]
-    settings = [variant(8, seed=seed) for seed in (0, 0, 1)]
-    records = [score(s, "parameter_qa", v) for s, v in zip(settings, scores, strict=True)]
-    summary = Summary(records)
-    (row,) = summary.variants
-    found = summary.get(row, "evaluate", "headline", "parameter_qa")
-    assert (found.value, found.seeds, found.n) == (22, 2, 400)
-    # Student's t for 95% and one degree of freedom is 12.706; the seeds' standard error is 2.
-    assert found.high - 22 == pytest.approx((1.5**2 + (12.706 * 2) ** 2) ** 0.5, rel=1e-4)
-    assert "none shown" in report._quality(
-        Summary([*records, score(PARENT, "parameter_qa", 30.0)]), row, "parameter_qa"
-    )
 
 
 def test_margins_that_are_not_there_are_said_in_words(tmp_path):
@@ -178,7 +156,7 @@ def test_sizes_head_counts_and_methods_get_their_own_rows(tmp_path):
         score(settings, "parameter_qa", 20.0)
         for settings in (
             variant(1),
-            variant(8, "none", None),
+            variant(8, "none", 0.0),
             variant(8, "first", 0.0),
             PARENT,
             variant(8, size="mini"),
@@ -198,31 +176,21 @@ def test_sizes_head_counts_and_methods_get_their_own_rows(tmp_path):
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_the_pretraining_of_a_converted_run_is_its_parents():
-    """However the run labels it: alpha, too, means nothing for a model that was not uptrained."""
-    records = [
-        record(variant(8), "pretrain", "validation_loss", 3.0),
-        score(variant(16, "none", 0.05), "parameter_qa", 20.0),
-    ]
-    (parent,) = Summary(records).variants
-    assert parent == parent.parent
-    control = record(variant(16, "none", 0.05), "uptrain", "validation_loss", 2.9)
-    assert [v.label for v in Summary([*records, control]).variants] == ["MHA", "MHA, alpha 0.05"]
+def test_provenance_names_networks_that_were_timed(tmp_path):
+    _, page = make(tmp_path, [*WHOLE, *timings(4, 0.02)])
+    rows = page.split("## Provenance")[1]
+    assert re.search(r"run-8 +\| GQA-8 +\| benchmark ", rows)
+    assert re.search(r"run-4 +\| GQA-4 +\| benchmark ", rows)
+    assert re.search(r"run-16 +\| MHA +\| pretrain, .*benchmark ", rows)
+    assert "from scratch" not in rows
 
 
-def test_one_conversion_serves_every_alpha(tmp_path):
-    """The conversion knows no alpha, and pretraining may name its text as the task."""
-    records = [
-        record(PARENT, "pretrain", "validation_loss", 3.0, task="docstrings"),
-        record(variant(8, alpha=0.0), "convert", "validation_loss", 4.0),
-    ]
-    assert [v.label for v in Summary(records).variants] == ["MHA", "GQA-8 mean, alpha 0"]
-    tuned = [record(variant(8, alpha=a), "uptrain", "validation_loss", 3.5) for a in (0.05, 0.1)]
-    _, page = make(tmp_path, records + tuned)
-    losses = page.split("## Conversion")[1]
-    assert re.search(r"alpha 0.05 +\| 3.000 +\| 4.000 +\| 3.500", losses)
-    assert re.search(r"alpha 0.1 +\| 3.000 +\| 4.000 +\| 3.500", losses)
-    assert "alpha 0 " not in page.split("## Provenance")[0]
+def test_a_runs_name_breaks_no_table(tmp_path):
+    named = [r | {"run": "a|b <script>"} for r in WHOLE]
+    _, page = make(tmp_path, named)
+    assert r"a\|b <script>" in page
+    whole = (tmp_path / "report/report.html").read_text()
+    assert "<td>a|b &lt;script&gt;</td>" in whole
 
 
 def test_several_commits_are_pointed_out(tmp_path):
@@ -232,60 +200,10 @@ def test_several_commits_are_pointed_out(tmp_path):
     assert "several devices" not in page
 
 
-def test_figures_hold_every_variant_and_no_text_overlaps(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
-    sweep = [r for k in (1, 2, 4, 8) for r in job(variant(k), 20.0 + k, 0.02 + k / 1e3)]
-    summary = Summary([*job(PARENT, 25.0, 0.04), *sweep])
-    figures.quality_against_time(summary, tmp_path / "a.png")
-    assert figures.pretraining_loss(summary, tmp_path / "b.png")
-    labels = {variant.label for variant in summary.variants}
-    assert _legend(drawn[0].axes[0]) == labels
-    assert _legend(drawn[1].axes[0]) == labels - {"MHA"}
-    for figure in drawn:
-        figure.draw_without_rendering()
-        boxes = [box for axes in figure.axes for box in _text_boxes(axes)]
-        assert len(boxes) > 10
-        first = figure.axes[0]
-        assert not first.get_legend().get_window_extent().overlaps(first.bbox)
-        assert all(figure.bbox.padded(1).containsx(x) for box in boxes for x in box.intervalx)
-        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-
-
-def _legend(axes):
-    return {text.get_text() for text in axes.get_legend().get_texts()}
-
-
-def _text_boxes(axes):
-    ticks = [
-        label
-        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))
-        for at, label in zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)
-        if low <= at <= high
-    ]
-    legend = axes.get_legend()
-    texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *ticks]
-    texts += legend.get_texts() if legend else []
-    return [text.get_window_extent() for text in texts if text.get_text()]
-
-
 def test_nothing_to_draw_leaves_no_loss_figure(tmp_path):
-    _, page = make(tmp_path, job(PARENT, 25.0, 0.04))
+    _, page = make(tmp_path, network(PARENT, 25.0, 0.04))
     assert not (tmp_path / "report/pretraining_loss.png").exists()
     assert "pretraining_loss.png" not in page
-
-
-def test_difference_needs_intervals_that_lie_apart():
-    a, b, c = (
-        Summary([score(PARENT, "parameter_qa", value)]).get(
-            Variant("nano", 16, 16, 16, 16, "none", 0.0), "evaluate", "headline", "parameter_qa"
-        )
-        for value in (20.0, 22.9, 23.1)
-    )
-    assert not differ(a, b)
-    assert differ(a, c)
-    assert differ(c, a)
-    assert not differ(a, c._replace(low=None, high=None))
 
 
 def test_the_papers_averages_are_theirs_but_for_the_flagged_one():

@@ -1,0 +1,108 @@
+"""What every figure shares: palette, marks with intervals, legends below, files."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.estimate import Estimate
+
+# Okabe and Ito's palette, told apart with any colour vision; markers differ too, for grey print.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FORMATS = ("png", "svg")
+LEGEND_COLUMNS = 2
+
+
+def style(i: int) -> dict[str, str]:
+    """Return color and marker of the `i`-th thing in a figure."""
+    marker = MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
+    return {"color": COLORS[i % len(COLORS)], "marker": marker}
+
+
+def error_bar(estimates: list[Estimate], scale: float = 1.0) -> list[list[float]]:
+    """Return the lengths below and above, [2, n]; 0 where there is no interval."""
+    below = [0 if e.low is None else scale * max(e.value - e.low, 0) for e in estimates]
+    above = [0 if e.low is None else scale * max(e.high - e.value, 0) for e in estimates]
+    return [below, above]
+
+
+def line(axes: Axes, points: list[tuple[float, Estimate]], i: int, label: str, **more) -> None:
+    """Draw estimates against numbers, with their intervals."""
+    at, estimates = zip(*points, strict=True)
+    values = [e.value for e in estimates]
+    bars = {"yerr": error_bar(estimates), "elinewidth": 0.8, "capsize": 2}
+    axes.errorbar(at, values, label=label, **bars, **style(i), **more)
+
+
+def level(axes: Axes, estimate: Estimate, i: int, label: str) -> None:
+    """Draw one estimate over the whole width, with its interval as a band."""
+    color = COLORS[i % len(COLORS)]
+    axes.axhline(estimate.value, color=color, linestyle="--", label=label)
+    if estimate.low is not None:
+        axes.axhspan(estimate.low, estimate.high, color=color, alpha=0.12, linewidth=0)
+
+
+def note(axes: Axes, text: str) -> None:
+    """Say in the middle of empty axes why they are."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
+
+
+def kv_heads_axis(axes: Axes) -> None:
+    """Scale x by powers of two, with a tick at every number of KV heads that is drawn."""
+    heads = sorted({int(K) for drawn in axes.lines for K in drawn.get_xdata()})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(heads, [str(K) for K in heads])
+    axes.minorticks_off()
+    axes.set_xlabel("KV heads")
+
+
+def legend_height(count: int) -> float:
+    """Return the inches that a legend of `count` entries takes."""
+    return 0.19 * -(-count // LEGEND_COLUMNS)
+
+
+def legend_below(figure: Figure, *several: Axes) -> None:
+    """Name what these axes show under the whole figure, where it can cover nothing."""
+    entries = {}
+    for axes in several:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        figure.legend(
+            entries.values(),
+            entries.keys(),
+            fontsize=8,
+            frameon=False,
+            loc="outside lower center",
+            ncols=min(LEGEND_COLUMNS, len(entries)),
+        )
+
+
+def tidy(*several: Axes) -> None:
+    """Leave only what is needed to read numbers off."""
+    for axes in several:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Write under a temporary name first, so that a reader never sees half a picture.
+
+    The same figure gives the same bytes: no date, no random names inside.
+    """
+    path = Path(path)
+    temporary, kind = path.with_name(f"{path.name}.tmp"), path.suffix[1:]
+    metadata = {"Date": None} if kind == "svg" else {}
+    with matplotlib.rc_context({"svg.hashsalt": "gqa"}):
+        figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def save_all(figure: Figure, folder: Path, name: str) -> None:
+    """Write a figure once for the screen and once for print."""
+    for kind in FORMATS:
+        save(figure, folder / f"{name}.{kind}")

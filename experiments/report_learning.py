@@ -1,0 +1,112 @@
+"""What the models learned: beside trivial answers, from their inputs, and through conversion."""
+
+from experiments import tables
+from experiments.report_variants import interval
+from experiments.summary import Summary
+from experiments.tables import DASH
+
+MARGIN = 0.01  # nats per token; a loss that is lower by less counts as the same
+BASELINES = {"constant_answer": "best constant answer", "first_sentence": "first sentence"}
+LOSSES = ("test_loss", "test_loss_other_input", "test_loss_unigram")
+
+
+def baselines(summary: Summary) -> str:
+    """Say what each task's model learned: beside trivial answers, and from its input."""
+    header = ["variant", "score", *BASELINES.values(), "test loss"]
+    header += ["other example's input", "margin", "unigram model", "margin"]
+    parts = ["## What the models learned"] if summary.tasks else []
+    for task in summary.tasks:
+        rows, remarks = [], []
+        for variant in summary.variants:
+            metrics = ("headline", *BASELINES, *LOSSES)
+            found = {m: summary.get(variant, "evaluate", m, task) for m in metrics}
+            if any(found.values()):
+                rows.append([summary.title(variant), *_baseline_cells(found)])
+                remarks += [f"- {summary.title(variant)}: {r}." for r in _missing(found)]
+        if not remarks and any(cell != DASH for row in rows for cell in row[2:]):
+            remarks = ["Every margin measured here is there."]
+        parts += [f"### {task}", tables.markdown(header, rows), "\n".join(remarks)]
+    if parts:
+        parts.append(
+            "Scores in the unit of the main table. Losses and margins in nats per target token, "
+            "on the test set: with the example's own input, with another example's, and of a "
+            "unigram model of the training targets. A margin is that loss minus the model's own; "
+            f"below {MARGIN} it counts as missing."
+        )
+    return "\n\n".join(parts)
+
+
+def _baseline_cells(found):
+    own, other, unigram = (found[name] for name in LOSSES)
+    return [
+        interval(found["headline"]),
+        interval(found["constant_answer"]),
+        interval(found["first_sentence"]),
+        _number(own),
+        _number(other),
+        _margin(other, own),
+        _number(unigram),
+        _margin(unigram, own),
+    ]
+
+
+def _number(estimate, digits=3):
+    return f"{estimate.value:.{digits}f}" if estimate else DASH
+
+
+def _margin(baseline, own):
+    return f"{baseline.value - own.value:+.3f}" if baseline and own else DASH
+
+
+def _missing(found):
+    """Yield a sentence for each margin that the model does not have."""
+    own, score = found["test_loss"], found["headline"]
+    if own and (other := found["test_loss_other_input"]) and other.value - own.value < MARGIN:
+        yield "the loss is hardly lower with its own input than another's: the input is not used"
+    if own and (unigram := found["test_loss_unigram"]) and unigram.value - own.value < MARGIN:
+        yield "the loss is hardly lower than the unigram model's, or higher"
+    for name in ("constant_answer", "first_sentence"):
+        trivial = found[name]
+        if score and trivial and (score.value if score.low is None else score.low) <= trivial.value:
+            yield f"the score is not shown to be above that of the {BASELINES[name]}"
+
+
+def scores(summary: Summary) -> str:
+    """Tabulate every metric of every task, where there is more than the headline."""
+    parts = []
+    for task in summary.tasks:
+        hidden = {"headline", "num_examples", *BASELINES, *LOSSES}
+        metrics = [m for m in summary.metrics("evaluate", task) if m not in hidden]
+        rows = [
+            [summary.title(v), *[interval(summary.get(v, "evaluate", m, task)) for m in metrics]]
+            for v in summary.variants
+        ]
+        if metrics:
+            parts += [f"### {task}", tables.markdown(["variant", *metrics], rows)]
+    return "\n\n".join(["## All scores, in percent", *parts]) if parts else ""
+
+
+def conversion(summary: Summary) -> str:
+    """Tabulate the losses of pretraining, conversion and uptraining."""
+    header = ["variant", "pretrained MHA", "converted", "uptrained", "pretraining steps"]
+    header += ["uptraining steps", "alpha"]
+    rows = []
+    for variant in summary.variants:
+        converted = variant.method != "none"
+        start = variant.parent if converted else variant.shape
+        cells = [
+            *map(_number, summary.losses(variant)),
+            _number(summary.get(start, "pretrain", "steps"), digits=0),
+            _number(summary.get(variant, "uptrain", "steps"), digits=0),
+        ]
+        if set(cells) != {DASH}:
+            alpha = f"{variant.alpha:g}" if converted or variant.alpha else DASH
+            rows.append([summary.title(variant), *cells, alpha])
+    if not rows:
+        return ""
+    parts = ["## Conversion and uptraining", tables.markdown(header, rows)]
+    parts.append(
+        "Validation loss of the pretraining task, in nats per token. A variant trained "
+        "from scratch shows its own pretraining in the first column."
+    )
+    return "\n\n".join(parts)
