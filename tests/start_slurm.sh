@@ -10,6 +10,10 @@ fail() {
 
 idle() { [[ "$(timeout 5 sinfo --noheader --format=%T 2>/dev/null)" =~ ^(idle|mixed|allocated)$ ]]; }
 
+[ "$(id -u)" = 0 ] || fail "must be root"
+conf=/etc/slurm/slurm.conf
+[ ! -f $conf ] || grep -q ClusterName=tests $conf || fail "$conf is of another cluster"
+
 # As the name of the node, what slurmd would call this machine.
 host="$(hostname -s 2>/dev/null || uname -n)"
 logs=/var/log/slurm
@@ -23,10 +27,10 @@ idle && exit
 
 [ -f /etc/munge/munge.key ] || mungekey --create
 install -d -o munge -g munge -m 0755 /run/munge
-install -d "$logs" /var/spool/slurmctld /var/spool/slurmd
+install -d /etc/slurm "$logs" /var/spool/slurmctld /var/spool/slurmd
 
 # A requeued job waits for cred_expire seconds, 120 by default; the last intervals schedule at once.
-cat >/etc/slurm/slurm.conf <<CONF
+cat >$conf <<CONF
 ClusterName=tests
 SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
@@ -53,9 +57,9 @@ NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ {pr
 PartitionName=tests Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
 
-pgrep -x munged >/dev/null || runuser -u munge -- munged || fail "munged does not start"
-pgrep -x slurmctld >/dev/null || slurmctld || fail "slurmctld does not start; see $logs"
-pgrep -x slurmd >/dev/null || slurmd || fail "slurmd does not start; see $logs"
+pidof munged >/dev/null || runuser -u munge -- munged || fail "munged does not start"
+pidof slurmctld >/dev/null || slurmctld || fail "slurmctld does not start; see $logs"
+pidof slurmd >/dev/null || slurmd || fail "slurmd does not start; see $logs"
 
 for _ in $(seq 60); do
     if idle; then exit; fi

@@ -221,14 +221,14 @@ class Cluster:
         return path.read_text().splitlines()
 
     def waits_until(self, true):
-        until = time.monotonic() + 40
+        until = time.monotonic() + 60
         while not true():
             if time.monotonic() > until:
                 logs = [p.read_text() for p in sorted((self.workdir / "slurm").glob("*.out"))]
                 queue = subprocess.run(
                     ["squeue"], capture_output=True, text=True, check=False
                 ).stdout
-                pytest.fail("\n".join(["not within 40 s", queue, *logs]))
+                pytest.fail("\n".join(["not within 60 s", queue, *logs]))
             time.sleep(0.1)
 
     def finished(self, stages):
