@@ -6,14 +6,17 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 from experiments import worker
 from experiments.plan import Stage, ancestors
+from experiments.process import USER_ERROR
 from experiments.stage import read_done
 from gqa.errors import UserError
 
 POLL_SECONDS = 0.1
 ROOT = Path(__file__).parent.parent
+WORKER = (sys.executable, "-m", "experiments.worker")  # and the stage's folder
 
 
 def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
@@ -36,11 +39,7 @@ def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
     if jobs == 1:
         _one_by_one(todo, stages, workdir, failed)
     else:
-        # Timings share the machine with nothing, and nothing builds on them.
-        trained = [stage for stage in todo if stage.kind != "benchmark"]
-        _several(trained, stages, workdir, jobs, failed)
-        timed = [stage for stage in todo if stage.kind == "benchmark"]
-        _several(timed, stages, workdir, 1, failed)
+        _several(todo, stages, workdir, jobs, failed)
     if failed:
         first = next(iter(failed.values()))
         if len(failed) == 1:
@@ -61,56 +60,71 @@ def _one_by_one(todo, stages, workdir, failed) -> None:
             print(f"{stage.label}: failed: {error}", flush=True)
 
 
+class Running(NamedTuple):
+    """A stage at work in a process of its own, and the file of what that says on stderr."""
+
+    stage: Stage
+    process: subprocess.Popen
+    errors: TextIO
+
+
 def _several(todo, stages, workdir, jobs, failed) -> None:
-    """Each stage in a process of its own, as soon as what it builds on is done."""
-    waiting, running = list(todo), {}
+    """Start each stage as soon as what it builds on is done and there is room for it."""
+    waiting, running = list(todo), []
     try:
         while waiting or running:
             for stage in list(waiting):
                 above = {a.key for a in ancestors(stage)[1:]}
+                unfinished = {s.key for s in (*waiting, *(r.stage for r in running))}
                 if above & failed.keys():
                     failed[stage.key] = UserError("it builds on a stage that failed")
                     waiting.remove(stage)
-                elif len(running) < jobs and not above & {s.key for s in (*waiting, *running)}:
-                    _announce(stage, [*running, *waiting], stages, workdir, jobs)
+                elif not above & unfinished and _room(stage, waiting, running, jobs):
+                    left = [*(r.stage for r in running), *waiting]
+                    _announce(stage, left, stages, workdir, jobs)
                     waiting.remove(stage)
-                    running[stage] = _start(stage.folder(workdir))
-            for stage in [stage for stage, (process, _) in running.items() if _ended(process)]:
-                error = _outcome(*running.pop(stage))
+                    running.append(_start(stage, workdir))
+            for ended in [r for r in running if r.process.poll() is not None]:
+                running.remove(ended)
+                error = _outcome(ended)
                 if error is not None:
-                    failed[stage.key] = error
-                    print(f"{stage.label}: failed: {error}", flush=True)
+                    failed[ended.stage.key] = error
+                    print(f"{ended.stage.label}: failed: {error}", flush=True)
             time.sleep(POLL_SECONDS)
     finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.wait()
+        for each in running:
+            each.process.terminate()
+        for each in running:
+            each.process.wait()
+            each.errors.close()
 
 
-def _start(folder: Path):
-    """The worker's process and the file of what it says on stderr."""
-    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read after the process has ended)
-    command = [sys.executable, "-m", "experiments.worker", str(folder.absolute())]
-    return subprocess.Popen(command, cwd=ROOT, stderr=errors), errors
+def _room(stage: Stage, waiting: list[Stage], running: list[Running], jobs: int) -> bool:
+    """Timings come last and alone: nothing builds on them, and they share with nothing."""
+    if stage.kind == "benchmark":
+        return not running and all(other.kind == "benchmark" for other in waiting)
+    return len(running) < jobs
 
 
-def _ended(process: subprocess.Popen) -> bool:
-    return process.poll() is not None
+def _start(stage: Stage, workdir: Path) -> Running:
+    folder = stage.folder(workdir).absolute()
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read when the process has ended)
+    return Running(stage, subprocess.Popen([*WORKER, str(folder)], cwd=ROOT, stderr=errors), errors)
 
 
-def _outcome(process: subprocess.Popen, errors) -> Exception | None:
-    """What went wrong with a process that ended, if anything did."""
-    with errors:
-        errors.seek(0)
-        lines = errors.read().splitlines()
-    if process.returncode == 0:
-        return None
+def _outcome(ended: Running) -> Exception | None:
+    """What went wrong, if anything did."""
+    with ended.errors as file:
+        file.seek(0)
+        lines = file.read().splitlines()
+    code = ended.process.returncode
     said = [line for line in lines if line.startswith("error: ")]
-    if process.returncode == 2 and said:
+    if code == USER_ERROR and said:
         return UserError(said[-1].removeprefix("error: "))
+    if code == 0:
+        return None
     print("\n".join(lines), file=sys.stderr, flush=True)
-    return RuntimeError(f"a stage's process ended with status {process.returncode}")
+    return RuntimeError(f"{ended.stage.label}: its process ended with status {code}")
 
 
 def _announce(stage, left, stages, workdir, jobs: int = 1) -> None:

@@ -22,6 +22,7 @@ from gqa.progress import Progress
 from gqa.sharding import replicate
 
 DONE = "done.json"
+DONE_KEYS = {"records", "checkpoint", "provenance", "seconds"}
 
 
 def make_workdir(workdir: Path) -> None:
@@ -107,11 +108,11 @@ def read_done(folder: Path) -> dict | None:
     path = folder / DONE
     try:
         done = json.loads(path.read_text(encoding="utf-8"))
-        if not done.keys() >= {"records", "checkpoint", "provenance", "seconds"}:
+        if not isinstance(done, dict) or not done.keys() >= DONE_KEYS:
             raise ValueError("keys are missing")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged; remove it to do the stage's last part again"
         ) from error

@@ -15,6 +15,9 @@ from gqa.errors import UserError
 
 MULTI_HEAD = 0  # stands for as many KV heads as heads, in any size
 
+# The lists of numbers, and some to tell their kind by.
+NUMBERS = {"kv_heads": (8, 1), "alphas": (0.05, 0.1), "seeds": (0, 1)}
+
 
 def expand(config: ConfigDict) -> list[ConfigDict]:
     """The configs of a sweep, each like one of a single run; of any other config, itself.
@@ -33,9 +36,8 @@ def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
     for key in ("sizes", "methods"):
         if not split_names(axes[key]):
             raise UserError(f"sweep.{grid}.{key} is empty; name at least one")
-    for key in ("alphas", "seeds"):
-        if not axes[key]:
-            raise UserError(f"sweep.{grid}.{key} is empty; use numbers such as 0,1")
+    for key, example in NUMBERS.items():
+        _check_numbers(f"sweep.{grid}.{key}", axes[key], example)
     for size in split_names(axes.sizes):
         base = _resized(config, size)
         heads = axes.kv_heads or _groups(base.model.num_heads)
@@ -47,6 +49,13 @@ def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
             point.convert.method, point.uptrain.alpha, point.seed = method, alpha, seed
             point.finetune.tasks = tasks
             yield point
+
+
+def _check_numbers(name: str, values: tuple, example: tuple) -> None:
+    kinds = (int, float) if isinstance(example[0], float) else (int,)
+    good = isinstance(values, tuple) and all(type(value) in kinds for value in values)
+    if not good or not (values or name.endswith(".kv_heads")):
+        raise UserError(f"{name}={values!r}; use numbers such as {example[0]},{example[1]}")
 
 
 def _groups(num_heads: int) -> list[int]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each may import itself and what follows it.
 LAYERS = ("tests", "configs", "launch", "experiments", "gqa")
 STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark", "report", "speed")
-MAY_IMPORT_STAGES = ("launch", "experiments.pipeline", "experiments.sweep")
+MAY_IMPORT_STAGES = ("launch", "experiments.pipeline", "experiments.check")
 LEAVES = (
     *("attention", "decode", "loss", "hardware", "optim", "sharding", "checkpoint"),
     *("corpus", "tokenizer", "metrics", "progress", "results", "errors"),

@@ -1,61 +1,16 @@
 """The whole job on a tiny network: complete, TensorFlow-free, resumable, and shared by variants."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
-from configs import base
 from experiments import pipeline
-from gqa import checkpoint, results, sharding, train
-from gqa.model import Config
-
-ROOT = Path(__file__).parent.parent
-TINY = {
-    "model.d_model": 16,
-    "model.d_ff": 16,
-    "model.num_heads": 4,
-    "model.head_dim": 4,
-    "model.num_encoder_layers": 1,
-    "model.num_decoder_layers": 1,
-    "model.vocab_size": 512,
-    "text.packages": "absl-py,opt_einsum,optax,rich",
-    "pretrain.steps": 6,
-    "pretrain.every": 2,
-    "pretrain.validation_examples": 8,
-    "uptrain.alpha": 0.5,
-    "convert.num_kv_heads_encoder": 4,
-    "convert.num_kv_heads_decoder": 2,
-    "convert.num_kv_heads_cross": 2,
-    "finetune.tasks": "docstring_summary,files",
-    "finetune.steps": 4,
-    "finetune.every": 2,
-    "finetune.validation_examples": 8,
-    "evaluate.examples": 8,
-    "evaluate.batch_size": 8,
-    "benchmark.inputs_length": 16,
-    "benchmark.targets_length": 4,
-    "benchmark.repetitions": 2,
-}
-for section in ("pretrain", "finetune"):
-    TINY |= {f"{section}.batch_size": 4, f"{section}.num_microbatches": 2}
-    TINY |= {f"{section}.inputs_length": 32, f"{section}.targets_length": 11}
-# The job in a process of its own, which then says whether TensorFlow came along.
-SCRIPT = """
-import sys
-import launch
-status = launch.main(sys.argv)
-assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
-sys.exit(status)
-"""
+from gqa import checkpoint, results
+from tests.jobs import ROOT, TINY, command, differences, launch, outputs
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +23,6 @@ def files(tmp_path_factory):
         (folder / f"{split}.jsonl").write_text(lines)
     names = {f"files.{path.stem}": path for path in folder.iterdir()}
     return names | {"files.source": "de", "files.target": "en", "files.metrics": "bleu,f1"}
-
-
-def command(workdir, settings, *more):
-    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
-    script = [sys.executable, "-c", SCRIPT, "--config=configs/gqa8.py", f"--workdir={workdir}"]
-    return [*script, *overrides, *more]
-
-
-def launch(workdir, settings, *more):
-    """Run the job to its end; returns what it printed."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        command(workdir, settings, *more), cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def kill_during(label, workdir, settings, delay):
@@ -112,26 +51,6 @@ def whole(tmp_path_factory, files):
     """One uninterrupted job: its workdir and what it printed."""
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, launch(workdir, TINY | files)
-
-
-def outputs(workdir):
-    """Every stage's checkpoint arrays and timeless numbers, by its folder."""
-    found = {}
-    for folder in sorted((workdir / "stages").iterdir()):
-        done = json.loads((folder / "done.json").read_text())
-        if folder.name.startswith("benchmark"):
-            found[folder.name] = [r["metric"] for r in done["records"]]
-        else:
-            found[folder.name] = done["records"]
-        if done["checkpoint"]:
-            path = folder / "checkpoints" / done["checkpoint"]
-            config = Config(**checkpoint.load_config(path)["model"])
-            shapes = train.abstract(config, sharding.make_mesh())._asdict() | {"data": None}
-            del shapes["step"]
-            arrays = checkpoint.load(path, shapes)
-            leaves = jax.tree_util.tree_leaves_with_path(arrays)
-            found |= {f"{folder.name}{jax.tree_util.keystr(p)}": x for p, x in leaves}
-    return found
 
 
 def test_the_job_leaves_results_report_and_figures(whole):
@@ -183,7 +102,7 @@ def test_a_second_variant_reuses_the_parent(whole, files):
         if folder.name not in before
     }
     assert new == {"convert", "uptrain", "finetune", "evaluate", "benchmark"}
-    assert "pretrain (4 KV heads): done before" in printed
+    assert "pretrain (nano, 4 KV heads, seed 0): done before" in printed
     report = (workdir / "report.md").read_text()
     assert "GQA-2" in report
     assert "MQA" in report
@@ -213,30 +132,4 @@ def test_a_job_killed_in_every_stage_ends_the_same(whole, files, tmp_path, seed)
     ):
         kill_during(label, tmp_path, TINY | files, delay=rng.random())
     launch(tmp_path, TINY | files)
-    stages = {path.name for path in (tmp_path / "stages").iterdir()}
-    expected = {name: x for name, x in outputs(whole[0]).items() if name.split("[")[0] in stages}
-    found = outputs(tmp_path)
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        if hasattr(value, "shape"):
-            np.testing.assert_array_equal(value, expected[name], err_msg=name)
-        else:
-            assert value == expected[name], name
-
-
-def test_the_plan_shares_what_does_not_differ():
-    def keys(**overrides):
-        config = base.get_config("nano", kv_heads=overrides.pop("kv_heads", 8))
-        config.update_from_flattened_dict(overrides)
-        return {stage.label: stage.key for stage in pipeline.plan(config, "text")}
-
-    grouped, single = keys(), keys(kv_heads=1)
-    assert len(grouped) == 12
-    shared = {label for label in grouped if grouped[label] == single.get(label)}
-    assert shared == {label for label in grouped if "16 KV heads" in label}
-    assert (
-        keys(**{"finetune.steps": 9})["pretrain (16 KV heads)"] == grouped["pretrain (16 KV heads)"]
-    )
-    assert not set(keys(seed=1).values()) & set(grouped.values())
-    multi_head = keys(kv_heads=16, **{"uptrain.alpha": 0.0})
-    assert not any("uptrain" in label for label in multi_head)
+    assert differences(outputs(tmp_path), outputs(whole[0], like=tmp_path)) == []

@@ -1,0 +1,149 @@
+"""Stages are keyed by what determines them, and by nothing else."""
+
+import json
+
+import pytest
+
+from configs import base
+from experiments.plan import ancestors, evaluate_checkpoint, merge, plan
+from experiments.text import Text
+
+
+class Prepared(Text):
+    """A text that is known by name only."""
+
+    def source(self, task):
+        return f"source of {task}"
+
+    def metrics(self, task):
+        return ["rougeL"]
+
+
+class Vocabulary:
+    """Known by its hash."""
+
+    hash = "pieces"
+
+
+PREPARED = Prepared(Vocabulary(), None, {}, None)
+
+
+def stages(prepared=PREPARED, kv_heads=8, reference=None, **overrides):
+    config = base.get_config("nano", kv_heads=kv_heads)
+    config.update_from_flattened_dict(overrides)
+    return plan(config, prepared, reference)
+
+
+def keys(**settings):
+    return {stage.label: stage.key for stage in stages(**settings)}
+
+
+def test_every_stage_comes_after_what_it_builds_on():
+    seen = set()
+    for stage in stages():
+        assert {parent.key for parent in stage.parents} <= seen
+        seen.add(stage.key)
+    assert len(seen) == 12
+
+
+def test_variants_share_the_multi_head_parent():
+    grouped, single = keys(), keys(kv_heads=1)
+    assert len(grouped) == 12
+    shared = {label for label in grouped if grouped[label] == single.get(label)}
+    assert shared == {label for label in grouped if "16 KV heads" in label}
+    assert len(shared) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"pretrain.steps": 9}, {"benchmark"}),
+        ({"seed": 1}, {"benchmark"}),
+        ({"uptrain.alpha": 0.5}, {"pretrain", "convert", "benchmark"}),
+        ({"finetune.steps": 9}, {"pretrain", "convert", "uptrain", "benchmark"}),
+        ({"evaluate.examples": 9}, {"pretrain", "convert", "uptrain", "finetune", "benchmark"}),
+        ({"benchmark.batch_size": 9}, {"pretrain", "convert", "uptrain", "finetune", "evaluate"}),
+        (
+            {"checkpoint.keep_last": 9, "name": "other", "report.within": 3.0},
+            {"pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark"},
+        ),
+    ],
+)
+def test_a_setting_changes_the_stages_it_determines(change, kept):
+    def by_kind(planned):
+        return {kind: {s.key for s in planned if s.kind == kind} for kind in kinds}
+
+    kinds = {stage.kind for stage in stages()}
+    before, after = by_kind(stages()), by_kind(stages(**change))
+    assert {kind for kind in kinds if before[kind] & after[kind]} - {"finetune", "evaluate"} == (
+        kept - {"finetune", "evaluate"}
+    )
+    assert {kind for kind in kinds if before[kind] == after[kind]} == kept
+
+
+def test_a_text_changes_the_stages_that_read_it():
+    class Other(Prepared):
+        def source(self, task):
+            return "other" if task == "parameter_qa" else super().source(task)
+
+    before, after = keys(), keys(prepared=Other(*PREPARED))
+    changed = {label for label in before if before[label] != after[label]}
+    assert changed
+    assert all("parameter_qa" in label for label in changed)
+    vocabulary = type("Finer", (), {"hash": "other pieces"})
+    changed = keys(prepared=PREPARED._replace(tokenizer=vocabulary)).items() - before.items()
+    assert len(changed) == 11  # all but the benchmark
+
+
+def test_what_is_not_converted_is_uptrained_from_the_parent():
+    kinds = {stage.kind for stage in stages(kv_heads=16, **{"uptrain.alpha": 0.0})}
+    assert kinds == {"pretrain", "finetune", "evaluate", "benchmark"}
+    (uptrained,) = [s for s in stages(kv_heads=16) if s.kind == "uptrain"]
+    assert [parent.kind for parent in uptrained.parents] == ["pretrain"]
+    assert uptrained.variant["method"] == "none"
+    assert uptrained.variant["alpha"] == 0.05
+    other = stages(kv_heads=16, **{"convert.method": "first"})
+    assert uptrained.key in {stage.key for stage in other}  # a method that does nothing is none
+
+
+def test_times_depend_on_shapes_alone():
+    def benchmark(**settings):
+        return next(s for s in stages(**settings) if s.kind == "benchmark")
+
+    changes = {"uptrain.alpha": 0.5, "convert.method": "first", "seed": 3}
+    assert benchmark().key == benchmark(**changes).key != benchmark(kv_heads=1).key
+    assert benchmark().parents == ()
+    variants = [variant for variant, _ in benchmark().settings["networks"]]
+    assert [v["num_kv_heads"] for v in variants] == [16, 8]
+    alone = benchmark(kv_heads=16, **{"uptrain.alpha": 0.0})
+    assert len(alone.settings["networks"]) == 1
+    other = benchmark(kv_heads=16, reference=base.get_config("mini"))
+    assert [v["size"] for v, _ in other.settings["networks"]] == ["mini", "nano"]
+
+
+def test_merged_plans_have_each_stage_once():
+    grouped, single = stages(), stages(kv_heads=1)
+    merged = merge([grouped, single])
+    assert len(merged) == len({stage.key for stage in merged}) == 12 + 12 - 5
+    assert {stage.key for stage in merged} == {s.key for s in (*grouped, *single)}
+    assert merged[:12] == grouped
+
+
+def test_ancestors_go_back_to_the_parent():
+    scored = next(s for s in stages() if s.kind == "evaluate" and "16 KV" not in s.label)
+    kinds = [stage.kind for stage in ancestors(scored)]
+    assert kinds == ["evaluate", "finetune", "uptrain", "convert", "pretrain"]
+
+
+def test_a_checkpoint_of_anyones_can_be_scored(tmp_path):
+    config = base.get_config("nano")
+    stage = evaluate_checkpoint(config, tmp_path, {"seed": 1}, "parameter_qa")
+    assert stage.settings["checkpoint"] == str(tmp_path)
+    assert not stage.parents
+
+
+def test_what_a_stage_is_can_be_written_down():
+    for stage in stages():
+        again = json.loads(json.dumps([stage.settings, stage.setup]))
+        assert again[1]["run"] == "gqa8-nano"
+        assert again[0]["variant"]["num_heads"] == 16

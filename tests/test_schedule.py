@@ -1,0 +1,185 @@
+"""A graph of stages runs in order, each once, and a failure costs only what builds on it."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from experiments import schedule, worker
+from experiments.plan import Stage
+from experiments.stage import Outcome, finish
+from gqa.errors import UserError
+
+# Stands for the worker: says when it began and ended, and does what the stage's settings say.
+SCRIPT = """
+import json, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+what = json.loads((folder / "stage.json").read_text())
+log = open(folder.parent.parent / "log", "a")
+def say(event):
+    print(time.monotonic(), event, what["settings"]["name"], file=log, flush=True)
+def stop(*_):
+    say("stopped")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+say("begins")
+time.sleep(what["settings"].get("sleep", 0.2))
+if what["settings"].get("fails"):
+    print("error: " + what["settings"]["fails"], file=sys.stderr)
+    sys.exit(2)
+done = {"records": [], "checkpoint": None, "provenance": {}, "seconds": 1.0}
+(folder / "done.json").write_text(json.dumps(done))
+say("ends")
+"""
+VARIANT = {"size": "nano", "num_kv_heads": 8, "method": "none", "alpha": 0.0, "seed": 0}
+
+
+def stage(name, *parents, kind="pretrain", **settings):
+    return Stage(kind, {"name": name, "variant": VARIANT, **settings}, parents, {"run": "r"})
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run stages with the script; returns what it logged, in order."""
+    script = tmp_path / "worker.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(schedule, "WORKER", (sys.executable, str(script)))
+    monkeypatch.setattr(worker, "run", lambda folder: None)  # of a stage that is done: publishes
+
+    def run(stages, jobs):
+        schedule.run(stages, tmp_path, jobs)
+        return seen()
+
+    def seen():
+        log = tmp_path / "log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [tuple(line.split()[1:]) for line in lines]
+
+    run.seen = seen
+    return run
+
+
+def most_at_once(events):
+    counts = [0]
+    for event, _ in events:
+        counts.append(counts[-1] + (1 if event == "begins" else -1))
+    return max(counts)
+
+
+def test_stages_run_in_order_and_beside_each_other(run):
+    a = stage("a")
+    b, c = stage("b", a, sleep=1.0), stage("c", a, sleep=1.0)
+    d, e = stage("d", b, c), stage("e", c)
+    events = run([a, b, c, d, e], jobs=2)
+    assert len(events) == 10
+    for child in (b, c, d, e):
+        for parent in child.parents:
+            ended = events.index(("ends", parent.settings["name"]))
+            assert ended < events.index(("begins", child.settings["name"]))
+    assert most_at_once(events) == 2
+
+
+def test_timings_run_alone_and_last(run):
+    timings = [stage(f"t{i}", kind="benchmark") for i in range(2)]
+    others = [stage(name) for name in "ab"]
+    events = run([timings[0], *others, timings[1]], jobs=3)
+    first = events.index(("begins", "t0"))
+    assert {name for _, name in events[:first]} == {"a", "b"}
+    assert most_at_once(events[first:]) == 1
+    assert most_at_once(events[:first]) == 2
+
+
+def test_a_failure_costs_what_builds_on_it(run, tmp_path, capfd):
+    a = stage("a")
+    bad, good = stage("bad", a, fails="no such file"), stage("good", a)
+    child, grandchild = stage("child", bad), stage("grandchild", good)
+    graph = [a, bad, child, stage("orphan", child), good, grandchild]
+    with pytest.raises(UserError, match=r"3 stages failed or .* the first: no such file"):
+        run(graph, jobs=2)
+    assert ("ends", "grandchild") in run.seen()
+    assert not {"child", "orphan"} & {name for _, name in run.seen()}
+    with pytest.raises(UserError, match="3 stages failed"):
+        run(graph, jobs=2)
+    again = [event for event in run.seen() if event[0] == "begins"]
+    assert len(again) == 4 + 1  # only what failed is tried again
+
+
+def test_a_defect_is_no_mistake_of_the_users(run, capfd):
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        run([stage("a", sleep="long")], jobs=2)
+    assert "TypeError" in capfd.readouterr().err
+
+
+def test_the_end_of_the_program_ends_its_stages(run, monkeypatch):
+    def stopped(seconds):
+        sleep(seconds)
+        if [event for event, _ in run.seen()].count("begins") == 2:
+            monkeypatch.setattr(schedule.time, "sleep", sleep)
+            raise KeyboardInterrupt
+
+    sleep = time.sleep
+    monkeypatch.setattr(schedule.time, "sleep", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run([stage("a", sleep=60), stage("b", sleep=60)], jobs=2)
+    assert [event for event, _ in run.seen()].count("stopped") == 2
+
+
+def test_one_job_runs_here_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def fake(folder):
+        what = json.loads((folder / "stage.json").read_text())
+        seen.append(what["settings"]["name"])
+        if "fails" in what["settings"]:
+            raise UserError(what["settings"]["fails"])
+
+    monkeypatch.setattr(worker, "run", fake)
+    bad = stage("bad", fails="no luck")
+    with pytest.raises(UserError, match="2 stages failed or build on one that did"):
+        schedule.run([bad, stage("child", bad), stage("good")], tmp_path, jobs=1)
+    assert seen == ["bad", "good"]
+    with pytest.raises(UserError, match=r"^no luck$"):
+        schedule.run([bad], tmp_path, jobs=1)
+    assert "failed: no luck" in capsys.readouterr().out
+
+
+def done(stage, folder, seconds):
+    path = worker.describe(stage, folder)
+    finish(path, Outcome([]), {}, seconds)
+
+
+def test_what_is_left_is_reckoned_from_what_is_done(tmp_path):
+    parent = stage("a", steps=100)
+    short = stage("s", parent, kind="uptrain", alpha=0.5)
+    tuned = stage("f", short, kind="finetune", steps=10, task="t")
+    graph = [parent, short, tuned]
+
+    def left(*stages, jobs=1):
+        return schedule.remaining(list(stages), graph, tmp_path, jobs)
+
+    assert left(*graph) == "3 of 3 stages left"
+    done(parent, tmp_path, 200.0)
+    assert left(short) == "1 of 3 stages left, about 2 min"
+    assert left(short, tuned) == "2 of 3 stages left, about 2 min and 1 of a kind not timed yet"
+    done(short, tmp_path, 50.0)  # 250 s for 150 steps together
+    assert left(stage("p", steps=50)) == "1 of 3 stages left, about 83 s"
+    done(tuned, tmp_path, None)  # it was interrupted: not to be counted
+    assert left(tuned) == "1 of 3 stages left"
+    assert left(stage("p", steps=12000), jobs=2) == "1 of 3 stages left, about 2 h 47 min"
+
+
+def test_a_graph_is_shown_with_what_is_done(tmp_path):
+    parent = stage("a", text="x")
+    child = stage("b", parent, kind="convert")
+    done(parent, tmp_path, 1.0)
+    shown = schedule.describe([parent, child], tmp_path).splitlines()
+    assert len(shown) == 3
+    assert shown[0].split()[:3] == ["1", "done", "pretrain"]
+    assert shown[1].split()[:4] == ["2", "to", "do", "convert"]
+    assert ", after 1" in shown[1]
+    assert child.folder(tmp_path).name in shown[1]
+    (child.folder(tmp_path) / "checkpoints").mkdir(parents=True)
+    assert " begun " in schedule.describe([parent, child], tmp_path)
+    unnamed = stage("a", text=None)
+    assert unnamed.key not in schedule.describe([unnamed], tmp_path)
