@@ -60,6 +60,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.wandb = ConfigDict()
     config.wandb.mode = "off"  # Weights & Biases: off, offline, online
     config.wandb.project = "gqa"
+    config.slurm = _slurm()
     config.report = ConfigDict()
     config.report.within = 1.0  # points of score below the multi-head parent that are acceptable
     if cpu:
@@ -145,6 +146,19 @@ def _evaluate() -> ConfigDict:
     evaluate.top_p = 1.0  # of the most likely tokens that have this probability together
     evaluate.cache_dtype = ""  # of keys and values; empty: float32 on CPUs, bfloat16 elsewhere
     return evaluate
+
+
+def _slurm() -> ConfigDict:
+    slurm = ConfigDict()
+    # What a job of --executor=slurm asks for; empty or 0: what the cluster gives by default.
+    slurm.partition = ""
+    slurm.account = ""
+    slurm.nodes = 1  # one process each
+    slurm.gpus_per_node = 0
+    slurm.cpus_per_task = 0
+    slurm.mem_gb = 0  # per node
+    slurm.timeout_min = 0  # a training stage that takes longer is requeued and goes on
+    return slurm
 
 
 def _fit_cpu(config: ConfigDict) -> None:

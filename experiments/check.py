@@ -11,6 +11,13 @@ from gqa.errors import UserError
 from gqa.tasks import SPLITS
 
 ALL_IF_ZERO = ("evaluate.examples", "evaluate.top_k")
+DEFAULT_IF_ZERO = (
+    "slurm.gpus_per_node",
+    "slurm.cpus_per_task",
+    "slurm.mem_gb",
+    "slurm.timeout_min",
+)
+MAY_BE_ZERO = (*ALL_IF_ZERO, *DEFAULT_IF_ZERO)
 
 
 def check(config: ConfigDict) -> None:
@@ -36,11 +43,11 @@ def check(config: ConfigDict) -> None:
 
 
 def check_numbers(config: ConfigDict) -> None:
-    """Counts are 1 or more, rates not negative; 0 stands for all examples and tokens."""
+    """Counts are 1 or more, rates not negative; 0 may stand for all or for the default."""
     for section, settings in config.items():
         for key, value in settings.items() if isinstance(settings, ConfigDict) else ():
             name = f"{section}.{key}"
-            least = 0 if isinstance(value, float) or name in ALL_IF_ZERO else 1
+            least = 0 if isinstance(value, float) or name in MAY_BE_ZERO else 1
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if number and not least <= value < math.inf:
                 raise UserError(f"{name}={value}; use {least} or more")

@@ -23,6 +23,7 @@ LEAVES = (
 ROOMS = {
     "ml_collections": r"(configs|experiments|tests)\..*|launch",
     "orbax": r"gqa\.checkpoint|tests\..*",
+    "submitit": r"experiments\.slurm",
     "tensorflow": r"nobody",
     "wandb": r"gqa\.progress|tests\..*",
     "torch": r"experiments\.peers|tests\..*",
