@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from gqa.errors import UserError
 
@@ -36,18 +36,33 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("workdir", "runs/", "where everything is kept, and found again", **options)
     flags.DEFINE_string("stage", None, "only this stage and what it builds on", **options)
     flags.DEFINE_string("checkpoint", None, "with --stage=evaluate: what to score", **options)
+    _check_utf8(argv)
     try:
         rest = values(argv)[1:]
         # A config file that did not load says so when it is first looked into.
         named = values.config is not None and values.config.name
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        text = str(error.args[0] if error.args else error)
-        raise UserError(" ".join(text.split())) from error
+    except UserError:
+        raise
+    except Exception as error:  # of the libraries, or of the user's own config file
+        text = str(error.args[0] if error.args else type(error).__name__)
+        raise UserError(text) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options start with --")
     if not named:
         raise UserError("--config is missing; use e.g. --config=configs/gqa8.py")
+    for key, value in config_flags.get_override_values(values["config"]).items():
+        if isinstance(value, ConfigDict):
+            raise UserError(f"--config.{key} is a section; set its keys, --config.{key}.KEY=VALUE")
     return values
+
+
+def _check_utf8(argv: list[str]) -> None:
+    """What is not text could be neither printed nor written into results."""
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{argument!r} is not UTF-8 text") from error
 
 
 def _run(values: flags.FlagValues) -> None:

@@ -11,20 +11,19 @@ meet only there: checkpoints, `stage.json`, and `done.json` with its results onc
 import hashlib
 import importlib
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments import evaluate, report, text
+from experiments import report, text
+from experiments.check import check as check  # as launch.py calls every experiment's
+from experiments.check import parent_config, target_heads
 from experiments.stage import Job, finish, make_workdir, open_parent, read_done
-from gqa import convert, model, results, sharding
+from gqa import convert, results, sharding
 from gqa.errors import UserError
-from gqa.tasks import SPLITS
 
 RESULTS = "results.jsonl"
-ALL_IF_ZERO = ("evaluate.examples", "evaluate.top_k")
 KINDS = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark", "report")
 
 
@@ -60,51 +59,6 @@ class Stage(NamedTuple):
         """What a person calls it."""
         task = f" {self.task}" if self.kind in ("finetune", "evaluate") else ""
         return f"{self.kind}{task} ({self.variant['num_kv_heads']} KV heads)"
-
-
-def check(config: ConfigDict) -> None:
-    """Refuse, in one line and before any compute, what could not run."""
-    parent = parent_config(config)
-    heads = target_heads(config)
-    convert.check(parent, heads, config.convert.method)
-    if config.convert.optimizer not in ("map", "reset"):
-        raise UserError(f"convert.optimizer={config.convert.optimizer!r}; use map or reset")
-    if not 0 <= config.uptrain.alpha <= 1:
-        raise UserError(f"uptrain.alpha={config.uptrain.alpha}; use a fraction from 0 to 1")
-    if config.evaluate.split not in SPLITS:
-        raise UserError(f"evaluate.split={config.evaluate.split!r}; use one of {', '.join(SPLITS)}")
-    check_numbers(config)
-    evaluate.check(config.evaluate)
-    for section in ("pretrain", "finetune"):
-        training = config[section]
-        model.Config(**{**parent.__dict__, "dropout_rate": training.dropout_rate})
-        sharding.check_batch(
-            f"{section}.batch_size", training.batch_size, training.num_microbatches
-        )
-    sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size)
-    text.check(config)
-
-
-def check_numbers(config: ConfigDict) -> None:
-    """Counts are 1 or more, rates not negative; 0 stands for all examples and tokens."""
-    for section, settings in config.items():
-        for key, value in settings.items() if isinstance(settings, ConfigDict) else ():
-            name = f"{section}.{key}"
-            least = 0 if isinstance(value, float) or name in ALL_IF_ZERO else 1
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and not least <= value < math.inf:
-                raise UserError(f"{name}={value}; use {least} or more")
-
-
-def parent_config(config: ConfigDict) -> model.Config:
-    """The multi-head network that everything starts from."""
-    heads = {f"num_kv_heads_{name}": config.model.num_heads for name in convert.ATTENTIONS}
-    return model.Config(**config.model, **heads)
-
-
-def target_heads(config: ConfigDict) -> dict[str, int]:
-    """KV heads of each attention after conversion."""
-    return {name: config.convert[f"num_kv_heads_{name}"] for name in convert.ATTENTIONS}
 
 
 def plan(config: ConfigDict, text_hash: str) -> list[Stage]:

@@ -15,6 +15,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments import peers, pipeline, speed_report, timings
+from experiments.check import check_numbers
 from experiments.speed_report import EQUAL, LARGEST, MACHINE, OURS
 from experiments.stage import make_workdir
 from experiments.timings import Numbers
@@ -40,8 +41,7 @@ class Entry(NamedTuple):
 
 def check(config: ConfigDict) -> None:
     """Refuse, in one line and before any compute, what could not run."""
-    pipeline.check_numbers(config)
-    pipeline.check_numbers(config.training.networks)
+    check_numbers(config)
     for S in config.benchmark.inputs_lengths or ("",):
         if not isinstance(S, int) or S < 1:
             raise UserError(f"benchmark.inputs_lengths={S}; use lengths such as 1024,2048")

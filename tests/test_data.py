@@ -97,8 +97,11 @@ def test_every_token_is_noise_as_often_as_another():
 def test_span_corruption_refuses_lengths_it_cannot_do():
     with pytest.raises(UserError, match="inputs_length=3 is too short"):
         data.span_lengths(3)
-    with pytest.raises(UserError, match="inputs_length=4096 needs 227 sentinels"):
-        data.span_lengths(4096)
+    with pytest.raises(UserError, match=r"=2147483647 needs more .* use at most 1809"):
+        data.span_lengths(2**31 - 1)
+    data.span_lengths(1809)
+    with pytest.raises(UserError, match=r"inputs_length=1810 needs more sentinels than the 100"):
+        data.span_lengths(1810)
     with pytest.raises(UserError, match="30 tokens, one example needs 47"):
         data.corrupted(np.arange(30), inputs_length=43, first_sentinel=99, seed=0)
 
