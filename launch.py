@@ -8,6 +8,7 @@ Exit status: 0 done, 2 something to change in the command, the config or a file.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -28,24 +29,18 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:
-    values = flags.FlagValues()
-    options = {"flag_values": values}
-    config_flags.DEFINE_config_file(
-        "config", None, "configs/NAME.py[:argument]", sys_argv=argv, **options
-    )
-    flags.DEFINE_string("workdir", "runs/", "where everything is kept, and found again", **options)
-    flags.DEFINE_string("stage", None, "only this stage and what it builds on", **options)
-    flags.DEFINE_string("checkpoint", None, "with --stage=evaluate: what to score", **options)
-    _check_utf8(argv)
+    _check_arguments(argv)
     try:
+        values = _define(argv)
         rest = values(argv)[1:]
         # A config file that did not load says so when it is first looked into.
         named = values.config is not None and values.config.name
     except UserError:
         raise
-    except Exception as error:  # of the libraries, or of the user's own config file
-        text = str(error.args[0] if error.args else type(error).__name__)
-        raise UserError(text) from error
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(str(error.args[0] if error.args else error)) from error
+    except Exception as error:  # whatever else a config file does
+        raise UserError(f"--config: {type(error).__name__}: {error}") from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options start with --")
     if not named:
@@ -56,13 +51,28 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def _check_utf8(argv: list[str]) -> None:
-    """What is not text could be neither printed nor written into results."""
+def _check_arguments(argv: list[str]) -> None:
+    """Refuse what could be neither printed nor written into results, and keys that are no keys."""
     for argument in argv:
         try:
             argument.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"{argument!r} is not UTF-8 text") from error
+        key = re.match(r"--?(no)?config\.([^=]*)", argument)
+        if key and not re.fullmatch(r"\w+(\.\w+)*", key[2]):
+            raise UserError(f"{argument!r} names no key; use --config.SECTION.KEY=VALUE")
+
+
+def _define(argv: list[str]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    options = {"flag_values": values}
+    config_flags.DEFINE_config_file(
+        "config", None, "configs/NAME.py[:argument]", sys_argv=argv, **options
+    )
+    flags.DEFINE_string("workdir", "runs/", "where everything is kept, and found again", **options)
+    flags.DEFINE_string("stage", None, "only this stage and what it builds on", **options)
+    flags.DEFINE_string("checkpoint", None, "with --stage=evaluate: what to score", **options)
+    return values
 
 
 def _run(values: flags.FlagValues) -> None:

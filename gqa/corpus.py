@@ -96,7 +96,9 @@ def distributions(packages: Sequence[str]) -> dict[str, importlib.metadata.Distr
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError as error:
-            raise UserError(f"corpus package {name!r} is not installed: pip install it") from error
+            raise UserError(
+                f"corpus packages: {name!r} is not installed: pip install it"
+            ) from error
         found[re.sub(r"[-_.]+", "-", name).lower()] = distribution
     for split, held_out in HELD_OUT.items():
         if not set(held_out) & set(found):

@@ -138,7 +138,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
     """Read a SentencePiece model written by `train`, or any T5 `spiece.model`."""
     try:
         tokenizer = Tokenizer(pathlib.Path(path).read_bytes())
-    except (OSError, RuntimeError, IndexError) as error:  # the last for one without a piece
+    except (OSError, RuntimeError, IndexError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a SentencePiece model"
         raise UserError(f"vocabulary {path}: {reason}") from error
     ids = [tokenizer._processor.pad_id(), tokenizer._processor.eos_id()]
