@@ -34,7 +34,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
         values = _define(argv)
         rest = values(argv)[1:]
         # A config file that did not load says so when it is first looked into.
-        named = values.config is not None and values.config.name
+        named = values.config is not None and values.config.name is not None
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:

@@ -111,7 +111,7 @@ def _tsv(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def _lines(path: str) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, each with its `path:line`."""
+    """Lines that are not blank, each with its `path:line`; of tabs alone is a row of nothings."""
     if not str(path).endswith(FORMATS):
         raise UserError(f"{path}: file name must end in {', '.join(FORMATS)}")
     open_file = gzip.open if str(path).endswith(".gz") else open
@@ -123,7 +123,7 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
         with open_file(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
+                if text.strip(" "):
                     yield f"{path}:{number}", text
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8 text") from error
