@@ -10,11 +10,12 @@ Exit status: 0 done, 2 something to change in the command, the config or a file,
 stopped by one, having saved what was done.
 """
 
+import re
 import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from experiments import process
 from gqa.errors import UserError
@@ -22,10 +23,45 @@ from gqa.errors import UserError
 
 def main(argv: list[str]) -> int:
     """Parse, check, run; returns the exit status."""
-    return process.status(lambda: _run(_parse(argv), argv))
+    return process.status(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:
+    _check_arguments(argv)
+    try:
+        values = _define(argv)
+        rest = values(argv)[1:]
+        # A config file that did not load says so when it is first looked into.
+        named = values.config is not None and values.config.name is not None
+    except UserError:
+        raise
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(str(error.args[0] if error.args else error)) from error
+    except Exception as error:  # whatever else a config file does
+        raise UserError(f"--config: {type(error).__name__}: {error}") from error
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; options start with --")
+    if not named:
+        raise UserError("--config is missing; use e.g. --config=configs/gqa8.py")
+    for key, value in config_flags.get_override_values(values["config"]).items():
+        if isinstance(value, ConfigDict):
+            raise UserError(f"--config.{key} is a section; set its keys, --config.{key}.KEY=VALUE")
+    return values
+
+
+def _check_arguments(argv: list[str]) -> None:
+    """Refuse what could be neither printed nor written into results, and keys that are no keys."""
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{argument!r} is not UTF-8 text") from error
+        key = re.match(r"--?(no)?config\.([^=]*)", argument)
+        if key and not re.fullmatch(r"\w+(\.\w+)*", key[2]):
+            raise UserError(f"{argument!r} names no key; use --config.SECTION.KEY=VALUE")
+
+
+def _define(argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     options = {"flag_values": values}
     config_flags.DEFINE_config_file(
@@ -37,21 +73,10 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("executor", "local", "local, or slurm: one job a stage", **options)
     flags.DEFINE_integer("jobs", 1, "stages at a time on this machine", **options)
     flags.DEFINE_boolean("dry-run", False, "print the stages and do nothing", **options)
-    try:
-        rest = values(argv)[1:]
-        # A config file that did not load says so when it is first looked into.
-        named = values.config is not None and values.config.name
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        text = str(error.args[0] if error.args else error)
-        raise UserError(" ".join(text.split())) from error
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; options start with --")
-    if not named:
-        raise UserError("--config is missing; use e.g. --config=configs/gqa8.py")
     return values
 
 
-def _run(values: flags.FlagValues, argv: list[str]) -> None:
+def _run(values: flags.FlagValues) -> None:
     import jax  # after the flags, so that a mistake in them is told at once
 
     from experiments import pipeline, speed
@@ -65,9 +90,7 @@ def _run(values: flags.FlagValues, argv: list[str]) -> None:
         raise UserError(f"--stage={stage}; use one of {', '.join(experiment.KINDS)}")
     if values.checkpoint and stage != "evaluate":
         raise UserError("--checkpoint goes with --stage=evaluate")
-    options = pipeline.Options(
-        values.executor, values.jobs, values["dry-run"].value, tuple(argv[1:])
-    )
+    options = pipeline.Options(values.executor, values.jobs, values["dry-run"].value)
     pipeline.check_options(options)
     experiment.check(config)
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))

@@ -194,7 +194,7 @@ def _parse(arg: str, kv_heads: int | None) -> tuple[str, int | None]:
         key, value = part.split("=", 1) if "=" in part else ("size", part)
         if key == "size":
             size = value
-        elif key == "kv_heads" and value.isdigit():
+        elif key == "kv_heads" and value.isdecimal() and len(value) < 10:
             kv_heads = int(value)
         else:
             raise UserError(f"config argument {part!r}; use size=... and kv_heads=<a number>")

@@ -1,53 +1,118 @@
 """What a config may not say: refused in one line, before any compute and before any writing."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import evaluate
+from experiments import stage, text
 from experiments.plan import parent_config, target_heads
-from gqa import convert, model, sharding
+from gqa import convert, sharding, tasks, tokenizer
 from gqa.errors import UserError
-from gqa.tasks import SPLITS
 
-ALL_IF_ZERO = ("evaluate.examples", "evaluate.top_k")
-DEFAULT_IF_ZERO = (
-    "slurm.gpus_per_node",
-    "slurm.cpus_per_task",
-    "slurm.mem_gb",
-    "slurm.timeout_min",
+LARGEST = 2**31 - 1  # steps, lengths, seeds and token ids are int32
+ZERO_TOO = (
+    *("seed", "evaluate.examples", "evaluate.top_k", "train.max_rollbacks"),
+    *("slurm.gpus_per_node", "slurm.cpus_per_task", "slurm.mem_gb", "slurm.timeout_min"),
 )
-MAY_BE_ZERO = (*ALL_IF_ZERO, *DEFAULT_IF_ZERO)
+CHOICES = {
+    "convert.optimizer": ("map", "reset"),
+    "evaluate.split": tasks.SPLITS,
+    "evaluate.search": ("greedy", "beam", "sample"),
+    "evaluate.cache_dtype": ("", "float32", "bfloat16"),
+}
 
 
 def check(config: ConfigDict) -> None:
-    """Refuse, in one line and before any compute, what could not run."""
-    parent = parent_config(config)
-    heads = target_heads(config)
-    convert.check(parent, heads, config.convert.method)
-    if config.convert.optimizer not in ("map", "reset"):
-        raise UserError(f"convert.optimizer={config.convert.optimizer!r}; use map or reset")
-    if not 0 <= config.uptrain.alpha <= 1:
-        raise UserError(f"uptrain.alpha={config.uptrain.alpha}; use a fraction from 0 to 1")
-    if config.evaluate.split not in SPLITS:
-        raise UserError(f"evaluate.split={config.evaluate.split!r}; use one of {', '.join(SPLITS)}")
+    """Refuse a config of the main job that could not run; its text is for `check_text`.
+
+    Raises:
+        UserError: naming the key and what would do.
+    """
     check_numbers(config)
-    evaluate.check(config.evaluate)
+    values = dict(flatten(config))
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            known = ", ".join(choice or "nothing" for choice in choices)
+            raise UserError(f"{name}={values[name]!r}; use one of {known}")
+    _check_fractions(config)
+    convert.check(parent_config(config), target_heads(config), config.convert.method)
     for section in ("pretrain", "finetune"):
-        training = config[section]
-        model.Config(**{**parent.__dict__, "dropout_rate": training.dropout_rate})
-        sharding.check_batch(
-            f"{section}.batch_size", training.batch_size, training.num_microbatches
-        )
+        _check_batch(section, config[section])
     sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size)
+    stage.check(config)
+
+
+def check_text(config: ConfigDict) -> None:
+    """Refuse tasks, files and vocabularies that could not be used; reads them all.
+
+    Raises:
+        UserError: naming the key, or the file and line, and what would do.
+    """
+    _check_tasks(config)
+    _check_vocabulary(config)
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a config with its sections before it, and its value."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def check_numbers(config: ConfigDict) -> None:
-    """Counts are 1 or more, rates not negative; 0 may stand for all or for the default."""
-    for section, settings in config.items():
-        for key, value in settings.items() if isinstance(settings, ConfigDict) else ():
-            name = f"{section}.{key}"
-            least = 0 if isinstance(value, float) or name in MAY_BE_ZERO else 1
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and not least <= value < math.inf:
-                raise UserError(f"{name}={value}; use {least} or more")
+    """Counts are 1 or more, rates not negative; 0 stands for all examples and tokens."""
+    for name, value in flatten(config):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        least = 0 if isinstance(value, float) or name in ZERO_TOO else 1
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UserError(f"{name} is too large; use {least} to {LARGEST}")
+        if not least <= value < math.inf:
+            raise UserError(f"{name}={value}; use {least} or more")
+
+
+def _check_fractions(config: ConfigDict) -> None:
+    if config.uptrain.alpha > 1:
+        raise UserError(f"uptrain.alpha={config.uptrain.alpha}; use a fraction from 0 to 1")
+    if not 0 < config.evaluate.top_p <= 1:
+        raise UserError(f"evaluate.top_p={config.evaluate.top_p}; use more than 0 and at most 1")
+    for section in ("pretrain", "finetune"):
+        rate = config[section].dropout_rate
+        if rate >= 1:
+            raise UserError(f"{section}.dropout_rate={rate}; use a value in [0, 1)")
+
+
+def _check_batch(section: str, training: ConfigDict) -> None:
+    size, parts = training.batch_size, training.num_microbatches
+    if size % parts:
+        raise UserError(
+            f"{section}.batch_size={size} does not split over num_microbatches={parts}; "
+            f"use a multiple of {parts}"
+        )
+    sharding.check_batch(f"{section}.batch_size", size, parts)
+
+
+def _check_tasks(config: ConfigDict) -> None:
+    """Refuse unknown tasks under the key that names them, and files that will be missed."""
+    tuned = text.split_names(config.finetune.tasks)
+    for key, names in (("pretrain.task", (config.pretrain.task,)), ("finetune.tasks", tuned)):
+        for name in names:
+            if name not in tasks.names():
+                known = ", ".join(tasks.names())
+                raise UserError(f"{key}: task={name!r} is unknown; choose from {known}")
+    text.check(config)
+    split = config.evaluate.split
+    if "files" in tuned and not config.files[split]:
+        raise UserError(f"files.{split} names no file, evaluate.split={split!r} needs one")
+
+
+def _check_vocabulary(config: ConfigDict) -> None:
+    size, least = config.model.vocab_size, tokenizer.SMALLEST
+    if config.text.vocabulary:
+        least = tokenizer.load(config.text.vocabulary).sentinel(0) + 1
+    if size < least:
+        raise UserError(f"model.vocab_size={size} is too small; use {least} or more")

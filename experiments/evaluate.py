@@ -1,29 +1,14 @@
 """Score a fine-tuned checkpoint on a held-out split; predictions are kept beside the scores."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.disk import write_whole
 from experiments.stage import Job, Outcome, load_params, open_parent, record
 from gqa import decode, evaluate, metrics, tasks, train
-from gqa.errors import UserError
 from gqa.generate import Generator
 from gqa.inference import Inference
 from gqa.tasks import Example
-
-SEARCHES = ("greedy", "beam", "sample")
-CACHE_DTYPES = ("", "float32", "bfloat16")
-
-
-def check(settings: Mapping) -> None:
-    """Refuse what no search can use in the config's section evaluate."""
-    for key, choices in (("search", SEARCHES), ("cache_dtype", CACHE_DTYPES)):
-        if settings[key] not in choices:
-            known = ", ".join(choice or "nothing" for choice in choices)
-            raise UserError(f"evaluate.{key}={settings[key]!r}; use one of {known}")
-    if not 0 < settings["top_p"] <= 1:
-        raise UserError(f"evaluate.top_p={settings['top_p']}; use more than 0 and at most 1")
 
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:

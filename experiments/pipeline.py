@@ -1,5 +1,6 @@
 """The main job, and sweeps of it: check, prepare the text, plan, run or submit, report."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments import check as checks
-from experiments import report, schedule, sweep, text, worker
+from experiments import report, schedule, slurm, sweep, text, worker
 from experiments.disk import lock, make_workdir
 from experiments.plan import KINDS as STAGE_KINDS
 from experiments.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
@@ -20,12 +21,11 @@ EXECUTORS = ("local", "slurm")
 
 
 class Options(NamedTuple):
-    """How a graph of stages is run; `report_command` is what a cluster's last job runs."""
+    """How a graph of stages is run."""
 
     executor: str = "local"
     jobs: int = 1
     dry_run: bool = False
-    report_command: tuple[str, ...] = ()
 
 
 def check(config: ConfigDict) -> None:
@@ -35,7 +35,7 @@ def check(config: ConfigDict) -> None:
         checks.check(point)
         wanted = repr(text.settings(point))
         if wanted not in read:  # texts may be large: each is read once
-            text.check(point)
+            checks.check_text(point)
         read.add(wanted)
 
 
@@ -43,6 +43,8 @@ def check_options(options: Options) -> None:
     """Refuse what could not be run that way."""
     if options.executor not in EXECUTORS:
         raise UserError(f"--executor={options.executor}; use one of {', '.join(EXECUTORS)}")
+    if options.executor == "slurm":
+        slurm.check()
     if options.jobs < 1:
         raise UserError(f"--jobs={options.jobs}; use 1 or more")
     if options.jobs > 1 and options.executor != "local":
@@ -69,9 +71,9 @@ def run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) -
 def _run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) -> None:
     stages = _stages(config, workdir, kind, text.prepare)
     if options.executor == "slurm":
-        from experiments import slurm  # only here: a laptop need not have it
-
-        slurm.submit(stages, workdir, config.slurm.to_dict(), options.report_command)
+        for stage in stages:
+            worker.describe(stage, workdir)
+        slurm.submit(stages, workdir, config.slurm.to_dict(), _report_command(config, workdir))
         return
     schedule.run(stages, workdir, options.jobs)
     if kind is None:
@@ -81,6 +83,16 @@ def _run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) 
 def _report(config: ConfigDict, workdir: Path) -> None:
     print(report.run(workdir / worker.RESULTS, workdir, within=config.report.within))
     print(f"report: {workdir / 'report.md'}, {workdir / 'report.html'}")
+
+
+def _report_command(config: ConfigDict, workdir: Path) -> list[str]:
+    """The report reads the results alone: any config makes it."""
+    command = [sys.executable, "launch.py", "--config=configs/mha.py", "--stage=report"]
+    return [
+        *command,
+        f"--workdir={workdir.absolute()}",
+        f"--config.report.within={config.report.within}",
+    ]
 
 
 def _stages(config: ConfigDict, workdir: Path, kind: str | None, prepare: Callable) -> list[Stage]:

@@ -9,6 +9,7 @@ Before the time limit SLURM sends USR2 instead, which the job makes a SIGTERM fo
 the job asks to be requeued, unless SLURM is ending it anyway; in its next run the worker goes on.
 """
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -17,8 +18,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import submitit
 
 from gqa.errors import UserError
 
@@ -48,6 +47,8 @@ def check() -> None:
                 f"--executor=slurm: no {command} on this machine; log in to one that submits to "
                 "SLURM, or leave the flag out"
             )
+    if importlib.util.find_spec("submitit") is None:
+        raise UserError("--executor=slurm: pip install -r requirements-slurm.txt")
 
 
 def submit(
@@ -184,6 +185,8 @@ class _Queue:
 
     def submit(self, names: list[str], calls: list[tuple], options: dict) -> list[str]:
         """Submit `run_task` with each of `calls`, and remember the ids."""
+        import submitit
+
         executor = submitit.SlurmExecutor(self.folder)
         given = {key: value for key, value in options.items() if value}
         if "mem_gb" in given:
@@ -211,7 +214,7 @@ class _Queue:
         return ids
 
     def _write(self) -> None:
-        from experiments.stage import write_whole  # only here: it takes a job seconds to import
+        from experiments.disk import write_whole  # only here: it takes a job seconds to import
 
         write_whole(self._file, json.dumps(self._jobs, indent=1))
 
@@ -250,6 +253,8 @@ def run_task(command: list[str], folder: Path) -> None:
             sys.exit(
                 "error: over the time limit with nothing to go on from; raise slurm.timeout_min"
             )
+        import submitit
+
         job = submitit.JobEnvironment()
         if job.global_rank:
             return  # the first task decides, and must not be ended by this one's status

@@ -79,7 +79,7 @@ def check(config: ConfigDict) -> None:
     if not split_names(config.finetune.tasks):
         raise UserError(f"finetune.tasks names no task; use {', '.join(tasks.names())}")
     wanted = settings(config)
-    for name in task_names(config):
+    for name in dict.fromkeys(task_names(config)):
         tasks.check(name, **wanted["options"].get(name, {}))
     for name in split_names(config.finetune.tasks):
         if not hasattr(tasks.get(name), "METRICS"):

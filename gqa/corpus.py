@@ -28,6 +28,7 @@ from gqa.errors import UserError
 
 FORMAT = 1  # part of what makes a cache valid: raise it when the extraction changes
 TASKS = ("docstrings", "parameter_qa", "docstring_summary", "code_summary")
+SPLITS = ("train", "validation", "test")
 TEXT_FIELDS = {"text", "source", "summary", "context", "answer"}
 # Held-out projects, all their distributions together; every other package is for training.
 HELD_OUT = {"test": ("flax", "rich"), "validation": ("optax", "fsspec")}
@@ -62,9 +63,12 @@ class Corpus:
     manifest: dict
 
     def rows(self, task: str, split: str) -> list[dict]:
-        """Rows of one task (see `TASKS`) in a fixed order."""
-        text = gzip.decompress((self.folder / f"{task}-{split}.jsonl.gz").read_bytes()).decode()
-        return [json.loads(line) for line in text.splitlines()]
+        """Rows of one task (see `TASKS`) in a fixed order.
+
+        Raises:
+            UserError: naming a file that was damaged after `build`, which would have noticed.
+        """
+        return [json.loads(line) for line in _lines(self.folder, task, split).splitlines()]
 
 
 def build(folder: str | os.PathLike, packages: Sequence[str]) -> Corpus:
@@ -76,12 +80,13 @@ def build(folder: str | os.PathLike, packages: Sequence[str]) -> Corpus:
 
 
 def find(folder: str | os.PathLike, packages: Sequence[str]) -> Corpus | None:
-    """The corpus in `folder` if it was built from the same packages at the same versions."""
+    """The corpus in `folder` if it is whole and of the same packages at the same versions."""
     folder = pathlib.Path(folder)
     installed = distributions(packages).items()
     versions = {name: distribution.version for name, distribution in installed}
     manifest = _read_manifest(folder / "manifest.json", versions)
-    return manifest and Corpus(folder, manifest)
+    whole = manifest is not None and _is_whole(folder, manifest)
+    return Corpus(folder, manifest) if whole else None
 
 
 def distributions(packages: Sequence[str]) -> dict[str, importlib.metadata.Distribution]:
@@ -95,7 +100,9 @@ def distributions(packages: Sequence[str]) -> dict[str, importlib.metadata.Distr
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError as error:
-            raise UserError(f"corpus package {name!r} is not installed: pip install it") from error
+            raise UserError(
+                f"corpus packages: {name!r} is not installed: pip install it"
+            ) from error
         found[re.sub(r"[-_.]+", "-", name).lower()] = distribution
     for split, held_out in HELD_OUT.items():
         if not set(held_out) & set(found):
@@ -104,11 +111,33 @@ def distributions(packages: Sequence[str]) -> dict[str, importlib.metadata.Distr
 
 
 def _read_manifest(path: pathlib.Path, versions: dict[str, str]) -> dict | None:
-    if not path.exists():
+    """The manifest, or None if it is of something else, is damaged or is not there."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        same = {name: p["version"] for name, p in manifest["packages"].items()} == versions
+        return manifest if same and manifest["format"] == FORMAT else None
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    manifest = json.loads(path.read_text())
-    same = {name: package["version"] for name, package in manifest["packages"].items()} == versions
-    return manifest if same and manifest["format"] == FORMAT else None
+
+
+def _is_whole(folder: pathlib.Path, manifest: dict) -> bool:
+    """Whether the rows are those that the manifest was written for."""
+    digest = hashlib.sha256()
+    try:
+        for task, split in itertools.product(TASKS, SPLITS):
+            digest.update(_lines(folder, task, split))
+    except UserError:
+        return False
+    return digest.hexdigest() == manifest.get("sha256")
+
+
+def _lines(folder: pathlib.Path, task: str, split: str) -> bytes:
+    """The rows of one file as JSON lines."""
+    path = folder / f"{task}-{split}.jsonl.gz"
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged; run again to have it made again") from error
 
 
 def _split(package: str) -> str:
@@ -149,7 +178,7 @@ def _write(folder: pathlib.Path, rows: dict, manifest: dict) -> dict:
     (folder / "manifest.json").unlink(missing_ok=True)  # of other versions, whose rows go now
     digest = hashlib.sha256()
     counts = {task: {} for task in TASKS}
-    for task, split in itertools.product(TASKS, ("train", "validation", "test")):
+    for task, split in itertools.product(TASKS, SPLITS):
         part = rows[task][split]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part).encode()
         digest.update(lines)
@@ -162,9 +191,15 @@ def _write(folder: pathlib.Path, rows: dict, manifest: dict) -> dict:
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
+    """The whole file or, on a full disk, the one before."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
 
 
 # --- files to texts -------------------------------------------------------------------------------

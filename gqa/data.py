@@ -10,6 +10,7 @@ Training streams never end and are functions of (seed, step): their state is one
 import hashlib
 import os
 import pathlib
+import zipfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -35,17 +36,42 @@ def tokenize(
     for text in texts:
         key.update(len(text).to_bytes(8, "little") + text.encode())
     path = pathlib.Path(folder) / f"tokens-{key.hexdigest()[:16]}.npz"
-    if not path.exists():
-        encoded = tokenizer.encode_batch(texts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    kept = _read_tokens(path, len(texts))
+    if kept is not None:
+        return kept
+    encoded = [np.array(ids, np.int32) for ids in tokenizer.encode_batch(texts)]
+    _write_tokens(path, encoded)
+    return encoded
+
+
+def _read_tokens(path: pathlib.Path, count: int) -> list[np.ndarray] | None:
+    """What `_write_tokens` wrote of `count` texts; None if there is none or it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:
+                return None
+        with np.load(path) as arrays:
+            ids, lengths = arrays["ids"], arrays["lengths"]
+    except Exception:  # a damaged zip file fails in a dozen ways, and writing tells what matters
+        return None
+    ends = np.cumsum(lengths, dtype=np.int64)
+    whole = len(lengths) == count and len(ids) == lengths.sum()
+    return np.split(ids, ends)[:-1] if whole else None
+
+
+def _write_tokens(path: pathlib.Path, encoded: Sequence[np.ndarray]) -> None:
+    """The whole file or, on a full disk, none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
         with open(temporary, "wb") as file:
-            ids = np.fromiter((i for text in encoded for i in text), np.int32)
-            np.savez(file, ids=ids, lengths=[len(text) for text in encoded])
+            ids = np.concatenate([np.zeros(0, np.int32), *encoded])
+            np.savez(file, ids=ids, lengths=np.array([len(text) for text in encoded], np.int64))
         os.replace(temporary, path)
-    with np.load(path) as arrays:
-        ids, ends = arrays["ids"], np.cumsum(arrays["lengths"], dtype=np.int64)
-    return np.split(ids, ends)[:-1]
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
 
 
 def tokenize_examples(
@@ -77,11 +103,11 @@ def span_lengths(inputs_length: int) -> SpanLengths:
     tokens = 2
     while _corrupted_lengths(tokens + 1).inputs <= inputs_length:
         tokens += 1
-    spans = _noise(tokens)[1]
-    if spans > NUM_SENTINELS:
-        raise UserError(
-            f"inputs_length={inputs_length} needs {spans} sentinels, there are {NUM_SENTINELS}"
-        )
+        if _noise(tokens)[1] > NUM_SENTINELS:
+            raise UserError(
+                f"inputs_length={inputs_length} needs more sentinels than the {NUM_SENTINELS} "
+                f"there are; use at most {_corrupted_lengths(tokens).inputs - 1}"
+            )
     return _corrupted_lengths(tokens)
 
 

@@ -33,6 +33,17 @@ FIXED = {
     "decoder_start_token_id": 0,
 }
 
+# Our name: theirs.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "d_model": "d_model",
+    "d_ff": "d_ff",
+    "num_heads": "num_heads",
+    "head_dim": "d_kv",
+    "num_encoder_layers": "num_layers",
+    "num_decoder_layers": "num_layers",
+}
+
 # Our name: theirs, which "decoder.block.3." or the like precedes and ".weight" ends.
 ENCODER_LAYER = {
     "attention_norm/scale": "layer.0.layer_norm",
@@ -84,19 +95,28 @@ def load(folder: str | os.PathLike) -> tuple[dict, Config]:
     Raises:
         UserError: if a file cannot be read, or for what `from_state_dict` refuses.
     """
-    hf_config = _read(Path(folder) / "config.json", lambda path: json.loads(path.read_text()))
-    state = _read(Path(folder) / "model.safetensors", load_file)
+    config_file, tensors_file = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    hf_config = _read(config_file, lambda path: json.loads(path.read_bytes()))
+    try:
+        to_config(hf_config)
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from error
+    state = _read(tensors_file, load_file)
     try:
         return from_state_dict(state, hf_config)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+        raise UserError(f"{tensors_file}: {error}") from error
 
 
 def _read(path: Path, read: Callable[[Path], dict]) -> dict:
+    """What a file holds; safetensors checks sizes against the file's before it takes memory."""
     try:
         return read(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply") from error
+    # The last is safetensors for a dtype that NumPy lacks.
+    except (OSError, ValueError, SafetensorError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: {reason}") from error
 
 
@@ -110,6 +130,9 @@ def from_state_dict(state: Mapping[str, np.ndarray], hf_config: dict) -> tuple[d
             another shape than hf_config says.
     """
     config = to_config(hf_config)
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    if layers > len(state):  # before tracing so many
+        raise UserError(f"{len(state)} tensors are too few for the {layers} layers of config.json")
     batch = {name: jnp.zeros((1, 1), jnp.int32) for name in ("inputs", "targets")}
     shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), batch)["params"]
     shapes = {name: leaf.shape for name, leaf in flatten_dict(shapes, sep="/").items()}
@@ -124,42 +147,51 @@ def from_state_dict(state: Mapping[str, np.ndarray], hf_config: dict) -> tuple[d
 
 def to_config(hf_config: dict) -> Config:
     """Our config of a config.json; keys that older files lack have Transformers' defaults."""
+    if not isinstance(hf_config, dict):
+        raise UserError("not a JSON object with a model's settings")
     if hf_config.get("model_type") != "t5":
         raise UserError(f"model_type={hf_config.get('model_type')!r} is not supported; use t5")
     for key, ours in FIXED.items():
         if hf_config.get(key, ours) not in (ours, None):
             raise UserError(f"{key}={hf_config[key]!r} is not supported; use {ours}")
     activation = hf_config.get("feed_forward_proj", "relu")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         supported = ", ".join(ACTIVATIONS)
         raise UserError(
             f"feed_forward_proj={activation!r} is not supported; use one of {supported}"
         )
-    try:
-        sizes = {
-            "vocab_size": hf_config["vocab_size"],
-            "d_model": hf_config["d_model"],
-            "d_ff": hf_config["d_ff"],
-            "num_heads": hf_config["num_heads"],
-            "head_dim": hf_config["d_kv"],
-            "num_encoder_layers": hf_config["num_layers"],
-            "num_decoder_layers": hf_config.get("num_decoder_layers") or hf_config["num_layers"],
-        }
-    except KeyError as error:
-        raise UserError(f"config.json has no {error.args[0]}") from error
+    sizes = {ours: _size(hf_config, key) for ours, key in SIZES.items()}
+    if hf_config.get("num_decoder_layers") is not None:
+        sizes["num_decoder_layers"] = _size(hf_config, "num_decoder_layers")
     kv_heads = {
         f"num_kv_heads_{name}": sizes["num_heads"] for name in ("encoder", "decoder", "cross")
     }
     # Transformers 5 writes tie_word_embeddings=true for every T5 and this key for the scale.
-    untied = hf_config.get("tie_word_embeddings", True) is False
+    tied = _flag(hf_config, "tie_word_embeddings", True)
     return Config(
         **sizes,
         **kv_heads,
         activation=ACTIVATIONS[activation],
-        tied_logits=hf_config.get("scale_decoder_outputs", not untied),
-        num_buckets=hf_config.get("relative_attention_num_buckets", 32),
-        max_distance=hf_config.get("relative_attention_max_distance", 128),
+        tied_logits=_flag(hf_config, "scale_decoder_outputs", tied),
+        num_buckets=_size(hf_config, "relative_attention_num_buckets", 32),
+        max_distance=_size(hf_config, "relative_attention_max_distance", 128),
     )
+
+
+def _size(hf_config: dict, key: str, default: int | None = None) -> int:
+    value = hf_config.get(key, default)
+    if value is None:
+        raise UserError(f"config.json has no {key}")
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise UserError(f"{key}={value!r}; use a whole number, 1 or more and less than 2^31")
+    return value
+
+
+def _flag(hf_config: dict, key: str, default: bool) -> bool:
+    value = hf_config.get(key, default)
+    if not isinstance(value, bool):
+        raise UserError(f"{key}={value!r}; use true or false")
+    return value
 
 
 def state_dict(params: dict, config: Config) -> dict[str, np.ndarray]:
@@ -240,6 +272,8 @@ def _convert(
     for name in theirs:
         if state[name].shape != expected:
             raise UserError(f"tensor {name} has shape {state[name].shape}, expected {expected}")
+        if not jnp.issubdtype(state[name].dtype, jnp.floating):
+            raise UserError(f"tensor {name} has dtype {state[name].dtype}; use a floating one")
         layer = np.asarray(state[name], np.float32)
         layers.append((layer if ours in NOT_TRANSPOSED else layer.T).reshape(inner))
     return np.stack(layers) if stacked else layers[0]

@@ -5,6 +5,7 @@ is one reshape. `gqa/inference.py` runs the same layers to generate.
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import flax.linen as nn
@@ -51,21 +52,43 @@ class Config:
     remat: str = "none"
 
     def __post_init__(self):
-        for name in ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross"):
-            check_kv_heads(f"model.{name}", getattr(self, name), self.num_heads)
+        for field in dataclasses.fields(self):  # num_heads before those that divide it
+            value = getattr(self, field.name)
+            if field.name.startswith("num_kv_heads"):
+                check_kv_heads(f"model.{field.name}", value, self.num_heads)
+            else:
+                _check_type(field.name, value, field.type)
         _check_choice("activation", self.activation, (GATED_GELU, RELU))
         _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         _check_choice("remat", self.remat, tuple(REMAT))
         if not 0 <= self.dropout_rate < 1:
             raise UserError(f"model.dropout_rate={self.dropout_rate}; use a value in [0, 1)")
+        if self.num_buckets < 4:
+            raise UserError(f"model.num_buckets={self.num_buckets}; use 4 or more")
+        if self.max_distance <= self.num_buckets // 2:
+            raise UserError(
+                f"model.max_distance={self.max_distance}; use more than half of "
+                f"num_buckets={self.num_buckets}"
+            )
+
+
+def _check_type(name: str, value, expected: type) -> None:
+    """The field's type; sizes are 1 or more and fit XLA's indices. JSON may hold anything."""
+    kinds = (int, float) if expected is float else expected
+    if not isinstance(value, kinds) or (isinstance(value, bool) and expected is not bool):
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
+        raise UserError(f"model.{name}={value!r}; use {kind[expected]}")
+    if expected is int and not 1 <= value < 2**31:
+        raise UserError(f"model.{name} is not a size; use 1 or more, and less than 2^31")
 
 
 def check_kv_heads(name: str, num_kv_heads: int, num_heads: int) -> None:
     """Raise a UserError with the possible values unless `num_kv_heads` divides `num_heads`."""
-    divisors = [k for k in range(1, num_heads + 1) if num_heads % k == 0]
-    if num_kv_heads not in divisors:
+    small = [k for k in range(1, math.isqrt(num_heads) + 1) if num_heads % k == 0]
+    divisors = sorted({*small, *(num_heads // k for k in small)})
+    if type(num_kv_heads) is not int or num_kv_heads not in divisors:
         raise UserError(
-            f"{name}={num_kv_heads} does not divide the {num_heads} heads there are; "
+            f"{name}={num_kv_heads} does not divide the {num_heads} heads there are (num_heads); "
             f"use one of {', '.join(map(str, divisors))}"
         )
 

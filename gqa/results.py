@@ -27,13 +27,23 @@ def append(path: str | os.PathLike, records: list[dict]) -> None:
     """Add `records` to the file at `path` in one write that has reached the disk on return."""
     lines = [json.dumps(r, allow_nan=False, default=lambda x: x.item()) + "\n" for r in records]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
+    with open(path, "a+b", buffering=0) as file:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         _close_last_line(file)
-        file.write("".join(lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
+        end = file.seek(0, os.SEEK_END)
+        try:
+            _write(file, "".join(lines).encode())
+            os.fsync(file.fileno())
+        except OSError as error:  # a full disk: all records or none
+            file.truncate(end)
+            error.filename = str(path)
+            raise
+
+
+def _write(file, content: bytes):
+    while content:
+        content = content[file.write(content) :]
 
 
 def _close_last_line(file):
@@ -52,7 +62,7 @@ def _parse(line):
     """Return the object in `line`, or None if it is not a whole one."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

@@ -18,6 +18,8 @@ from gqa.errors import UserError
 
 PAD, EOS, UNK = 0, 1, 2
 NUM_SENTINELS = 100
+# Sentinels, the three special ids, a piece for each byte, each printable ASCII character and space.
+SMALLEST = NUM_SENTINELS + 3 + 256 + 94 + 1
 
 
 class Tokenizer:
@@ -105,10 +107,20 @@ def train(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tok
     except RuntimeError as error:
         raise UserError(_advice(str(error), vocab_size)) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, path)
+    _write(path, model.getvalue())
     return Tokenizer(model.getvalue())
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+    """The whole file or, on a full disk, none."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
 
 
 def _advice(error: str, vocab_size: int) -> str:
@@ -126,7 +138,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
     """Read a SentencePiece model written by `train`, or any T5 `spiece.model`."""
     try:
         tokenizer = Tokenizer(pathlib.Path(path).read_bytes())
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, IndexError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a SentencePiece model"
         raise UserError(f"vocabulary {path}: {reason}") from error
     ids = [tokenizer._processor.pad_id(), tokenizer._processor.eos_id()]

@@ -1,5 +1,7 @@
 """The corpus from a small folder of fake packages: what is kept, where it goes, what is read."""
 
+import errno
+import gzip
 import json
 import sys
 
@@ -130,7 +132,7 @@ def test_another_version_or_package_builds_anew(packages, install, tmp_path):
 def test_a_build_that_was_cut_short_is_not_read(packages, tmp_path, monkeypatch):
     first = corpus.build(tmp_path / "corpus", packages)
     with monkeypatch.context() as patch:
-        full_disk = OSError("disk full")
+        full_disk = OSError(errno.ENOSPC, "disk full")
         patch.setattr(corpus.os, "replace", lambda *_: (_ for _ in ()).throw(full_disk))
         with pytest.raises(OSError, match="disk full"):
             corpus.build(tmp_path / "corpus", packages[:2])
@@ -138,6 +140,39 @@ def test_a_build_that_was_cut_short_is_not_read(packages, tmp_path, monkeypatch)
     again = corpus.build(tmp_path / "corpus", packages)
     assert again.manifest == first.manifest
     assert words(again, "docstrings", "train", "text")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "docstrings-train.jsonl.gz"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:30] + bytes([content[30] ^ 1]) + content[31:],
+        lambda content: gzip.compress(b'{"text": "other"}\n'),
+        lambda content: b"[" * 100_000,
+        lambda content: b"[1]",
+        lambda content: None,
+    ],
+)
+def test_a_damaged_file_is_made_again(packages, tmp_path, name, damage):
+    folder = tmp_path / "corpus"
+    first = corpus.build(folder, packages)
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if (damaged := damage(content)) is not None:
+        (folder / name).write_bytes(damaged)
+    again = corpus.build(folder, packages)
+    assert again.manifest == first.manifest
+    assert (folder / name).read_bytes() == content
+
+
+def test_a_file_damaged_after_the_build_is_named(packages, tmp_path):
+    built = corpus.build(tmp_path / "corpus", packages)
+    path = tmp_path / "corpus" / "docstrings-train.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"docstrings-train\.jsonl\.gz is damaged; run again"):
+        built.rows("docstrings", "train")
 
 
 def test_builds_are_equal_to_the_byte(packages, tmp_path):

@@ -1,6 +1,7 @@
 """Batches: nothing lost, nothing twice, and a function of (seed, step)."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,11 +95,49 @@ def test_every_token_is_noise_as_often_as_another():
     assert abs(inner - 0.15).max() < 0.05
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-30],
+        lambda content: content[:200] + bytes([content[200] ^ 1]) + content[201:],
+        lambda content: content[:300] + content[310:],
+        lambda content: b"not a zip file at all",
+        lambda content: content.replace(b"ids.npy", b"idz.npy"),
+        lambda content: content.replace(b"(10,)", b"(90,)"),
+    ],
+)
+def test_damaged_tokens_are_made_again(tmp_path, damage):
+    calls = []
+    encoder = SimpleNamespace(hash="x", encode_batch=lambda texts: calls.append(1) or IDS)
+    for _ in range(2):
+        assert_ids(data.tokenize(["a", "b", "c"], encoder, tmp_path))
+    assert len(calls) == 1
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assert path.read_bytes() != content
+    assert_ids(data.tokenize(["a", "b", "c"], encoder, tmp_path))
+    assert len(calls) == 2
+    assert path.read_bytes() == content
+
+
+IDS = [[4, 5, 6], [], [7, 8, 9, 10, 11, 12, 13]]
+
+
+def assert_ids(tokens):
+    assert [ids.tolist() for ids in tokens] == IDS
+    assert {ids.dtype for ids in tokens} == {np.dtype("int32")}
+
+
 def test_span_corruption_refuses_lengths_it_cannot_do():
     with pytest.raises(UserError, match="inputs_length=3 is too short"):
         data.span_lengths(3)
-    with pytest.raises(UserError, match="inputs_length=4096 needs 227 sentinels"):
-        data.span_lengths(4096)
+    with pytest.raises(UserError, match=r"=2147483647 needs more .* use at most 1809"):
+        data.span_lengths(2**31 - 1)
+    data.span_lengths(1809)
+    with pytest.raises(UserError, match=r"inputs_length=1810 needs more sentinels than the 100"):
+        data.span_lengths(1810)
     with pytest.raises(UserError, match="30 tokens, one example needs 47"):
         data.corrupted(np.arange(30), inputs_length=43, first_sentinel=99, seed=0)
 

@@ -57,13 +57,16 @@ def run(capsys, tmp_path, monkeypatch):
         ),
         ((GQA8, "--config.convert.num_kv_heads_encoder=5"), "num_kv_heads_encoder=5"),
         ((GQA8, "--config.convert.method=median"), "convert.method='median'; use one of mean"),
-        ((GQA8, "--config.convert.optimizer=keep"), "convert.optimizer='keep'; use map or reset"),
+        (
+            (GQA8, "--config.convert.optimizer=keep"),
+            "convert.optimizer='keep'; use one of map, reset",
+        ),
         ((GQA8, "--config.model.remat=some"), "model.remat='some'; use one of none, minimal, full"),
         ((GQA8, "--config.model.activation=tanh"), "model.activation='tanh'"),
         ((GQA8, "--config.finetune.dropout_rate=1.0"), "dropout_rate=1.0; use a value in"),
         (
             (GQA8, "--config.pretrain.batch_size=6", "--config.pretrain.num_microbatches=4"),
-            "pretrain.batch_size=6 does not split over .* 4 microbatches; use a multiple of",
+            "pretrain.batch_size=6 does not split over num_microbatches=4; use a multiple of 4",
         ),
         ((GQA8, "--config.finetune.every=0"), "finetune.every=0; use 1 or more"),
         ((GQA8, "--config.pretrain.steps=0"), "pretrain.steps=0; use 1 or more"),
@@ -114,3 +117,12 @@ def test_a_bad_row_is_named_by_file_and_line(run, tmp_path):
     assert status == 2
     assert f"{bad}:1:" in error
     assert error.count("\n") == 1
+
+
+def test_the_splits_that_will_be_needed_are_asked_for(run, tmp_path):
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"source": "a", "target": "b"}\n')
+    files = ["--config.finetune.tasks=files", f"--config.files.train={good}"]
+    assert "needs validation=PATH" in run(GQA8, *files)[1]
+    files.append(f"--config.files.validation={good}")
+    assert "files.test names no file, evaluate.split='test'" in run(GQA8, *files)[1]

@@ -51,6 +51,10 @@ def test_a_broken_line_elsewhere_is_named(tmp_path):
     path.write_text('{"a": 1}\n{"a":\n{"a": 2}\n')
     with pytest.raises(UserError, match=r"results.jsonl:2: not a JSON object"):
         results.read(path)
+    for line in (b'{"a": "\xff"}', b"[" * 100_000, b"1" * 5000, b"[1]"):
+        path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
+        with pytest.raises(UserError, match=r"results.jsonl:2: not a JSON object"):
+            results.read(path)
     with pytest.raises(UserError, match=r"absent.jsonl: No such file"):
         results.read(tmp_path / "absent.jsonl")
 

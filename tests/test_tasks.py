@@ -1,6 +1,7 @@
 """Tasks are found by name, phrase their examples, and name the mistakes in a user's files."""
 
 import gzip
+import os
 import pkgutil
 from types import SimpleNamespace
 
@@ -130,6 +131,11 @@ def test_tsv_is_read_by_its_header(write, name):
         ("a.tsv", "de\tfr\nx\ty\n", "a.tsv:2: no column 'en'; this row has de, fr"),
         ("a.tsv", "de\ten\n", "a.tsv: no rows"),
         ("a.jsonl", "", "a.jsonl: no rows"),
+        ("a.tsv", "de\ten\tde\nx\ty\tz\n", "a.tsv:1: the header has 2 columns 'de'"),
+        ("a.jsonl", JSONL + "[" * 100_000 + "\n", "a.jsonl:4: JSON nested too deeply"),
+        ("a.jsonl", '{"de": ' + "1" * 5000 + "}\n", "a.jsonl:1: .* a number too long"),
+        ("a.jsonl", '{"de": "x", "en": "\\ud800"}\n', "a.jsonl:1: .* must be text"),
+        ("a.jsonl", '{"de": "x", "e\\nn": "y"}\n', "a.jsonl:1: .* this row has de, e n"),
         ("a.csv", "de,en\n", "a.csv: file name must end in .jsonl, .tsv"),
     ],
 )
@@ -142,22 +148,32 @@ def test_bad_rows_are_named_by_file_and_line(write, name, content, message):
 def test_unreadable_files_are_named(write, tmp_path):
     with pytest.raises(UserError, match=r"missing\.tsv: No such file"):
         load(str(tmp_path / "missing.tsv"))
+    (tmp_path / "folder.tsv").mkdir()
+    os.mkfifo(tmp_path / "pipe.tsv")
+    for name in ("folder", "pipe"):
+        with pytest.raises(UserError, match=rf"{name}\.tsv: not a file"):
+            load(str(tmp_path / f"{name}.tsv"))
     path = write("cut.jsonl.gz", JSONL)
     content = (tmp_path / "cut.jsonl.gz").read_bytes()
     for damaged in (content[:-12], b"not gzip", content[:10] + b"\xff" * 30):
         (tmp_path / "cut.jsonl.gz").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"cut\.jsonl\.gz: (not a readable gzip|Not a gzipped)"):
+        with pytest.raises(UserError, match=r"cut\.jsonl\.gz:[13]: not a whole gzip file"):
             load(path)
 
 
-def test_check_finds_mistakes_from_the_first_row(write):
+def test_check_finds_mistakes_in_every_row_of_every_file(write):
     good, bad = write("a.jsonl", JSONL), write("b.tsv", "de\tfr\nx\ty\n")
-    options = {"train": good, "source": "de", "target": "en"}
-    tasks.check("files", **options, validation=write("late.jsonl", JSONL + "not JSON\n"))
+    options = {"train": good, "validation": good, "source": "de", "target": "en"}
+    tasks.check("files", **options)
+    late = write("late.jsonl", JSONL * 2000 + "not JSON\n")
+    for split in ("train", "validation", "test"):
+        with pytest.raises(UserError, match=r"late\.jsonl:6001: not JSON"):
+            tasks.check("files", **options | {split: late})
     tasks.check("parameter_qa", context_words=100)
     for changes, message in [
         ({"test": bad}, "b.tsv:2: no column 'en'"),
         ({"train": ""}, "needs train=PATH"),
+        ({"validation": ""}, "needs validation=PATH"),
         ({"source": ""}, "source=NAME"),
         ({"metrics": ("rouge9",)}, "metrics='rouge9' is unknown; choose from rouge1"),
         ({"colour": 1}, "task files has no option 'colour'; its options are source, target, train"),
