@@ -102,5 +102,5 @@ def _run(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    process.start_with_huge_pages()
+    process.start()
     sys.exit(main(sys.argv))

@@ -6,9 +6,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import stage, text
+from experiments import text
 from experiments.plan import parent_config, target_heads
-from gqa import convert, sharding, tasks, tokenizer
+from gqa import convert, progress, sharding, tasks, tokenizer
 from gqa.errors import UserError
 
 LARGEST = 2**31 - 1  # steps, lengths, seeds and token ids are int32
@@ -21,6 +21,9 @@ CHOICES = {
     "evaluate.split": tasks.SPLITS,
     "evaluate.search": ("greedy", "beam", "sample"),
     "evaluate.cache_dtype": ("", "float32", "bfloat16"),
+    "checkpoint.on_damage": ("stop", "previous"),
+    "train.on_nan": ("stop", "rollback"),
+    "wandb.mode": progress.MODES,
 }
 
 
@@ -41,7 +44,7 @@ def check(config: ConfigDict) -> None:
     for section in ("pretrain", "finetune"):
         _check_batch(section, config[section])
     sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size)
-    stage.check(config)
+    progress.check(config.wandb.mode)
 
 
 def check_text(config: ConfigDict) -> None:

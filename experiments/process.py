@@ -18,7 +18,6 @@ def status(run: Callable[[], None]) -> int:
     0 done, 2 something to change in the command, the config, a file or the disk, 128 + signal
     stopped by it.
     """
-    interrupt.install()
     try:
         run()
     except UserError as error:
@@ -50,7 +49,13 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-def start_with_huge_pages() -> None:
+def start() -> None:
+    """What only a main program may do: own the memory allocator's settings, and the signals."""
+    _start_with_huge_pages()
+    interrupt.install()
+
+
+def _start_with_huge_pages() -> None:
     """Have glibc, which reads this once at its start, back large arrays by huge pages.
 
     XLA on a CPU takes new memory for every step; with small pages a fifth of a training step went

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from experiments.disk import write_whole
 from experiments.text import Text, Training
@@ -48,16 +47,6 @@ class Job(NamedTuple):
     wandb: dict | None = None
     run_name: str = ""
     title: str = ""
-
-
-def check(config: ConfigDict) -> None:
-    """Refuse settings of training, checkpoints and tracking that are none."""
-    guard.check(guard.Settings(**config.train))
-    progress.check(config.wandb.mode)
-    if config.checkpoint.on_damage not in ("stop", "previous"):
-        raise UserError(
-            f"checkpoint.on_damage={config.checkpoint.on_damage!r}; use stop or previous"
-        )
 
 
 class Outcome(NamedTuple):

@@ -138,5 +138,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    process.start_with_huge_pages()
+    process.start()
     sys.exit(process.status(functools.partial(main, sys.argv)))

@@ -32,12 +32,6 @@ class Mishap(Exception):
         self.step, self.what, self.position = step, what, position
 
 
-def check(settings: Settings) -> None:
-    """Raise a UserError that names the key of a setting that is none."""
-    if settings.on_nan not in ("stop", "rollback"):
-        raise UserError(f"train.on_nan={settings.on_nan!r}; use stop or rollback")
-
-
 class Guard:
     """The running mean of the loss, and how often training was rolled back."""
 

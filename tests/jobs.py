@@ -46,6 +46,8 @@ for section in ("pretrain", "finetune"):
 SCRIPT = """
 import sys
 import launch
+from gqa import interrupt
+interrupt.install()
 status = launch.main(sys.argv)
 assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
 sys.exit(status)

@@ -5,7 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from configs import base
 from experiments import stage
 from gqa.checkpoint import Checkpoints
 from gqa.errors import UserError
@@ -70,15 +69,3 @@ def test_what_it_says_wrong_is_named(info, tmp_path, path, value, problem):
     save(tmp_path, changed(info, path, value))
     with pytest.raises(UserError, match=problem):
         stage.open_parent(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("train.on_nan", "skip"), ("checkpoint.on_damage", "ignore"), ("wandb.mode", "on")],
-)
-def test_settings_that_are_none_are_named(key, value):
-    config = base.get_config()
-    stage.check(config)
-    config.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError, match=f"^{key}='{value}'; use "):
-        stage.check(config)
