@@ -143,6 +143,12 @@ def test_damage_of_any_file_is_found_and_named(saved, damage):
     load_all(step)
 
 
+def test_sizes_are_compared_of_all_items_also_those_not_asked_for(saved):
+    truncate(next((saved / "2" / "params" / "d").iterdir()))
+    with pytest.raises(checkpoint.Damaged, match=r"params/d/\w+ has \d+ bytes instead of \d+"):
+        checkpoint.load_config(saved)
+
+
 def test_files_that_were_added_are_found(saved, tmp_path):
     step = saved / "2"
     (step / "params" / "d" / "more").write_text("x")

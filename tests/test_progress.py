@@ -158,6 +158,19 @@ def test_every_line_is_flushed_and_what_is_done_again_replaces_what_was_lost(
     assert losses == {1: 2.0, 2: 3.0}
 
 
+def test_a_full_disk_is_told(clock, events, tmp_path, monkeypatch):
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    with Progress("test", tmp_path, 1, 50.0, None) as bar:
+        bar.start(0, 4)
+        clock.now += 1
+        monkeypatch.setattr(events, "flush", fail)
+        with pytest.raises(UserError, match=f"no space left on device while .*{tmp_path}; free"):
+            bar.step(1, METRICS)
+        monkeypatch.undo()
+
+
 def test_event_files_are_read_back(tmp_path):
     """Two runs in the same second have files of their own."""
     for first in (0, 2):

@@ -84,10 +84,11 @@ def test_a_signal_during_validation_saves_without_its_result(tmp_path):
         interrupt._handle(signal.SIGINT, None)
         raise AssertionError("validation went on")
 
-    with pytest.raises(interrupt.Interrupted) as caught:
-        toy.fit(tmp_path / "parts", 5, 3, validate=validate)
-    assert caught.value.signum == signal.SIGINT
-    again()
+    for _ in range(2):  # the second time it is what the run begins with
+        with pytest.raises(interrupt.Interrupted) as caught:
+            toy.fit(tmp_path / "parts", 5, 3, validate=validate)
+        assert caught.value.signum == signal.SIGINT
+        again()
     assert checkpoint.find(tmp_path / "parts" / "checkpoints").name == "3"
     with checkpoint.Checkpoints(tmp_path / "parts" / "checkpoints") as saved:
         assert (saved.latest, saved.measured, saved.best) == (3, None, None)
