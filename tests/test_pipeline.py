@@ -1,7 +1,9 @@
 """The whole job on a tiny network: complete, TensorFlow-free, resumable, and shared by variants."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -9,8 +11,12 @@ import time
 import pytest
 
 from experiments import pipeline
+from experiments.disk import lock
 from gqa import checkpoint, results
 from tests.jobs import ROOT, TINY, command, differences, launch, outputs
+
+# What a sweep sets itself.
+ONE_POINT = ("uptrain.alpha", "convert.num_kv_heads_decoder", "convert.num_kv_heads_cross")
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +31,8 @@ def files(tmp_path_factory):
     return names | {"files.source": "de", "files.target": "en", "files.metrics": "bleu,f1"}
 
 
-def kill_during(label, workdir, settings, delay):
-    """Start the job and SIGKILL it `delay` seconds after the stage called `label` began."""
+def end_during(label, workdir, settings, delay, signum):
+    """Start the job and signal it `delay` seconds after the stage called `label` began."""
     with subprocess.Popen(
         command(workdir, settings),
         cwd=ROOT,
@@ -39,11 +45,19 @@ def kill_during(label, workdir, settings, delay):
             printed.append(line)
             if line.startswith(f"{label} (") and ": in " in line:
                 time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
+                begun = time.monotonic()
+                process.send_signal(signum)
                 break
         else:
             pytest.fail(f"{label} never began:\n" + "".join(printed))
-    assert process.returncode == -signal.SIGKILL
+        rest = process.stdout.read()
+    assert time.monotonic() - begun < 30
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signum
+    else:
+        assert process.returncode == 128 + signum
+        assert rest.splitlines()[-1].startswith("stopped: ")
+        assert "the same command goes on from" in rest
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +82,10 @@ def test_the_job_leaves_results_report_and_figures(whole):
         assert {(heads, "files", "test_loss_other_input"), (heads, "files", "headline")} <= scored
     assert {"commit", "device", "time", "value", "unit"} <= records[0].keys()
     assert "GQA-2" in (workdir / "report.md").read_text()
-    for figure in ("quality_time.png", "pretraining_loss.png"):
-        assert (workdir / figure).read_bytes().startswith(b"\x89PNG")
-    assert list((workdir / "tensorboard").glob("pretrain-*/events.*"))
+    for figure in ("quality_time", "pretraining_loss"):
+        assert (workdir / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (workdir / f"{figure}.svg").read_text()
+    assert list((workdir / "tensorboard").glob("pretrain-*/*tfevents*"))
     assert "validation loss" in printed
     predictions = list(workdir.glob("stages/evaluate-*/predictions.jsonl"))
     assert len(predictions) == 4
@@ -87,25 +102,63 @@ def test_the_cache_halves_and_conversion_keeps_the_rest(whole):
     assert sizes[4] == 2 * sizes[2] == 2 * 4 * 4 * (16 + 4) * 4
 
 
-def test_a_second_variant_reuses_the_parent(whole, files):
-    workdir, _ = whole
+def test_a_sweep_does_what_is_not_done_yet(whole, files, tmp_path):
+    """Two stages at a time, beside what the single job has left."""
+    workdir = shutil.copytree(whole[0], tmp_path / "runs")
     before = {folder.name for folder in (workdir / "stages").iterdir()}
-    changed = {
-        "convert.num_kv_heads_decoder": 1,
-        "convert.num_kv_heads_cross": 1,
-        "uptrain.alpha": 0.0,
-    }
-    printed = launch(workdir, TINY | files | changed)
-    new = {
-        folder.name.split("-")[0]
-        for folder in (workdir / "stages").iterdir()
-        if folder.name not in before
-    }
-    assert new == {"convert", "uptrain", "finetune", "evaluate", "benchmark"}
+    sweep = {"sweep.groups.kv_heads": "2,1", "sweep.groups.alphas": 0.5}
+    kept = {key: value for key, value in TINY.items() if key not in ONE_POINT}
+    printed = launch(workdir, kept | files | sweep, "--jobs=2", config="configs/sweeps/groups.py")
+    new = [f.name.split("-")[0] for f in (workdir / "stages").iterdir() if f.name not in before]
+    once = ["benchmark", "convert", "uptrain"]
+    assert sorted(new) == sorted([*once, *["evaluate", "finetune"] * 2])
     assert "pretrain (nano, 4 KV heads, seed 0): done before" in printed
+    assert "1 of 19 stages left, about " in printed
     report = (workdir / "report.md").read_text()
-    assert "GQA-2" in report
     assert "MQA" in report
+    assert "How many KV heads?" in report
+    assert "<table" in (workdir / "report.html").read_text()
+    titles = {path.name for path in (workdir / "tensorboard").iterdir()}
+    assert any(name.startswith("uptrain-nano-1_KV_heads-mean-alpha_0.5-seed_0-") for name in titles)
+
+
+def test_a_dry_run_shows_what_is_done_and_does_nothing(whole, files):
+    workdir, _ = whole
+    before = sorted((path, path.stat().st_mtime) for path in workdir.rglob("*"))
+    printed = launch(workdir, TINY | files | {"evaluate.examples": 4}, "--dry-run")
+    assert printed.count(" done ") == 8
+    assert printed.count(" to do ") == 4
+    assert "4 of 12 stages left" in printed
+    assert sorted((path, path.stat().st_mtime) for path in workdir.rglob("*")) == before
+
+
+def test_a_workdir_is_for_one_process(whole, files):
+    with lock(whole[0] / "lock", "the workdir"):
+        said = launch(whole[0], TINY | files, status=2)
+        assert f"is in use by process {os.getpid()} on " in said
+        assert launch(whole[0], TINY | files, "--stage=report")  # reads alone
+
+
+def test_a_damaged_checkpoint_is_named_and_replaced_if_wished(whole, files, tmp_path):
+    """Of a stage that others build on: found by the next of them."""
+    workdir = shutil.copytree(whole[0], tmp_path / "runs")
+    (folder,) = (workdir / "stages").glob("uptrain-*")
+    for child in (workdir / "stages").glob("finetune-*"):
+        if folder.name in (child / "stage.json").read_text():
+            (child / "done.json").unlink()
+            shutil.rmtree(child / "checkpoints")
+    step = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    damaged = max((step / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    said = launch(workdir, TINY | files, status=2)
+    last = said.splitlines()[-1]
+    assert str(damaged.relative_to(step)) in last
+    assert "--config.checkpoint.on_damage=previous" in last
+    launch(workdir, TINY | files | {"checkpoint.on_damage": "previous"})
+    assert step.with_name(f"{step.name}.damaged").exists()
+    assert differences(outputs(workdir), outputs(whole[0])) == []
 
 
 def test_any_checkpoint_can_be_scored_again(whole, files):
@@ -119,17 +172,16 @@ def test_any_checkpoint_can_be_scored_again(whole, files):
     assert "headline" in printed
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_a_job_killed_in_every_stage_ends_the_same(whole, files, tmp_path, seed):
-    rng = random.Random(seed)
-    for label in (
-        "pretrain",
-        "convert",
-        "uptrain",
-        "finetune files",
-        "evaluate files",
-        "benchmark",
+def test_a_job_ended_in_every_stage_ends_the_same(whole, files, tmp_path):
+    rng = random.Random(0)
+    for label, signum in (
+        ("pretrain", signal.SIGKILL),
+        ("convert", signal.SIGKILL),
+        ("uptrain", signal.SIGTERM),
+        ("finetune files", signal.SIGKILL),
+        ("evaluate files", signal.SIGTERM),
+        ("benchmark", signal.SIGKILL),
     ):
-        kill_during(label, tmp_path, TINY | files, delay=rng.random())
+        end_during(label, tmp_path, TINY | files, rng.random(), signum)
     launch(tmp_path, TINY | files)
     assert differences(outputs(tmp_path), outputs(whole[0], like=tmp_path)) == []
