@@ -42,6 +42,12 @@ TINY = {
 for section in ("pretrain", "finetune"):
     TINY |= {f"{section}.batch_size": 4, f"{section}.num_microbatches": 2}
     TINY |= {f"{section}.inputs_length": 32, f"{section}.targets_length": 11}
+# What one job compiled another finds, where the test copies WORKDIR/compiled.
+ENVIRONMENT = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 # The job in a process of its own, which then says whether TensorFlow came along.
 SCRIPT = """
 import sys
@@ -63,11 +69,10 @@ def command(workdir, settings, *more, config="configs/gqa8.py"):
 
 def launch(workdir, settings, *more, config="configs/gqa8.py", status=0):
     """Run the job to its end; returns what it printed, on stderr if it is to fail."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command(workdir, settings, *more, config=config),
         cwd=ROOT,
-        env=environment,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,

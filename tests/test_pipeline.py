@@ -13,7 +13,7 @@ import pytest
 from experiments import pipeline
 from experiments.disk import lock
 from gqa import checkpoint, results
-from tests.jobs import ROOT, TINY, command, differences, launch, outputs
+from tests.jobs import ENVIRONMENT, ROOT, TINY, command, differences, launch, outputs
 
 # What a sweep sets itself.
 ONE_POINT = ("uptrain.alpha", "convert.num_kv_heads_decoder", "convert.num_kv_heads_cross")
@@ -36,6 +36,7 @@ def end_during(label, workdir, settings, delay, signum):
     with subprocess.Popen(
         command(workdir, settings),
         cwd=ROOT,
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -174,6 +175,7 @@ def test_any_checkpoint_can_be_scored_again(whole, files):
 
 def test_a_job_ended_in_every_stage_ends_the_same(whole, files, tmp_path):
     rng = random.Random(0)
+    shutil.copytree(whole[0] / "compiled", tmp_path / "compiled")
     for label, signum in (
         ("pretrain", signal.SIGKILL),
         ("convert", signal.SIGKILL),

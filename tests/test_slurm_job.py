@@ -1,6 +1,7 @@
 """A sweep on a real SLURM ends as it does here, also if a job of it is requeued."""
 
 import json
+import shutil
 import subprocess
 import time
 
@@ -22,7 +23,12 @@ def settings(tmp_path_factory):
         (folder / f"{split}.tsv").write_text("\n".join(["de\ten", *rows]) + "\n")
     own = {f"files.{path.stem}": path for path in folder.iterdir()}
     own |= {"files.source": "de", "files.target": "en", "files.metrics": "f1"}
-    own |= {"pretrain.task": "files", "finetune.tasks": "files", "pretrain.steps": 40}
+    own |= {
+        "pretrain.task": "files",
+        "finetune.tasks": "files",
+        "pretrain.steps": 40,
+        "model.vocab_size": 480,
+    }
     own |= {"sweep.groups.kv_heads": 0, "sweep.groups.alphas": "0.0,", "sweep.groups.seeds": "0,1"}
     changed = ("uptrain.alpha", "convert.num_kv_heads_decoder", "convert.num_kv_heads_cross")
     return {key: value for key, value in TINY.items() if key not in changed} | own
@@ -41,6 +47,7 @@ def queue(workdir):
 def test_a_sweep_on_a_cluster_ends_as_one_here(settings, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     launch(here, settings, config=SWEEP)
+    shutil.copytree(here / "compiled", there / "compiled")
     printed = launch(there, settings, "--executor=slurm", config=SWEEP)
     assert "pretrain (nano, 4 KV heads, seed 0) and 1 other seeds" in printed
     jobs = json.loads((there / "slurm" / "jobs.json").read_text())
