@@ -130,14 +130,19 @@ def needs_moments(method: str, space: str = "logit", grouping: str = "contiguous
 def query_scale(old: dict, new: dict) -> dict[str, np.ndarray]:
     """Root mean square of each layer's query kernel by what it was, [L] per attention.
 
-    Adafactor's steps are relative to it: queries that were scaled up learn faster than before.
+    Adafactor's steps are relative to it: queries that were scaled up learn faster than before. A
+    kernel of zeros has the scale 1.
     """
 
     def rms(params: dict, name: str) -> np.ndarray:
         query = np.asarray(kernels_of(params, name)["query"], np.float64)
         return np.sqrt(np.square(query).mean((1, 2, 3)))
 
-    return {name: rms(new, name) / rms(old, name) for name in ATTENTIONS}
+    before, after = ({name: rms(params, name) for name in ATTENTIONS} for params in (old, new))
+    return {
+        name: np.divide(after[name], x, out=np.ones_like(x), where=x > 0)
+        for name, x in before.items()
+    }
 
 
 def _field(name: str) -> str:
