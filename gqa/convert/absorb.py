@@ -68,12 +68,14 @@ def pool(heads, partners, method: str, space: str, C, C_partner):
     if space == "logit":
         root, inverse, worst = roots(partner_moments(partners, C_partner))
     V = svd(gram, root)
-    new = np.einsum("GDH,GHI->DI", heads, root @ V)
-    # Keys and queries could share out any scale. Keys get the size of those they replace, which
-    # matters for training alone: Adafactor's steps are relative to the size of a parameter.
+    # Keys and queries could share out any invertible matrix. This one undoes the roots, over the
+    # group's heads together, and keys keep the size of those they replace. Nothing depends on it
+    # but training: Adafactor's steps are relative to the size of a parameter.
+    balance, undo, _ = roots(np.einsum("GHI,GHJ->IJ", root @ V, root @ V)[None])
+    new = np.einsum("GDH,GHI->DI", heads, root @ V @ undo)
     norm = np.linalg.norm(new)
     scale = np.linalg.norm(heads, axis=(1, 2)).mean() / norm if norm > 0 else 1.0
-    return new * scale, partners @ (inverse @ V / scale)[:, None], worst
+    return new * scale, partners @ (inverse @ V @ balance / scale)[:, None], worst
 
 
 def gram_matrix(heads: np.ndarray, C: np.ndarray | None) -> np.ndarray:
