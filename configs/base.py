@@ -38,7 +38,13 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.text = _text()
     config.pretrain = _pretrain()
     config.convert = ConfigDict()
-    config.convert.method = "mean"  # mean, first, random
+    # mean, first, random, medoid, largest; svd and procrustes change queries and outputs, too.
+    config.convert.method = "mean"
+    config.convert.space = "logit"  # what svd keeps best: weight, activation, logit
+    config.convert.grouping = "contiguous"  # strided, random, weight_cos, act_cos, act_aligned
+    config.convert.renorm = False  # scale a group's head to the mean norm of its members
+    # Of the pretraining text, for the methods and groupings that look at activations.
+    config.convert.calibration_tokens = 65_536
     config.convert.num_kv_heads_encoder = heads  # the paper leaves the encoder multi-head
     config.convert.num_kv_heads_decoder = kv_heads
     config.convert.num_kv_heads_cross = kv_heads

@@ -40,7 +40,7 @@ def check(config: ConfigDict) -> None:
             known = ", ".join(choice or "nothing" for choice in choices)
             raise UserError(f"{name}={values[name]!r}; use one of {known}")
     _check_fractions(config)
-    convert.check(parent_config(config), target_heads(config), config.convert.method)
+    _check_conversion(config)
     for section in ("pretrain", "finetune"):
         _check_batch(section, config[section])
     sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size)
@@ -76,6 +76,23 @@ def check_numbers(config: ConfigDict) -> None:
             raise UserError(f"{name} is too large; use {least} to {LARGEST}")
         if not least <= value < math.inf:
             raise UserError(f"{name}={value}; use {least} or more")
+
+
+def _check_conversion(config: ConfigDict) -> None:
+    """Refuse what cannot be converted, and the methods that are learned while uptraining."""
+    section = config.convert
+    if section.method not in convert.CLOSED:
+        raise UserError(
+            f"convert.method={section.method!r}; use one of {', '.join(convert.CLOSED)}"
+        )
+    convert.check(
+        parent_config(config),
+        target_heads(config),
+        section.method,
+        section.space,
+        section.grouping,
+        section.renorm,
+    )
 
 
 def _check_fractions(config: ConfigDict) -> None:

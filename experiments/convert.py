@@ -5,23 +5,21 @@ from pathlib import Path
 import jax
 
 from experiments.stage import Job, Outcome, load_state, open_parent, record
-from experiments.text import training
-from gqa import checkpoint, convert, optim, train
+from experiments.text import Training, training
+from gqa import calibrate, checkpoint, convert, model, optim, train
 
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
-    """Settings: num_kv_heads for each attention, method, optimizer, seed and variant."""
+    """Settings: the config's section convert, num_kv_heads for each attention, seed and variant."""
     parent = open_parent(parents[0])
     state, data_state = load_state(parent, job)
-    params, config = convert.convert(
-        state.params, parent.config, settings["num_kv_heads"], settings["method"], settings["seed"]
-    )
+    recipe = parent.info["recipe"]
+    data = training(job.text, recipe["task"], recipe, recipe["seed"])
+    params, config = _convert(state.params, parent.config, settings, data)
     opt_state = optim.convert_state(state.opt_state, state.params, params, settings["optimizer"])
     before, after = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, params))
     print(f"{name}: {before:,} -> {after:,} parameters, optimizer state: {settings['optimizer']}")
 
-    recipe = parent.info["recipe"]
-    data = training(job.text, recipe["task"], recipe, recipe["seed"])
     loss = train.make_validation(config, job.mesh)(params, data.validation())
     print(f"{name}: validation loss {loss:.3f}")
     step = int(state.step)
@@ -33,3 +31,33 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     return Outcome(
         [record("validation_loss", loss, "nats per token", n=data.validation_size)], str(step)
     )
+
+
+def _convert(
+    params: dict, config: model.Config, settings: dict, data: Training
+) -> tuple[dict, model.Config]:
+    moments = None
+    if "calibration_tokens" in settings:
+        attentions = [n for n, K in settings["num_kv_heads"].items() if config.num_heads > K]
+        batches = _batches(data, settings["calibration_tokens"])
+        moments = list(calibrate.moments(params, config, batches, attentions))
+    return convert.convert(
+        params,
+        config,
+        settings["num_kv_heads"],
+        settings["method"],
+        settings["seed"],
+        moments=moments,
+        space=settings.get("space", "weight"),
+        grouping=settings["grouping"],
+        renorm=settings["renorm"],
+    )
+
+
+def _batches(data: Training, tokens: int) -> list[dict]:
+    """Training batches, never those of the evaluation, with at least so many input tokens."""
+    batches, seen = [], 0
+    while seen < tokens:
+        batches.append(next(data.batches))
+        seen += int((batches[-1]["inputs"] > 0).sum())
+    return batches

@@ -128,13 +128,32 @@ def _grouped(config: ConfigDict, pretrain: Stage, plan_stage) -> Iterable[Stage]
     if set(heads.values()) == {config.model.num_heads}:
         method = "none"
     else:
-        settings = {"num_kv_heads": heads, "method": method, "seed": config.seed}
-        settings["optimizer"] = config.convert.optimizer
+        settings = _conversion(config.convert) | {"num_kv_heads": heads, "seed": config.seed}
+        method = _conversion_name(settings)
         start = plan_stage("convert", settings, (pretrain,), _variant(config, heads, method, 0.0))
         yield start
     if method != "none" or alpha > 0:
         variant = _variant(config, heads, method, alpha)
         yield plan_stage("uptrain", {"alpha": alpha}, (start,), variant)
+
+
+def _conversion(section: ConfigDict) -> dict[str, Any]:
+    """The settings that say how to convert, as far as they make a difference."""
+    settings = {key: section[key] for key in ("method", "grouping", "renorm", "optimizer")}
+    if section.method in convert.ABSORBING:
+        settings["space"] = section.space
+    if convert.needs_moments(section.method, section.space, section.grouping):
+        settings["calibration_tokens"] = section.calibration_tokens
+    return settings
+
+
+def _conversion_name(settings: dict[str, Any]) -> str:
+    """What results call it, e.g. "svd-logit", "mean-strided-renorm"."""
+    words = [settings["method"]]
+    words += [settings["space"]] if "space" in settings else []
+    words += [settings["grouping"]] if settings["grouping"] != "contiguous" else []
+    words += ["renorm"] if settings["renorm"] else []
+    return "-".join(words)
 
 
 def _tune_and_score(

@@ -26,7 +26,9 @@ ROOT = Path(launch.__file__).parent
 KEYS = dict(flatten(base.get_config()))
 NAMES = CHOICES | {
     "experiment": ("pipeline",),
-    "convert.method": tuple(convert.METHODS),
+    "convert.method": tuple(convert.CLOSED),
+    "convert.space": tuple(convert.SPACES),
+    "convert.grouping": tuple(convert.GROUPINGS),
     "model.activation": (layers.GATED_GELU, layers.RELU),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(model.REMAT),

@@ -106,6 +106,22 @@ def test_what_is_not_converted_is_uptrained_from_the_parent():
     assert uptrained.key in {stage.key for stage in other}  # a method that does nothing is none
 
 
+def test_conversions_have_names_and_only_the_settings_that_matter():
+    def converted(**settings):
+        planned = stages(**{f"convert.{key}": value for key, value in settings.items()})
+        return next(stage for stage in planned if stage.kind == "convert")
+
+    assert converted().variant["method"] == "mean"
+    assert converted().key == converted(space="weight", calibration_tokens=9).key
+    assert converted(method="svd").variant["method"] == "svd-logit"
+    assert converted(method="svd").key != converted(method="svd", calibration_tokens=9).key
+    weights = converted(method="svd", space="weight")
+    assert weights.key == converted(method="svd", space="weight", calibration_tokens=9).key
+    named = converted(grouping="act_cos", renorm=True)
+    assert named.variant["method"] == "mean-act_cos-renorm"
+    assert "calibration_tokens" in named.settings
+
+
 def test_times_depend_on_shapes_alone():
     def benchmark(**settings):
         return next(s for s in stages(**settings) if s.kind == "benchmark")

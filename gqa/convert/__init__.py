@@ -28,7 +28,9 @@ from gqa.convert.tree import in_groups, kernels_of, with_kernels
 from gqa.errors import UserError
 from gqa.model import Config, check_kv_heads
 
-METHODS = (*pool.METHODS, *absorb.METHODS, *learned.METHODS)
+ABSORBING = absorb.METHODS
+CLOSED = (*pool.METHODS, *ABSORBING)  # those that need no training
+METHODS = (*CLOSED, *learned.METHODS)
 
 # Moments with a larger condition number have directions of which the batches say nothing.
 ILL_CONDITIONED = 1e9
