@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--stops", type=int, default=10)
     parser.add_argument("--disks", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=40, help="the longest time to a kill")
+    parser.add_argument("--seconds", type=float, default=20, help="to a signal, on average")
     parser.add_argument("--seed", type=int, default=0)
     options, more = parser.parse_known_args(argv)  # more: --config.key=value
     rng = random.Random(options.seed)
@@ -102,7 +102,7 @@ def interrupted(job, options, rng, expected, count, signum, name) -> tuple[int, 
     for turn in itertools.count():
         workdir = options.workdir / f"{name}-{turn}"
         while len(seconds) < count:
-            took = interrupt(job, workdir, log, signum, rng.uniform(0.5, options.seconds))
+            took = interrupt(job, workdir, log, signum, rng.expovariate(1 / options.seconds))
             if took is None:
                 break
             seconds.append(took)
