@@ -156,13 +156,12 @@ def _evaluate() -> ConfigDict:
 
 def _slurm() -> ConfigDict:
     slurm = ConfigDict()
-    # What a job of --executor=slurm asks for; empty or 0: what the cluster gives by default.
+    # What a job of --executor=slurm, on one node, asks for; empty or 0: the cluster's default.
     slurm.partition = ""
     slurm.account = ""
-    slurm.nodes = 1  # one process each
     slurm.gpus_per_node = 0
     slurm.cpus_per_task = 0
-    slurm.mem_gb = 0  # per node
+    slurm.mem_gb = 0
     slurm.timeout_min = 0  # a training stage that takes longer is requeued and goes on
     return slurm
 

@@ -92,7 +92,7 @@ def submit(
         print(f"{before}  report: {queue.state(before)} already")
         return
     after = sorted({i.split("_")[0] for i in (*ids.values(), before) if i})
-    options = settings | {"dependency": ":".join(["afterany", *after]) if after else "", "nodes": 1}
+    options = settings | {"dependency": ":".join(["afterany", *after]) if after else ""}
     _say(
         queue.submit([REPORT], [(list(report), workdir)], options), "report", options["dependency"]
     )
