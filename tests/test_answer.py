@@ -2,10 +2,19 @@
 
 import numpy as np
 import pytest
-from made_results import EXAMPLES, PARENT, TASKS, network, paired_score, score, timings, variant
 
 from experiments import answer
 from experiments.summary import Summary
+from tests.made_results import (
+    EXAMPLES,
+    PARENT,
+    TASKS,
+    network,
+    paired_score,
+    score,
+    timings,
+    variant,
+)
 
 TIMES = [r for k in (16, 8, 4, 2, 1) for r in timings(k, 0.02 + k / 800)]
 

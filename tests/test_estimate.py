@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from made_results import PARENT, TASKS, paired_score, record, score, variant
 
 from experiments import estimate
+from tests.made_results import PARENT, TASKS, paired_score, record, score, variant
 
 
 def over_seeds(values, width=1.5, **more):

@@ -1,10 +1,10 @@
 """Each figure is drawn when there is something to draw, with the right numbers, and is legible."""
 
 import pytest
-from made_results import PARENT, WHOLE, network, record, variant
 
 from experiments import figures, figures_sweep, paper, plot
 from experiments.summary import Summary
+from tests.made_results import PARENT, WHOLE, network, record, variant
 
 DRAW = [
     figures.quality_against_time,

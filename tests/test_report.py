@@ -4,7 +4,12 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from made_results import (
+
+from experiments import evaluate, paper, report, tables
+from gqa import metrics, results
+from gqa.errors import UserError
+from gqa.tasks import Example
+from tests.made_results import (
     PARENT,
     WHOLE,
     network,
@@ -13,11 +18,6 @@ from made_results import (
     timings,
     variant,
 )
-
-from experiments import evaluate, paper, report, tables
-from gqa import metrics, results
-from gqa.errors import UserError
-from gqa.tasks import Example
 
 
 def make(tmp_path, records):

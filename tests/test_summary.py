@@ -1,9 +1,9 @@
 """Which rows results make, what each shows, and that timings keep one clock."""
 
 import pytest
-from made_results import PARENT, WHOLE, network, record, score, timings, variant
 
 from experiments.summary import Summary, Variant
+from tests.made_results import PARENT, WHOLE, network, record, score, timings, variant
 
 
 def token(summary, settings):
