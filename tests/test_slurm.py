@@ -4,7 +4,9 @@
 true worker, with the same contract: `done.json`, and exit status 143 after SIGTERM.
 """
 
+import contextlib
 import hashlib
+import importlib
 import json
 import shutil
 import subprocess
@@ -18,6 +20,9 @@ import pytest
 from configs import base
 from experiments import slurm
 from gqa.errors import UserError
+
+with contextlib.suppress(ImportError):  # optional, and it resets logging: not while pytest captures
+    importlib.import_module("submitit")
 
 WORKER = """
 import pathlib, signal, sys, time
