@@ -5,6 +5,7 @@ import pytest
 
 from configs.sweeps import speed as sweep
 from experiments import peers, report, speed, speed_report, timings
+from experiments.pipeline import Options
 from gqa import hardware, kv_cache, results
 from gqa.errors import UserError
 from gqa.inference import Inference
@@ -57,7 +58,7 @@ def measured(config, tmp_path_factory):
         patch.setattr(peers, "build", scripted)
         patch.setattr(peers, "hugging_face_training", lambda *_: lambda inputs, targets: 1.0)
         speed.check(config)
-        speed.run(config, workdir)
+        speed.run(config, workdir, None, Options())
     return workdir, results.read(workdir / "results.jsonl"), turns
 
 
@@ -191,7 +192,7 @@ def test_the_report_shows_everyone(measured, config, capsys):
     assert records[0]["commit"] in text
     assert (workdir / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (workdir / "speed.svg").read_bytes()
-    speed.run(config, workdir, "report")  # without measuring again
+    speed.run(config, workdir, "report", Options())  # without measuring again
     assert (workdir / "speed.md").read_text() == text
     assert "ours, 1 KV heads" in capsys.readouterr().out
 
