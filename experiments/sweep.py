@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from experiments.check import flatten
 from experiments.text import split_names
 from gqa.errors import UserError
 
@@ -69,21 +70,11 @@ def _resized(config: ConfigDict, size: str) -> ConfigDict:
         return config
     get_config = importlib.import_module("configs.base").get_config
     own, other = get_config(config.size), get_config(size)
-    changed = _flat(config).items() - _flat(own).items()
-    keys = _flat(other).keys()
+    changed = set(flatten(config)) - set(flatten(own))
+    keys = dict(flatten(other)).keys()
     other.update_from_flattened_dict({k: v for k, v in changed if k in keys - {"name", "size"}})
     other.name = config.name
     return other
-
-
-def _flat(config: ConfigDict, prefix: str = "") -> dict:
-    found = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def _without_sweep(config: ConfigDict) -> ConfigDict:
