@@ -79,12 +79,8 @@ def check_numbers(config: ConfigDict) -> None:
 
 
 def _check_conversion(config: ConfigDict) -> None:
-    """Refuse what cannot be converted, and the methods that are learned while uptraining."""
+    """Refuse what cannot be converted."""
     section = config.convert
-    if section.method not in convert.CLOSED:
-        raise UserError(
-            f"convert.method={section.method!r}; use one of {', '.join(convert.CLOSED)}"
-        )
     convert.check(
         parent_config(config),
         target_heads(config),
@@ -98,6 +94,8 @@ def _check_conversion(config: ConfigDict) -> None:
 def _check_fractions(config: ConfigDict) -> None:
     if config.uptrain.alpha > 1:
         raise UserError(f"uptrain.alpha={config.uptrain.alpha}; use a fraction from 0 to 1")
+    if config.convert.shrinkage > 1:
+        raise UserError(f"convert.shrinkage={config.convert.shrinkage}; use a value from 0 to 1")
     if not 0 < config.evaluate.top_p <= 1:
         raise UserError(f"evaluate.top_p={config.evaluate.top_p}; use more than 0 and at most 1")
     for section in ("pretrain", "finetune"):

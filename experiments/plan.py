@@ -4,6 +4,8 @@
         `-> convert -> uptrain ----------------> finetune -> evaluate     a task each
     benchmark (both networks in turn; needs no checkpoint)
 
+Without uptraining what was converted is fine-tuned; uptraining also reads the multi-head parent.
+
 A stage's key is a hash of its settings and its parents' keys, its folder `stages/KIND-KEY`. What
 several configs have in common is the same stage in each.
 """
@@ -18,8 +20,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments import text
+from experiments import conversion, text
 from gqa import convert, model
+from gqa.convert import learned
 
 KINDS = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
 
@@ -68,7 +71,9 @@ class Stage(NamedTuple):
 
     def _words(self) -> list[str]:
         variant = self.variant
-        words = [variant["size"], f"{variant['num_kv_heads']} KV heads"]
+        K, cross = variant["num_kv_heads"], variant["cross_num_kv_heads"]
+        words = [variant["size"], f"{K} KV heads"]
+        words += [f"cross {cross}"] if cross != K else []
         if variant["method"] != "none":
             words.append(variant["method"])
         if variant["alpha"]:
@@ -117,6 +122,8 @@ def plan(
     for leaf in leaves:
         for task in text.split_names(config.finetune.tasks):
             stages += _tune_and_score(config, leaf, task, prepared, plan_stage)
+    if not config.finetune.tasks:
+        return stages
     heads = leaves[-1].variant
     return [*stages, _benchmark(config, reference or config, heads, plan_stage)]
 
@@ -129,12 +136,17 @@ def _grouped(config: ConfigDict, pretrain: Stage, plan_stage) -> Iterable[Stage]
         method = "none"
     else:
         settings = _conversion(config.convert) | {"num_kv_heads": heads, "seed": config.seed}
-        method = _conversion_name(settings)
+        method = conversion.name(settings)
         start = plan_stage("convert", settings, (pretrain,), _variant(config, heads, method, 0.0))
         yield start
-    if method != "none" or alpha > 0:
-        variant = _variant(config, heads, method, alpha)
-        yield plan_stage("uptrain", {"alpha": alpha}, (start,), variant)
+    if alpha > 0:
+        beta = config.uptrain.beta
+        variant = _variant(config, heads, conversion.with_beta(method, beta), alpha)
+        settings = {"alpha": alpha, "beta": beta}
+        if config.convert.method in learned.METHODS and method != "none":
+            settings["learned"] = config.convert.method
+        parents = (pretrain,) if start is pretrain else (start, pretrain)
+        yield plan_stage("uptrain", settings, parents, variant)
 
 
 def _conversion(section: ConfigDict) -> dict[str, Any]:
@@ -144,16 +156,9 @@ def _conversion(section: ConfigDict) -> dict[str, Any]:
         settings["space"] = section.space
     if convert.needs_moments(section.method, section.space, section.grouping):
         settings["calibration_tokens"] = section.calibration_tokens
+    if convert.needs_moments(section.method, section.space):
+        settings |= {key: section[key] for key in ("sequential", "shrinkage")}
     return settings
-
-
-def _conversion_name(settings: dict[str, Any]) -> str:
-    """What results call it, e.g. "svd-logit", "mean-strided-renorm"."""
-    words = [settings["method"]]
-    words += [settings["space"]] if "space" in settings else []
-    words += [settings["grouping"]] if settings["grouping"] != "contiguous" else []
-    words += ["renorm"] if settings["renorm"] else []
-    return "-".join(words)
 
 
 def _tune_and_score(

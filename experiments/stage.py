@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from experiments.disk import write_whole
 from experiments.text import Text, Training
-from gqa import checkpoint, guard, model, progress, train
+from gqa import checkpoint, guard, model, optim, progress, train
 from gqa.errors import UserError
 from gqa.flops import train_flops
 from gqa.hardware import peak_flops
@@ -47,6 +47,41 @@ class Job(NamedTuple):
     wandb: dict | None = None
     run_name: str = ""
     title: str = ""
+
+
+class Pooling(NamedTuple):
+    """What is trained in the place of a network's parameters, for a pooling that is learned.
+
+    Args:
+        config: of the network that runs while training.
+        whole: of the one whose parameters are expanded.
+        expand: makes what is trained from parameters.
+        view: (trained, step) -> the parameters to run.
+        fold: trained -> the parameters that are left at the end.
+    """
+
+    config: model.Config
+    whole: model.Config
+    expand: Callable[[dict], dict]
+    view: Callable
+    fold: Callable[[dict], dict]
+
+    def abstract(self, mesh: Mesh) -> train.State:
+        """Shapes and placement of what is trained."""
+        return train.abstract(self.whole, mesh, self.start)
+
+    def start(self, state: train.State) -> train.State:
+        """The state to train from; only what is new begins without moments."""
+        params = self.expand(state.params)
+        fresh = optim.adafactor().init(params)
+        return state._replace(params=params, opt_state=_merged(fresh, state.opt_state))
+
+
+def _merged(fresh: Any, old: Any) -> Any:
+    """`fresh` with whatever `old` has in the same place."""
+    if not isinstance(fresh, dict):
+        return old
+    return {key: _merged(fresh[key], old[key]) if key in old else fresh[key] for key in fresh}
 
 
 class Outcome(NamedTuple):
@@ -173,26 +208,42 @@ def run_training(
     first_step: int = 0,
     steps: int,
     keep: str,
+    pooling: Pooling | None = None,
+    teacher: train.Teacher | None = None,
 ) -> Outcome:
     """`gqa.train.fit`, for `steps` after `first_step`, with what it needs made from settings.
 
-    `keep` says which checkpoint is handed on: "last" or "best".
+    Args:
+        config: of the network that is left at the end, and validated.
+        keep: which checkpoint is handed on: "last" or "best".
+        pooling: if that network's pooling is learned: `start` gives, and checkpoints hold, what
+            `pooling.expand` makes of parameters.
     """
-    loss = train.make_loss(config, recipe["z_loss"])
+    running = config if pooling is None else pooling.config
+    abstract = train.abstract(config, job.mesh) if pooling is None else pooling.abstract(job.mesh)
+    fold = (lambda params: params) if pooling is None else jax.jit(pooling.fold)
+    loss = train.make_loss(running, recipe["z_loss"], teacher)
     validation_loss = train.make_validation(config, job.mesh)
-    step = train.make_step(loss, learning_rate, recipe["seed"], recipe["num_microbatches"])
+    step = train.make_step(
+        loss,
+        learning_rate,
+        recipe["seed"],
+        recipe["num_microbatches"],
+        view=pooling and pooling.view,
+        teacher=teacher,
+    )
     checkpoints = folder.absolute() / "checkpoints"
     info = info | {"model": config.__dict__, "vocabulary": job.text.tokenizer.hash}
-    step_flops = train_flops(config, recipe["batch_size"], **data.lengths)
+    step_flops = train_flops(running, recipe["batch_size"], **data.lengths)
     with _show(name, job, folder, recipe["every"], step_flops, config.dtype) as shown:
         rollbacks = train.fit(
             lambda: replicate(start(), job.mesh),
-            train.abstract(config, job.mesh),
+            abstract,
             step,
             data.batches,
             steps=first_step + steps,
             every=recipe["every"],
-            validate=lambda params: validation_loss(params, data.validation()),
+            validate=lambda params: validation_loss(fold(params), data.validation()),
             config=info,
             folder=checkpoints,
             mesh=job.mesh,

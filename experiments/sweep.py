@@ -10,10 +10,14 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from experiments import conversion
 from experiments.check import flatten
 from experiments.text import split_names
 from gqa.errors import UserError
 
+NO_TASKS = "none"  # instead of a list of tasks
+# Which attentions of the decoder are converted.
+WHERE = {"self": ("decoder",), "cross": ("cross",), "both": ("decoder", "cross")}
 MULTI_HEAD = 0  # stands for as many KV heads as heads, in any size
 
 # The lists of numbers, and some to tell their kind by.
@@ -33,21 +37,27 @@ def expand(config: ConfigDict) -> list[ConfigDict]:
 
 def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
     axes = config.sweep[grid]
-    tasks = axes.tasks or config.finetune.tasks
-    for key in ("sizes", "methods"):
+    tasks = "" if axes.tasks == NO_TASKS else axes.tasks or config.finetune.tasks
+    for key in ("sizes", "methods", "where"):
         if not split_names(axes[key]):
             raise UserError(f"sweep.{grid}.{key} is empty; name at least one")
+    for where in split_names(axes.where):
+        if where not in WHERE:
+            raise UserError(f"sweep.{grid}.where: {where!r}; use any of {', '.join(WHERE)}")
     for key, example in NUMBERS.items():
         _check_numbers(f"sweep.{grid}.{key}", axes[key], example)
     for size in split_names(axes.sizes):
         base = _resized(config, size)
         heads = axes.kv_heads or _groups(base.model.num_heads)
-        points = itertools.product(heads, split_names(axes.methods), axes.alphas, axes.seeds)
-        for kv_heads, method, alpha, seed in points:
+        lists = (heads, split_names(axes.where), split_names(axes.methods), axes.alphas, axes.seeds)
+        for kv_heads, where, method, alpha, seed in itertools.product(*lists):
             point = _without_sweep(base)
             kv_heads = base.model.num_heads if kv_heads == MULTI_HEAD else kv_heads
-            point.convert.num_kv_heads_decoder = point.convert.num_kv_heads_cross = kv_heads
-            point.convert.method, point.uptrain.alpha, point.seed = method, alpha, seed
+            for attention in ("decoder", "cross"):
+                K = kv_heads if attention in WHERE[where] else base.model.num_heads
+                point.convert[f"num_kv_heads_{attention}"] = K
+            point.update_from_flattened_dict(conversion.keys(method))
+            point.uptrain.alpha, point.seed = alpha, seed
             point.finetune.tasks = tasks
             yield point
 

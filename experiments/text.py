@@ -76,8 +76,6 @@ def settings(config: ConfigDict) -> dict:
 
 def check(config: ConfigDict) -> None:
     """Refuse unknown tasks, unreadable files and packages that are not installed."""
-    if not split_names(config.finetune.tasks):
-        raise UserError(f"finetune.tasks names no task; use {', '.join(tasks.names())}")
     wanted = settings(config)
     for name in dict.fromkeys(task_names(config)):
         tasks.check(name, **wanted["options"].get(name, {}))

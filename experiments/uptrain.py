@@ -4,36 +4,138 @@ Recipe, learning-rate schedule, text and the place in it are the parent's, as if
 happened but the conversion.
 """
 
+import functools
+import json
 from pathlib import Path
 
-from experiments.stage import Job, Outcome, load_state, open_parent, run_training
-from experiments.text import training
-from gqa import optim
-from gqa.train import State
+import jax.numpy as jnp
+from jax import Array
+
+from experiments.stage import (
+    Job,
+    Outcome,
+    Parent,
+    Pooling,
+    load_params,
+    load_state,
+    open_parent,
+    read_done,
+    record,
+    run_training,
+)
+from experiments.text import Training, training
+from gqa import checkpoint, convert, model, optim, train
+from gqa.convert import learned
 
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
-    """Settings: alpha and variant."""
-    parent = open_parent(parents[0])
-    recipe = parent.info["recipe"]
+    """Settings: alpha, beta and variant, and the method if it is learned meanwhile.
+
+    The last parent is the multi-head one; the first is what is uptrained.
+    """
+    start_from, origin = open_parent(parents[0]), open_parent(parents[-1])
+    config, recipe = start_from.config, origin.info["recipe"]
+    first_step, info = int(origin.path.name), start_from.info | {"variant": settings["variant"]}
     data = training(job.text, recipe["task"], recipe, recipe["seed"])
+    steps = round(settings["alpha"] * recipe["steps"])
+    pooling = teacher = None
+    if "learned" in settings:
+        pooling = _pooling(settings["learned"], start_from, origin, first_step, max(steps, 1))
+        start_from = origin
+    else:
+        start_from = _head_start(folder) or start_from
+    if settings["beta"]:
+        teacher = train.Teacher(origin.config, load_params(origin, job), settings["beta"])
 
-    def start() -> State:
-        state, data_state = load_state(parent, job)
+    def start() -> train.State:
+        state, data_state = load_state(start_from, job)
         data.batches.set_state(data_state)
-        return state
+        return state if pooling is None else pooling.start(state)
 
-    return run_training(
+    outcome = run_training(
         name,
         job,
-        folder,
+        folder if pooling is None else folder / "learned",
         data,
         start=start,
-        config=parent.config,
-        info=parent.info | {"variant": settings["variant"]},
+        config=config,
+        info=info,
         recipe=recipe,
         learning_rate=optim.rsqrt(recipe["warmup"], recipe["scale"]),
-        first_step=int(parent.path.name),
-        steps=round(settings["alpha"] * recipe["steps"]),
+        first_step=first_step,
+        steps=steps,
         keep="last",
+        pooling=pooling,
+        teacher=teacher,
     )
+    if pooling is not None:
+        _fold(folder, outcome, pooling, config, job)
+    apart = _divergence(open_parent(folder / "checkpoints" / outcome.checkpoint), origin, data, job)
+    return outcome._replace(
+        records=[*outcome.records, record("kl_to_parent", apart, "nats per token")]
+    )
+
+
+def _head_start(folder: Path) -> Parent | None:
+    """The end of the longest finished uptraining that is how this one begins.
+
+    It differs in alpha alone: its last step is one of this one's, bit for bit.
+    """
+
+    def read(stage: Path) -> tuple[dict, float]:
+        what = json.loads((stage / "stage.json").read_text())
+        settings = {
+            key: x for key, x in what["settings"].items() if key not in ("alpha", "variant")
+        }
+        alpha = what["settings"]["alpha"]
+        return {"settings": settings, "parents": what["parents"]}, alpha
+
+    own, longest = read(folder)
+    found = []
+    for path in folder.parent.glob("uptrain-*/done.json"):
+        same, alpha = read(path.parent)
+        if same == own and alpha < longest:
+            found.append((alpha, path.parent))
+    if not found:
+        return None
+    stage = max(found)[1]
+    return open_parent(stage / "checkpoints" / read_done(stage)["checkpoint"])
+
+
+def _pooling(method: str, converted: Parent, origin: Parent, first_step: int, steps: int):
+    heads = {name: getattr(converted.config, f"num_kv_heads_{name}") for name in convert.ATTENTIONS}
+    expand = functools.partial(learned.expand, num_kv_heads=heads, method=method)
+
+    def weighted(tree: dict, step: Array) -> dict:
+        del step
+        return learned.fold(tree)
+
+    def fuse(tree: dict, step: Array) -> dict:
+        return learned.blend(tree, (step - first_step).astype(jnp.float32) / steps)
+
+    if method == "weighted":
+        return Pooling(converted.config, origin.config, expand, weighted, learned.fold)
+    return Pooling(origin.config, origin.config, expand, fuse, learned.fold)
+
+
+def _fold(folder: Path, outcome: Outcome, pooling: Pooling, config: model.Config, job: Job) -> None:
+    """Save what the pooling has become as a plain grouped checkpoint."""
+    step = int(outcome.checkpoint)
+    path = folder.absolute() / "learned" / "checkpoints" / outcome.checkpoint
+    with checkpoint.Checkpoints(folder / "checkpoints", job.keep_last) as checkpoints:
+        if checkpoints.latest is not None:
+            return
+        state = pooling.abstract(job.mesh)
+        shapes = {"params": state.params, "opt_state": state.opt_state}
+        items = checkpoint.load(path, shapes | {"data": None, "config": None})
+        old, params = learned.without_pools(items["params"]), pooling.fold(items["params"])
+        moments = learned.without_pools(items["opt_state"])
+        items["opt_state"] = optim.convert_state(moments, old, params, "map")
+        items["params"], items["config"] = params, items["config"] | {"model": config.__dict__}
+        checkpoints.save(step, items, {"validation_loss": outcome.records[0]["value"]})
+
+
+def _divergence(parent: Parent, origin: Parent, data: Training, job: Job) -> float:
+    """KL(multi-head parent || network) on the validation text, nats per token."""
+    divergence = train.make_divergence(origin.config, parent.config, job.mesh)
+    return divergence(load_params(origin, job), load_params(parent, job), data.validation())

@@ -83,9 +83,10 @@ def _outcome(folder: Path, what: dict) -> Outcome:
                 parents = [Path(what["settings"]["checkpoint"])]
             return module.run(what["label"], what["settings"], folder, parents, job)
         except checkpoint.Damaged as damaged:
-            owner = damaged.step.parent.parent
-            if setup["checkpoint"]["on_damage"] != "previous" or owner.parent != folder.parent:
+            owners = [p for p in damaged.step.parents if p.parent == folder.parent]
+            if setup["checkpoint"]["on_damage"] != "previous" or not owners:
                 raise
+            owner = owners[0]
             checkpoint.set_aside(damaged.step)
             (owner / DONE).unlink(missing_ok=True)  # what the stage made of it is to be made again
             print(f"{damaged.step} is damaged and was set aside, with those after it", flush=True)

@@ -20,6 +20,8 @@ from gqa.attention import Segments
 from gqa.layers import RelativePositionBias, RMSNorm
 from gqa.model import Config, DecoderLayer, EncoderLayer, Transformer, shift_right
 
+TOKENS = 65_536  # to calibrate on, where nothing else is asked for
+
 # The attentions of the network and where their kernels are in the tree.
 ATTENTIONS = {
     "encoder": ("encoder", "attention"),

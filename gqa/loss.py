@@ -23,3 +23,10 @@ def cross_entropy(logits: Array, targets: Array, z_loss: float = 0.0) -> dict[st
         "correct": jnp.sum((target_logits >= logits.max(-1)) * real),
         "tokens": jnp.sum(real),
     }
+
+
+def kl_divergence(teacher: Array, logits: Array, targets: Array) -> Array:
+    """Sum over the real tokens of KL(teacher || logits) in nats; logits [B, T, V] of both."""
+    given, own = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (teacher, logits))
+    per_token = jnp.sum(jnp.exp(given) * (given - own), axis=-1)
+    return jnp.sum(per_token * (targets > 0))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gqa import interrupt
 from gqa.checkpoint import Checkpoints
 from gqa.guard import NEW, Guard, Mishap, Settings
-from gqa.loss import cross_entropy
+from gqa.loss import cross_entropy, kl_divergence
 from gqa.model import Config, Transformer, init_params
 from gqa.optim import adafactor
 from gqa.progress import Progress
@@ -30,7 +30,15 @@ class State(NamedTuple):
     opt_state: Any
 
 
-Loss = Callable[[dict, dict, Array], dict[str, Array]]
+Loss = Callable[..., dict[str, Array]]
+
+
+class Teacher(NamedTuple):
+    """A network to stay near to: `beta` times KL(teacher || network) is added to the loss."""
+
+    config: Config
+    params: dict
+    beta: float
 
 
 def init(config: Config, seed: int) -> State:
@@ -39,34 +47,61 @@ def init(config: Config, seed: int) -> State:
     return State(jnp.int32(0), params, adafactor().init(params))
 
 
-def abstract(config: Config, mesh: Mesh) -> State:
-    """Shapes and placement of a state, for restoring one without making one first."""
+def abstract(config: Config, mesh: Mesh, change: Callable[[State], State] = lambda x: x) -> State:
+    """Shapes and placement of a state, for restoring one without making one first.
+
+    `change` is what was done to a state of `config` before training.
+    """
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def placed(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(placed, jax.eval_shape(lambda: init(config, 0)))
+    return jax.tree.map(placed, jax.eval_shape(lambda: change(init(config, 0))))
 
 
-def make_loss(config: Config, z_loss: float) -> Loss:
-    """`cross_entropy` of the network with dropout, as a function of (params, batch, key)."""
+def make_loss(config: Config, z_loss: float, teacher: Teacher | None = None) -> Loss:
+    """`cross_entropy` of the network with dropout, as a function of (params, batch, key).
+
+    With a teacher, the function takes its parameters after the key, and "loss" has its term.
+    """
     network = Transformer(config)
 
-    def loss(params: dict, batch: dict, key: Array) -> dict[str, Array]:
+    def loss(params: dict, batch: dict, key: Array, given: dict | None = None) -> dict[str, Array]:
         logits = network.apply({"params": params}, batch, train=True, rngs={"dropout": key})
-        return cross_entropy(logits, batch["targets"], z_loss)
+        sums = cross_entropy(logits, batch["targets"], z_loss)
+        if teacher is None:
+            return sums
+        target = Transformer(teacher.config).apply({"params": given}, batch)
+        apart = kl_divergence(target, logits, batch["targets"])
+        return sums | {"loss": sums["loss"] + teacher.beta * apart}
 
     return loss
 
 
-def make_step(loss: Loss, learning_rate: Callable, seed: int, num_microbatches: int = 1):
-    """The jitted step (state, batch) -> (state, metrics); the state passed in is consumed."""
+def make_step(
+    loss: Loss,
+    learning_rate: Callable,
+    seed: int,
+    num_microbatches: int = 1,
+    *,
+    view: Callable[[dict, Array], dict] | None = None,
+    teacher: Teacher | None = None,
+):
+    """The jitted step (state, batch) -> (state, metrics); the state passed in is consumed.
+
+    Args:
+        view: makes the parameters that `loss` is of from those that are trained, and the step.
+        teacher: whose parameters `loss` is given, an argument of the compiled step.
+    """
     optimizer = adafactor()
 
-    def train_step(state: State, batch: dict) -> tuple[State, dict[str, Array]]:
+    def train_step(state: State, batch: dict, *given: dict) -> tuple[State, dict[str, Array]]:
+        def viewed(params: dict, batch: dict, key: Array) -> dict[str, Array]:
+            return loss(params if view is None else view(params, state.step), batch, key, *given)
+
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, sums = accumulate(loss, state.params, batch, key, num_microbatches)
+        grads, sums = accumulate(viewed, state.params, batch, key, num_microbatches)
         # Real tokens of the whole batch: neither padding nor how it was cut up changes the step.
         tokens = jnp.maximum(sums["tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
@@ -82,7 +117,10 @@ def make_step(loss: Loss, learning_rate: Callable, seed: int, num_microbatches: 
         }
         return State(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    compiled = jax.jit(train_step, donate_argnums=0)
+    if teacher is None:
+        return compiled
+    return lambda state, batch: compiled(state, batch, teacher.params)
 
 
 def accumulate(loss: Loss, params: dict, batch: dict, key: Array, num_microbatches: int):
@@ -122,6 +160,25 @@ def make_validation(config: Config, mesh: Mesh) -> Callable[[dict, Iterable], fl
         return nats / max(tokens, 1.0)
 
     return validation_loss
+
+
+def make_divergence(teacher: Config, config: Config, mesh: Mesh) -> Callable[..., float]:
+    """A function (teacher's params, params, batches) -> KL(teacher || network), nats per token."""
+
+    @jax.jit
+    def sums(given, params, batch):
+        logits = [
+            Transformer(network).apply({"params": tree}, batch)
+            for network, tree in ((teacher, given), (config, params))
+        ]
+        return kl_divergence(*logits, batch["targets"]), jnp.sum(batch["targets"] > 0)
+
+    def divergence(given: dict, params: dict, batches: Iterable[tuple[dict, int]]) -> float:
+        results = [sums(given, params, place(batch, mesh)) for batch, _ in batches]
+        nats, tokens = (sum(float(r[i]) for r in results) for i in range(2))
+        return nats / max(tokens, 1.0)
+
+    return divergence
 
 
 def fit(

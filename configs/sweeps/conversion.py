@@ -1,12 +1,44 @@
-"""Ways of converting to one KV head, at the paper's alpha (its Figure 4).
+"""Ways of converting, compared on one parent: the paper's Figure 4, and what uptraining each saves.
 
-python launch.py --config=configs/sweeps/conversion.py         # nano, a quarter of an hour
-python launch.py --config=configs/sweeps/conversion.py:large   # the paper's
+python launch.py --config=configs/sweeps/conversion.py         # nano, under two hours on two cores
+python launch.py --config=configs/sweeps/conversion.py:large   # the size of the paper's Figure 4
 """
 
 from configs.sweeps.grid import sweep
 
+CLOSED = (
+    "mean,mean-renorm,first,random,medoid,largest,"
+    "procrustes,procrustes-weight,svd-weight,svd-activation,svd-logit"
+)
+CURVES = "mean,first,random,procrustes,svd-weight,svd-activation,svd-logit,weighted,fuse"
+NEAR_PARENT = "mean-kl1,svd-logit-kl1"
+GROUPINGS = "mean-{0},svd-logit-{0}"
+SEEDS = (0, 1, 2)
+
 
 def get_config(arg: str = ""):
-    methods = {"kv_heads": (1,), "methods": "mean,first,random"}
-    return sweep("conversion", arg, conversion=methods)
+    losses = {"seeds": SEEDS, "tasks": "none"}
+    at_once = losses | {"alphas": (0.0,)}
+    alphas = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1)
+    groupings = ",".join(
+        GROUPINGS.format(name)
+        for name in ("strided", "random", "weight_cos", "act_cos", "act_aligned")
+    )
+    calibration = ",".join(
+        f"svd-{space}-{tokens}"
+        for space in ("activation", "logit")
+        for tokens in (1024, 8192, 524288)
+    )
+    others = "svd-logit-sequential,svd-activation-sequential,svd-logit-shrink0,svd-logit-shrink0.1"
+    tuned = {"methods": "mean,first,random,svd-logit", "alphas": (0.0, 0.005, 0.05)}
+    return sweep(
+        "conversion",
+        arg,
+        damage=at_once | {"methods": CLOSED},
+        where=at_once | {"methods": CLOSED, "kv_heads": (4,), "where": "self,cross"},
+        groupings=at_once | {"methods": groupings, "kv_heads": (4,)},
+        calibration=at_once | {"methods": f"{calibration},{others}", "kv_heads": (4, 1)},
+        curves=losses
+        | {"methods": f"{CURVES},{NEAR_PARENT}", "kv_heads": (0, 4, 1), "alphas": alphas},
+        scores=tuned | {"kv_heads": (0, 4, 1), "seeds": SEEDS, "tasks": "docstring_summary"},
+    )

@@ -18,9 +18,13 @@ def sweep(name: str, arg: str, **grids: dict) -> ConfigDict:
         axes = config.sweep[grid] = ConfigDict()
         axes.kv_heads = ()  # decoder self- and cross-attention; 0: multi-head; (): all that divide
         axes.alphas = (config.uptrain.alpha,)
-        axes.methods = config.convert.method  # comma-separated, as are tasks and sizes
+        axes.where = "both"  # or self, cross: the attentions that are converted
+        # Comma-separated, as are where, tasks and sizes. A method may be followed by what departs
+        # from the base config: svd-activation, mean-strided-renorm, svd-8192 (calibration tokens),
+        # svd-sequential, svd-shrink0.1, mean-kl1 (uptrain.beta).
+        axes.methods = config.convert.method
         axes.seeds = (config.seed,)
-        axes.tasks = ""  # empty: those of finetune.tasks
+        axes.tasks = ""  # empty: those of finetune.tasks; none: no fine-tuning and no timing
         axes.sizes = config.size
         axes.update(lists)
     return config.lock()

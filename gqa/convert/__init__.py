@@ -32,6 +32,8 @@ ABSORBING = absorb.METHODS
 CLOSED = (*pool.METHODS, *ABSORBING)  # those that need no training
 METHODS = (*CLOSED, *learned.METHODS)
 
+SHRINKAGE = 0.01  # of moments, where nothing else is asked for
+
 # Moments with a larger condition number have directions of which the batches say nothing.
 ILL_CONDITIONED = 1e9
 
@@ -48,7 +50,7 @@ def convert(
     space: str = "logit",
     grouping: str = "contiguous",
     renorm: bool = False,
-    shrinkage: float = 0.01,
+    shrinkage: float = SHRINKAGE,
 ) -> tuple[dict, Config]:
     """Parameters and config with `num_kv_heads` KV heads; keeps the input's arrays where it can.
 
@@ -115,8 +117,14 @@ def check(
         if name not in ATTENTIONS:
             raise UserError(f"no attention {name!r} to convert; use {', '.join(ATTENTIONS)}")
         check_kv_heads(_field(name), K, getattr(config, _field(name)))
-    if renorm and method in learned.METHODS:
-        raise UserError(f"convert.renorm does not go with convert.method={method!r}, which learns")
+    if method in learned.METHODS:
+        if renorm:
+            raise UserError(f"convert.renorm does not go with convert.method={method!r}: it learns")
+        if grouping != "contiguous":
+            raise UserError(
+                f"convert.grouping={grouping!r} does not go with convert.method={method!r}; "
+                "use contiguous"
+            )
     if needs_moments(method, space, grouping) and _fewer(config, num_kv_heads) and not calibrated:
         what = f"method={method!r}" if grouping not in MEASURED else f"grouping={grouping!r}"
         raise UserError(

@@ -31,11 +31,18 @@ def expand(params: dict, num_kv_heads: dict[str, int], method: str) -> dict:
             continue
         G, dtype = N // K, kernels["key"].dtype
         start = jnp.full((G,), 1 / G, dtype) if method == "weighted" else jnp.eye(G, dtype=dtype)
-        pools = dict.fromkeys(
-            ("key_pool", "value_pool"), jnp.tile(start, (L, K) + (1,) * start.ndim)
-        )
+        # Two arrays, since a training step consumes each of its own.
+        pools = {f"{x}_pool": jnp.tile(start, (L, K) + (1,) * start.ndim) for x in ("key", "value")}
         params = with_kernels(params, name, kernels | pools)
     return params
+
+
+def without_pools(tree: dict) -> dict:
+    """A tree like `expand`'s (parameters, or a state a leaf) without what it added."""
+    for name in ATTENTIONS:
+        kernels = kernels_of(tree, name).items()
+        tree = with_kernels(tree, name, {k: x for k, x in kernels if not k.endswith("_pool")})
+    return tree
 
 
 def fold(tree: dict) -> dict:
