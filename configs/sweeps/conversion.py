@@ -30,7 +30,7 @@ def get_config(arg: str = ""):
         for tokens in (1024, 8192, 524288)
     )
     others = "svd-logit-sequential,svd-activation-sequential,svd-logit-shrink0,svd-logit-shrink0.1"
-    tuned = {"methods": "mean,first,random,svd-logit", "alphas": (0.0, 0.005, 0.05)}
+    tuned = {"seeds": SEEDS, "tasks": "docstring_summary"}
     return sweep(
         "conversion",
         arg,
@@ -40,5 +40,7 @@ def get_config(arg: str = ""):
         calibration=at_once | {"methods": f"{calibration},{others}", "kv_heads": (4, 1)},
         curves=losses
         | {"methods": f"{CURVES},{NEAR_PARENT}", "kv_heads": (0, 4, 1), "alphas": alphas},
-        scores=tuned | {"kv_heads": (0, 4, 1), "seeds": SEEDS, "tasks": "docstring_summary"},
+        scores=tuned
+        | {"methods": "mean,svd-logit", "kv_heads": (0, 4, 1), "alphas": (0.0, 0.005, 0.05)},
+        figure4=tuned | {"methods": "mean,first,random", "kv_heads": (1,)},
     )
