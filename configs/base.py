@@ -37,21 +37,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     )
     config.text = _text()
     config.pretrain = _pretrain()
-    config.convert = ConfigDict()
-    # mean, first, random, medoid, largest; svd and procrustes change queries and outputs, too;
-    # weighted and fuse are the mean to begin with, and learned while uptraining.
-    config.convert.method = "mean"
-    config.convert.space = "logit"  # what svd keeps best: weight, activation, logit
-    config.convert.grouping = "contiguous"  # strided, random, weight_cos, act_cos, act_aligned
-    config.convert.renorm = False  # scale a group's head to the mean norm of its members
-    # Of the pretraining text, for the methods and groupings that look at activations.
-    config.convert.calibration_tokens = 65_536
-    config.convert.shrinkage = 0.01  # of what they measure, towards white inputs
-    config.convert.sequential = False  # measure each layer in the network as converted so far
-    config.convert.num_kv_heads_encoder = heads  # the paper leaves the encoder multi-head
-    config.convert.num_kv_heads_decoder = kv_heads
-    config.convert.num_kv_heads_cross = kv_heads
-    config.convert.optimizer = "map"  # or reset: what becomes of Adafactor's moments
+    config.convert = _convert(heads, kv_heads)
     config.uptrain = ConfigDict()
     config.uptrain.alpha = 0.05  # of pretrain.steps, with pretrain's recipe and data; 0 is allowed
     config.uptrain.beta = 0.0  # of KL(multi-head parent || network), added to the loss
@@ -101,6 +87,25 @@ def _pretrain() -> ConfigDict:
     pretrain.every = 5000  # steps between log lines, validations and checkpoints
     pretrain.validation_examples = 2048
     return pretrain
+
+
+def _convert(heads: int, kv_heads: int) -> ConfigDict:
+    convert = ConfigDict()
+    # mean, first, random, medoid, largest; svd and procrustes change queries and outputs, too;
+    # weighted and fuse are the mean to begin with, and learned while uptraining.
+    convert.method = "mean"
+    convert.space = "logit"  # what svd keeps best: weight, activation, logit
+    convert.grouping = "contiguous"  # strided, random, weight_cos, act_cos, act_aligned
+    convert.renorm = False  # scale a group's head to the mean norm of its members
+    # Of the pretraining text, for the methods and groupings that look at activations.
+    convert.calibration_tokens = 65_536
+    convert.shrinkage = 0.01  # of what they measure, towards white inputs
+    convert.sequential = False  # measure each layer in the network as converted so far
+    convert.num_kv_heads_encoder = heads  # the paper leaves the encoder multi-head
+    convert.num_kv_heads_decoder = kv_heads
+    convert.num_kv_heads_cross = kv_heads
+    convert.optimizer = "map"  # or reset: what becomes of Adafactor's moments
+    return convert
 
 
 def _finetune() -> ConfigDict:

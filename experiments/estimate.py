@@ -4,6 +4,7 @@ Intervals are 95%. What the test examples leave open and what the seeds leave op
 add in quadrature.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +81,21 @@ def _spread(values):
     if count < 2:
         return 0.0
     return float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
+
+
+def of(values: dict[int, float], unit: str) -> Estimate:
+    """The mean of numbers by seed, with the interval that their spread gives."""
+    value, spread = float(np.mean([*values.values()])), _spread([*values.values()])
+    runs = {seed: Run(x, None, None) for seed, x in values.items()}
+    low, high = (value - spread, value + spread) if len(values) > 1 else (None, None)
+    return Estimate(value, low, high, unit, None, len(values), runs)
+
+
+def paired(function: Callable[..., float], *estimates: Estimate) -> Estimate | None:
+    """A function of several numbers, taken seed by seed; None unless they share a seed."""
+    seeds = set.intersection(*(set(e.runs) for e in estimates))
+    values = {s: function(*(e.runs[s].value for e in estimates)) for s in sorted(seeds)}
+    return of(values, estimates[0].unit) if values else None
 
 
 def average(estimates: list[Estimate]) -> Estimate:

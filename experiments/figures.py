@@ -76,7 +76,7 @@ def score_name(summary: Summary) -> str:
     if count != 1:
         return f"Score: average of {count} tasks (%)"
     task = summary.tasks[0]
-    found = (summary.headline(v, task) for v in summary.variants)
+    found = (summary.headline(v, task) for v in summary.scored)
     return f"Score: {task} ({next((e.unit for e in found if e), '%')})"
 
 

@@ -58,7 +58,7 @@ def by_alpha(summary: Summary, folder: Path) -> str | None:
 
     Return the figure's name, None unless something was scored at two alphas.
     """
-    lines = _alpha_lines(summary, summary.average)
+    lines = _alpha_lines(summary)
     if not any(len(points) > 1 for points in lines.values()):
         return None
     figure = Figure(figsize=(7.2, 3.5), layout="constrained")
@@ -69,38 +69,13 @@ def by_alpha(summary: Summary, folder: Path) -> str | None:
     return _finish(figure, folder, "alpha", ours, published)
 
 
-def by_alpha_loss(summary: Summary, folder: Path) -> str | None:
-    """Draw validation loss against alpha, before fine-tuning; alpha 0 is converted alone.
-
-    Return the figure's name, None unless something was uptrained to two alphas.
-    """
-    lines = _alpha_lines(summary, lambda v: _loss(summary, v))
-    if not any(len(points) > 2 for points in lines.values()):
-        return None
-    figure = Figure(figsize=(6.2, 3.5), layout="constrained")
-    axes = figure.subplots()
-    _draw_alpha_lines(summary, axes, lines)
-    axes.set(title="Validation, before fine-tuning", ylabel=LOSS)
-    return _finish(figure, folder, "alpha_loss", axes)
-
-
-def _alpha_lines(summary, measure):
-    """Return, by variant without alpha, pairs of an alpha and what was measured there."""
+def _alpha_lines(summary):
+    """Return, by variant without alpha, pairs of an alpha and the score there."""
     lines = {}
     for v in summary.variants:
-        alphas = {v.alpha, 0.0}  # a conversion is measured before any uptraining, too
-        for alpha in alphas:
-            found = measure(v._replace(alpha=alpha))
-            if found:
-                lines.setdefault(v._replace(alpha=-1.0), {})[alpha] = found
+        if found := summary.average(v):
+            lines.setdefault(v._replace(alpha=-1.0), {})[v.alpha] = found
     return {key: sorted(points.items()) for key, points in lines.items()}
-
-
-def _loss(summary, variant):
-    before, converted, uptrained = summary.losses(variant)
-    if variant.alpha:
-        return uptrained
-    return before if variant.method == "none" else converted
 
 
 def _draw_alpha_lines(summary, axes, lines):
@@ -146,7 +121,7 @@ def by_groups(summary: Summary, folder: Path) -> str | None:
             lambda v: f"{v.size}: time, however converted",
         ),
         "score": _group_lines(summary, summary.average, lambda v: _way(summary, v)),
-        "loss": _group_lines(summary, lambda v: _loss(summary, v), lambda v: _way(summary, v)),
+        "loss": _group_lines(summary, summary.loss, lambda v: _way(summary, v)),
     }
     if not lines["time"] and not lines["score"]:
         return None
@@ -176,7 +151,7 @@ def _group_lines(summary, measure, label):
     The multi-head parent begins every line.
     """
     lines = {}
-    for v in summary.variants:
+    for v in summary.scored:
         if v.grouped_alike and v.shape != v.parent:
             for point in (v.parent, v):
                 if found := measure(point):

@@ -236,5 +236,5 @@ def merge(plans: Iterable[list[Stage]]) -> list[Stage]:
 
 
 def ancestors(stage: Stage) -> list[Stage]:
-    """The stage and everything it builds on, itself first."""
-    return [stage, *(a for parent in stage.parents for a in ancestors(parent))]
+    """The stage and everything it builds on, itself first and the multi-head parent last."""
+    return merge([[stage], *(ancestors(parent) for parent in stage.parents)])

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.estimate import Estimate
 
@@ -57,6 +59,14 @@ def kv_heads_axis(axes: Axes) -> None:
     axes.set_xticks(heads, [str(K) for K in heads])
     axes.minorticks_off()
     axes.set_xlabel("KV heads")
+
+
+def ratio_axis(axis: Axis) -> None:
+    """Scale by ratios, with plain numbers at 1, 2 and 5."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def legend_height(count: int) -> float:

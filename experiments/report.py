@@ -6,8 +6,10 @@ from pathlib import Path
 from experiments import (
     answer,
     figures,
+    figures_conversion,
     figures_sweep,
     paper,
+    report_conversion,
     report_html,
     report_learning,
     report_variants,
@@ -43,6 +45,7 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, within: floa
         report_learning.baselines(summary),
         report_learning.scores(summary),
         report_learning.conversion(summary),
+        report_conversion.section(summary),
         _paper_section(),
         _provenance_section(summary, records),
     ]
@@ -66,7 +69,10 @@ def _draw(summary, folder):
         figures.quality_against_time(summary, folder),
         figures_sweep.by_groups(summary, folder),
         figures_sweep.by_alpha(summary, folder),
-        figures_sweep.by_alpha_loss(summary, folder),
+        figures_conversion.by_alpha(summary, folder),
+        figures_conversion.by_saving(summary, folder),
+        figures_conversion.by_heads(summary, folder),
+        figures_conversion.by_calibration(summary, folder),
         figures_sweep.by_method(summary, folder),
         figures.pretraining_loss(summary, folder),
     ]
@@ -78,10 +84,14 @@ ALT = {
     "groups": "Time, score and loss against KV heads, ours and the paper's",
     "alpha": "Score against alpha, ours and the paper's",
     "alpha_loss": "Validation loss against alpha",
+    "damage": "Loss above the parent's against KV heads",
+    "saved": "Alpha that reaches the mean's loss of alpha 0.05",
+    "calibration": "Loss above the parent's against calibration tokens",
     "methods": "Score by conversion method, ours and the paper's",
     "pretraining_loss": "Validation loss before and after conversion",
 }
 SCORE_BARS = "Bars: 95% intervals of each score, wider than those of the differences between them."
+SEED_BARS = "Bars: 95% intervals over seeds, where there are several."
 CAPTIONS = {
     "quality_time": "As the paper's Figure 3. Vertical bars: 95% intervals. Horizontal bars: "
     "quartiles of the timings.",
@@ -89,10 +99,13 @@ CAPTIONS = {
     "begins at the MHA parent, which is not uptrained. Bars: 95% intervals; of times, quartiles.",
     "alpha": f"As the paper's Figure 5. Alpha 0 is converted, then fine-tuned. {SCORE_BARS}",
     "alpha_loss": "Validation loss of the pretraining task, of the converted (alpha 0) and the "
-    "uptrained networks. Bars: 95% intervals over seeds, where there are several.",
+    "uptrained networks; below, how far it is above that of the parent, trained on as long. "
+    f"{SEED_BARS}",
+    "damage": f"What conversion alone does to the validation loss. {SEED_BARS}",
+    "saved": f"Interpolated between the measured alphas, for every seed alone. {SEED_BARS}",
+    "calibration": f"What conversion alone does to the validation loss. {SEED_BARS}",
     "methods": f"As the paper's Figure 4, whose points are T5-Large's at alpha 0.05. {SCORE_BARS}",
-    "pretraining_loss": "Validation loss of the pretraining task. Bars: 95% intervals over seeds, "
-    "where there are several.",
+    "pretraining_loss": f"Validation loss of the pretraining task. {SEED_BARS}",
 }
 
 
@@ -118,17 +131,22 @@ def _paper_section():
 SETTINGS = ("batch_size", "inputs_length", "targets_length")
 
 
+NAMED = 6  # variants of a run, until they are only counted
+
+
 def _provenance_section(summary, records):
-    header = ["run", "variant", "stages", "commit", "device", "last result (UTC)"]
+    header = ["run", "variants", "stages", "commit", "device", "last result (UTC)"]
     groups = {}
     for record in results.latest(records):
-        key = record["run"], _title(summary, record), record["commit"], record["device"]
-        groups.setdefault(key, []).append(record)
+        title = _title(summary, record)
+        key = record["run"], record["commit"], record["device"]
+        groups.setdefault(key, {}).setdefault(title, []).append(record)
     rows = []
-    for (name, title, commit, device), group in groups.items():
+    for (name, commit, device), by_title in groups.items():
+        group = [record for found in by_title.values() for record in found]
         stages = ", ".join(dict.fromkeys(record["stage"] for record in group))
-        last = max(record["time"] for record in group)
-        rows.append([name, title, stages, commit, device, last])
+        titles = "; ".join(by_title) if len(by_title) <= NAMED else f"{len(by_title)} of them"
+        rows.append([name, titles, stages, commit, device, max(r["time"] for r in group)])
     parts = ["## Provenance", tables.markdown(header, rows), _settings(summary)]
     for column, what in ((3, "commits"), (4, "devices")):
         if len({row[column] for row in rows}) > 1:

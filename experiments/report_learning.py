@@ -17,7 +17,7 @@ def baselines(summary: Summary) -> str:
     parts = ["## What the models learned"] if summary.tasks else []
     for task in summary.tasks:
         rows, remarks = [], []
-        for variant in summary.variants:
+        for variant in summary.scored:
             metrics = ("headline", *BASELINES, *LOSSES)
             found = {m: summary.get(variant, "evaluate", m, task) for m in metrics}
             if any(found.values()):
@@ -79,7 +79,7 @@ def scores(summary: Summary) -> str:
         metrics = [m for m in summary.metrics("evaluate", task) if m not in hidden]
         rows = [
             [summary.title(v), *[interval(summary.get(v, "evaluate", m, task)) for m in metrics]]
-            for v in summary.variants
+            for v in summary.scored
         ]
         if metrics:
             parts += [f"### {task}", tables.markdown(["variant", *metrics], rows)]
@@ -91,7 +91,7 @@ def conversion(summary: Summary) -> str:
     header = ["variant", "pretrained MHA", "converted", "uptrained", "pretraining steps"]
     header += ["uptraining steps", "alpha"]
     rows = []
-    for variant in summary.variants:
+    for variant in summary.scored:
         converted = variant.method != "none"
         start = variant.parent if converted else variant.shape
         cells = [

@@ -51,7 +51,7 @@ def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
             *[_quality(summary, variant, task) for task in columns.values()],
             _seeds(summary, variant),
         ]
-        for variant in summary.variants
+        for variant in summary.scored
     ]
     return header, rows
 
@@ -63,7 +63,7 @@ def _quality_columns(summary: Summary) -> dict[str, str | None]:
 
 
 def _unit(summary, task):
-    return next((s.unit for v in summary.variants if (s := summary.headline(v, task))), "%")
+    return next((s.unit for v in summary.scored if (s := summary.headline(v, task))), "%")
 
 
 def _kv_heads(variant):
@@ -130,7 +130,7 @@ def _differences(summary):
     columns = _quality_columns(summary)
     rows = [
         [summary.title(v), *[signed(summary.against_parent(v, t)) for t in columns.values()]]
-        for v in summary.variants
+        for v in summary.scored
     ]
     return ["variant", *columns], [row for row in rows if set(row[1:]) != {DASH}]
 
@@ -138,7 +138,7 @@ def _differences(summary):
 def _sample_sizes(summary):
     parts = []
     for task in summary.tasks:
-        scores = [summary.headline(v, task) for v in summary.variants]
+        scores = [summary.headline(v, task) for v in summary.scored]
         counts = sorted({s.n for s in scores if s and s.n})
         parts += [f"{task} {' or '.join(map(str, counts))}"] if counts else []
     return f"Test examples: {', '.join(parts)}." if parts else "No task has been evaluated yet."

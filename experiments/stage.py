@@ -19,6 +19,7 @@ from gqa.flops import train_flops
 from gqa.hardware import peak_flops
 from gqa.sharding import replicate
 
+NATS = "nats per token"  # the unit of every loss
 DONE = "done.json"
 DONE_KEYS = {"records", "checkpoint", "provenance", "seconds"}
 # What a checkpoint's config (JSON) says beside `model`, and with what type.
@@ -222,18 +223,11 @@ def run_training(
     running = config if pooling is None else pooling.config
     abstract = train.abstract(config, job.mesh) if pooling is None else pooling.abstract(job.mesh)
     fold = (lambda params: params) if pooling is None else jax.jit(pooling.fold)
-    loss = train.make_loss(running, recipe["z_loss"], teacher)
     validation_loss = train.make_validation(config, job.mesh)
-    step = train.make_step(
-        loss,
-        learning_rate,
-        recipe["seed"],
-        recipe["num_microbatches"],
-        view=pooling and pooling.view,
-        teacher=teacher,
-    )
+    loss = train.make_loss(running, recipe["z_loss"], teacher)
+    more = {"view": pooling and pooling.view, "teacher": teacher}
+    step = train.make_step(loss, learning_rate, recipe["seed"], recipe["num_microbatches"], **more)
     checkpoints = folder.absolute() / "checkpoints"
-    info = info | {"model": config.__dict__, "vocabulary": job.text.tokenizer.hash}
     step_flops = train_flops(running, recipe["batch_size"], **data.lengths)
     with _show(name, job, folder, recipe["every"], step_flops, config.dtype) as shown:
         rollbacks = train.fit(
@@ -244,7 +238,7 @@ def run_training(
             steps=first_step + steps,
             every=recipe["every"],
             validate=lambda params: validation_loss(fold(params), data.validation()),
-            config=info,
+            config=info | {"model": config.__dict__, "vocabulary": job.text.tokenizer.hash},
             folder=checkpoints,
             mesh=job.mesh,
             progress=shown,
@@ -253,11 +247,10 @@ def run_training(
         )
     with checkpoint.Checkpoints(checkpoints, job.keep_last) as saved:
         chosen = saved.best if keep == "best" else saved.latest
-        value = saved.metric(chosen)
-    records = [
-        record("validation_loss", value, "nats per token", n=data.validation_size),
-        record("steps", chosen - first_step, "steps"),
-    ]
+        records = [
+            record("validation_loss", saved.metric(chosen), NATS, n=data.validation_size),
+            record("steps", chosen - first_step, "steps"),
+        ]
     if rollbacks:
         records.append(record("rollbacks", rollbacks, "times"))
     jax.clear_caches()  # compiled steps of one network are no use to the next stage

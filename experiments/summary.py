@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from experiments import estimate
+from experiments import conversion, estimate
 from experiments.estimate import Difference, Estimate
 from gqa import results
 
@@ -72,13 +72,19 @@ class Summary:
             by_seed[key][record["variant"]["seed"]] = record
         self._estimates = {key: estimate.over_seeds(found) for key, found in by_seed.items()}
         sizes = list(dict.fromkeys(key[0].size for key in by_seed))
-        trained = {v for v, stage, _, _ in by_seed if stage not in ("convert", "benchmark")}
-        converted = {v for v, stage, _, _ in by_seed if stage == "convert"}
+        self.trained = {v for v, stage, _, _ in by_seed if stage not in ("convert", "benchmark")}
+        self.converted = {v for v, stage, _, _ in by_seed if stage == "convert"}
         self.variants = sorted(
-            trained | (converted - {v._replace(alpha=0.0) for v in trained}),
+            self.trained | (self.converted - {v._replace(alpha=0.0) for v in self.trained}),
             key=lambda v: (sizes.index(v.size), v != v.parent, *[-k for k in v[1:5]], *v[5:]),
         )
         self.tasks = list(dict.fromkeys(t for _, stage, t, _ in by_seed if stage == "evaluate"))
+
+    @property
+    def scored(self) -> list[Variant]:
+        """The variants that have a score in some task; all, if none has."""
+        found = [v for v in self.variants if any(self.headline(v, task) for task in self.tasks)]
+        return found or self.variants
 
     def title(self, variant: Variant) -> str:
         """Name a variant, with its size where the results hold several."""
@@ -92,7 +98,8 @@ class Summary:
     def get(self, variant: Variant, stage: str, metric: str, task=None) -> Estimate | None:
         """Return one estimate, None where it was not measured."""
         if stage == "convert":
-            variant = variant._replace(alpha=0.0)
+            method = conversion.before_uptraining(variant.method)
+            variant = variant._replace(alpha=0.0, method=method)
         if stage == "benchmark":
             variant = variant.shape
         return self._estimates.get((variant, stage, task, metric))
@@ -129,6 +136,13 @@ class Summary:
         start = variant.shape if unconverted else variant.parent
         stages = ((start, "pretrain"), (variant, "convert"), (variant, "uptrain"))
         return tuple(self.get(v, stage, "validation_loss") for v, stage in stages)
+
+    def loss(self, variant: Variant) -> Estimate | None:
+        """Pretraining's validation loss of a variant as it is, before any fine-tuning."""
+        before, converted, uptrained = self.losses(variant)
+        if variant.alpha:
+            return uptrained
+        return before if variant.method == "none" else converted
 
 
 def variant_of(record: dict) -> Variant:

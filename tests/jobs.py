@@ -94,7 +94,7 @@ def outputs(workdir, like=None):
         if folder.name.startswith("benchmark"):
             found[folder.name] = [r["metric"] for r in done["records"]]
         else:
-            found[folder.name] = done["records"]
+            found[folder.name] = [r for r in done["records"] if r["unit"] != "s"]
         if done["checkpoint"]:
             path = folder / "checkpoints" / done["checkpoint"]
             config = Config(**checkpoint.load_config(path)["model"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import figures, figures_sweep, paper, plot
+from experiments import figures, figures_conversion, figures_sweep, paper, plot
 from experiments.summary import Summary
 from tests.made_results import PARENT, WHOLE, network, record, variant
 
@@ -11,7 +11,7 @@ DRAW = [
     figures.pretraining_loss,
     figures_sweep.by_groups,
     figures_sweep.by_alpha,
-    figures_sweep.by_alpha_loss,
+    figures_conversion.by_alpha,
     figures_sweep.by_method,
 ]
 GROUPS = [*WHOLE, *(r for k in (2, 4) for r in network(variant(k), 20.0 + k, 0.02 + k / 1e3))]
@@ -82,10 +82,10 @@ def test_no_text_overlaps_or_is_cut_and_legends_cover_nothing(drawn, records):
 
 def _text_boxes(axes):
     ticks = [
-        label
+        tick.label1
         for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))
-        for at, label in zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)
-        if min(low, high) <= at <= max(low, high)
+        for tick in axis.get_major_ticks()
+        if min(low, high) <= tick.get_loc() <= max(low, high) and tick.label1.get_visible()
     ]
     texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *ticks]
     return [text.get_window_extent() for text in texts if text.get_text()]
@@ -118,11 +118,15 @@ def test_alpha_begins_at_the_parent_and_at_the_conversion(drawn):
         "GQA-8 mean": [(0, 20), (0.05, 24), (0.1, 20.1)],
         "MQA mean": [(0, 20), (0.05, 15), (0.1, 20.1)],
     }
-    losses = _lines(drawn["alpha_loss"].axes[0])
-    assert losses["MHA"] == [(0, 3.9), (0.05, pytest.approx(4.1))]
-    assert losses["GQA-8 mean"] == pytest.approx(
+    above, _, below, _ = drawn["alpha_loss"].axes
+    assert above.get_title() == "GQA-8"
+    assert _lines(above)["mean"] == pytest.approx(
         [pytest.approx((x, y)) for x, y in ((0, 4.2), (0.05, 4.1), (0.1, 4.0))]
     )
+    longer = next(line for line in above.lines if line.get_label().startswith("MHA"))
+    assert longer.get_ydata() == pytest.approx([3.9, 4.1])
+    # At alpha 0.05 it is where the parent is by then: nothing that a scale of ratios could show.
+    assert _lines(below)["mean"] == [(0, pytest.approx(0.3))]
     published = drawn["alpha"].axes[1].lines
     assert [list(line.get_ydata()) for line in published] == [
         list(points.values()) for points in paper.FIGURE5.values()

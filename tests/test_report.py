@@ -179,7 +179,7 @@ def test_sizes_head_counts_and_methods_get_their_own_rows(tmp_path):
 def test_provenance_names_networks_that_were_timed(tmp_path):
     _, page = make(tmp_path, [*WHOLE, *timings(4, 0.02)])
     rows = page.split("## Provenance")[1]
-    assert re.search(r"run-8 +\| GQA-8 +\| benchmark ", rows)
+    assert re.search(r"run-8 +\| GQA-8 mean, alpha [^|]*; GQA-8 +\| convert, .*benchmark ", rows)
     assert re.search(r"run-4 +\| GQA-4 +\| benchmark ", rows)
     assert re.search(r"run-16 +\| MHA +\| pretrain, .*benchmark ", rows)
     assert "from scratch" not in rows

@@ -9,6 +9,7 @@ from configs import base
 from configs.sweeps import grid
 from experiments import sweep
 from experiments.plan import merge, parent_config, plan
+from gqa.convert import METHODS
 from gqa.errors import UserError
 
 
@@ -68,15 +69,18 @@ def test_alpha_has_the_papers_lines():
     stages = merge(plan(point, None) for point in sweep.expand(get("alpha")))
     assert sum(s.kind == "pretrain" for s in stages) == 1
     assert sum(s.kind == "convert" for s in stages) == 2  # MHA stays as it is
-    assert sum(s.kind == "uptrain" for s in stages) == 14  # nor is it uptrained for nothing
+    assert sum(s.kind == "uptrain" for s in stages) == 12  # none of no steps
 
 
 def test_conversion_has_every_method_of_the_paper():
-    assert [p[1:4] for p in points(get("conversion"))] == [
-        (1, "mean", 0.05),
-        (1, "first", 0.05),
-        (1, "random", 0.05),
-    ]
+    found = points(get("conversion"))
+    scored = [p for p in found if p[5]]
+    for method in ("mean", "first", "random"):
+        assert {p[4] for p in scored if p[1:4] == (1, method, 0.05)} == {0, 1, 2}
+    ours = {p[2] for p in found}
+    assert ours == set(METHODS)
+    curve = {p[3] for p in found if p[1:3] == (4, "svd")}
+    assert curve == {0, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1}
 
 
 def test_table1_has_two_sizes():
