@@ -5,7 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from experiments import stage
+from configs import base
+from experiments import pretrain, stage
+from experiments.plan import parent_config
 from gqa.checkpoint import Checkpoints
 from gqa.errors import UserError
 
@@ -69,3 +71,11 @@ def test_what_it_says_wrong_is_named(info, tmp_path, path, value, problem):
     save(tmp_path, changed(info, path, value))
     with pytest.raises(UserError, match=problem):
         stage.open_parent(tmp_path)
+
+
+def test_a_network_that_no_memory_holds_is_refused_before_any_compute(tmp_path):
+    config = base.get_config("xxl")
+    config.model.num_decoder_layers = 10_000
+    settings = config.pretrain.to_dict() | {"model": parent_config(config).__dict__, "seed": 0}
+    with pytest.raises(UserError, match=r"^training a network of [\d,]+ parameters takes .* GiB"):
+        pretrain.run("pretrain", settings, tmp_path, [], None)

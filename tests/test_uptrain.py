@@ -6,18 +6,30 @@ import shutil
 import numpy as np
 import pytest
 
+from experiments import worker
 from gqa import checkpoint
 from gqa.model import Config
 from tests.jobs import TINY, differences, launch, outputs
 
 OURS = ("convert.num_kv_heads_decoder", "convert.num_kv_heads_cross", "uptrain.alpha")
 SETTINGS = {key: value for key, value in TINY.items() if key not in OURS}
-SETTINGS |= {"sweep.alpha.tasks": "none", "sweep.alpha.kv_heads": "2,"}
+SETTINGS["pretrain.steps"] = 2
+for grid, methods, alphas in (
+    ("larger", "mean", "0.5,1.0"),
+    ("smaller", "weighted,fuse,mean-kl9", "1.0,"),
+):
+    axes = {
+        "tasks": "none",
+        "sizes": "nano",
+        "kv_heads": "2,",
+        "methods": methods,
+        "alphas": alphas,
+    }
+    SETTINGS |= {f"sweep.{grid}.{axis}": value for axis, value in axes.items()}
 
 
-def sweep(workdir, methods, *alphas, **more):
-    grid = {"sweep.alpha.methods": methods, "sweep.alpha.alphas": ",".join(map(str, alphas)) + ","}
-    return launch(workdir, SETTINGS | grid | more, config="configs/sweeps/alpha.py")
+def sweep(workdir):
+    return launch(workdir, SETTINGS, config="configs/sweeps/table1.py")
 
 
 def stages(workdir):
@@ -33,31 +45,30 @@ def stages(workdir):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uptrain") / "runs"
-    sweep(folder, "mean,weighted,fuse,mean-kl9", 0.5, 1.0)
+    sweep(folder)
     return folder
 
 
 def test_a_head_start_changes_nothing(workdir, tmp_path):
     """alpha 1 went on where alpha 0.5 ended; here it has to go all the way itself."""
-    for name in ("text", "compiled"):
-        shutil.copytree(workdir / name, tmp_path / name)
-    text = sweep(tmp_path, "mean,mean-kl9", 1.0)
-    assert "step 8/12" in text
-    expected = outputs(workdir, like=tmp_path)
-    assert any(name.startswith("uptrain") for name in expected)
-    assert differences(outputs(tmp_path), expected) == []
-
-
-def test_a_head_start_is_taken(workdir):
-    folder, _ = stages(workdir)["mean", 1.0]
-    steps = {int(p.name) for p in (folder / "checkpoints").iterdir()}
-    assert steps == {10, 12}  # alpha 0.5 ended at 9
+    longest, _ = stages(workdir)["mean", 1.0]
+    steps = {int(path.name) for path in (longest / "checkpoints").iterdir()}
+    assert steps == {4}
+    copy = tmp_path / "runs"
+    shutil.copytree(workdir, copy)
+    for folder, _ in stages(copy).values():
+        shutil.rmtree(folder / "checkpoints")
+        (folder / "done.json").unlink()
+        if folder.name != longest.name:
+            shutil.rmtree(folder)
+    worker.run(copy / "stages" / longest.name)
+    assert differences(outputs(copy), outputs(workdir, like=copy)) == []
 
 
 @pytest.mark.parametrize("method", ["weighted", "fuse"])
 def test_what_is_learned_ends_as_plain_heads(workdir, method):
     folder, records = stages(workdir)[method, 1.0]
-    path = folder / "checkpoints" / "12"
+    path = folder / "checkpoints" / "4"
     info = checkpoint.load_config(path)
     assert Config(**info["model"]).num_kv_heads_decoder == 2
     found = outputs(workdir, like=workdir)
@@ -70,14 +81,14 @@ def test_what_is_learned_ends_as_plain_heads(workdir, method):
     other = found[f"{mean.name}['params']['decoder']['layers']['self_attention']['key']"]
     assert np.abs(keys - other).max() > 1e-3
     assert records["validation_loss"] != mean_records["validation_loss"]
-    assert records["steps"] == 6
+    assert records["steps"] == 2
 
 
 def test_validation_is_of_the_plain_heads(workdir):
     """KL and loss are of what the checkpoint holds: the last logged loss is the stage's."""
     for method in ("weighted", "fuse"):
         folder, records = stages(workdir)[method, 1.0]
-        seal = json.loads((folder / "checkpoints" / "12" / "checksums.json").read_text())
+        seal = json.loads((folder / "checkpoints" / "4" / "checksums.json").read_text())
         assert seal["metrics"]["validation_loss"] == records["validation_loss"]
 
 
