@@ -24,11 +24,7 @@ def get_config(arg: str = ""):
         GROUPINGS.format(name)
         for name in ("strided", "random", "weight_cos", "act_cos", "act_aligned")
     )
-    calibration = ",".join(
-        f"svd-{space}-{tokens}"
-        for space in ("activation", "logit")
-        for tokens in (1024, 8192, 524288)
-    )
+    calibration = "svd-logit-1024,svd-logit-8192,svd-logit-524288"
     others = "svd-logit-sequential,svd-activation-sequential,svd-logit-shrink0,svd-logit-shrink0.1"
     tuned = {"seeds": SEEDS, "tasks": "docstring_summary"}
     return sweep(
