@@ -14,6 +14,7 @@ from gqa.errors import UserError
 LARGEST = 2**31 - 1  # steps, lengths, seeds and token ids are int32
 ZERO_TOO = (
     *("seed", "evaluate.examples", "evaluate.top_k", "train.max_rollbacks"),
+    *("finetune.inputs_length", "finetune.targets_length"),
     *("slurm.gpus_per_node", "slurm.cpus_per_task", "slurm.mem_gb", "slurm.timeout_min"),
 )
 CHOICES = {

@@ -38,12 +38,12 @@ def assert_same(a, b):
 def pretrain(**changes):
     tokens = np.arange(100, 100 + 47 * 50, dtype=np.int32)  # 50 segments of 47 distinct tokens
     options = {"inputs_length": 43, "batch_size": 4, "seed": 3, "first_sentinel": FIRST_SENTINEL}
-    return data.pretrain(tokens, **options | changes)
+    return data.pretrain([tokens], **options | changes)
 
 
 def seq2seq(n=50, **changes):
     options = {"inputs_length": 16, "targets_length": 8, "batch_size": 4, "seed": 3, "pack": True}
-    return data.seq2seq(numbered_pairs(n), **options | changes)
+    return data.seq2seq([numbered_pairs(n)], **options | changes)
 
 
 STREAMS = pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_shards_make_up_the_batches_of_one_process(stream):
 def test_plain_batches_truncate_end_and_pad():
     pairs = [(np.arange(10, 30), np.arange(40, 42)), (np.arange(20, 22), np.arange(40, 60))]
     stream = data.seq2seq(
-        pairs, inputs_length=6, targets_length=5, batch_size=2, seed=0, pack=False
+        [pairs], inputs_length=6, targets_length=5, batch_size=2, seed=0, pack=False
     )
     batch = next(stream)
     assert batch.keys() == {"inputs", "targets"}
@@ -226,7 +226,9 @@ def test_packing_loses_nothing_in_an_epoch():
 
 def test_packed_segments_and_positions():
     pairs = [(np.array([7, 8, 9]), np.array([5])), (np.array([11]), np.array([12, 13]))]
-    stream = data.seq2seq(pairs, inputs_length=8, targets_length=6, batch_size=1, seed=0, pack=True)
+    stream = data.seq2seq(
+        [pairs], inputs_length=8, targets_length=6, batch_size=1, seed=0, pack=True
+    )
     batch = {name: rows[0] for name, rows in next(stream).items()}
     first, second = sorted(unpack({k: v[None] for k, v in batch.items()}))
     assert first == ((7, 8, 9, EOS), (5, EOS))

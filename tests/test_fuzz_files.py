@@ -33,10 +33,11 @@ WRONG_JSON = [
     ),
     *(f'{{"source": {LONG}, "target": "x"}}', '{"source": "x"}', '{"target": "x"}', "NaN", "\0"),
     *('{"source": "a\0b", "target": "x"}', '{"source": "x", "target": "y"} {}', '{"Source": "x"}'),
-    *(f'{{"source": {value}, "target": "x"}}' for value in ("1", "null", '""', '" "', '["x"]')),
+    *(f'{{"source": {value}, "target": "x"}}' for value in ("1", "null", '""', '" "', '["x", 1]')),
     *(f'{{"source": "x", "target": {value}}}' for value in ("1", "null", '""', "[]", '["x", 1]')),
     *('{"source": "\\ud800", "target": "x"}', '{"source": "x", "target": ["x", "\\udfff"]}'),
-    *('{"source": "x", "target": [["x"]]}', '{"source": "x", "target": {"x": "y"}}', "\ufeff{}"),
+    *('{"source": "x", "target": [["x", 1]]}', '{"source": "x", "target": {"x": "y"}}'),
+    "\ufeff{}",
 ]
 WRONG_TSV = ["x", "x\ty\tz", "x\t ", "\tx", "\t\t"]
 NOT_UTF8 = [b"\xff", b"\xc3(", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", "ä".encode("latin-1")]
@@ -204,7 +205,7 @@ def test_what_is_no_readable_file_is_named(workdir, write, tmp_path):
     if os.geteuid():
         (tmp_path / "closed.tsv").touch(0o000)
         names.append("closed.tsv")
-    for name in [*names, "data.csv", "data"]:
+    for name in [*names, "data.xls", "data"]:
         assert f"{tmp_path / name}: " in begin(workdir, write, tmp_path / name)
 
 
