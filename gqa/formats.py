@@ -141,19 +141,23 @@ def _csv(path: str, columns: Collection[str]) -> Rows:
 def _txt(path: str, columns: Collection[str]) -> Rows:
     """A paragraph a row, as column `text`; a blank line ends it."""
     del columns
-    paragraph, first, size = [], 1, 0
+    paragraph, first, size = [], 0, 0
     for number, raw in itertools.chain(_lines(path), [(0, b"")]):
-        if raw.strip() and size <= LONGEST:
+        blank = not raw.strip()
+        if paragraph and (blank or size + len(raw) > LONGEST):
+            yield first, _paragraph(paragraph)
+            paragraph, size = [], 0
+        if not blank:
             first = first if paragraph else number
             paragraph.append(raw)
             size += len(raw)
-        elif paragraph:
-            try:
-                yield first, {"text": _decode(b"".join(paragraph)).rstrip()}
-            except _Wrong as error:
-                yield first, str(error)
-            paragraph = [raw] if raw.strip() else []
-            first, size = number, len(raw)
+
+
+def _paragraph(lines: list[bytes]) -> Row:
+    try:
+        return {"text": _decode(b"".join(lines)).rstrip()}
+    except _Wrong as error:
+        return str(error)
 
 
 def _each_line(path: str, make: Callable[[str], dict | None]) -> Rows:
