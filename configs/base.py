@@ -79,6 +79,8 @@ def _text() -> ConfigDict:
     # The default corpus is the documentation of the packages in requirements.txt.
     text.packages = ""  # comma-separated distributions; empty: all in requirements.txt
     text.vocabulary = ""  # a SentencePiece file; empty: trained on the pretraining text
+    # Where tensorflow-datasets has the paper's in array_record format; empty: where it puts them.
+    text.data_dir = ""
     return text
 
 

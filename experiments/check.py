@@ -127,6 +127,11 @@ def _check_tasks(config: ConfigDict) -> None:
                 raise UserError(f"{key}: task={name!r} is unknown; choose from {known}")
     text.check(config)
     split = config.evaluate.split
+    for name in tuned:
+        splits = getattr(tasks.get(name), "SPLITS", tasks.SPLITS)
+        if split not in splits:
+            known = " or ".join(splits)
+            raise UserError(f"evaluate.split={split!r}: {name} has no answers in it; use {known}")
     if "files" in tuned and not config.files[split]:
         raise UserError(f"files.{split} names no file, evaluate.split={split!r} needs one")
 

@@ -16,6 +16,7 @@ from gqa import corpus, data, tasks, tokenizer
 from gqa.errors import UserError
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
+VOCABULARY_TEXTS = 1_000_000  # the first so many make a vocabulary
 
 
 class Text(NamedTuple):
@@ -76,6 +77,8 @@ def settings(config: ConfigDict) -> dict:
 
 def _options(config: ConfigDict, task: str) -> dict:
     """What a task is told, beside the split."""
+    if task in tasks.names() and "data_dir" in tasks.option_names(task):
+        return {"data_dir": config.text.data_dir and os.path.abspath(config.text.data_dir)}
     if task not in ("files", "documents"):
         return {}
     section = config[task].to_dict()
@@ -157,7 +160,7 @@ def _vocabulary(wanted: dict, text: Text) -> tokenizer.Tokenizer:
     path = _vocabulary_path(wanted, text.source(task), text.folder)
     if path.exists():
         return tokenizer.load(path)
-    texts = text.examples(task, "train")
+    texts = text.examples(task, "train")[:VOCABULARY_TEXTS]
     if isinstance(texts[0], tasks.Example):
         texts = [part for example in texts for part in (example.inputs, *example.targets)]
     return tokenizer.train(texts, wanted["vocab_size"], path)
@@ -203,8 +206,12 @@ def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
         shape["targets_length"] = data.span_lengths(recipe["inputs_length"]).targets
         first_sentinel = text.tokenizer.sentinel(0)
         corruption = {"inputs_length": shape["inputs_length"], "first_sentinel": first_sentinel}
-        tokens = [np.concatenate(text.ids(part)) for part in train]
-        batches = data.pretrain(tokens, weights, **corruption, **stream)
+        if isinstance(train[0], list):
+            tokens = [np.concatenate(text.ids(part)) for part in train]
+            batches = data.pretrain(tokens, weights, **corruption, **stream)
+        else:
+            encode = text.tokenizer.encode
+            batches = data.pretrain_stream(*train, encode, **corruption, **stream)
         held_out = data.corrupted(np.concatenate(text.ids(validation)), **corruption, seed=0)[
             :limit
         ]

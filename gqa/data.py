@@ -4,14 +4,15 @@ A batch is a dict of int32 [B, length] arrays `inputs` and `targets`, EOS at the
 and 0 behind it. Packed batches add `{inputs,targets}_{segments,positions}`: segments count from 1
 within a row and are 0 on padding, positions count from 0 within a segment.
 
-Training streams never end and are functions of (seed, step): their state is one integer.
+Training streams never end and are functions of (seed, step): their state is one integer, but that
+of documents too many to hold.
 """
 
 import hashlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -23,6 +24,7 @@ from gqa.tokenizer import EOS, NUM_SENTINELS, PAD, Tokenizer
 
 NOISE_DENSITY = 0.15
 MEAN_SPAN_LENGTH = 3.0
+READERS = 4  # threads that read and encode a stream of documents
 
 Batch = dict[str, np.ndarray]
 Pair = tuple[np.ndarray, np.ndarray]  # token ids of one example's inputs and targets, no EOS
@@ -187,16 +189,50 @@ def pretrain(
     """
     lengths = span_lengths(inputs_length)
     segments = [_segments(tokens, lengths.tokens) for tokens in parts]
+    corrupt = _corruption(lengths, first_sentinel)
+    examples = [part.random_map(corrupt) for part in _shuffled(segments, seed)]
+    return _batches(_mix(examples, weights), batch_size, shard)
+
+
+def pretrain_stream(
+    documents: grain.MapDataset,
+    encode: Callable[[str], Sequence[int]],
+    *,
+    inputs_length: int,
+    batch_size: int,
+    seed: int,
+    first_sentinel: int,
+    shard: tuple[int, int] = (0, 1),
+) -> grain.DatasetIterator:
+    """Batches as of `pretrain`, of documents that are read and encoded as they are needed.
+
+    They are reshuffled every epoch. Where segments begin depends on the documents before, so that
+    the state is several integers, and each process joins documents of its own.
+    """
+    index, count = shard
+    lengths = span_lengths(inputs_length)
+    corrupt = _corruption(lengths, first_sentinel)
+    shuffled = documents.seed(seed).shuffle().repeat()[index::count]
+    encoded = shuffled.map(lambda text: {"text": np.array(encode(text), np.int32)})
+    options = grain.ReadOptions(num_threads=READERS, prefetch_buffer_size=READERS * 8)
+    segments = grain.experimental.ConcatThenSplitIterDataset(
+        encoded.to_iter_dataset(options), length_struct={"text": lengths.tokens}
+    )
+    examples = segments.seed(seed + index).random_map(lambda row, rng: corrupt(row["text"], rng))
+    return iter(examples.batch(_local(batch_size, count), drop_remainder=True))
+
+
+def _corruption(lengths: SpanLengths, first_sentinel: int) -> Callable:
+    """A function of (segment, rng) that makes one padded example."""
 
     def corrupt(segment: np.ndarray, rng: np.random.Generator) -> Batch:
         inputs, targets = span_corruption(segment, rng, first_sentinel)
         return {
-            "inputs": _fill([inputs], inputs_length),
+            "inputs": _fill([inputs], lengths.inputs),
             "targets": _fill([targets], lengths.targets),
         }
 
-    examples = [part.random_map(corrupt) for part in _shuffled(segments, seed)]
-    return _batches(_mix(examples, weights), batch_size, shard)
+    return corrupt
 
 
 def _segments(tokens: np.ndarray, length: int) -> np.ndarray:
@@ -287,12 +323,17 @@ def _mix(parts: list[grain.MapDataset], weights: Sequence[float]) -> grain.MapDa
 def _batches(examples: grain.MapDataset, batch_size: int, shard: tuple[int, int]):
     """Iterate over this process's part: every count-th example, so all parts make the batch."""
     index, count = shard
-    if batch_size % count:
-        raise UserError(f"batch_size={batch_size} does not divide among {count} processes")
-    local = examples[index::count].batch(batch_size // count, drop_remainder=True)
+    local = examples[index::count].batch(_local(batch_size, count), drop_remainder=True)
     # One batch ahead in one thread: the next is ready when the step is, and results keep order.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(local.to_iter_dataset(options))
+
+
+def _local(batch_size: int, count: int) -> int:
+    """The part of a batch that each process has."""
+    if batch_size % count:
+        raise UserError(f"batch_size={batch_size} does not divide among {count} processes")
+    return batch_size // count
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -324,9 +365,7 @@ def evaluation(
     batch, the same number of batches each.
     """
     index, count = shard
-    if batch_size % count:
-        raise UserError(f"batch_size={batch_size} does not divide among {count} processes")
-    rows = batch_size // count
+    rows = _local(batch_size, count)
     for start in range(0, len(pairs), batch_size):
         first = start + index * rows
         part = [_truncate(p, inputs_length, targets_length) for p in pairs[first : first + rows]]
