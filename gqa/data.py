@@ -4,8 +4,8 @@ A batch is a dict of int32 [B, length] arrays `inputs` and `targets`, EOS at the
 and 0 behind it. Packed batches add `{inputs,targets}_{segments,positions}`: segments count from 1
 within a row and are 0 on padding, positions count from 0 within a segment.
 
-Training streams never end and are functions of (seed, step): their state is one integer, but that
-of documents too many to hold.
+Training streams never end and are functions of (seed, step): their state is one integer, or
+three where documents are too many to hold.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ import grain
 import numpy as np
 
 from gqa.errors import UserError
+from gqa.stream import Stream
 from gqa.tasks import Example
 from gqa.tokenizer import EOS, NUM_SENTINELS, PAD, Tokenizer
 
 NOISE_DENSITY = 0.15
 MEAN_SPAN_LENGTH = 3.0
-READERS = 4  # threads that read and encode a stream of documents
 
 Batch = dict[str, np.ndarray]
 Pair = tuple[np.ndarray, np.ndarray]  # token ids of one example's inputs and targets, no EOS
@@ -203,23 +203,21 @@ def pretrain_stream(
     seed: int,
     first_sentinel: int,
     shard: tuple[int, int] = (0, 1),
-) -> grain.DatasetIterator:
+) -> Stream:
     """Batches as of `pretrain`, of documents that are read and encoded as they are needed.
 
-    They are reshuffled every epoch. Where segments begin depends on the documents before, so that
-    the state is several integers, and each process joins documents of its own.
+    They are reshuffled every epoch. Each of the processes joins documents of its own.
     """
     index, count = shard
     lengths = span_lengths(inputs_length)
-    corrupt = _corruption(lengths, first_sentinel)
     shuffled = documents.seed(seed).shuffle().repeat()[index::count]
-    encoded = shuffled.map(lambda text: {"text": np.array(encode(text), np.int32)})
-    options = grain.ReadOptions(num_threads=READERS, prefetch_buffer_size=READERS * 8)
-    segments = grain.experimental.ConcatThenSplitIterDataset(
-        encoded.to_iter_dataset(options), length_struct={"text": lengths.tokens}
+    return Stream(
+        shuffled.map(lambda text: np.array(encode(text), np.int32)),
+        _corruption(lengths, first_sentinel),
+        lengths.tokens,
+        _local(batch_size, count),
+        (seed, index),
     )
-    examples = segments.seed(seed + index).random_map(lambda row, rng: corrupt(row["text"], rng))
-    return iter(examples.batch(_local(batch_size, count), drop_remainder=True))
 
 
 def _corruption(lengths: SpanLengths, first_sentinel: int) -> Callable:

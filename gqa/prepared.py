@@ -18,19 +18,30 @@ from gqa.tasks import SPLITS, Example
 CHARACTERS = 1 << 15  # of an input: 16 for each of 2048 tokens, the rest is never read
 LARGEST = 1 << 24  # bytes of a JSON file
 VERSION = re.compile(r"\d+\.\d+\.\d+")
+CLASS_KEYS = ("pythonClassName", "python_class_name", "type", "proto_cls")
 FEATURES = "tensorflow_datasets.core.features."
 
 
-def task(dataset: str, example: Callable[[dict], Example], splits: Sequence[str] = SPLITS):
+def task(
+    dataset: str,
+    example: Callable[[dict], Example],
+    prefix: str = "",
+    splits: Sequence[str] = SPLITS,
+):
     """`load`, `check` and `fingerprint` of a task that makes an `example` of each row.
 
-    A row has str where the dataset has text. Examples that lack a text are left out.
+    A row has str where the dataset has text. `prefix` is put before the inputs; examples that lack
+    inputs or a target are left out.
     """
 
     def load(split: str, *, corpus=None, data_dir: str = "") -> list[Example]:
         del corpus  # for the tasks that read it
-        made = (_cut(example(row)) for row in records(dataset, data_dir, split))
-        return [e for e in made if e.inputs.strip() and e.targets and e.targets[0].strip()]
+        made = (example(row) for row in records(dataset, data_dir, split))
+        return [
+            Example((prefix + inputs)[:CHARACTERS], targets)
+            for inputs, targets in made
+            if inputs.strip() and targets[0].strip()
+        ]
 
     def check(*, data_dir: str = "") -> list:
         for split in splits:
@@ -45,10 +56,6 @@ def task(dataset: str, example: Callable[[dict], Example], splits: Sequence[str]
         return describe(dataset, data_dir)
 
     return load, check, fingerprint
-
-
-def _cut(example: Example) -> Example:
-    return example._replace(inputs=example.inputs[:CHARACTERS])
 
 
 class Records(Sequence):
@@ -169,7 +176,7 @@ def _classes(value) -> Iterator[str]:
             yield from _classes(item)
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key in ("pythonClassName", "python_class_name", "type", "proto_cls"):
-                yield str(item)
+            if isinstance(item, str) and key in CLASS_KEYS:
+                yield item
             else:
                 yield from _classes(item)

@@ -11,7 +11,7 @@ from gqa import metrics, tasks
 from gqa.errors import UserError
 from gqa.tasks import Example
 
-DOCUMENTS = {"docstrings", "documents"}
+DOCUMENTS = {"docstrings", "documents", "c4"}
 CORPUS_ROWS = {
     "docstrings": [{"text": "Some prose."}],
     "docstring_summary": [{"source": "The rest.", "summary": "The line."}],
@@ -55,9 +55,7 @@ TSV = 'x\tde\ten\n1\tein "Hund\ta dog\r\n'
 def test_every_module_is_a_task():
     assert {"code_summary", "docstrings", "documents", "files", "parameter_qa"} <= {*tasks.names()}
     assert tasks.names() == sorted(m.name for m in pkgutil.iter_modules(tasks.__path__))
-    with pytest.raises(
-        UserError, match=r"task='docs' is unknown; choose from code_summary, .*files"
-    ):
+    with pytest.raises(UserError, match=r"task='docs' is unknown; choose from arxiv, .*files"):
         tasks.get("docs")
 
 

@@ -9,5 +9,5 @@ LENGTHS = (2048, 512)
 PREFIX = "summarize: "
 
 load, check, fingerprint = prepared.task(
-    "scientific_papers/arxiv", lambda row: Example(PREFIX + row["article"], (row["abstract"],))
+    "scientific_papers/arxiv", lambda row: Example(row["article"], (row["abstract"],)), PREFIX
 )

@@ -9,5 +9,5 @@ LENGTHS = (512, 256)
 PREFIX = "summarize: "
 
 load, check, fingerprint = prepared.task(
-    "cnn_dailymail", lambda row: Example(PREFIX + row["article"], (row["highlights"],))
+    "cnn_dailymail", lambda row: Example(row["article"], (row["highlights"],)), PREFIX
 )

@@ -14,7 +14,7 @@ def example(row: dict) -> Example:
     speakers = row["speaker"] or [""] * len(row["utt"])
     turns = zip(speakers, row["utt"], strict=False)
     text = "\n".join(f"{who}: {said}" if who else said for who, said in turns)
-    return Example(PREFIX + text, (row["summary"],))
+    return Example(text, (row["summary"],))
 
 
-load, check, fingerprint = prepared.task("media_sum", example)
+load, check, fingerprint = prepared.task("media_sum", example, PREFIX)

@@ -9,5 +9,5 @@ LENGTHS = (2048, 512)
 PREFIX = "summarize: "
 
 load, check, fingerprint = prepared.task(
-    "multi_news", lambda row: Example(PREFIX + row["document"], (row["summary"],))
+    "multi_news", lambda row: Example(row["document"], (row["summary"],)), PREFIX
 )

@@ -24,4 +24,4 @@ def example(row: dict) -> Example:
     )
 
 
-load, check, fingerprint = prepared.task("trivia_qa/rc", example, SPLITS)
+load, check, fingerprint = prepared.task("trivia_qa/rc", example, splits=SPLITS)

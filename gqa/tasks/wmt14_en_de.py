@@ -9,5 +9,5 @@ LENGTHS = (512, 256)
 PREFIX = "translate English to German: "
 
 load, check, fingerprint = prepared.task(
-    "wmt14_translate/de-en", lambda row: Example(PREFIX + row["en"], (row["de"],))
+    "wmt14_translate/de-en", lambda row: Example(row["en"], (row["de"],)), PREFIX
 )
