@@ -103,7 +103,7 @@ def check(config: ConfigDict) -> None:
     wanted = settings(config)
     for name in dict.fromkeys(task_names(config)):
         for report in tasks.check(name, **wanted["options"][name]):
-            print(f"task {name} leaves out {report}")
+            print(f"task {name}: {report}; left out")
     for name in split_names(config.finetune.tasks):
         if not hasattr(tasks.get(name), "METRICS"):
             raise UserError(f"finetune.tasks: {name} has documents, not examples to fine-tune on")
