@@ -1,9 +1,12 @@
 """Whatever stands in a user's file, it is read or refused by its line before the job begins."""
 
+import functools
 import gzip
 import json
 import os
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import test_fuzz
 from hypothesis import given
@@ -51,7 +54,34 @@ def tsv(rows):
     return [b"source\ttarget", *(f"{row['source']}\t{row['target']}".encode() for row in rows)]
 
 
+def csv(rows):
+    return [line.replace(b"\t", b",") for line in tsv(rows)]
+
+
+def array(rows):
+    return [b"[" + b",\n".join(jsonl(rows)) + b"]"]
+
+
+def columnar(write, rows):
+    sink = pa.BufferOutputStream()
+    write(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def write_stream(table, sink):
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+
+
 FORMATS = {".jsonl": jsonl, ".tsv": tsv, ".jsonl.gz": jsonl, ".tsv.gz": tsv}
+OTHERS = {
+    ".csv": csv,
+    ".csv.gz": csv,
+    ".json": array,
+    ".json.gz": array,
+    ".parquet": functools.partial(columnar, pa.parquet.write_table),
+    ".arrow": functools.partial(columnar, write_stream),
+}
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +140,10 @@ def test_a_wrong_line_is_named_wherever_it_stands(workdir, write, ending, place,
     assert f"{path}:{place + 1}: " in said
 
 
-@given(st.sampled_from(sorted(FORMATS)), st.data())
-@once(max_examples=250)
+@given(st.sampled_from(sorted(FORMATS | OTHERS)), st.data())
+@once(max_examples=400)
 def test_a_damaged_file_is_read_or_refused(workdir, write, ending, data):
-    path = write(ending, FORMATS[ending](ROWS * data.draw(st.sampled_from([1, 50]))))
+    path = write(ending, (FORMATS | OTHERS)[ending](ROWS * data.draw(st.sampled_from([1, 50]))))
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         begin_at = data.draw(st.integers(0, len(content)))
