@@ -152,11 +152,13 @@ def test_what_is_missing_is_told_with_the_command_that_prepares_it(tmp_path, nam
 
 
 def test_the_newest_version_is_read_and_known_again(data_dir, tmp_path):
-    shutil.copytree(f"{data_dir}/multi_news", tmp_path / "multi_news")
-    for version in ("2.0.0", "10.0.0", "11.0.0.incomplete", "12.0.0"):
-        (tmp_path / "multi_news" / version).mkdir()
-    info = tmp_path / "multi_news" / "2.1.0" / "dataset_info.json"
-    shutil.copy(info, tmp_path / "multi_news" / "2.0.0")
+    parent = tmp_path / "multi_news"
+    shutil.copytree(f"{data_dir}/multi_news", parent)
+    for version in ("2.0.0", "10.0.0", "11.0.0.incomplete"):
+        shutil.copytree(parent / "2.1.0", parent / version)
+    (parent / "12.0.0").mkdir()
+    assert prepared.find("multi_news", str(tmp_path)).name == "10.0.0"
+    shutil.rmtree(parent / "10.0.0")
     assert prepared.find("multi_news", str(tmp_path)).name == "2.1.0"
     fingerprint = tasks.get("multi_news").fingerprint
     assert fingerprint(data_dir=str(tmp_path)) == fingerprint(data_dir=data_dir)
@@ -203,6 +205,7 @@ def change(path, old, new):
 )
 def test_metadata_that_leads_elsewhere_is_refused(data_dir, tmp_path, file, old, new, message):
     shutil.copytree(f"{data_dir}/multi_news", tmp_path / "multi_news")
+    shutil.copytree(f"{data_dir}/multi_news/2.1.0", tmp_path / "multi_news" / "x")
     change(tmp_path / "multi_news" / "2.1.0" / file, old, new)
     with pytest.raises(UserError, match=message):
         use("multi_news", str(tmp_path))

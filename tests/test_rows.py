@@ -13,7 +13,7 @@ from gqa.errors import UserError
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.txt", "b.txt", "in/c.jsonl", "in/d.txt", "in/notes.md", "e@2.txt"):
+    for name in ("a.txt", "b.txt", "in/c.jsonl", "in/d.txt", "in/notes.md", "e@2.txt", "f@2"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     return tmp_path
@@ -29,7 +29,7 @@ def test_names_are_files_globs_and_folders(folder):
     assert files("[ab].txt,in") == ["a.txt", "b.txt", "in/c.jsonl", "in/d.txt"]
     assert files(f"{folder}/**/*.txt") == ["a.txt", "b.txt", "e@2.txt", "in/d.txt"]
     assert files("missing.txt,missing@x") == ["missing.txt", "missing@x"]  # told when it is read
-    assert files("e@2.txt") == ["e@2.txt"]
+    assert files("e@2.txt,f@2") == ["e@2.txt", "f@2"]
 
 
 def test_weights_make_a_mixture(folder):
@@ -101,7 +101,7 @@ def test_what_datasets_saved_is_read(tmp_path):
         "[]",
         "{",
         "[" * 100_000,
-        " " * (1 << 25),
+        '{"_data_files": [{"filename": "a.arrow"}]}' + " " * (1 << 25),
     ],
 )
 def test_a_state_that_names_other_files_is_refused(tmp_path, state):
