@@ -42,7 +42,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.uptrain.alpha = 0.05  # of pretrain.steps, with pretrain's recipe and data; 0 is allowed
     config.uptrain.beta = 0.0  # of KL(multi-head parent || network), added to the loss
     config.finetune = _finetune()
-    config.files = _files()
+    config.files, config.documents = _files(), _documents()
     config.evaluate = _evaluate()
     config.benchmark = ConfigDict()
     config.benchmark.batch_size = 8
@@ -69,6 +69,8 @@ def _text() -> ConfigDict:
     # The default corpus is the documentation of the packages in requirements.txt.
     text.packages = ""  # comma-separated distributions; empty: all in requirements.txt
     text.vocabulary = ""  # a SentencePiece file; empty: trained on the pretraining text
+    # Where tensorflow-datasets has the paper's in array_record format; empty: where it puts them.
+    text.data_dir = ""
     return text
 
 
@@ -114,8 +116,8 @@ def _finetune() -> ConfigDict:
     finetune.steps = 20_000
     finetune.batch_size = 128
     finetune.num_microbatches = 1
-    finetune.inputs_length = 512
-    finetune.targets_length = 256
+    finetune.inputs_length = 0  # 0: the task's own, the paper's for its tasks, else 512
+    finetune.targets_length = 0  # likewise, else 256
     finetune.pack = False  # several examples a row, with segment ids
     finetune.learning_rate = 1e-3
     finetune.dropout_rate = 0.1
@@ -137,15 +139,25 @@ def _train() -> ConfigDict:
 
 def _files() -> ConfigDict:
     files = ConfigDict()
-    # The task `files`: your own pairs of texts, .jsonl or .tsv, also .gz.
-    files.train = ""
+    # The task `files`: your own pairs of texts. Files, globs or folders, comma-separated:
+    # .jsonl .json .tsv .csv, also .gz; .parquet, or what Hugging Face's datasets saved.
+    files.train = ""  # name@weight,name@weight is a mixture
     files.validation = ""
     files.test = ""
-    files.source = "source"  # column names
-    files.target = "target"
+    files.source = "source"  # a column, or several: "{question} context: {context}"
+    files.target = "target"  # a column, of texts or lists of references; answers.text goes inside
     files.prefix = ""  # put before every source
     files.metrics = "rouge1,rouge2,rougeL"
     return files
+
+
+def _documents() -> ConfigDict:
+    documents = ConfigDict()
+    # The task `documents`: your own pretraining text. The same, and plain text files (.txt, .gz).
+    documents.train = ""
+    documents.validation = ""
+    documents.column = "text"  # of other files than plain text
+    return documents
 
 
 def _evaluate() -> ConfigDict:

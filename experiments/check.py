@@ -14,6 +14,7 @@ from gqa.errors import UserError
 LARGEST = 2**31 - 1  # steps, lengths, seeds and token ids are int32
 ZERO_TOO = (
     *("seed", "evaluate.examples", "evaluate.top_k", "train.max_rollbacks"),
+    *("finetune.inputs_length", "finetune.targets_length"),
     *("slurm.gpus_per_node", "slurm.cpus_per_task", "slurm.mem_gb", "slurm.timeout_min"),
 )
 CHOICES = {
@@ -124,6 +125,11 @@ def _check_tasks(config: ConfigDict) -> None:
                 raise UserError(f"{key}: task={name!r} is unknown; choose from {known}")
     text.check(config)
     split = config.evaluate.split
+    for name in tuned:
+        splits = getattr(tasks.get(name), "SPLITS", tasks.SPLITS)
+        if split not in splits:
+            known = " or ".join(splits)
+            raise UserError(f"evaluate.split={split!r}: {name} has no answers in it; use {known}")
     if "files" in tuned and not config.files[split]:
         raise UserError(f"files.{split} names no file, evaluate.split={split!r} needs one")
 

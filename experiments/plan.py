@@ -165,6 +165,7 @@ def _tune_and_score(
     config: ConfigDict, leaf: Stage, task: str, prepared: text.Text | None, plan_stage
 ) -> list[Stage]:
     settings = config.finetune.to_dict() | {"task": task, "seed": config.seed}
+    settings |= text.lengths(config.finetune, task)
     settings["text"] = prepared and prepared.source(task)
     del settings["tasks"]
     tuned = plan_stage("finetune", settings, (leaf,), leaf.variant)

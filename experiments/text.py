@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from gqa import corpus, data, tasks, tokenizer
 from gqa.errors import UserError
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
+VOCABULARY_TEXTS = 1_000_000  # the first so many make a vocabulary
 
 
 class Text(NamedTuple):
@@ -26,9 +27,13 @@ class Text(NamedTuple):
     options: dict[str, dict]
     folder: Path
 
-    def examples(self, task: str, split: str) -> list:
+    def examples(self, task: str, split: str) -> Sequence:
         """Examples of a task, or documents."""
         return tasks.get(task).load(split, corpus=self.corpus, **self.options.get(task, {}))
+
+    def parts(self, task: str) -> list[tuple[Sequence, float]]:
+        """The same of the training split, in the parts of a mixture with their weights."""
+        return tasks.parts(task, corpus=self.corpus, **self.options.get(task, {}))
 
     def ids(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, kept on disk."""
@@ -59,10 +64,6 @@ def task_names(config: ConfigDict) -> tuple[str, ...]:
 
 def settings(config: ConfigDict) -> dict:
     """What `prepare` is to prepare, as JSON; paths are absolute."""
-    files = config.files.to_dict()
-    files["metrics"] = split_names(files["metrics"])
-    for key in ("train", "validation", "test"):
-        files[key] = files[key] and os.path.abspath(files[key])
     vocabulary = config.text.vocabulary
     return {
         "packages": list(_packages(config)),
@@ -70,15 +71,37 @@ def settings(config: ConfigDict) -> dict:
         "vocab_size": config.model.vocab_size,
         "pretraining": config.pretrain.task,
         "tasks": sorted(set(task_names(config))),
-        "options": {"files": files} if "files" in task_names(config) else {},
+        "options": {name: _options(config, name) for name in sorted(set(task_names(config)))},
     }
+
+
+def _options(config: ConfigDict, task: str) -> dict:
+    """What a task is told, beside the split."""
+    if task in tasks.names() and "data_dir" in tasks.option_names(task):
+        return {"data_dir": config.text.data_dir and os.path.abspath(config.text.data_dir)}
+    if task not in ("files", "documents"):
+        return {}
+    section = config[task].to_dict()
+    for split in section.keys() & {*tasks.SPLITS}:
+        section[split] = ",".join(map(os.path.abspath, split_names(section[split])))
+    if "metrics" in section:
+        section["metrics"] = split_names(section["metrics"])
+    return section
+
+
+def lengths(finetune: ConfigDict, task: str) -> dict[str, int]:
+    """inputs_length and targets_length of a task: its own where the config's section has 0."""
+    own = getattr(tasks.get(task), "LENGTHS", tasks.LENGTHS)
+    keys = ("inputs_length", "targets_length")
+    return {key: finetune[key] or length for key, length in zip(keys, own, strict=True)}
 
 
 def check(config: ConfigDict) -> None:
     """Refuse unknown tasks, unreadable files and packages that are not installed."""
     wanted = settings(config)
     for name in dict.fromkeys(task_names(config)):
-        tasks.check(name, **wanted["options"].get(name, {}))
+        for report in tasks.check(name, **wanted["options"][name]):
+            print(f"task {name}: {report}; left out")
     for name in split_names(config.finetune.tasks):
         if not hasattr(tasks.get(name), "METRICS"):
             raise UserError(f"finetune.tasks: {name} has documents, not examples to fine-tune on")
@@ -90,7 +113,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _needs_corpus(wanted: dict) -> bool:
-    return any(name != "files" for name in wanted["tasks"])
+    return any(map(tasks.needs_corpus, wanted["tasks"]))
 
 
 def _packages(config: ConfigDict) -> tuple[str, ...]:
@@ -123,11 +146,9 @@ def is_prepared(wanted: dict, workdir: Path) -> bool:
 
 
 def _source(task: str, built: corpus.Corpus | None, options: dict[str, dict]) -> str:
-    if task != "files":
+    if tasks.needs_corpus(task):
         return built.manifest["sha256"]
-    files = options["files"]
-    contents = {split: _sha256(files[split]) for split in tasks.SPLITS if files[split]}
-    return _hash([contents, *(files[key] for key in ("source", "target", "prefix"))])
+    return _hash(tasks.get(task).fingerprint(**options[task]))
 
 
 def _vocabulary(wanted: dict, text: Text) -> tokenizer.Tokenizer:
@@ -137,7 +158,7 @@ def _vocabulary(wanted: dict, text: Text) -> tokenizer.Tokenizer:
     path = _vocabulary_path(wanted, text.source(task), text.folder)
     if path.exists():
         return tokenizer.load(path)
-    texts = text.examples(task, "train")
+    texts = text.examples(task, "train")[:VOCABULARY_TEXTS]
     if isinstance(texts[0], tasks.Example):
         texts = [part for example in texts for part in (example.inputs, *example.targets)]
     return tokenizer.train(texts, wanted["vocab_size"], path)
@@ -150,12 +171,6 @@ def _vocabulary_path(wanted: dict, source: str, folder: Path) -> Path:
 
 def _hash(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Training(NamedTuple):
@@ -179,15 +194,22 @@ def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
     shard = (jax.process_index(), jax.process_count())
     stream = {"batch_size": recipe["batch_size"], "seed": seed, "shard": shard}
     limit = recipe["validation_examples"]
-    train, validation = (text.examples(task, split) for split in ("train", "validation"))
-    if isinstance(train[0], tasks.Example):
-        batches = data.seq2seq(text.pairs(train), **shape, **stream, pack=recipe.get("pack", False))
+    train, weights = zip(*text.parts(task), strict=True)
+    validation = text.examples(task, "validation")
+    if isinstance(train[0][0], tasks.Example):
+        pairs = [text.pairs(part) for part in train]
+        batches = data.seq2seq(pairs, weights, **shape, **stream, pack=recipe.get("pack", False))
         held_out = text.pairs(validation[:limit])
     else:
         shape["targets_length"] = data.span_lengths(recipe["inputs_length"]).targets
         first_sentinel = text.tokenizer.sentinel(0)
         corruption = {"inputs_length": shape["inputs_length"], "first_sentinel": first_sentinel}
-        batches = data.pretrain(np.concatenate(text.ids(train)), **corruption, **stream)
+        if isinstance(train[0], list):
+            tokens = [np.concatenate(text.ids(part)) for part in train]
+            batches = data.pretrain(tokens, weights, **corruption, **stream)
+        else:
+            encode = text.tokenizer.encode
+            batches = data.pretrain_stream(*train, encode, **corruption, **stream)
         held_out = data.corrupted(np.concatenate(text.ids(validation)), **corruption, seed=0)[
             :limit
         ]

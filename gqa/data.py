@@ -4,20 +4,22 @@ A batch is a dict of int32 [B, length] arrays `inputs` and `targets`, EOS at the
 and 0 behind it. Packed batches add `{inputs,targets}_{segments,positions}`: segments count from 1
 within a row and are 0 on padding, positions count from 0 within a segment.
 
-Training streams never end and are functions of (seed, step): their state is one integer.
+Training streams never end and are functions of (seed, step): their state is one integer, or
+three where documents are too many to hold.
 """
 
 import hashlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from gqa.errors import UserError
+from gqa.stream import Stream
 from gqa.tasks import Example
 from gqa.tokenizer import EOS, NUM_SENTINELS, PAD, Tokenizer
 
@@ -169,7 +171,8 @@ def restore(inputs: np.ndarray, targets: np.ndarray, first_sentinel: int) -> np.
 
 
 def pretrain(
-    tokens: np.ndarray,
+    parts: Sequence[np.ndarray],
+    weights: Sequence[float] = (1.0,),
     *,
     inputs_length: int,
     batch_size: int,
@@ -177,24 +180,57 @@ def pretrain(
     first_sentinel: int,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-    """Endless span-corruption batches over one array of token ids [n], documents joined.
+    """Endless span-corruption batches over arrays of token ids [n], documents joined.
 
-    The text is cut into segments of equal length, reshuffled every epoch with new noise. Batches
-    have `inputs` [B, inputs_length] and `targets` [B, span_lengths(inputs_length).targets], with
-    B = batch_size / count for `shard` (index, count) of the processes.
+    The text is cut into segments of equal length, reshuffled every epoch with new noise; those of
+    each part are drawn as often as its weight says. Batches have `inputs` [B, inputs_length] and
+    `targets` [B, span_lengths(inputs_length).targets], with B = batch_size / count for `shard`
+    (index, count) of the processes.
     """
     lengths = span_lengths(inputs_length)
-    segments = _segments(tokens, lengths.tokens)
+    segments = [_segments(tokens, lengths.tokens) for tokens in parts]
+    corrupt = _corruption(lengths, first_sentinel)
+    examples = [part.random_map(corrupt) for part in _shuffled(segments, seed)]
+    return _batches(_mix(examples, weights), batch_size, shard)
+
+
+def pretrain_stream(
+    documents: grain.MapDataset,
+    encode: Callable[[str], Sequence[int]],
+    *,
+    inputs_length: int,
+    batch_size: int,
+    seed: int,
+    first_sentinel: int,
+    shard: tuple[int, int] = (0, 1),
+) -> Stream:
+    """Batches as of `pretrain`, of documents that are read and encoded as they are needed.
+
+    They are reshuffled every epoch. Each of the processes joins documents of its own.
+    """
+    index, count = shard
+    lengths = span_lengths(inputs_length)
+    shuffled = documents.seed(seed).shuffle().repeat()[index::count]
+    return Stream(
+        shuffled.map(lambda text: np.array(encode(text), np.int32)),
+        _corruption(lengths, first_sentinel),
+        lengths.tokens,
+        _local(batch_size, count),
+        (seed, index),
+    )
+
+
+def _corruption(lengths: SpanLengths, first_sentinel: int) -> Callable:
+    """A function of (segment, rng) that makes one padded example."""
 
     def corrupt(segment: np.ndarray, rng: np.random.Generator) -> Batch:
         inputs, targets = span_corruption(segment, rng, first_sentinel)
         return {
-            "inputs": _fill([inputs], inputs_length),
+            "inputs": _fill([inputs], lengths.inputs),
             "targets": _fill([targets], lengths.targets),
         }
 
-    examples = grain.MapDataset.source(segments).seed(seed).shuffle().repeat().random_map(corrupt)
-    return _batches(examples, batch_size, shard)
+    return corrupt
 
 
 def _segments(tokens: np.ndarray, length: int) -> np.ndarray:
@@ -206,7 +242,8 @@ def _segments(tokens: np.ndarray, length: int) -> np.ndarray:
 
 
 def seq2seq(
-    pairs: Sequence[Pair],
+    parts: Sequence[Sequence[Pair]],
+    weights: Sequence[float] = (1.0,),
     *,
     inputs_length: int,
     targets_length: int,
@@ -215,26 +252,22 @@ def seq2seq(
     pack: bool,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-    """Endless batches of `pairs`, truncated to the lengths, reshuffled every epoch.
+    """Endless batches of pairs, truncated to the lengths, reshuffled every epoch.
 
-    With `pack` several pairs share a row. Which ones do is drawn once from `seed`; the rows are
-    what is shuffled then, so that any step can be computed without the ones before it.
+    With `pack` several pairs of a part share a row. Which ones do is drawn once from `seed`; the
+    rows are what is shuffled then, so that any step can be computed without the ones before it.
+    Rows of each part are drawn as often as its weight says.
     """
-    if not len(pairs):
+    if not all(map(len, parts)):
         raise UserError("the training split is empty")
     lengths = {"inputs": inputs_length, "targets": targets_length}
-    pairs = [_truncate(pair, inputs_length, targets_length) for pair in pairs]
-    if pack:
-        order = np.random.default_rng(seed).permutation(len(pairs))
-        sizes = np.array([[len(text) for text in pairs[i]] for i in order])
-        rows = [order[row] for row in first_fit(sizes, tuple(lengths.values()))]
-    else:
-        rows = [[i] for i in range(len(pairs))]
+    cut = [[_truncate(p, inputs_length, targets_length) for p in pairs] for pairs in parts]
+    rows = [_rows(pairs, tuple(lengths.values()), seed, pack) for pairs in cut]
 
-    def row_arrays(row: Sequence[int]) -> Batch:
+    def row_arrays(row: Sequence[Pair]) -> Batch:
         batch = {}
         for side, (name, length) in enumerate(lengths.items()):
-            texts = [pairs[i][side] for i in row]
+            texts = [pair[side] for pair in row]
             batch[name] = _fill(texts, length)
             if pack:
                 batch[f"{name}_segments"] = _fill(
@@ -243,8 +276,19 @@ def seq2seq(
                 batch[f"{name}_positions"] = _fill([np.arange(len(text)) for text in texts], length)
         return batch
 
-    examples = grain.MapDataset.source(rows).seed(seed).shuffle().repeat().map(row_arrays)
-    return _batches(examples, batch_size, shard)
+    examples = [part.map(row_arrays) for part in _shuffled(rows, seed)]
+    return _batches(_mix(examples, weights), batch_size, shard)
+
+
+def _rows(
+    pairs: Sequence[Pair], capacity: tuple[int, int], seed: int, pack: bool
+) -> list[list[Pair]]:
+    """The pairs of each row: one, or as many as fit."""
+    if not pack:
+        return [[pair] for pair in pairs]
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    sizes = np.array([[len(text) for text in pairs[i]] for i in order])
+    return [[pairs[i] for i in order[row]] for row in first_fit(sizes, capacity)]
 
 
 def first_fit(sizes: np.ndarray, capacity: tuple[int, ...], window: int = 64) -> list[list[int]]:
@@ -266,15 +310,28 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, ...], window: int = 64) ->
     return rows
 
 
+def _shuffled(parts: Sequence[Sequence], seed: int) -> list[grain.MapDataset]:
+    return [grain.MapDataset.source(part).seed(seed).shuffle().repeat() for part in parts]
+
+
+def _mix(parts: list[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+
 def _batches(examples: grain.MapDataset, batch_size: int, shard: tuple[int, int]):
     """Iterate over this process's part: every count-th example, so all parts make the batch."""
     index, count = shard
-    if batch_size % count:
-        raise UserError(f"batch_size={batch_size} does not divide among {count} processes")
-    local = examples[index::count].batch(batch_size // count, drop_remainder=True)
+    local = examples[index::count].batch(_local(batch_size, count), drop_remainder=True)
     # One batch ahead in one thread: the next is ready when the step is, and results keep order.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(local.to_iter_dataset(options))
+
+
+def _local(batch_size: int, count: int) -> int:
+    """The part of a batch that each process has."""
+    if batch_size % count:
+        raise UserError(f"batch_size={batch_size} does not divide among {count} processes")
+    return batch_size // count
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -306,9 +363,7 @@ def evaluation(
     batch, the same number of batches each.
     """
     index, count = shard
-    if batch_size % count:
-        raise UserError(f"batch_size={batch_size} does not divide among {count} processes")
-    rows = batch_size // count
+    rows = _local(batch_size, count)
     for start in range(0, len(pairs), batch_size):
         first = start + index * rows
         part = [_truncate(p, inputs_length, targets_length) for p in pairs[first : first + rows]]

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import grain
 import numpy as np
 import pytest
 
@@ -38,12 +39,12 @@ def assert_same(a, b):
 def pretrain(**changes):
     tokens = np.arange(100, 100 + 47 * 50, dtype=np.int32)  # 50 segments of 47 distinct tokens
     options = {"inputs_length": 43, "batch_size": 4, "seed": 3, "first_sentinel": FIRST_SENTINEL}
-    return data.pretrain(tokens, **options | changes)
+    return data.pretrain([tokens], **options | changes)
 
 
 def seq2seq(n=50, **changes):
     options = {"inputs_length": 16, "targets_length": 8, "batch_size": 4, "seed": 3, "pack": True}
-    return data.seq2seq(numbered_pairs(n), **options | changes)
+    return data.seq2seq([numbered_pairs(n)], **options | changes)
 
 
 STREAMS = pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_shards_make_up_the_batches_of_one_process(stream):
 def test_plain_batches_truncate_end_and_pad():
     pairs = [(np.arange(10, 30), np.arange(40, 42)), (np.arange(20, 22), np.arange(40, 60))]
     stream = data.seq2seq(
-        pairs, inputs_length=6, targets_length=5, batch_size=2, seed=0, pack=False
+        [pairs], inputs_length=6, targets_length=5, batch_size=2, seed=0, pack=False
     )
     batch = next(stream)
     assert batch.keys() == {"inputs", "targets"}
@@ -226,7 +227,9 @@ def test_packing_loses_nothing_in_an_epoch():
 
 def test_packed_segments_and_positions():
     pairs = [(np.array([7, 8, 9]), np.array([5])), (np.array([11]), np.array([12, 13]))]
-    stream = data.seq2seq(pairs, inputs_length=8, targets_length=6, batch_size=1, seed=0, pack=True)
+    stream = data.seq2seq(
+        [pairs], inputs_length=8, targets_length=6, batch_size=1, seed=0, pack=True
+    )
     batch = {name: rows[0] for name, rows in next(stream).items()}
     first, second = sorted(unpack({k: v[None] for k, v in batch.items()}))
     assert first == ((7, 8, 9, EOS), (5, EOS))
@@ -301,3 +304,68 @@ def test_tokens_are_cached_by_content(tmp_path, monkeypatch):
     assert [ids.tolist() for ids in again] == [ids.tolist() for ids in first]
     with pytest.raises(pytest.fail.Exception, match="tokenized again"):
         data.tokenize([*texts, "new"], vocabulary, tmp_path / "tokens")
+
+
+def stream(**changes):
+    """Documents of 1 to 9 tokens that can be told apart."""
+    documents = grain.MapDataset.source([f"{i} " * (1 + i % 9) for i in range(200)])
+    options = {"inputs_length": 43, "batch_size": 6, "seed": 3, "first_sentinel": FIRST_SENTINEL}
+    return data.pretrain_stream(documents, encode, **options | changes)
+
+
+def encode(text):
+    return [100 + int(word) for word in text.split()]
+
+
+def texts(batches):
+    rows = [row for b in batches for row in zip(b["inputs"], b["targets"], strict=True)]
+    return np.concatenate([data.restore(*row, FIRST_SENTINEL) for row in rows])
+
+
+def test_a_stream_joins_whole_documents_of_an_epoch_in_a_new_order():
+    tokens = texts(take(stream(), 8))
+    starts = np.flatnonzero(np.diff(tokens, prepend=-1))
+    documents, sizes = tokens[starts] - 100, np.diff(starts, append=len(tokens))
+    inner = slice(None, -1)  # the last one may be cut
+    np.testing.assert_array_equal(sizes[inner], 1 + documents[inner] % 9)
+    assert sorted(documents[:200]) == list(range(200))
+    assert documents[:200].tolist() != documents[200:400].tolist()
+
+
+def test_a_stream_resumes_and_shards():
+    original = stream()
+    for step in (1, 4, 30):
+        take(original, step)
+        state = json.loads(json.dumps(original.get_state()))
+        resumed = stream()
+        next(resumed)
+        resumed.set_state(state)
+        assert_same(take(resumed, 10), take(original, 10))
+    assert not np.array_equal(next(stream())["inputs"], next(stream(seed=4))["inputs"])
+    parts = [texts(take(stream(shard=(i, 2)), 3)) for i in range(2)]
+    assert len(parts[0]) == 3 * 3 * 47
+    assert not set(parts[0]) & set(parts[1])
+    with pytest.raises(UserError, match="batch_size=6 does not divide among 4"):
+        stream(shard=(0, 4))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_mixture_draws_rows_as_often_as_their_weights_say(pack):
+    pairs = numbered_pairs(60)
+    options = {"inputs_length": 16, "targets_length": 8, "batch_size": 4, "seed": 3}
+    stream = data.seq2seq([pairs[:5], pairs[5:]], (1, 3), **options, pack=pack)
+    rows = np.concatenate([batch["inputs"] for batch in take(stream, 100)])
+    assert (rows[:, 0] < 1005).mean() == pytest.approx(0.25, abs=0.01)
+    alone = data.seq2seq([pairs[5:]], **options, pack=pack)
+    expected = np.concatenate([batch["inputs"] for batch in take(alone, 20)])
+    np.testing.assert_array_equal(rows[rows[:, 0] >= 1005][:80], expected)  # it keeps its order
+    with pytest.raises(UserError, match="the training split is empty"):
+        data.seq2seq([pairs, []], (1, 3), **options, pack=pack)
+
+
+def test_a_mixture_of_texts_draws_segments_as_often_as_their_weights_say():
+    parts = [np.full(47 * 3, 200, np.int32), np.full(47 * 30, 300, np.int32)]
+    options = {"inputs_length": 43, "batch_size": 4, "seed": 3, "first_sentinel": FIRST_SENTINEL}
+    stream = data.pretrain(parts, (4, 1), **options)
+    rows = np.concatenate([batch["inputs"] for batch in take(stream, 50)])
+    assert (rows[:, 0] == 200).mean() == pytest.approx(0.8, abs=0.01)

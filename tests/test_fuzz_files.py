@@ -1,9 +1,12 @@
 """Whatever stands in a user's file, it is read or refused by its line before the job begins."""
 
+import functools
 import gzip
 import json
 import os
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import test_fuzz
 from hypothesis import given
@@ -33,10 +36,11 @@ WRONG_JSON = [
     ),
     *(f'{{"source": {LONG}, "target": "x"}}', '{"source": "x"}', '{"target": "x"}', "NaN", "\0"),
     *('{"source": "a\0b", "target": "x"}', '{"source": "x", "target": "y"} {}', '{"Source": "x"}'),
-    *(f'{{"source": {value}, "target": "x"}}' for value in ("1", "null", '""', '" "', '["x"]')),
+    *(f'{{"source": {value}, "target": "x"}}' for value in ("1", "null", '""', '" "', '["x", 1]')),
     *(f'{{"source": "x", "target": {value}}}' for value in ("1", "null", '""', "[]", '["x", 1]')),
     *('{"source": "\\ud800", "target": "x"}', '{"source": "x", "target": ["x", "\\udfff"]}'),
-    *('{"source": "x", "target": [["x"]]}', '{"source": "x", "target": {"x": "y"}}', "\ufeff{}"),
+    *('{"source": "x", "target": [["x", 1]]}', '{"source": "x", "target": {"x": "y"}}'),
+    "\ufeff{}",
 ]
 WRONG_TSV = ["x", "x\ty\tz", "x\t ", "\tx", "\t\t"]
 NOT_UTF8 = [b"\xff", b"\xc3(", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", "ä".encode("latin-1")]
@@ -50,7 +54,34 @@ def tsv(rows):
     return [b"source\ttarget", *(f"{row['source']}\t{row['target']}".encode() for row in rows)]
 
 
+def csv(rows):
+    return [line.replace(b"\t", b",") for line in tsv(rows)]
+
+
+def array(rows):
+    return [b"[" + b",\n".join(jsonl(rows)) + b"]"]
+
+
+def columnar(write, rows):
+    sink = pa.BufferOutputStream()
+    write(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def write_stream(table, sink):
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+
+
 FORMATS = {".jsonl": jsonl, ".tsv": tsv, ".jsonl.gz": jsonl, ".tsv.gz": tsv}
+OTHERS = {
+    ".csv": csv,
+    ".csv.gz": csv,
+    ".json": array,
+    ".json.gz": array,
+    ".parquet": functools.partial(columnar, pa.parquet.write_table),
+    ".arrow": functools.partial(columnar, write_stream),
+}
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +140,10 @@ def test_a_wrong_line_is_named_wherever_it_stands(workdir, write, ending, place,
     assert f"{path}:{place + 1}: " in said
 
 
-@given(st.sampled_from(sorted(FORMATS)), st.data())
-@once(max_examples=250)
+@given(st.sampled_from(sorted(FORMATS | OTHERS)), st.data())
+@once(max_examples=400)
 def test_a_damaged_file_is_read_or_refused(workdir, write, ending, data):
-    path = write(ending, FORMATS[ending](ROWS * data.draw(st.sampled_from([1, 50]))))
+    path = write(ending, (FORMATS | OTHERS)[ending](ROWS * data.draw(st.sampled_from([1, 50]))))
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         begin_at = data.draw(st.integers(0, len(content)))
@@ -204,7 +235,7 @@ def test_what_is_no_readable_file_is_named(workdir, write, tmp_path):
     if os.geteuid():
         (tmp_path / "closed.tsv").touch(0o000)
         names.append("closed.tsv")
-    for name in [*names, "data.csv", "data"]:
+    for name in [*names, "data.xls", "data"]:
         assert f"{tmp_path / name}: " in begin(workdir, write, tmp_path / name)
 
 

@@ -17,11 +17,13 @@ STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark",
 MAY_IMPORT_STAGES = ("launch", "experiments.pipeline", "experiments.check")
 LEAVES = (
     *("attention", "decode", "loss", "hardware", "optim", "sharding", "seal", "interrupt", "guard"),
-    *("corpus", "tokenizer", "metrics", "progress", "results", "errors"),
+    *("corpus", "tokenizer", "metrics", "progress", "results", "errors", "stream"),
 )
 # Who may import it, as a pattern over module names.
 ROOMS = {
     "ml_collections": r"(configs|experiments|tests)\..*|launch",
+    "pyarrow": r"gqa\.formats|tests\..*",
+    "tensorflow_datasets": r"gqa\.prepared|tests\..*",
     "orbax": r"gqa\.checkpoint|tests\..*",
     "submitit": r"experiments\.slurm",
     "tensorflow": r"nobody",

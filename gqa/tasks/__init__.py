@@ -1,8 +1,13 @@
 """Datasets, one module each, found by name.
 
-A module offers `load(split, *, corpus=None, **options)` for split train, validation or test, and
-says how it is scored: `METRICS`, and the one of them that a report averages, `HEADLINE`. Adding a
-dataset is adding a file here.
+A module offers `load(split, *, corpus, **options)` for split train, validation or test, which gives
+examples or documents. If they are examples it says how they are scored: `METRICS`, and the one of
+them that a report averages, `HEADLINE`. Adding a dataset is adding a file here. It may also have
+
+    check(**options)        refuses what it can see is wrong; returns what it would leave out
+    fingerprint(**options)  what its text is made from, as JSON, if that is not the corpus
+    parts(**options)        training data with the weights of a mixture, [(data, weight)]
+    SPLITS, LENGTHS         if they are not those below
 """
 
 import importlib
@@ -14,6 +19,7 @@ from typing import NamedTuple
 from gqa.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+LENGTHS = (512, 256)  # tokens of inputs and targets
 
 
 class Example(NamedTuple):
@@ -35,18 +41,36 @@ def get(name: str) -> types.ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def check(name: str, **options) -> None:
-    """Refuse an unknown task or option, and what the task itself can see is wrong. Cheap."""
-    task = get(name)
-    known = [
-        key for key in inspect.signature(task.load).parameters if key not in ("split", "corpus")
-    ]
+def needs_corpus(name: str) -> bool:
+    """Whether the task is made from the corpus of installed packages."""
+    return inspect.signature(get(name).load).parameters["corpus"].default is inspect.Parameter.empty
+
+
+def option_names(name: str) -> list[str]:
+    """What the task can be told beside the split."""
+    parameters = inspect.signature(get(name).load).parameters
+    return [key for key in parameters if key not in ("split", "corpus")]
+
+
+def check(name: str, **options) -> list:
+    """Refuse an unknown task or option, and what the task itself can see is wrong.
+
+    Returns what it says of rows that it will leave out.
+    """
+    task, known = get(name), option_names(name)
     for option in options:
         if option not in known:
             choice = f"its options are {', '.join(known)}" if known else "it has none"
             raise UserError(f"task {name} has no option {option!r}; {choice}")
-    if hasattr(task, "check"):
-        task.check(**options)
+    return task.check(**options) if hasattr(task, "check") else []
+
+
+def parts(name: str, **options) -> list[tuple]:
+    """Training examples or documents of a mixture's parts, and how often each is drawn from."""
+    task = get(name)
+    if hasattr(task, "parts"):
+        return task.parts(**{key: value for key, value in options.items() if key != "corpus"})
+    return [(task.load("train", **options), 1.0)]
 
 
 def scoring(name: str, **options) -> tuple[tuple[str, ...], str]:

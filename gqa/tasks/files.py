@@ -1,21 +1,14 @@
-"""The user's own text: JSONL or TSV files (also .gz) with a source and a target column.
+"""The user's own text: files with a source and a target column, see `gqa.rows` and `gqa.formats`.
 
-A JSONL target may be a list of references. TSV has a header line and no quoting.
+A target may be a list of references.
 """
 
-import collections
-import gzip
-import json
-import pathlib
-import zlib
-from collections.abc import Iterator
-
+from gqa import rows
 from gqa.errors import UserError
 from gqa.tasks import SPLITS, Example
 
 METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "exact_match", "f1")
 HEADLINE = "rougeL"
-FORMATS = (".jsonl", ".tsv", ".jsonl.gz", ".tsv.gz")
 
 
 def load(
@@ -30,104 +23,55 @@ def load(
     prefix: str = "",
     metrics: tuple[str, ...] = METRICS,
 ) -> list[Example]:
-    """Examples of one split from its file: `prefix` + column `source` -> column `target`."""
+    """Examples of one split from its files: `prefix` + `source` -> `target`.
+
+    `source` is a column or a template such as "{question} context: {context}".
+    """
     del corpus, metrics  # for the tasks that read the corpus; for whoever scores
-    path = {"train": train, "validation": validation, "test": test}[split]
-    if not path:
+    names = {"train": train, "validation": validation, "test": test}[split]
+    if not names:
         raise UserError(f"task files needs {split}=PATH here")
-    return list(_examples(path, source, target, prefix))
+    found = [_examples(entry, source, target, prefix)[0] for entry in rows.entries(names, split)]
+    return [example for part in found for example in part]
 
 
-def check(*, source: str = "", target: str = "", metrics=METRICS, **options) -> None:
-    """Refuse wrong paths, columns or metrics, and any bad row, by reading every file given."""
+def parts(*, source: str, target: str, train: str, prefix: str = "", **options):
+    """Training examples of each part of a mixture, with its weight."""
+    del options
+    return [
+        (_examples(entry, source, target, prefix)[0], entry.weight)
+        for entry in rows.entries(train, "train")
+    ]
+
+
+def check(*, source: str = "", target: str = "", metrics=METRICS, **options) -> list[rows.Report]:
+    """Refuse wrong paths, columns or metrics and what has many bad rows; reads every file.
+
+    Returns what is left out.
+    """
     if not (source and target and options.get("train")):
         raise UserError("task files needs train=PATH and the columns source=NAME and target=NAME")
     for name in metrics:
         if name not in METRICS:
             raise UserError(f"metrics={name!r} is unknown; choose from {', '.join(METRICS)}")
-    for path in dict.fromkeys(options.get(split) for split in SPLITS):
-        for _ in _examples(path, source, target, "") if path else ():
-            pass
+    reports = []
+    for split in SPLITS:
+        for entry in rows.entries(options.get(split) or "", split):
+            reports += _examples(entry, source, target, "")[1]
     if not options.get("validation"):
         raise UserError("task files needs validation=PATH to choose a checkpoint by")
+    return reports
 
 
-def _examples(path: str, source: str, target: str, prefix: str) -> Iterator[Example]:
-    """Rows of one file; one that does not read as asked is named by its line."""
-    rows = _jsonl(path) if ".jsonl" in pathlib.Path(path).suffixes else _tsv(path)
-    empty = True
-    for where, row in rows:
-        for column in (source, target):
-            if column not in row:
-                raise UserError(f"{where}: no column {column!r}; this row has {', '.join(row)}")
-        references = row[target] if isinstance(row[target], list) else [row[target]]
-        if not references or not all(map(_is_text, (row[source], *references))):
-            raise UserError(
-                f"{where}: {source!r} must be text and {target!r} text or a list of "
-                "texts, none empty"
-            )
-        empty = False
-        yield Example(prefix + row[source], tuple(references))
-    if empty:
-        raise UserError(f"{path}: no rows")
+def fingerprint(*, source: str, target: str, prefix: str, **options) -> list:
+    """What the examples are made from, not where it lies, as JSON."""
+    return [rows.contents(options), source, target, prefix]
 
 
-def _is_text(value) -> bool:
-    """Whether it is a string with something in it that UTF-8 can write, unlike half a surrogate."""
-    if not isinstance(value, str) or not value.strip():
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _examples(entry: rows.Entry, source: str, target: str, prefix: str):
+    """Examples of an entry, and what was left out."""
 
+    def make(row: dict) -> Example:
+        return Example(prefix + rows.text(row, source), tuple(rows.texts(row, target)))
 
-def _jsonl(path: str) -> Iterator[tuple[str, dict]]:
-    for where, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-        except (RecursionError, ValueError) as error:  # the latter: a number of 5000 digits
-            raise UserError(f"{where}: JSON nested too deeply or a number too long") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object with named columns")
-        yield where, row
-
-
-def _tsv(path: str) -> Iterator[tuple[str, dict]]:
-    lines = _lines(path)
-    where, header = next(lines, ("", ""))
-    columns = header.split("\t")
-    name, times = collections.Counter(columns).most_common(1)[0]
-    if times > 1:
-        raise UserError(f"{where}: the header has {times} columns {name!r}")
-    for where, line in lines:
-        values = line.split("\t")
-        if len(values) != len(columns):
-            raise UserError(f"{where}: {len(values)} columns, the header has {len(columns)}")
-        yield where, dict(zip(columns, values, strict=True))
-
-
-def _lines(path: str) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, each with its `path:line`; of tabs alone is a row of nothings."""
-    if not str(path).endswith(FORMATS):
-        raise UserError(f"{path}: file name must end in {', '.join(FORMATS)}")
-    open_file = gzip.open if str(path).endswith(".gz") else open
-    number = 0
-    try:
-        # It is read several times, and opening a pipe would wait for its writer.
-        if pathlib.Path(path).exists() and not pathlib.Path(path).is_file():
-            raise UserError(f"{path}: not a file")
-        with open_file(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip(" "):
-                    yield f"{path}:{number}", text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 text") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}:{number + 1}: not a whole gzip file from here on") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    return rows.collect(entry, rows.needed(source, target), make)

@@ -1,0 +1,13 @@
+"""Write the abstract of a PubMed article (Cohan et al., 2018)."""
+
+from gqa import prepared
+from gqa.tasks import Example
+
+METRICS = ("rouge1", "rouge2", "rougeL")
+HEADLINE = "rouge1"
+LENGTHS = (2048, 512)
+PREFIX = "summarize: "
+
+load, check, fingerprint = prepared.task(
+    "scientific_papers/pubmed", lambda row: Example(row["article"], (row["abstract"],)), PREFIX
+)
