@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from experiments.disk import write_whole
 from experiments.text import Text, Training
-from gqa import checkpoint, guard, model, progress, train
+from gqa import checkpoint, distributed, guard, model, progress, train
 from gqa.errors import UserError
 from gqa.flops import train_flops
 from gqa.hardware import peak_flops
-from gqa.sharding import replicate
+from gqa.sharding import check_batch, replicate
 
 DONE = "done.json"
 DONE_KEYS = {"records", "checkpoint", "provenance", "seconds"}
@@ -74,7 +74,10 @@ def read_done(folder: Path) -> dict | None:
     Raises:
         UserError: if that is not what the file holds.
     """
-    path = folder / DONE
+    return distributed.by_primary(lambda: _read_done(folder / DONE))
+
+
+def _read_done(path: Path) -> dict | None:
     try:
         done = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(done, dict) or not done.keys() >= DONE_KEYS:
@@ -178,6 +181,7 @@ def run_training(
 
     `keep` says which checkpoint is handed on: "last" or "best".
     """
+    check_batch("batch_size", recipe["batch_size"], recipe["num_microbatches"])
     loss = train.make_loss(config, recipe["z_loss"])
     validation_loss = train.make_validation(config, job.mesh)
     step = train.make_step(loss, learning_rate, recipe["seed"], recipe["num_microbatches"])
@@ -228,5 +232,7 @@ def _show(
             id=f"{folder.name}-{place}",
             folder=job.workdir,
         )
-    events = job.workdir / "tensorboard" / (job.title or folder.name)
+    events = None
+    if distributed.is_primary():
+        events = job.workdir / "tensorboard" / (job.title or folder.name)
     return progress.Progress(name, events, every, step_flops, peak_flops(dtype), tracking)

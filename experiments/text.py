@@ -8,23 +8,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from gqa import corpus, data, tasks, tokenizer
+from gqa.distributed import primary_first
 from gqa.errors import UserError
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 
 class Text(NamedTuple):
-    """A vocabulary, and where the tasks' texts come from."""
+    """A vocabulary, and where the tasks' texts come from.
+
+    `share` is which part of every batch this process reads, and of how many.
+    """
 
     tokenizer: tokenizer.Tokenizer
     corpus: corpus.Corpus | None
     options: dict[str, dict]
     folder: Path
+    share: tuple[int, int] = (0, 1)
 
     def examples(self, task: str, split: str) -> list:
         """Examples of a task, or documents."""
@@ -32,11 +36,13 @@ class Text(NamedTuple):
 
     def ids(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, kept on disk."""
-        return data.tokenize(texts, self.tokenizer, self.folder / "tokens")
+        with primary_first("tokens"):
+            return data.tokenize(texts, self.tokenizer, self.folder / "tokens")
 
     def pairs(self, examples: list[tasks.Example]) -> list[data.Pair]:
         """Token ids of each example's inputs and first target."""
-        return data.tokenize_examples(examples, self.tokenizer, self.folder / "tokens")
+        with primary_first("tokens"):
+            return data.tokenize_examples(examples, self.tokenizer, self.folder / "tokens")
 
     def source(self, task: str) -> str:
         """A hash of what the task's text is made from: not of where that lies."""
@@ -105,6 +111,11 @@ def _packages(config: ConfigDict) -> tuple[str, ...]:
 
 def prepare(wanted: dict, workdir: Path) -> Text:
     """Build, or read back, what the `settings` of a config name, in `workdir`/text."""
+    with primary_first("text"):
+        return _prepare(wanted, workdir)
+
+
+def _prepare(wanted: dict, workdir: Path) -> Text:
     folder, options = workdir / "text", wanted["options"]
     built = None
     if _needs_corpus(wanted):
@@ -178,8 +189,7 @@ def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
     `recipe` is a config's section pretrain or finetune, as a dict.
     """
     shape = {name: recipe[name] for name in ("inputs_length", "targets_length")}
-    shard = (jax.process_index(), jax.process_count())
-    stream = {"batch_size": recipe["batch_size"], "seed": seed, "shard": shard}
+    stream = {"batch_size": recipe["batch_size"], "seed": seed, "shard": text.share}
     limit = recipe["validation_examples"]
     train, validation = (text.examples(task, split) for split in ("train", "validation"))
     if isinstance(train[0], tasks.Example):
@@ -194,6 +204,6 @@ def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
             :limit
         ]
     evaluation = functools.partial(
-        data.evaluation, held_out, **shape, batch_size=recipe["batch_size"], shard=shard
+        data.evaluation, held_out, **shape, batch_size=recipe["batch_size"], shard=text.share
     )
     return Training(batches, shape, evaluation, len(held_out))
