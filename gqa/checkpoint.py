@@ -48,11 +48,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_):
+        expected = kind is None or issubclass(kind, UserError) or not issubclass(kind, Exception)
+        if distributed.is_several() and not expected:
+            # It may come of another process's end: a save would wait for that process.
+            self._pool.shutdown(wait=False)
+            return
         try:
             if kind is None:
                 self.wait()
             elif self._pending is not None:
-                self._pending.result()  # the other processes may be elsewhere
+                self._pending.result()
         finally:
             self._pool.shutdown()
 
