@@ -80,12 +80,16 @@ def _run(values: flags.FlagValues) -> None:
     import jax  # after the flags, so that a mistake in them is told at once
 
     from experiments import pipeline, speed
+    from gqa import distributed
 
+    distributed.initialize()
     config, workdir, stage = values.config, Path(values.workdir), values.stage
     experiments = {"pipeline": pipeline, "speed": speed}
     if config.experiment not in experiments:
         raise UserError(f"experiment={config.experiment!r}; use one of {', '.join(experiments)}")
     experiment = experiments[config.experiment]
+    if experiment is speed and distributed.is_several():
+        raise UserError("experiment=speed times one process; start no others")
     if stage not in (None, *experiment.KINDS):
         raise UserError(f"--stage={stage}; use one of {', '.join(experiment.KINDS)}")
     if values.checkpoint and stage != "evaluate":

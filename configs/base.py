@@ -177,9 +177,10 @@ def _evaluate() -> ConfigDict:
 
 def _slurm() -> ConfigDict:
     slurm = ConfigDict()
-    # What a job of --executor=slurm, on one node, asks for; empty or 0: the cluster's default.
+    # What a job of --executor=slurm asks for; empty or 0: the cluster's default.
     slurm.partition = ""
     slurm.account = ""
+    slurm.nodes = 1  # of a stage that trains or generates: a process a node, its GPUs in one batch
     slurm.gpus_per_node = 0
     slurm.cpus_per_task = 0
     slurm.mem_gb = 0

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from gqa.distributed import is_primary
 from gqa.errors import UserError
 
 
@@ -22,13 +23,16 @@ def make_workdir(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold a file's lock; `what` it guards is for one process at a time.
+    """Hold a file's lock; `what` it guards is for one run at a time.
 
-    The lock goes with the process, however that ends.
+    The lock goes with the process, however that ends. Of several processes the primary has it.
 
     Raises:
         UserError: if another process has it, saying which.
     """
+    if not is_primary():
+        yield
+        return
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,7 +51,12 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file by another name first: a reader sees all of it or the one before."""
+    """Write a file by another name first: a reader sees all of it or the one before.
+
+    Of several processes the primary writes it, and the others must not count on it yet.
+    """
+    if not is_primary():
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ from experiments.disk import lock, make_workdir
 from experiments.plan import KINDS as STAGE_KINDS
 from experiments.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
 from experiments.stage import open_parent
+from gqa.distributed import is_primary, is_several
 from gqa.errors import UserError
 
 KINDS = (*STAGE_KINDS, "report")
@@ -47,6 +48,8 @@ def check_options(options: Options) -> None:
         slurm.check()
     if options.jobs < 1:
         raise UserError(f"--jobs={options.jobs}; use 1 or more")
+    if is_several() and options != Options(dry_run=options.dry_run):
+        raise UserError("several processes run one stage at a time: no --jobs, no --executor")
     if options.jobs > 1 and options.executor != "local":
         raise UserError("--jobs goes with --executor=local")
     if options.jobs > 1 and jax.default_backend() != "cpu":
@@ -81,6 +84,8 @@ def _run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) 
 
 
 def _report(config: ConfigDict, workdir: Path) -> None:
+    if not is_primary():
+        return
     print(report.run(workdir / worker.RESULTS, workdir, within=config.report.within))
     print(f"report: {workdir / 'report.md'}, {workdir / 'report.html'}")
 

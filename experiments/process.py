@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def status(run: Callable[[], None]) -> int:
     """Run; returns the exit status, having said in one line what the user can do something about.
 
     0 done, 2 something to change in the command, the config, a file or the disk, 128 + signal
-    stopped by it.
+    stopped by it. One of several processes that fails ends here.
     """
     try:
         run()
@@ -26,6 +27,7 @@ def status(run: Callable[[], None]) -> int:
         return _say(f"stopped: {stop}", 128 + stop.signum)
     except Exception as error:
         if not disk_full(error):
+            _leave(1, error)
             raise
         where = getattr(error, "filename", None)
         return _say(
@@ -46,7 +48,17 @@ def _remedy(error: UserError) -> str:
 
 def _say(text: str, code: int) -> int:
     print(text, file=sys.stderr, flush=True)
+    _leave(code)
     return code
+
+
+def _leave(code: int, error: Exception | None = None) -> None:
+    if "jax" in sys.modules:  # else it has joined no others, and takes a second to import
+        from gqa import distributed
+
+        if error is not None and distributed.is_several():
+            traceback.print_exception(error)
+        distributed.leave(code)
 
 
 def start() -> None:

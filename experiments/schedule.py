@@ -12,6 +12,7 @@ from experiments import worker
 from experiments.plan import Stage, ancestors
 from experiments.process import USER_ERROR
 from experiments.stage import read_done
+from gqa.distributed import is_several
 from gqa.errors import UserError
 
 POLL_SECONDS = 0.1
@@ -22,7 +23,7 @@ WORKER = (sys.executable, "-m", "experiments.worker")  # and the stage's folder
 def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
     """Do what is not done yet, `jobs` stages at a time.
 
-    A stage that fails takes only those that build on it along.
+    A stage that fails takes only those that build on it along; of several processes, all.
 
     Raises:
         UserError: at the end, if any stage failed.
@@ -56,6 +57,8 @@ def _one_by_one(todo, stages, workdir, failed) -> None:
         try:
             worker.run(stage.folder(workdir))
         except UserError as error:
+            if is_several():  # the others may know nothing of it, and wait in the middle of it
+                raise
             failed[stage.key] = error
             print(f"{stage.label}: failed: {error}", flush=True)
 

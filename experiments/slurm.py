@@ -23,6 +23,9 @@ from gqa.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = (sys.executable, "-m", "experiments.worker")
+# Several nodes train on one batch, and share out the texts to generate. Conversion takes minutes on
+# one, and timings are of one node's devices.
+SPREAD = ("pretrain", "uptrain", "finetune", "evaluate")
 REPORT = "gqa-report"  # a job's name; others have that of their first stage's folder
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter before the worker could catch it
 
@@ -81,8 +84,10 @@ def submit(
     planned = plan_jobs(stages, done, ids)
     for job in planned:
         folders = [stage.folder(workdir) for stage in job.stages]
+        kind = job.stages[0].kind
         options = settings | {"dependency": dependency(job, ids)}
-        options["exclusive"] = job.stages[0].kind == "benchmark"  # timings do not share a node
+        options["nodes"] = settings["nodes"] if kind in SPREAD else 1
+        options["exclusive"] = kind == "benchmark"  # timings do not share a node
         calls = [([*worker, str(folder)], folder) for folder in folders]
         new = queue.submit([folder.name for folder in folders], calls, options)
         ids |= {stage.key: i for stage, i in zip(job.stages, new, strict=True)}
@@ -92,7 +97,7 @@ def submit(
         print(f"{before}  report: {queue.state(before)} already")
         return
     after = sorted({i.split("_")[0] for i in (*ids.values(), before) if i})
-    options = settings | {"dependency": ":".join(["afterany", *after]) if after else ""}
+    options = settings | {"dependency": ":".join(["afterany", *after]) if after else "", "nodes": 1}
     _say(
         queue.submit([REPORT], [(list(report), workdir)], options), "report", options["dependency"]
     )

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from experiments.disk import write_whole
 from experiments.text import Text, Training
-from gqa import checkpoint, guard, model, optim, progress, train
+from gqa import checkpoint, distributed, guard, model, optim, progress, train
 from gqa.errors import UserError
 from gqa.flops import train_flops
 from gqa.hardware import peak_flops
-from gqa.sharding import replicate
+from gqa.sharding import check_batch, replicate
 
 NATS = "nats per token"  # the unit of every loss
 DONE = "done.json"
@@ -110,7 +110,10 @@ def read_done(folder: Path) -> dict | None:
     Raises:
         UserError: if that is not what the file holds.
     """
-    path = folder / DONE
+    return distributed.by_primary(lambda: _read_done(folder / DONE))
+
+
+def _read_done(path: Path) -> dict | None:
     try:
         done = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(done, dict) or not done.keys() >= DONE_KEYS:
@@ -220,6 +223,7 @@ def run_training(
         pooling: if that network's pooling is learned: `start` gives, and checkpoints hold, what
             `pooling.expand` makes of parameters.
     """
+    check_batch("batch_size", recipe["batch_size"], recipe["num_microbatches"])
     running = config if pooling is None else pooling.config
     abstract = train.abstract(config, job.mesh) if pooling is None else pooling.abstract(job.mesh)
     fold = (lambda params: params) if pooling is None else jax.jit(pooling.fold)
@@ -272,5 +276,7 @@ def _show(
             id=f"{folder.name}-{place}",
             folder=job.workdir,
         )
-    events = job.workdir / "tensorboard" / (job.title or folder.name)
+    events = None
+    if distributed.is_primary():
+        events = job.workdir / "tensorboard" / (job.title or folder.name)
     return progress.Progress(name, events, every, step_flops, peak_flops(dtype), tracking)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from gqa import corpus, data, tasks, tokenizer
+from gqa.distributed import primary_first
 from gqa.errors import UserError
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
@@ -20,12 +20,16 @@ VOCABULARY_TEXTS = 1_000_000  # the first so many make a vocabulary
 
 
 class Text(NamedTuple):
-    """A vocabulary, and where the tasks' texts come from."""
+    """A vocabulary, and where the tasks' texts come from.
+
+    `share` is which part of every batch this process reads, and of how many.
+    """
 
     tokenizer: tokenizer.Tokenizer
     corpus: corpus.Corpus | None
     options: dict[str, dict]
     folder: Path
+    share: tuple[int, int] = (0, 1)
 
     def examples(self, task: str, split: str) -> Sequence:
         """Examples of a task, or documents."""
@@ -37,11 +41,13 @@ class Text(NamedTuple):
 
     def ids(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, kept on disk."""
-        return data.tokenize(texts, self.tokenizer, self.folder / "tokens")
+        with primary_first("tokens"):
+            return data.tokenize(texts, self.tokenizer, self.folder / "tokens")
 
     def pairs(self, examples: list[tasks.Example]) -> list[data.Pair]:
         """Token ids of each example's inputs and first target."""
-        return data.tokenize_examples(examples, self.tokenizer, self.folder / "tokens")
+        with primary_first("tokens"):
+            return data.tokenize_examples(examples, self.tokenizer, self.folder / "tokens")
 
     def source(self, task: str) -> str:
         """A hash of what the task's text is made from: not of where that lies."""
@@ -126,6 +132,11 @@ def _packages(config: ConfigDict) -> tuple[str, ...]:
 
 def prepare(wanted: dict, workdir: Path) -> Text:
     """Build, or read back, what the `settings` of a config name, in `workdir`/text."""
+    with primary_first("text"):
+        return _prepare(wanted, workdir)
+
+
+def _prepare(wanted: dict, workdir: Path) -> Text:
     folder, options = workdir / "text", wanted["options"]
     built = None
     if _needs_corpus(wanted):
@@ -191,8 +202,7 @@ def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
     `recipe` is a config's section pretrain or finetune, as a dict.
     """
     shape = {name: recipe[name] for name in ("inputs_length", "targets_length")}
-    shard = (jax.process_index(), jax.process_count())
-    stream = {"batch_size": recipe["batch_size"], "seed": seed, "shard": shard}
+    stream = {"batch_size": recipe["batch_size"], "seed": seed, "shard": text.share}
     limit = recipe["validation_examples"]
     train, weights = zip(*text.parts(task), strict=True)
     validation = text.examples(task, "validation")
@@ -214,6 +224,6 @@ def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
             :limit
         ]
     evaluation = functools.partial(
-        data.evaluation, held_out, **shape, batch_size=recipe["batch_size"], shard=shard
+        data.evaluation, held_out, **shape, batch_size=recipe["batch_size"], shard=text.share
     )
     return Training(batches, shape, evaluation, len(held_out))

@@ -6,8 +6,10 @@ happened but the conversion.
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -24,7 +26,7 @@ from experiments.stage import (
     run_training,
 )
 from experiments.text import Training, training
-from gqa import checkpoint, convert, model, optim, train
+from gqa import checkpoint, convert, distributed, model, optim, train
 from gqa.convert import learned
 
 
@@ -81,6 +83,14 @@ def _head_start(folder: Path) -> Parent | None:
 
     It differs in alpha alone: its last step is one of this one's, bit for bit.
     """
+    found = distributed.by_primary(lambda: _beginning(folder))  # others may be finishing just now
+    if found is None:
+        return None
+    stage = Path(found)
+    return open_parent(stage / "checkpoints" / read_done(stage)["checkpoint"])
+
+
+def _beginning(folder: Path) -> str | None:
 
     def read(stage: Path) -> tuple[dict, float]:
         what = json.loads((stage / "stage.json").read_text())
@@ -96,10 +106,7 @@ def _head_start(folder: Path) -> Parent | None:
         same, alpha = read(path.parent)
         if same == own and alpha < longest:
             found.append((alpha, path.parent))
-    if not found:
-        return None
-    stage = max(found)[1]
-    return open_parent(stage / "checkpoints" / read_done(stage)["checkpoint"])
+    return str(max(found)[1]) if found else None
 
 
 def _pooling(method: str, converted: Parent, origin: Parent, first_step: int, steps: int):
@@ -128,11 +135,16 @@ def _fold(folder: Path, outcome: Outcome, pooling: Pooling, config: model.Config
         state = pooling.abstract(job.mesh)
         shapes = {"params": state.params, "opt_state": state.opt_state}
         items = checkpoint.load(path, shapes | {"data": None, "config": None})
-        old, params = learned.without_pools(items["params"]), pooling.fold(items["params"])
-        moments = learned.without_pools(items["opt_state"])
-        items["opt_state"] = optim.convert_state(moments, old, params, "map")
-        items["params"], items["config"] = params, items["config"] | {"model": config.__dict__}
+        items["params"], items["opt_state"] = jax.jit(_plain, static_argnums=2)(
+            items["params"], items["opt_state"], pooling.fold
+        )
+        items["config"] |= {"model": config.__dict__}
         checkpoints.save(step, items, {"validation_loss": outcome.records[0]["value"]})
+
+
+def _plain(tree: dict, opt_state: dict, fold: Callable) -> tuple[dict, dict]:
+    old, params = learned.without_pools(tree), fold(tree)
+    return params, optim.convert_state(learned.without_pools(opt_state), old, params, "map")
 
 
 def _divergence(parent: Parent, origin: Parent, data: Training, job: Job) -> float:

@@ -2,9 +2,9 @@
 
     python -m experiments.worker runs/stages/KIND-KEY
 
-The same code runs a stage in the process of the main program, in a process beside it, or in a job
-of a cluster. A stage folder has `stage.json`, checkpoints if it trains, and `done.json` with its
-results once it is finished.
+The same code runs a stage in the process of the main program, in a process beside it, in a job of a
+cluster, or in several processes together. A stage folder has `stage.json`, checkpoints if it
+trains, and `done.json` with its results once it is finished.
 """
 
 import functools
@@ -20,11 +20,14 @@ from experiments import process, text
 from experiments.disk import lock, write_whole
 from experiments.plan import KINDS, Stage
 from experiments.stage import DONE, Job, Outcome, finish, read_done
-from gqa import checkpoint, results, sharding
+from gqa import checkpoint, distributed, results, sharding
 from gqa.errors import UserError
 
 RESULTS = "results.jsonl"
 STAGE = "stage.json"
+# Of several processes each does all of these on its own devices, if only the primary's is kept:
+# what they compute is one device's or one batch's, and waits for no other.
+ALONE = ("convert", "evaluate", "benchmark")
 
 
 def describe(stage: Stage, workdir: Path) -> Path:
@@ -45,7 +48,7 @@ def run(folder: Path) -> None:
     Raises:
         UserError: where another process is at work on it, or its text is not the planned one.
     """
-    what = _read(folder)
+    what = distributed.by_primary(lambda: _read(folder))
     with lock(folder / "lock", f"the stage in {folder}"):
         done = read_done(folder)
         if done is None:
@@ -54,7 +57,8 @@ def run(folder: Path) -> None:
             outcome = _outcome(folder, what)
             seconds = time.monotonic() - begun if fresh else None  # of all of it, or not known
             done = finish(folder, outcome, results.provenance(), seconds)
-    _publish(folder, what, done)
+    if distributed.is_primary():
+        _publish(folder, what, done)
 
 
 def _read(folder: Path) -> dict:
@@ -75,7 +79,7 @@ def _outcome(folder: Path, what: dict) -> Outcome:
     workdir = folder.parent.parent
     module = importlib.import_module(f"experiments.{what['kind']}")
     setup = what["setup"]
-    job = _job(json.dumps(setup), workdir)._replace(title=what["title"])
+    job = _job(json.dumps(setup), workdir, what["kind"] in ALONE)._replace(title=what["title"])
     while True:
         try:
             parents = [_result(workdir / "stages" / name) for name in what["parents"]]
@@ -88,7 +92,8 @@ def _outcome(folder: Path, what: dict) -> Outcome:
                 raise
             owner = owners[0]
             checkpoint.set_aside(damaged.step)
-            (owner / DONE).unlink(missing_ok=True)  # what the stage made of it is to be made again
+            if distributed.is_primary():
+                (owner / DONE).unlink(missing_ok=True)  # what was made of it is to be made again
             print(f"{damaged.step} is damaged and was set aside, with those after it", flush=True)
             if owner != folder:
                 run(owner)
@@ -103,12 +108,13 @@ def _result(folder: Path) -> Path:
 
 
 @functools.lru_cache(maxsize=1)
-def _job(setup: str, workdir: Path) -> Job:
+def _job(setup: str, workdir: Path, alone: bool) -> Job:
     settings = json.loads(setup)
+    mesh = sharding.make_mesh(local=alone)
     return Job(
         workdir=workdir,
-        text=text.prepare(settings["text"], workdir),
-        mesh=sharding.make_mesh(),
+        text=text.prepare(settings["text"], workdir)._replace(share=sharding.share(mesh)),
+        mesh=mesh,
         keep_last=settings["checkpoint"]["keep_last"],
         train=settings["train"],
         wandb=settings["wandb"],
@@ -134,6 +140,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise UserError("usage: python -m experiments.worker WORKDIR/stages/KIND-KEY")
     folder = Path(argv[1]).absolute()
+    distributed.initialize()
     jax.config.update("jax_compilation_cache_dir", str(folder.parent.parent / "compiled"))
     run(folder)
 

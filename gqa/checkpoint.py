@@ -3,24 +3,25 @@
 A checkpoint is a step folder: `params` and `opt_state` as arrays, and JSON (config: the network and
 whatever its writer adds; data: the iterator's state; guard) in Orbax's own metadata. An unfinished
 save has another name and is never seen as a step. A seal (`gqa.seal`) is put on what is finished,
-and nothing is used before it was compared with it.
+and nothing is used before it was compared with it. Several processes save together and share the
+folder; what is not Orbax's is done by the primary, and the others learn from it what is there.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from gqa import hardware, seal
+from gqa import distributed, hardware, seal
 from gqa.errors import UserError, disk_full
 from gqa.seal import Damaged
+from gqa.sharding import make_mesh, replicate
 
 __all__ = ["Checkpoints", "Damaged", "find", "load", "load_config", "set_aside"]
 
@@ -40,30 +41,41 @@ class Checkpoints:
         self._folder, self._keep_last, self._best = folder.absolute(), keep_last, best
         self._folder.mkdir(parents=True, exist_ok=True)
         self._pending: Future | None = None
-        if jax.process_index() == 0:
-            _clear(self._folder)
-            steps = _steps(self._folder)
-            # A kill may have come between the last save and its seal.
-            if steps and not seal.is_sealed(steps[-1]):
-                seal.write(steps[-1], None)
-        _wait_for_all("open")
-        self._metrics = {int(step.name): seal.metrics(step) for step in _steps(self._folder)}
+        self._metrics = dict(_by_primary(self._open))
         self._pool = ThreadPoolExecutor(1, "checkpoint")
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        expected = kind is None or issubclass(kind, UserError) or not issubclass(kind, Exception)
+        if distributed.is_several() and not expected:
+            # It may come of another process's end: a save would wait for that process.
+            self._pool.shutdown(wait=False)
+            return
         try:
-            self.wait()
+            if kind is None:
+                self.wait()
+            elif self._pending is not None:
+                self._pending.result()
         finally:
             self._pool.shutdown()
+
+    def _open(self) -> list[tuple[int, dict[str, float] | None]]:
+        """Tidy up after a kill; returns each step and its metrics."""
+        _clear(self._folder)
+        steps = _steps(self._folder)
+        # The kill may have come between the last save and its seal.
+        if steps and not seal.is_sealed(steps[-1]):
+            seal.write(steps[-1], None)
+        return [(int(step.name), seal.metrics(step)) for step in steps]
 
     def wait(self) -> None:
         """Return when what was saved is finished and sealed; raises what went wrong with it."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+            distributed.wait_for_all("checkpoint saved")
 
     @property
     def latest(self) -> int | None:
@@ -104,6 +116,8 @@ class Checkpoints:
         path = self.path(step)
         arrays = {name: value for name, value in items.items() if name in ARRAYS}
         text = {name: value for name, value in items.items() if name not in ARRAYS}
+        if distributed.is_several():  # each may have made a copy of its own
+            arrays = replicate(arrays, make_mesh())
         with _full_disk_told(path):
             response = ocp.save_checkpointables_async(path, arrays, custom_metadata=text)
         self._pending = self._pool.submit(self._finish, step, response, metrics)
@@ -113,7 +127,7 @@ class Checkpoints:
         self.wait()
         path = self.path(step)
         with _full_disk_told(path):
-            if jax.process_index() == 0:
+            if distributed.is_primary():
                 seal.amend(path, metrics)
         self._metrics[step] = metrics
         self._tidy()
@@ -132,7 +146,7 @@ class Checkpoints:
         path = self.path(step)
         with _full_disk_told(path):
             response.result()
-            if jax.process_index() == 0:
+            if distributed.is_primary():
                 seal.write(path, metrics)
         self._metrics[step] = metrics
         self._tidy()
@@ -151,7 +165,7 @@ class Checkpoints:
 
     def _delete(self, steps: list[int]) -> None:
         for step in steps:
-            if jax.process_index() == 0:
+            if distributed.is_primary():
                 # By another name first: a kill leaves no half of a checkpoint.
                 _remove(self.path(step).rename(self._folder / f"{step}.deleted"))
             del self._metrics[step]
@@ -190,7 +204,7 @@ def load(path: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """
     step = find(path)
     arrays = {name: tree for name, tree in abstract.items() if tree is not None}
-    seal.verify(step, arrays)
+    _by_primary(lambda: seal.verify(step, arrays))
     names = [name for name in abstract if name not in arrays]
     text = _read_json(step, names) if names else {}
     for name, tree in arrays.items():
@@ -204,8 +218,10 @@ def set_aside(step: Path) -> None:
     """Rename a damaged step folder, and later ones, so that training goes on from before it.
 
     Those are kept as `STEP.damaged` and `STEP.later`: a later one would bring a result that lacks
-    the damaged one.
+    the damaged one. The primary does so; the others see it when they next ask it.
     """
+    if not distributed.is_primary():
+        return
     later = [path for path in _steps(step.parent) if int(path.name) > int(step.name)]
     for path in reversed(later):
         path.rename(_unused(path, "later"))
@@ -239,9 +255,19 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"checkpoint {what}")
+def _by_primary(read: Callable[[], Any]) -> Any:
+    """As `distributed.by_primary`, where all processes also raise `Damaged` as the primary does."""
+
+    def tell() -> dict:
+        try:
+            return {"value": read()}
+        except Damaged as damaged:
+            return {"step": str(damaged.step), "fault": damaged.fault}
+
+    told = distributed.by_primary(tell)
+    if "fault" in told:
+        raise Damaged(Path(told["step"]), told["fault"])
+    return told["value"]
 
 
 @contextlib.contextmanager

@@ -215,7 +215,7 @@ def pretrain_stream(
         shuffled.map(lambda text: np.array(encode(text), np.int32)),
         _corruption(lengths, first_sentinel),
         lengths.tokens,
-        _local(batch_size, count),
+        _share(batch_size, shard),
         (seed, index),
     )
 
@@ -319,19 +319,25 @@ def _mix(parts: list[grain.MapDataset], weights: Sequence[float]) -> grain.MapDa
 
 
 def _batches(examples: grain.MapDataset, batch_size: int, shard: tuple[int, int]):
-    """Iterate over this process's part: every count-th example, so all parts make the batch."""
-    index, count = shard
-    local = examples[index::count].batch(_local(batch_size, count), drop_remainder=True)
+    """Iterate over this process's block of rows of every batch."""
+    index, rows = shard[0], _share(batch_size, shard)
+
+    def block(step: int) -> Batch:
+        first = step * batch_size + index * rows
+        parts = [examples[i] for i in range(first, first + rows)]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    local = grain.MapDataset.range(len(examples) // batch_size).map(block)
     # One batch ahead in one thread: the next is ready when the step is, and results keep order.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(local.to_iter_dataset(options))
 
 
-def _local(batch_size: int, count: int) -> int:
-    """The part of a batch that each process has."""
-    if batch_size % count:
-        raise UserError(f"batch_size={batch_size} does not divide among {count} processes")
-    return batch_size // count
+def _share(batch_size: int, shard: tuple[int, int]) -> int:
+    """Rows of a batch that each process has."""
+    if batch_size % shard[1]:
+        raise UserError(f"batch_size={batch_size} does not divide among {shard[1]} processes")
+    return batch_size // shard[1]
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -362,8 +368,7 @@ def evaluation(
     The last batch is filled with empty rows. Of several processes each gets its block of every
     batch, the same number of batches each.
     """
-    index, count = shard
-    rows = _local(batch_size, count)
+    index, rows = shard[0], _share(batch_size, shard)
     for start in range(0, len(pairs), batch_size):
         first = start + index * rows
         part = [_truncate(p, inputs_length, targets_length) for p in pairs[first : first + rows]]

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
+from gqa import distributed
 from gqa.data import EOS, Pair, evaluation
 from gqa.generate import Generator, bucket
 
@@ -19,11 +21,13 @@ def predict(
     """Tokens [n, length] that `generator` gives for n texts of token ids, in their order.
 
     Texts are cut to `inputs_length`, their end counted. Those of like length share a batch, so that
-    few of its columns are padding; what a text gives does not depend on the batch it is in.
+    few of its columns are padding; what a text gives does not depend on the batch it is in. Several
+    processes, each with a generator on its own devices, share the batches out and get all tokens.
     """
     order = np.argsort([len(text) for text in texts], kind="stable")
     outputs = np.zeros((len(texts), generator.length), np.int32)
-    for start in range(0, len(texts), batch_size):
+    first, step = jax.process_index() * batch_size, jax.process_count() * batch_size
+    for start in range(first, len(texts), step):
         chosen = order[start : start + batch_size]
         rows = [np.append(texts[i][: inputs_length - 1], EOS) for i in chosen]
         width = bucket(max(map(len, rows)), inputs_length)
@@ -33,7 +37,7 @@ def predict(
         numbers = np.full(batch_size, -1)
         numbers[: len(chosen)] = chosen
         outputs[chosen] = generator(weights, inputs, numbers)[: len(chosen)]
-    return outputs
+    return np.asarray(distributed.maximum(outputs))  # 0 where another process has tokens
 
 
 def losses(

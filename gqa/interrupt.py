@@ -3,6 +3,8 @@
 After the first signal `Interrupted` is raised: at once or, inside `deferred`, when the code there
 asks. A second signal, or a main thread that does not get to it (it may sit in a compiler), ends the
 process. What is on disk is then what it was: everything is written under another name first.
+
+Of several processes that must stop together, one alone may get the signal: they agree on it first.
 """
 
 import contextlib
@@ -32,7 +34,9 @@ class _Watch:
 
     def __init__(self):
         self.signum: int | None = None
+        self.agreed: int | None = None  # of all processes, what the first of them was sent
         self.deferred = False
+        self.shared = False
         self.saving = False
 
 
@@ -83,15 +87,32 @@ def _watchdog(ours: socket.socket) -> None:
             os._exit(128 + signum)
 
 
+def received() -> int:
+    """The signal that was sent to this process, or 0."""
+    return _watch.signum or 0
+
+
+def agree(signum: int) -> None:
+    """Say what all processes have learned of: the signal that one of them was sent, or 0."""
+    _watch.agreed = signum or None
+
+
 def pending() -> bool:
     """Whether a signal came that was deferred."""
-    return _watch.signum is not None
+    return _pending() is not None
+
+
+def _pending() -> int | None:
+    return _watch.agreed if _watch.shared else _watch.signum
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """Let what is inside ask for signals itself, by `pending` and `immediate`."""
-    with _deferring(True):
+def deferred(*, shared: bool = False) -> Iterator[None]:
+    """Let what is inside ask for signals itself, by `pending` and `immediate`.
+
+    With `shared` a signal is pending once `agree` was called with it, and raised only then.
+    """
+    with _setting(deferred=True, shared=shared):
         yield
     if not _watch.deferred:
         _raise_pending()
@@ -100,23 +121,25 @@ def deferred() -> Iterator[None]:
 @contextlib.contextmanager
 def immediate() -> Iterator[None]:
     """Inside `deferred`: raise `Interrupted` here and now, also for a signal from before."""
-    with _deferring(False):
+    with _setting(deferred=_watch.shared):
         _raise_pending()
         yield
 
 
 def _raise_pending() -> None:
-    if _watch.signum is not None:
-        raise Interrupted(_watch.signum, _text(_watch.signum))
+    signum = _pending()
+    if signum is not None:
+        raise Interrupted(signum, _text(signum))
 
 
 @contextlib.contextmanager
-def _deferring(value: bool) -> Iterator[None]:
-    before, _watch.deferred = _watch.deferred, value
+def _setting(**values: bool) -> Iterator[None]:
+    before = {name: getattr(_watch, name) for name in values}
+    vars(_watch).update(values)
     try:
         yield
     finally:
-        _watch.deferred = before
+        vars(_watch).update(before)
 
 
 @contextlib.contextmanager

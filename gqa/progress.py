@@ -39,6 +39,8 @@ def check(mode: str) -> None:
 class Progress:
     """Progress of one training run called `name`, with TensorBoard events in `folder`.
 
+    With `folder` None nothing is shown: another process does that.
+
     Args:
         every: steps from one log line to the next.
         step_flops: model FLOPs of a step, and
@@ -50,7 +52,7 @@ class Progress:
     def __init__(
         self,
         name: str,
-        folder: Path,
+        folder: Path | None,
         every: int,
         step_flops: float,
         peak_flops: float | None,
@@ -59,7 +61,7 @@ class Progress:
         self.name, self._folder, self._every = name, folder, every
         self._step_flops, self._peak_flops = step_flops, peak_flops
         self._tracking = tracking
-        self._bar = self._writer = self._run = None
+        self._bar = self._writer = self._run = self._since = None
 
     def __enter__(self):
         return self
@@ -75,6 +77,8 @@ class Progress:
 
     def start(self, first: int, last: int) -> None:
         """Begin, or go on, at step `first`; events of later steps that were lost are dropped."""
+        if self._folder is None:
+            return
         self._first, self._last = first, last
         if self._bar is not None:
             self._bar.close()
@@ -110,6 +114,8 @@ class Progress:
         `metrics` has loss, accuracy and the real tokens of inputs and targets; the rates are of the
         time from step to step, without that of the first one, which waits for the compiler.
         """
+        if self._folder is None:
+            return
         now = time.monotonic()
         if self._since is not None:
             self._steps, self._seconds = self._steps + 1, self._seconds + now - self._since
@@ -139,6 +145,8 @@ class Progress:
 
     def scalars(self, step: int, metrics: dict[str, float]) -> None:
         """Write metrics where they are kept, and the validation loss to the terminal too."""
+        if self._folder is None:
+            return
         with self._full_disk_told():
             for name, value in metrics.items():
                 now = time.time()

@@ -26,7 +26,7 @@ class Damaged(UserError):
     remedy = "--config.checkpoint.on_damage=previous"
 
     def __init__(self, step: Path, fault: str):
-        self.step = step
+        self.step, self.fault = step, fault
         super().__init__(
             f"checkpoint {step} is damaged: {fault}; {self.remedy} sets it aside and goes on from "
             "the one before"

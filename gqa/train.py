@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gqa import interrupt
+from gqa import distributed, interrupt
 from gqa.checkpoint import Checkpoints
 from gqa.guard import NEW, Guard, Mishap, Settings
 from gqa.loss import cross_entropy, kl_divergence
@@ -214,9 +214,11 @@ def fit(
     Raises:
         Diverged: at a loss that training may not go on from, naming the step.
         Damaged: when the checkpoint to go on from is not what was saved.
-        Interrupted: after SIGTERM or SIGINT; the step under way is finished and saved before.
+        Interrupted: after SIGTERM or SIGINT, to any one of several processes; the step under way is
+            finished and saved before.
     """
-    with Checkpoints(folder, keep_last) as checkpoints, interrupt.deferred():
+    shared = distributed.is_several()
+    with Checkpoints(folder, keep_last) as checkpoints, interrupt.deferred(shared=shared):
         run = _Run(checkpoints, start, abstract_state, batches, validate, config, progress, mishaps)
         run.resume(checkpoints.latest)
         while True:
@@ -237,6 +239,7 @@ class _Run:
         self._batches, self._validate, self._config = batches, validate, config
         self._progress = progress
         self.guard = Guard(mishaps)
+        self._signal = 0  # what all processes were asked a step ago
 
     def resume(self, step: int | None) -> None:
         """Take up the checkpoint of a step, or the start if None."""
@@ -284,10 +287,17 @@ class _Run:
             if waiting is not None:
                 self._record(*waiting)
             waiting = step, metrics, position
-            if _is_due(step, steps, every) or interrupt.pending():
+            if self._is_stopped() or _is_due(step, steps, every):
                 self._record(*waiting)
                 waiting = None
                 self._save(step, position)
+
+    def _is_stopped(self) -> bool:
+        """Whether a signal ends the run; several processes learn of one at the same step."""
+        if distributed.is_several():
+            interrupt.agree(int(self._signal))  # asked a step ago, so that nothing waits for it
+            self._signal = distributed.maximum(interrupt.received())
+        return interrupt.pending()
 
     def _record(self, step: int, metrics: dict[str, Array], position: dict) -> None:
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}

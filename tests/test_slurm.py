@@ -177,6 +177,31 @@ def test_without_slurm_nothing_is_written(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nodes_are_for_stages_that_share_the_work(monkeypatch, tmp_path):
+    asked = {}
+
+    class Queue:
+        folder = tmp_path
+
+        def __init__(self, workdir):
+            del workdir
+
+        def find(self, name):
+            del name
+
+        def submit(self, names, calls, options):
+            del calls
+            asked[names[0].split("-")[0]] = options["nodes"]
+            return ["1"]
+
+    monkeypatch.setattr(slurm, "_Queue", Queue)
+    monkeypatch.setattr(slurm, "check", lambda: None)
+    kinds = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
+    settings = base.get_config().slurm.to_dict() | {"nodes": 4}
+    slurm.submit([stage(kind, 0) for kind in kinds], tmp_path, settings, ["true"])
+    assert asked == dict(zip((*kinds, "gqa"), (4, 1, 4, 4, 4, 1, 1), strict=True))
+
+
 def answers():
     """Whether a SLURM with a node answers here."""
     if shutil.which("sinfo") is None:
@@ -343,6 +368,17 @@ def test_a_benchmark_has_the_node_to_itself(cluster, monkeypatch, tmp_path):
     assert "OverSubscribe=NO" in job
     assert "TimeLimit=UNLIMITED" in job
     cluster.waits_until(lambda: cluster.finished(stages))
+
+
+@real
+def test_several_nodes_have_a_task_each(cluster):
+    """Which waits in the queue where there is one node."""
+    stages = [stage("pretrain", 0)]
+    cluster.prepare(stages)
+    cluster.submit(stages, nodes=3)
+    job = shown(cluster.id(stages[0]))
+    assert "NumNodes=3" in job
+    assert "NtasksPerN:B:S:C=1:" in job
 
 
 @real

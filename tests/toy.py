@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa import sharding, train
+from gqa import distributed, sharding, train
 from gqa.checkpoint import Checkpoints
 from gqa.guard import Settings
 from gqa.progress import Progress
 
 
 class Batches:
-    """An endless stream that is a function of its position; `poison` is added to some losses."""
+    """An endless stream that is a function of its position; `poison` is added to some losses.
+
+    Of several processes each has its rows.
+    """
 
     def __init__(self, poison=None):
         self.position, self.poison = 0, poison or {}
@@ -23,7 +26,8 @@ class Batches:
         self.position += 1
         x = np.random.default_rng(self.position).normal(size=(4, 8)).astype(np.float32)
         poison = np.full(4, self.poison.get(self.position, 0.0), np.float32)
-        return {"x": x, "poison": poison}
+        rows = slice(jax.process_index(), None, jax.process_count())
+        return {"x": x[rows], "poison": poison[rows]}
 
     def get_state(self):
         return {"position": self.position}
@@ -76,7 +80,8 @@ def fit(
             super().step(number, metrics)
             alive(number)
 
-    with Watched("toy", folder / "events", every, 1.0, None) as progress:
+    events = folder / "events" if distributed.is_primary() else None
+    with Watched("toy", events, every, 1.0, None) as progress:
         return train.fit(
             lambda: sharding.replicate(start(), sharding.make_mesh()),
             abstract_state(),

@@ -1,0 +1,287 @@
+"""Two real processes are one program: same numbers, same checkpoints, and they end together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax._src.clusters import ClusterEnv
+
+from gqa import distributed
+from gqa.errors import UserError
+from tests import toy
+from tests.jobs import ROOT
+
+MAIN = """
+import os, sys, time
+from pathlib import Path
+from gqa import distributed, interrupt
+from experiments import process
+folder = Path(sys.argv[1])
+def main():
+    distributed.initialize()
+    import jax
+    index = jax.process_index()
+    {body}
+interrupt.install()
+sys.exit(process.status(main))
+"""
+TOY = """
+    from tests import toy
+    def alive(step):
+        print(step, file=sys.stderr, flush=True)
+        time.sleep({pause})
+    toy.fit(folder, 20, 4, alive=alive)
+"""
+
+
+class Processes:
+    """The same program twice on this machine, each with one CPU device, joined by the environment.
+
+    `errors` has what each said on stderr, once it has ended.
+    """
+
+    def __init__(self, body, folder):
+        with socket.create_server(("localhost", 0)) as free:
+            address = f"localhost:{free.getsockname()[1]}"
+        self.errors = [folder.with_name(f"{folder.name}-{i}.txt") for i in range(2)]
+        script = MAIN.format(body=body.strip())
+        self.processes = []
+        for i, path in enumerate(self.errors):
+            environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+            environment |= dict(zip(distributed.GIVEN, (address, "2", str(i)), strict=True))
+            with open(path, "w") as errors:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", script, str(folder)],
+                        env=environment,
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        text=True,
+                    )
+                )
+
+    def wait_for(self, index, line):
+        """Return when a process has said a line on stderr."""
+        while line not in self.errors[index].read_text().splitlines():
+            assert self.processes[index].poll() is None, self.errors[index].read_text()
+
+    def end(self):
+        """Wait for both: (statuses, what they printed)."""
+        printed = [process.communicate(timeout=400)[0] for process in self.processes]
+        self.errors = [path.read_text() for path in self.errors]
+        return [process.returncode for process in self.processes], printed
+
+
+def run(body, folder):
+    """Run two processes to a good end; returns what they printed."""
+    both = Processes(body, folder)
+    statuses, printed = both.end()
+    assert statuses == [0, 0], "\n".join(both.errors)
+    return printed
+
+
+def close(found, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A toy run of two processes that nothing interrupts, and what the processes printed."""
+    folder = tmp_path_factory.mktemp("toy") / "whole"
+    return folder, run(TOY.format(pause=0), folder)
+
+
+def test_whatever_ends_one_of_two_they_go_on_bit_for_bit(whole, tmp_path):
+    folder = tmp_path / "parts"
+    both = Processes(TOY.format(pause=0.05), folder)
+    both.wait_for(1, "5")
+    both.processes[1].send_signal(signal.SIGTERM)
+    statuses, _ = both.end()
+    assert statuses == [128 + signal.SIGTERM] * 2
+    saved = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    assert 5 < int(saved.name) < 20
+    ends = [f"interrupted by SIGTERM; the same command goes on from {saved}\n"] * 2
+    assert [e[-len(end) :] for e, end in zip(both.errors, ends, strict=True)] == ends
+
+    both = Processes(TOY.format(pause=0.05), folder)
+    both.wait_for(0, "14")
+    both.processes[1].kill()
+    statuses, _ = both.end()
+    assert statuses[1] == -signal.SIGKILL
+    assert statuses[0] != 0
+
+    run(TOY.format(pause=0), folder)
+    toy.assert_same(toy.outcome(folder), toy.outcome(whole[0]))
+
+
+def test_the_primary_alone_prints_and_writes(whole):
+    folder, printed = whole
+    assert "toy  step 20/20  validation loss" in printed[0]
+    assert "toy" not in printed[1]
+    assert len(list((folder / "events").iterdir())) == 1
+    assert not list(folder.rglob("*tmp*"))
+
+
+def test_one_process_and_two_share_checkpoints(whole, tmp_path):
+    toy.fit(tmp_path / "one", 20, 4)
+    one = toy.outcome(tmp_path / "one")
+    close(toy.outcome(whole[0]), one)
+    toy.fit(whole[0], 24, 4)
+    toy.fit(tmp_path / "parts", 8, 4)
+    run(TOY.format(pause=0), tmp_path / "parts")
+    close(toy.outcome(tmp_path / "parts"), one)
+    toy.fit(tmp_path / "one", 24, 4)
+    close(toy.outcome(whole[0]), toy.outcome(tmp_path / "one"))
+
+
+def test_an_error_of_one_ends_both(tmp_path):
+    body = """
+    from gqa.errors import UserError
+    if index == 1:
+        raise UserError("no more")
+    distributed.wait_for_all("ever")
+    """
+    both = Processes("distributed.PATIENCE = 1.0" + body, tmp_path / "x")
+    statuses, _ = both.end()
+    assert statuses[1] == 2
+    assert statuses[0] != 0
+    assert "error: no more\n" in both.errors[1]
+
+
+def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(tmp_path):
+    body = """
+    import numpy as np
+    from gqa import checkpoint, evaluate, seal, sharding
+    from gqa.errors import UserError
+    def damaged():
+        raise seal.Damaged(Path("3"), "a file is missing")
+    def refuse():
+        raise UserError("not so")
+    for read in (lambda: {"from": index}, lambda: None):
+        print(distributed.by_primary(read), file=sys.stderr)
+    for call, read in ((distributed.by_primary, refuse), (checkpoint._by_primary, damaged)):
+        try:
+            call(read)
+        except UserError as error:
+            print(type(error).__name__, str(error)[:40], file=sys.stderr)
+    class Copy:  # a text generates itself
+        length, calls = 8, 0
+        def __call__(self, weights, inputs, numbers):
+            self.calls += 1
+            return inputs[:, :8]
+    texts = [np.arange(2, 3 + n % 6) for n in range(10)]
+    tokens = evaluate.predict(copy := Copy(), {}, texts, inputs_length=8, batch_size=2)
+    same = [[*row[row > 0][:-1]] == [*text] for row, text in zip(tokens, texts)]
+    print(all(same), copy.calls, file=sys.stderr)
+    for local in (False, True):
+        mesh = sharding.make_mesh(local=local)
+        print(mesh.size, sharding.share(mesh), file=sys.stderr)
+    with distributed.primary_first("file"):
+        if index == 0:
+            time.sleep(0.5)
+            folder.mkdir()
+        assert folder.exists()
+    """
+    both = Processes(body, tmp_path / "x")
+    statuses, _ = both.end()
+    assert statuses == [0, 0], both.errors
+    for i, (calls, said) in enumerate(zip((3, 2), both.errors, strict=True)):
+        assert said.splitlines() == [
+            "{'from': 0}",
+            "None",
+            "UserError not so",
+            "Damaged checkpoint 3 is damaged: a file is missi",
+            f"True {calls}",
+            f"2 ({i}, 2)",
+            "1 (0, 1)",
+        ]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """The network, with dropout, packed rows and microbatches, on the batches of `gqa.data`."""
+    body = """
+    import numpy as np
+    from gqa import data, optim, sharding, train
+    from gqa.model import Config
+    heads = {f"num_kv_heads_{n}": k for n, k in (("encoder", 2), ("decoder", 1), ("cross", 1))}
+    config = Config(32, 8, 8, 2, 4, 1, 1, **heads, dropout_rate=0.3)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(3, 32, (2, 3 + i % 4)).astype(np.int32) for i in range(9)]
+    pairs, mesh = [(row[0], row[1][:2]) for row in rows], sharding.make_mesh()
+    shape = {"inputs_length": 8, "targets_length": 5, "batch_size": 8}
+    shape["shard"] = sharding.share(mesh)
+    batches = data.seq2seq(pairs, **shape, seed=0, pack=True)
+    step = train.make_step(train.make_loss(config, 1e-4), optim.constant(1e-2), 0, 2)
+    state, losses = sharding.replicate(train.init(config, 0), mesh), []
+    for _ in range(6):
+        state, metrics = step(state, sharding.place(next(batches), mesh))
+        losses.append(float(metrics["loss"]))
+    validation = data.evaluation(pairs, **shape)
+    losses.append(train.make_validation(config, mesh)(state.params, validation))
+    name = f"{folder}-{jax.process_count()}-{index}"
+    np.savez(name, losses, *jax.tree.leaves(state.params))
+    """
+    both = Processes(body, tmp_path / "x")
+    alone = subprocess.run(
+        [sys.executable, "-c", MAIN.format(body=body.strip()), str(tmp_path / "x")],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert (both.end()[0], alone.returncode) == ([0, 0], 0), both.errors
+    first, second, one = (np.load(tmp_path / f"x-{name}.npz") for name in ("2-0", "2-1", "1-0"))
+    assert len(one.files) > 10
+    for name in one.files:
+        np.testing.assert_array_equal(first[name], second[name])
+        np.testing.assert_allclose(first[name], one[name], atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("address", "count", "index"),
+    [("host:1", "2", None), (None, "2", "0"), ("host:1", "two", "0"), ("host:1", "2", "2")],
+)
+def test_half_said_is_refused(monkeypatch, address, count, index):
+    for name, value in zip(distributed.GIVEN, (address, count, index), strict=True):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES"):
+        distributed.initialize()
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        # A task a node has all of the node's devices; of several a node each has JAX's share.
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, {"local_device_ids": []}),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2"}, {}),
+        ({"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_STEP_NODELIST": None}, None),  # in a batch script or on a login node
+    ],
+)
+def test_tasks_of_slurm_are_found(monkeypatch, changed, expected):
+    for name in distributed.GIVEN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (SLURM | changed).items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **how: joined.append(how))
+    distributed.initialize()
+    found = {"cluster_detection_method": "slurm"}
+    assert joined == ([] if expected is None else [found | expected])
+
+
+def test_clusters_are_named_as_jax_does():
+    names = {cluster.name for cluster in ClusterEnv._cluster_types}
+    assert distributed.CLUSTERS.keys() <= names
