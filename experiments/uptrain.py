@@ -35,22 +35,19 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
 
     The last parent is the multi-head one; the first is what is uptrained.
     """
-    start_from, origin = open_parent(parents[0]), open_parent(parents[-1])
-    config, recipe = start_from.config, origin.info["recipe"]
-    first_step, info = int(origin.path.name), start_from.info | {"variant": settings["variant"]}
+    converted, origin = open_parent(parents[0]), open_parent(parents[-1])
+    recipe, first_step = origin.info["recipe"], int(origin.path.name)
     data = training(job.text, recipe["task"], recipe, recipe["seed"])
     steps = round(settings["alpha"] * recipe["steps"])
     pooling = teacher = None
     if "learned" in settings:
-        pooling = _pooling(settings["learned"], start_from, origin, first_step, max(steps, 1))
-        start_from = origin
-    else:
-        start_from = _head_start(folder) or start_from
+        pooling = _pooling(settings["learned"], converted, origin, first_step, steps)
     if settings["beta"]:
         teacher = train.Teacher(origin.config, load_params(origin, job), settings["beta"])
 
     def start() -> train.State:
-        state, data_state = load_state(start_from, job)
+        parent = (_head_start(folder) or converted) if pooling is None else origin
+        state, data_state = load_state(parent, job)
         data.batches.set_state(data_state)
         return state if pooling is None else pooling.start(state)
 
@@ -60,8 +57,8 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
         folder if pooling is None else folder / "learned",
         data,
         start=start,
-        config=config,
-        info=info,
+        config=converted.config,
+        info=converted.info | {"variant": settings["variant"]},
         recipe=recipe,
         learning_rate=optim.rsqrt(recipe["warmup"], recipe["scale"]),
         first_step=first_step,
@@ -71,7 +68,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
         teacher=teacher,
     )
     if pooling is not None:
-        _fold(folder, outcome, pooling, config, job)
+        _fold(folder, outcome, pooling, converted.config, job)
     apart = _divergence(open_parent(folder / "checkpoints" / outcome.checkpoint), origin, data, job)
     return outcome._replace(
         records=[*outcome.records, record("kl_to_parent", apart, "nats per token")]
@@ -91,7 +88,6 @@ def _head_start(folder: Path) -> Parent | None:
 
 
 def _beginning(folder: Path) -> str | None:
-
     def read(stage: Path) -> tuple[dict, float]:
         what = json.loads((stage / "stage.json").read_text())
         settings = {
