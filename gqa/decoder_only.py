@@ -68,7 +68,8 @@ def convert(
     config = tensors.read_json(source / "config.json")
     sizes = _sizes(config, num_kv_heads, method, source / "config.json")
     old = Tensors(source)
-    layers = _layers(old, sizes)
+    with tensors.told_of(old.path):
+        layers = _layers(old, sizes)
     record = _begin(old, target, {"num_key_value_heads": num_kv_heads, "method": method})
     layer = functools.lru_cache(maxsize=1)(lambda i: _layer(old, layers[i], sizes, method))
     files, nbytes = {}, 0
@@ -136,30 +137,28 @@ def _layers(old: Tensors, sizes: Sizes) -> list[dict[str, str]]:
     for name in old:
         role = _role(name)
         if role is None:
-            _check_untouched(old, name)
+            _check_untouched(name)
             continue
         layer, part = role
         if layer >= len(layers) or part in layers[layer]:
-            raise UserError(f"{old.folder / old[name].file}: tensor {name} is one too many")
+            raise UserError(f"tensor {name} is one too many")
         layers[layer][part] = name
         old.floats(name, _shape(part, sizes, sizes.kv_heads))
     for i in range(sizes.layers):
         for part in ("q.weight", "k.weight", "v.weight", "o.weight"):
             if i >= len(layers) or part not in layers[i]:
                 stem = next(word for word, letter in ROLES.items() if letter == part[0])
-                raise UserError(
-                    f"{old.folder}: tensor model.layers.{i}.self_attn.{stem}.weight is missing"
-                )
+                raise UserError(f"tensor model.layers.{i}.self_attn.{stem}.weight is missing")
     return layers
 
 
-def _check_untouched(old: Tensors, name: str) -> None:
+def _check_untouched(name: str) -> None:
     """Refuse a part of an attention that is not a plain projection, e.g. a norm of keys."""
     parts = [part for part in name.split(".") if ATTENTION.fullmatch(part)]
     if parts and not BUFFER.fullmatch(name):
         raise UserError(
-            f"{old.folder / old[name].file}: tensor {name} of an attention is not understood; use "
-            "a model with q_proj, k_proj, v_proj and o_proj alone"
+            f"tensor {name} of an attention is not understood; use a model with "
+            " q_proj, k_proj, v_proj and o_proj alone"
         )
 
 

@@ -5,6 +5,7 @@ checks the header; what is read then is only what was asked for, so neither a fi
 tensor is ever in memory as a whole.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -33,6 +34,23 @@ class Tensor(NamedTuple):
     nbytes: int
 
 
+@contextlib.contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Have a UserError say what it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def check(name: str, shape: tuple[int, ...], expected: tuple[int, ...], dtype: str) -> None:
+    """Refuse a tensor of another shape, or whose dtype is no floating one of safetensors."""
+    if tuple(shape) != tuple(expected):
+        raise UserError(f"tensor {name} has shape {tuple(shape)}, expected {tuple(expected)}")
+    if dtype not in FLOATS:
+        raise UserError(f"tensor {name} has dtype {dtype}; use one of {', '.join(FLOATS)}")
+
+
 class Tensors:
     """The tensors of a folder by name, in the order of their files.
 
@@ -42,28 +60,30 @@ class Tensors:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
+        index = self.folder / INDEX
+        self.path = index if index.exists() else self.folder / SINGLE
         self._found = {}
         for file, names in self._files().items():
             found = _header(self.folder / file)
             for name in names or found:
                 if name not in found:
-                    raise UserError(f"{self.folder / file}: tensor {name} of {INDEX} is missing")
+                    raise UserError(f"{self.folder / file}: tensor {name} of {INDEX} is not there")
                 self._found[name] = found[name]
 
     def _files(self) -> dict[str, list[str]]:
         """Names of the tensors wanted of each file; none named where there is no index."""
-        if not (self.folder / INDEX).exists():
+        if self.path.name == SINGLE:
             other = next(self.folder.glob("*.bin"), None)
-            if other and not (self.folder / SINGLE).exists():
+            if other and not self.path.exists():
                 raise UserError(f"{other}: not safetensors; save the model as {SINGLE} first")
             return {SINGLE: []}
         files = {}
-        places = read_json(self.folder / INDEX).get("weight_map")
+        places = read_json(self.path).get("weight_map")
         if not isinstance(places, dict) or not places:
-            raise UserError(f"{self.folder / INDEX}: weight_map names no tensor")
+            raise UserError(f"{self.path}: weight_map names no tensor")
         for name, file in places.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise UserError(f"{self.folder / INDEX}: {file!r} is not the name of a file")
+                raise UserError(f"{self.path}: {file!r} is not the name of a file")
             files.setdefault(file, []).append(name)
         return files
 
@@ -83,14 +103,7 @@ class Tensors:
             UserError: naming the tensor that has not.
         """
         tensor = self._found[name]
-        path = self.folder / tensor.file
-        if tensor.shape != tuple(shape):
-            raise UserError(
-                f"{path}: tensor {name} has shape {tensor.shape}, expected {tuple(shape)}"
-            )
-        if tensor.dtype not in FLOATS:
-            known = ", ".join(FLOATS)
-            raise UserError(f"{path}: tensor {name} has dtype {tensor.dtype}; use one of {known}")
+        check(name, tensor.shape, shape, tensor.dtype)
         return np.dtype(FLOATS[tensor.dtype])
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:

@@ -266,17 +266,17 @@ def test_errors_printed_are_those_of_the_weights(tmp_path, method):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("model.layers.0.self_attn.q_norm.weight", "is not understood"),
-        ("model.layers.1.self_attn.qkv_proj.weight", "is not understood"),
-        ("transformer.h.0.attn.c_attn.weight", "is not understood"),
-        ("model.layers.0.self_attn.k_proj.weight_scale", "is not understood"),
+        ("model.layers.0.self_attn.q_norm.weight", "of an attention is not understood"),
+        ("model.layers.1.self_attn.qkv_proj.weight", "of an attention is not understood"),
+        ("transformer.h.0.attn.c_attn.weight", "of an attention is not understood"),
+        ("model.layers.0.self_attn.k_proj.weight_scale", "of an attention is not understood"),
         ("model.layers.2.self_attn.k_proj.weight", "is one too many"),
         ("model.layers.0.self_attn.k_proj.bias", r"has shape \(1,\), expected \(64,\)"),
     ],
 )
 def test_a_tensor_that_is_not_understood_is_named(tmp_path, name, why):
     write_llama(tmp_path / "a", change={name: np.zeros(1, np.float32)})
-    with pytest.raises(UserError, match=rf"safetensors: tensor {name} .*{why}|{name} {why}"):
+    with pytest.raises(UserError, match=rf"index\.json: tensor {name} {why}"):
         decoder_only.convert(tmp_path / "a", tmp_path / "b", 2)
     assert not (tmp_path / "b").exists()
 
