@@ -150,7 +150,7 @@ def _blocks(
     for layer, tensor in enumerate(found[name]):
         for first in range(0, inner[axis], step):
             count = min(step, inner[axis] - first)
-            rows = state.read(tensor, first * unit, count * unit).astype(np.float32)
+            rows = state.read(tensor, first * unit, count * unit).astype(np.float32, copy=False)
             rows = rows.T if names.is_transposed(name, inner) else rows
             index = (slice(None),) * axis + (slice(first, first + count),)
             block = rows.reshape(*inner[:axis], count, *inner[axis + 1 :])
