@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from gqa import blocks, checkpoint, huggingface, optim, seal, tensors, train
+from gqa import blocks, checkpoint, huggingface, optim, seal, tensors, tokenizer, train
 from gqa.errors import UserError
+from gqa.huggingface import __main__ as save
 from gqa.huggingface import names
 from gqa.model import Config
 from gqa.sharding import make_mesh
@@ -155,3 +156,23 @@ def test_a_kill_while_writing_leaves_no_checkpoint(folder, tmp_path, monkeypatch
         assert not list((tmp_path / "c").iterdir())
         checkpoints.write(5, source, {"config": {}})
         assert checkpoints.latest == 5
+
+
+def test_a_checkpoint_becomes_a_folder_of_hugging_face(folder, tmp_path):
+    path, params, config = folder
+    info = {"config": {"model": config.__dict__, "vocabulary": "another"}}
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.write(5, huggingface.open_folder(path), info)
+        checkpoints.write(6, huggingface.open_folder(path), {"config": {"model": {"d_ff": 1}}})
+    step = str(tmp_path / "c" / "5")
+    save.main(["", step, str(tmp_path / "a")])
+    back, back_config = huggingface.load(tmp_path / "a")
+    assert back_config == config
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    save.main(["", step, str(tmp_path / "b"), "--expand"])
+    assert huggingface.read_config(tmp_path / "b").num_kv_heads_cross == config.num_heads
+    with pytest.raises(UserError, match="its config has no network"):
+        save.main(["", str(tmp_path / "c"), str(tmp_path / "d")])
+    tokenizer.train(["some words to learn from"] * 20, 450, tmp_path / "x.model")
+    with pytest.raises(UserError, match=r"x\.model is not the vocabulary that .*c/5 was trained"):
+        save.main(["", step, str(tmp_path / "d"), f"--vocabulary={tmp_path / 'x.model'}"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from experiments import initial, plan
+from experiments import initial, plan, schedule
 from gqa import checkpoint, huggingface, optim, tokenizer, train
 from gqa.errors import UserError
 from gqa.layers import RELU
@@ -141,6 +141,14 @@ def test_t5x_is_taken_too(network, vocabulary, tmp_path):
     other = dataclasses.replace(network[1], d_ff=8)
     with pytest.raises(UserError, match=r"model\.d_ff=8 contradicts .*a, which has 24"):
         initial.check_network(settings, network[1], other)
+
+
+def test_its_time_tells_nothing_of_training_steps(folder):
+    """`pretrain.steps` were not done here."""
+    stages = plan.plan(initial.adopted(config_of(folder, kv_heads=2)), None)
+    by_kind = {stage.kind: stage for stage in stages}
+    assert schedule._pace(by_kind["pretrain"]) != schedule._pace(by_kind["uptrain"])
+    assert schedule._work(by_kind["pretrain"]) == 1
 
 
 def test_a_stage_is_told_by_the_contents(folder, network):

@@ -23,8 +23,10 @@ LEAVES = (
 ROOMS = {
     "ml_collections": r"(configs|experiments|tests)\..*|launch",
     "orbax": r"gqa\.checkpoint|tests\..*",
+    "safetensors": r"gqa\.tensors|tests\..*",
     "submitit": r"experiments\.slurm",
     "tensorflow": r"nobody",
+    "tensorstore": r"gqa\.(blocks|t5x)|tests\..*",
     "wandb": r"gqa\.progress|tests\..*",
     "torch": r"experiments\.peers|tests\..*",
     "transformers": r"experiments\.peers|tests\..*",

@@ -61,7 +61,7 @@ def write(folder, arrays, ocdbt=False, dtype="float32"):
         store = {"driver": "file", "path": f"{folder}/{name}/"}
         if ocdbt:
             store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
-        spec = {"driver": "zarr", "kvstore": store}
+        spec = {"driver": "zarr", "kvstore": store, "context": {"file_io_sync": False}}
         spec["metadata"] = {
             "shape": x.shape,
             "chunks": [max(1, math.ceil(n / 2)) for n in x.shape],
@@ -81,9 +81,10 @@ def check_equal(params, expected):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-@pytest.mark.parametrize("flat", [True, False])
-@pytest.mark.parametrize("scanned", [None, "layers", "{}"])
-@pytest.mark.parametrize("ocdbt", [False, True])
+@pytest.mark.parametrize(
+    ("scanned", "flat", "ocdbt"),
+    [(None, True, False), (None, False, True), ("layers", False, False), ("{}", True, True)],
+)
 def test_a_checkpoint_is_read_in_each_layout(network, tmp_path, scanned, flat, ocdbt):
     params, config = network
     write(tmp_path / "checkpoint_900", {}, ocdbt)
