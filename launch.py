@@ -79,7 +79,7 @@ def _define(argv: list[str]) -> flags.FlagValues:
 def _run(values: flags.FlagValues) -> None:
     import jax  # after the flags, so that a mistake in them is told at once
 
-    from experiments import pipeline, speed
+    from experiments import initial, pipeline, speed
     from gqa import distributed
 
     distributed.initialize()
@@ -96,6 +96,7 @@ def _run(values: flags.FlagValues) -> None:
         raise UserError("--checkpoint goes with --stage=evaluate")
     options = pipeline.Options(values.executor, values.jobs, values["dry-run"].value)
     pipeline.check_options(options)
+    config = initial.adopted(config)
     experiment.check(config)
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     print(f"{config.name} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)

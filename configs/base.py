@@ -35,7 +35,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
         dtype="float32" if cpu else "bfloat16",
         remat="none" if cpu else "minimal",
     )
-    config.text = _text()
+    config.init, config.text = _init(), _text()
     config.pretrain = _pretrain()
     config.convert = _convert(heads, kv_heads)
     config.uptrain = ConfigDict()
@@ -62,6 +62,15 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     if cpu:
         _fit_cpu(config)
     return config.lock()
+
+
+def _init() -> ConfigDict:
+    init = ConfigDict()
+    # A folder with a multi-head T5 that takes the place of pretraining: it counts as trained for
+    # pretrain.steps, sizes and vocabulary are its own.
+    init.huggingface = ""  # config.json, safetensors, spiece.model
+    init.t5x = ""  # a checkpoint folder; set text.vocabulary, too
+    return init
 
 
 def _text() -> ConfigDict:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments import conversion, text
+from experiments import conversion, initial, text
 from gqa import convert, model
 from gqa.convert import learned
 
@@ -113,6 +113,8 @@ def plan(
     mha = _variant(config, multi_head, "none", 0.0)
     settings = {"model": parent_config(config).__dict__, "seed": config.seed}
     settings["text"] = prepared and [prepared.source(config.pretrain.task), prepared.tokenizer.hash]
+    if initial.identity(config):
+        settings["init"] = initial.identity(config)
     pretrain = plan_stage("pretrain", config.pretrain.to_dict() | settings, (), mha)
     stages = [pretrain]
     leaves = [pretrain]

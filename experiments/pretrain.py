@@ -1,16 +1,24 @@
-"""Train the multi-head parent from scratch."""
+"""Train the multi-head parent from scratch, or take another program's in its place."""
 
 from pathlib import Path
 
-from experiments.stage import Job, Outcome, run_training
-from experiments.text import training
+import jax
+import jax.numpy as jnp
+
+from experiments import initial
+from experiments.stage import Job, Outcome, load_params, open_parent, record, run_training
+from experiments.text import Training, training
 from gqa import hardware, model, optim, train
+from gqa.checkpoint import Checkpoints
 
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
-    """Settings: the config's section pretrain, and model, seed and variant."""
+    """Settings: the config's section pretrain, and model, seed and variant; init where given."""
     del parents  # there are none
     config = model.Config(**settings["model"] | {"dropout_rate": settings["dropout_rate"]})
+    data = training(job.text, settings["task"], settings, settings["seed"])
+    if "init" in settings:
+        return _take(name, settings, folder, config, data, job)
     size = model.count_params(config)
     # Parameters and their gradients, in float32.
     hardware.check_memory(8 * size, f"training a network of {size:,} parameters")
@@ -18,7 +26,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
         name,
         job,
         folder,
-        training(job.text, settings["task"], settings, settings["seed"]),
+        data,
         start=lambda: train.init(config, settings["seed"]),
         config=config,
         info={"recipe": settings, "variant": settings["variant"]},
@@ -27,3 +35,37 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
         steps=settings["steps"],
         keep="last",
     )
+
+
+def _take(
+    name: str, settings: dict, folder: Path, config: model.Config, data: Training, job: Job
+) -> Outcome:
+    """Put the parameters into a checkpoint at step `pretrain.steps`, where uptraining goes on.
+
+    Its data and Adafactor's moments are at their beginning: other programs' are not to be had.
+    """
+    source = initial.open_source(settings["init"])
+    initial.check_network(settings["init"], source.config, config)
+    step, checkpoints = settings["steps"], folder / "checkpoints"
+    with Checkpoints(checkpoints) as saved:
+        if saved.latest is None:
+            moments = train.abstract(config, job.mesh).opt_state
+            info = {"recipe": settings, "variant": settings["variant"]}
+            info |= {"model": config.__dict__, "vocabulary": job.text.tokenizer.hash}
+            items = {"opt_state": jax.tree.map(_zeros, moments), "config": info}
+            saved.write(step, source, items | {"data": data.batches.get_state()})
+        if saved.measured is None:
+            params = load_params(open_parent(checkpoints), job)
+            loss = train.make_validation(config, job.mesh)(params, data.validation())
+            print(f"{name}: {settings['init']['folder']}, validation loss {loss:.3f}", flush=True)
+            saved.measure(step, {"validation_loss": loss})
+        loss = saved.metric(step)
+    records = [
+        record("validation_loss", loss, "nats per token", n=data.validation_size),
+        record("steps", 0, "steps"),
+    ]
+    return Outcome(records, str(step))
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(x.shape, x.dtype, device=x.sharding)

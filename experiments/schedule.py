@@ -161,7 +161,7 @@ def _rates(stages: Iterable[Stage], workdir: Path) -> dict[tuple, float]:
 
 def _pace(stage: Stage) -> tuple[str, str]:
     kind = "pretrain" if stage.kind == "uptrain" else stage.kind  # the same steps
-    return kind, stage.variant["size"]
+    return "init" if "init" in stage.settings else kind, stage.variant["size"]
 
 
 def _work(stage: Stage) -> float:
@@ -169,7 +169,7 @@ def _work(stage: Stage) -> float:
     if stage.kind == "uptrain":
         recipe = ancestors(stage)[-1].settings
         return max(1, round(stage.settings["alpha"] * recipe["steps"]))
-    return stage.settings.get("steps", 1)
+    return 1 if "init" in stage.settings else stage.settings.get("steps", 1)
 
 
 def _duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gqa import distributed, hardware, seal
+from gqa import blocks, distributed, hardware, seal
 from gqa.errors import UserError, disk_full
 from gqa.seal import Damaged
 from gqa.sharding import make_mesh, replicate
@@ -121,6 +121,30 @@ class Checkpoints:
         with _full_disk_told(path):
             response = ocp.save_checkpointables_async(path, arrays, custom_metadata=text)
         self._pending = self._pool.submit(self._finish, step, response, metrics)
+
+    def write(self, step: int, source: blocks.Source, items: dict[str, Any]) -> None:
+        """Save a source's parameters without having them in memory, and the other items.
+
+        There are no metrics yet; returns when it is done.
+
+        Raises:
+            UserError: when the disk is full; earlier checkpoints stay.
+        """
+        self.wait()
+        path = self.path(step)
+        unfinished = path.with_name(f"{step}.tmp")
+        arrays = {name: value for name, value in items.items() if name in ARRAYS}
+        text = {name: value for name, value in items.items() if name not in ARRAYS}
+        arrays["params"] = blocks.placeholders(source)
+        with _full_disk_told(path):
+            ocp.save_checkpointables(unfinished, arrays, custom_metadata=text)
+            if distributed.is_primary():
+                for name in source.chunks:
+                    blocks.write(source, name, unfinished / "params")
+                seal.write(unfinished, None)
+                unfinished.rename(path)
+        distributed.wait_for_all("write")
+        self._metrics[step] = None
 
     def measure(self, step: int, metrics: dict[str, float]) -> None:
         """Give metrics to a step that was saved without."""

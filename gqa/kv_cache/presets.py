@@ -1,0 +1,105 @@
+"""The decoders of well-known models, and of any config.json of Hugging Face, as to their caches."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from gqa import tensors
+from gqa.errors import UserError
+from gqa.model import check_kv_heads
+
+
+class Decoder(NamedTuple):
+    """`cross` says whether it also keeps keys and values of an encoder's outputs.
+
+    A window is the most positions it keeps of its own; 0 is all.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    cross: bool = False
+    window: int = 0
+
+
+PRESETS = {
+    "T5-small": Decoder(8, 6, 6, 64, True),  # 1.1
+    "T5-base": Decoder(12, 12, 12, 64, True),
+    "T5-large": Decoder(24, 16, 16, 64, True),
+    "T5-XL": Decoder(24, 32, 32, 64, True),
+    "T5-XXL": Decoder(24, 64, 64, 64, True),
+    "Llama-2-7B": Decoder(32, 32, 32, 128),
+    "Llama-2-13B": Decoder(40, 40, 40, 128),
+    "Llama-2-34B": Decoder(48, 64, 8, 128),
+    "Llama-2-70B": Decoder(80, 64, 8, 128),
+    "Llama-3-8B": Decoder(32, 32, 8, 128),
+    "Llama-3-70B": Decoder(80, 64, 8, 128),
+    "Llama-3-405B": Decoder(126, 128, 8, 128),
+    "Mistral-7B": Decoder(32, 32, 8, 128),
+}
+
+# What config.json calls it, the first that is there.
+LAYERS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "num_layers", "n_layer")
+HEADS = ("decoder_attention_heads", "num_attention_heads", "num_heads", "n_head")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+HEAD_DIM = ("head_dim", "d_kv")
+WIDTH = ("hidden_size", "d_model", "n_embd")
+# Caches of another kind than keys and values by head and position.
+OTHER = ("kv_lora_rank", "state_size")
+
+
+def find(name: str) -> Decoder:
+    """A preset by its name, in any case, or what a config.json or its folder says.
+
+    Raises:
+        UserError: naming the presets, or the key that is missing or of another kind of cache.
+    """
+    for preset, decoder in PRESETS.items():
+        if preset.lower() == name.lower():
+            return decoder
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"{name!r} is no config.json; use one, or one of {', '.join(PRESETS)}")
+    path = path / "config.json" if path.is_dir() else path
+    config = tensors.read_json(path)
+    with tensors.told_of(path):
+        nested = config.get("text_config")
+        return _decoder(config | nested if isinstance(nested, dict) else config)
+
+
+def _decoder(config: dict) -> Decoder:
+    for key in OTHER:
+        if config.get(key):
+            raise UserError(f"{key}={config[key]!r}: its cache is not one of keys and values")
+    heads = _size(config, HEADS)
+    head_dim = _size(config, HEAD_DIM, default=0) or _size(config, WIDTH) // heads
+    one = config.get("multi_query") is True and not config.get("new_decoder_architecture")
+    kv_heads = _size(config, KV_HEADS, default=heads)
+    kv_heads = 1 if one else kv_heads
+    check_kv_heads("num_key_value_heads", kv_heads, heads)
+    # Those that Transformers counts as such by default do not always say it.
+    cross = bool(config.get("is_encoder_decoder", "t5" in str(config.get("model_type"))))
+    return Decoder(_size(config, LAYERS), heads, kv_heads, head_dim, cross, _window(config))
+
+
+def _window(config: dict) -> int:
+    if not config.get("use_sliding_window", True):
+        return 0
+    window = _size(config, ("sliding_window",), default=0)
+    kinds = config.get("layer_types") or ["sliding_attention"]
+    if window and set(kinds) != {"sliding_attention"}:
+        raise UserError("layer_types: only some layers have the sliding_window")
+    return window
+
+
+def _size(config: dict, keys: tuple[str, ...], default: int | None = None) -> int:
+    for key in keys:
+        value = config.get(key)
+        if value is None:
+            continue
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise UserError(f"{key}={value!r}; use a whole number, 1 or more")
+        return value
+    if default is None:
+        raise UserError(f"none of {', '.join(keys)} is there")
+    return default
