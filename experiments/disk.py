@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from gqa import whole
 from gqa.distributed import is_primary
 from gqa.errors import UserError
 
@@ -55,11 +56,5 @@ def write_whole(path: Path, text: str) -> None:
 
     Of several processes the primary writes it, and the others must not count on it yet.
     """
-    if not is_primary():
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if is_primary():
+        whole.write(path, text)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.estimate import Estimate
+from gqa import whole
 
 # Okabe and Ito's palette, told apart with any colour vision; markers differ too, for grey print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -100,16 +101,11 @@ def tidy(*several: Axes) -> None:
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Write under a temporary name first, so that a reader never sees half a picture.
-
-    The same figure gives the same bytes: no date, no random names inside.
-    """
-    path = Path(path)
-    temporary, kind = path.with_name(f"{path.name}.tmp"), path.suffix[1:]
+    """Write a picture whole; the same figure gives the same bytes: no date, no random names."""
+    kind = Path(path).suffix[1:]
     metadata = {"Date": None} if kind == "svg" else {}
-    with matplotlib.rc_context({"svg.hashsalt": "gqa"}):
+    with whole.writing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "gqa"}):
         figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
-    os.replace(temporary, path)
 
 
 def save_all(figure: Figure, folder: Path, name: str) -> None:

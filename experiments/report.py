@@ -16,7 +16,7 @@ from experiments import (
     tables,
 )
 from experiments.summary import Summary, variant_of
-from gqa import results
+from gqa import results, whole
 from gqa.errors import UserError
 
 STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
@@ -51,16 +51,10 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, within: floa
     ]
     text = "\n\n".join(filter(None, sections)) + "\n"
     pictures = {f"{name}.png": (folder / f"{name}.svg").read_bytes() for name in drawn}
-    _write(folder / "report.md", text)
-    _write(folder / "report.html", report_html.page(TITLE, text, pictures))
+    whole.write(folder / "report.md", text)
+    whole.write(folder / "report.html", report_html.page(TITLE, text, pictures))
     table = tables.plain(*report_variants.table(summary))
     return "\n\n".join(filter(None, [table, answer.plain(summary, within)]))
-
-
-def _write(path, text):
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _draw(summary, folder):

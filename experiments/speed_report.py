@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments import figures, peers, tables
-from gqa import results
+from gqa import results, whole
 from gqa.errors import UserError
 
 OURS, MACHINE = "gqa", "machine"
@@ -112,9 +112,7 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, name: str) -
             figures.time_by_groups(_lines(rows["inference"]), folder / f"speed.{suffix}")
         lines.append("![Time per sample against KV heads, ours and the paper's](speed.png)")
     lines.append(_provenance(records))
-    temporary = folder / "speed.md.tmp"
-    temporary.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "speed.md")
+    whole.write(folder / "speed.md", "\n\n".join(lines) + "\n")
     plain = [f"{title}\n\n{tables.plain(header, cells)}" for title, header, cells in sections]
     return "\n\n".join([*plain, f"report: {folder / 'speed.md'}"])
 

@@ -24,6 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from gqa import whole
 from gqa.errors import UserError
 
 FORMAT = 1  # part of what makes a cache valid: raise it when the extraction changes
@@ -182,24 +183,12 @@ def _write(folder: pathlib.Path, rows: dict, manifest: dict) -> dict:
         part = rows[task][split]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part).encode()
         digest.update(lines)
-        _replace(folder / f"{task}-{split}.jsonl.gz", gzip.compress(lines, 6, mtime=0))
+        whole.write(folder / f"{task}-{split}.jsonl.gz", gzip.compress(lines, 6, mtime=0))
         words = sum(len(row[key].split()) for row in part for key in row.keys() & TEXT_FIELDS)
         counts[task][split] = {"rows": len(part), "words": words}
     manifest |= {"counts": counts, "sha256": digest.hexdigest()}
-    _replace(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    whole.write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     return manifest
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    """The whole file or, on a full disk, the one before."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = str(path)
-        raise
 
 
 # --- files to texts -------------------------------------------------------------------------------

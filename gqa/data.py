@@ -18,6 +18,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from gqa import whole
 from gqa.errors import UserError
 from gqa.stream import Stream
 from gqa.tasks import Example
@@ -62,18 +63,10 @@ def _read_tokens(path: pathlib.Path, count: int) -> list[np.ndarray] | None:
 
 
 def _write_tokens(path: pathlib.Path, encoded: Sequence[np.ndarray]) -> None:
-    """The whole file or, on a full disk, none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            ids = np.concatenate([np.zeros(0, np.int32), *encoded])
-            np.savez(file, ids=ids, lengths=np.array([len(text) for text in encoded], np.int64))
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = str(path)
-        raise
+    with whole.writing(path) as temporary, open(temporary, "wb") as file:
+        ids = np.concatenate([np.zeros(0, np.int32), *encoded])
+        np.savez(file, ids=ids, lengths=np.array([len(text) for text in encoded], np.int64))
 
 
 def tokenize_examples(

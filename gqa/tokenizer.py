@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
+from gqa import whole
 from gqa.errors import UserError
 
 PAD, EOS, UNK = 0, 1, 2
@@ -107,20 +108,8 @@ def train(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tok
     except RuntimeError as error:
         raise UserError(_advice(str(error), vocab_size)) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, model.getvalue())
+    whole.write(path, model.getvalue())
     return Tokenizer(model.getvalue())
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    """The whole file or, on a full disk, none."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = str(path)
-        raise
 
 
 def _advice(error: str, vocab_size: int) -> str:
