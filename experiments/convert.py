@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.stage import Job, Outcome, load_state, open_parent, record
+from experiments.stage import NATS, Job, Outcome, load_state, open_parent, record
 from experiments.text import Training, training
 from gqa import calibrate, checkpoint, convert, model, optim, train
 
@@ -39,8 +39,8 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     scale = max((x for each in scales.values() for x in each), key=lambda x: abs(np.log(x)))
     return Outcome(
         [
-            record("validation_loss", loss, "nats per token", n=data.validation_size),
-            record("kl_to_parent", apart, "nats per token", n=data.validation_size),
+            record("validation_loss", loss, NATS, n=data.validation_size),
+            record("kl_to_parent", apart, NATS, n=data.validation_size),
             record("convert_seconds", seconds, "s"),
             record("calibration_tokens", tokens, "tokens"),
             record("query_scale", float(scale), "RMS of queries by the parent's"),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from experiments.stage import Job, Outcome, load_params, open_parent, run_training
+from experiments.stage import Job, Outcome, load_params, open_parent
 from experiments.text import training
+from experiments.training import run_training
 from gqa import optim
 from gqa.train import State
 

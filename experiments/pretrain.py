@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments import initial
-from experiments.stage import Job, Outcome, load_params, open_parent, record, run_training
+from experiments.stage import NATS, Job, Outcome, load_params, open_parent, record
 from experiments.text import Training, training
+from experiments.training import run_training
 from gqa import hardware, model, optim, train
 from gqa.checkpoint import Checkpoints
 
@@ -16,12 +17,13 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     """Settings: the config's section pretrain, and model, seed and variant; init where given."""
     del parents  # there are none
     config = model.Config(**settings["model"] | {"dropout_rate": settings["dropout_rate"]})
+    if "init" not in settings:
+        size = model.count_params(config)
+        # Parameters and their gradients, in float32.
+        hardware.check_memory(8 * size, f"training a network of {size:,} parameters")
     data = training(job.text, settings["task"], settings, settings["seed"])
     if "init" in settings:
         return _take(name, settings, folder, config, data, job)
-    size = model.count_params(config)
-    # Parameters and their gradients, in float32.
-    hardware.check_memory(8 * size, f"training a network of {size:,} parameters")
     return run_training(
         name,
         job,
@@ -61,7 +63,7 @@ def _take(
             saved.measure(step, {"validation_loss": loss})
         loss = saved.metric(step)
     records = [
-        record("validation_loss", loss, "nats per token", n=data.validation_size),
+        record("validation_loss", loss, NATS, n=data.validation_size),
         record("steps", 0, "steps"),
     ]
     return Outcome(records, str(step))

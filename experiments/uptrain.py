@@ -14,18 +14,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments.stage import (
+    NATS,
     Job,
     Outcome,
     Parent,
-    Pooling,
     load_params,
     load_state,
     open_parent,
     read_done,
     record,
-    run_training,
 )
 from experiments.text import Training, training
+from experiments.training import Pooling, run_training
 from gqa import checkpoint, convert, distributed, model, optim, train
 from gqa.convert import learned
 
@@ -70,9 +70,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     if pooling is not None:
         _fold(folder, outcome, pooling, converted.config, job)
     apart = _divergence(open_parent(folder / "checkpoints" / outcome.checkpoint), origin, data, job)
-    return outcome._replace(
-        records=[*outcome.records, record("kl_to_parent", apart, "nats per token")]
-    )
+    return outcome._replace(records=[*outcome.records, record("kl_to_parent", apart, NATS)])
 
 
 def _head_start(folder: Path) -> Parent | None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gqa import tensors
+from gqa import tensors, whole
 from gqa.convert import rope
 from gqa.errors import UserError
 from gqa.model import check_kv_heads
@@ -277,9 +277,8 @@ def _copy_others(source: Path, target: Path) -> None:
     """The files beside the weights, e.g. a tokenizer's; not weights in other formats."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.endswith(WEIGHTS) and path.name != "config.json":
-            temporary = target / f"{path.name}.tmp"
-            shutil.copyfile(path, temporary)
-            os.replace(temporary, target / path.name)
+            with whole.writing(target / path.name) as temporary:
+                shutil.copyfile(path, temporary)
 
 
 def _report(errors: dict, method: str, sizes: Sizes) -> str:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gqa import whole
 from gqa.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -146,16 +147,14 @@ def write(
         start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with whole.writing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in tensors:
             for piece in data(name):
                 file.write(piece if isinstance(piece, bytes) else _bytes(piece))
         size = file.tell()
-    if size != 8 + len(text) + start:
-        raise ValueError(f"{path}: {size} bytes instead of {8 + len(text) + start}")
-    os.replace(temporary, path)
+        if size != 8 + len(text) + start:
+            raise ValueError(f"{path}: {size} bytes instead of {8 + len(text) + start}")
     return size
 
 
@@ -165,10 +164,8 @@ def write_index(folder: Path, files: dict[str, str], nbytes: int) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write under another name first."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write an object as readable JSON, whole."""
+    whole.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict:

@@ -1,0 +1,134 @@
+"""The part that the three training stages share."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from experiments.stage import NATS, Job, Outcome, record
+from experiments.text import Training
+from gqa import checkpoint, distributed, guard, model, optim, progress, train
+from gqa.flops import train_flops
+from gqa.hardware import peak_flops
+from gqa.sharding import check_batch, replicate
+
+
+class Pooling(NamedTuple):
+    """What is trained in the place of a network's parameters, for a pooling that is learned.
+
+    Args:
+        config: of the network that runs while training.
+        whole: of the one whose parameters are expanded.
+        expand: makes what is trained from parameters.
+        view: (trained, step) -> the parameters to run.
+        fold: trained -> the parameters that are left at the end.
+    """
+
+    config: model.Config
+    whole: model.Config
+    expand: Callable[[dict], dict]
+    view: Callable
+    fold: Callable[[dict], dict]
+
+    def abstract(self, mesh: Mesh) -> train.State:
+        """Shapes and placement of what is trained."""
+        return train.abstract(self.whole, mesh, self.start)
+
+    def start(self, state: train.State) -> train.State:
+        """The state to train from; only what is new begins without moments."""
+        params = self.expand(state.params)
+        fresh = optim.adafactor().init(params)
+        return state._replace(params=params, opt_state=_merged(fresh, state.opt_state))
+
+
+def _merged(fresh: Any, old: Any) -> Any:
+    """`fresh` with whatever `old` has in the same place."""
+    if not isinstance(fresh, dict):
+        return old
+    return {key: _merged(fresh[key], old[key]) if key in old else fresh[key] for key in fresh}
+
+
+def run_training(
+    name: str,
+    job: Job,
+    folder: Path,
+    data: Training,
+    *,
+    start: Callable[[], train.State],
+    config: model.Config,
+    info: dict,
+    recipe: dict,
+    learning_rate: Callable,
+    first_step: int = 0,
+    steps: int,
+    keep: str,
+    pooling: Pooling | None = None,
+    teacher: train.Teacher | None = None,
+) -> Outcome:
+    """`gqa.train.fit`, for `steps` after `first_step`, with what it needs made from settings.
+
+    Args:
+        config: of the network that is left at the end, and validated.
+        keep: which checkpoint is handed on: "last" or "best".
+        pooling: if that network's pooling is learned: `start` gives, and checkpoints hold, what
+            `pooling.expand` makes of parameters.
+    """
+    check_batch("batch_size", recipe["batch_size"], recipe["num_microbatches"])
+    running = config if pooling is None else pooling.config
+    fold = (lambda params: params) if pooling is None else jax.jit(pooling.fold)
+    validation_loss = train.make_validation(config, job.mesh)
+    loss = train.make_loss(running, recipe["z_loss"], teacher)
+    more = {"view": pooling and pooling.view, "teacher": teacher}
+    step = train.make_step(loss, learning_rate, recipe["seed"], recipe["num_microbatches"], **more)
+    checkpoints = folder.absolute() / "checkpoints"
+    step_flops = train_flops(running, recipe["batch_size"], **data.lengths)
+    with _show(name, job, folder, recipe["every"], step_flops, config.dtype) as shown:
+        rollbacks = train.fit(
+            lambda: replicate(start(), job.mesh),
+            train.abstract(config, job.mesh) if pooling is None else pooling.abstract(job.mesh),
+            step,
+            data.batches,
+            steps=first_step + steps,
+            every=recipe["every"],
+            validate=lambda params: validation_loss(fold(params), data.validation()),
+            config=info | {"model": config.__dict__, "vocabulary": job.text.tokenizer.hash},
+            folder=checkpoints,
+            mesh=job.mesh,
+            progress=shown,
+            mishaps=guard.Settings(**job.train),
+            keep_last=job.keep_last,
+        )
+    jax.clear_caches()  # compiled steps of one network are no use to the next stage
+    with checkpoint.Checkpoints(checkpoints, job.keep_last) as saved:
+        chosen = saved.best if keep == "best" else saved.latest
+        loss = saved.metric(chosen)
+    records = [
+        record("validation_loss", loss, NATS, n=data.validation_size),
+        record("steps", chosen - first_step, "steps"),
+    ]
+    records += [record("rollbacks", rollbacks, "times")] if rollbacks else []
+    return Outcome(records, str(chosen))
+
+
+def _show(
+    name: str, job: Job, folder: Path, every: int, step_flops: float, dtype: str
+) -> progress.Progress:
+    """What shows a training run, under names that a person knows again."""
+    tracking = None
+    if job.wandb and job.wandb["mode"] != "off":
+        # The same for the same folder, and no other's.
+        place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
+        tracking = progress.Tracking(
+            **job.wandb,
+            group=job.run_name,
+            name=name,
+            id=f"{folder.name}-{place}",
+            folder=job.workdir,
+        )
+    events = None
+    if distributed.is_primary():
+        events = job.workdir / "tensorboard" / (job.title or folder.name)
+    return progress.Progress(name, events, every, step_flops, peak_flops(dtype), tracking)
