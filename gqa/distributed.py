@@ -66,8 +66,6 @@ def _given() -> dict[str, Any] | None:
         return None
     if not (address and (count or "").isdecimal() and (index or "").isdecimal()):
         raise UserError(f"{', '.join(GIVEN)} go together: HOST:PORT and two numbers")
-    if not int(index) < int(count):
-        raise UserError(f"JAX_PROCESS_ID={index} is not below JAX_NUM_PROCESSES={count}")
     return {
         "coordinator_address": address,
         "num_processes": int(count),

@@ -153,6 +153,21 @@ def test_an_error_of_one_ends_both(tmp_path):
     assert "error: no more\n" in both.errors[1]
 
 
+def test_one_that_fails_does_not_wait_for_one_that_is_busy(tmp_path):
+    body = """
+    from gqa.errors import UserError
+    if index == 1:
+        raise UserError("no more")
+    time.sleep(600)
+    """
+    both = Processes("distributed.PATIENCE = 1.0" + body, tmp_path / "x")
+    try:
+        assert both.processes[1].wait(timeout=90) == 2  # JAX's own end waits for 300 s
+    finally:
+        both.processes[0].kill()
+        both.end()
+
+
 def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(tmp_path):
     body = """
     import numpy as np
