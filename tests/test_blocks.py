@@ -173,6 +173,6 @@ def test_a_checkpoint_becomes_a_folder_of_hugging_face(folder, tmp_path):
     assert huggingface.read_config(tmp_path / "b").num_kv_heads_cross == config.num_heads
     with pytest.raises(UserError, match="its config has no network"):
         save.main(["", str(tmp_path / "c"), str(tmp_path / "d")])
-    tokenizer.train(["some words to learn from"] * 20, 450, tmp_path / "x.model")
+    tokenizer.train(["some words to learn from"] * 20, 455, tmp_path / "x.model")
     with pytest.raises(UserError, match=r"x\.model is not the vocabulary that .*c/5 was trained"):
         save.main(["", step, str(tmp_path / "d"), f"--vocabulary={tmp_path / 'x.model'}"])
