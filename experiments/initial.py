@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from gqa import blocks, convert, huggingface, model, t5x
 from gqa.errors import UserError
+from gqa.tensors import told_of
 
 READERS = {"huggingface": huggingface, "t5x": t5x}
 # Sizes that say nothing of other programs' checkpoints: theirs give way.
@@ -90,7 +91,8 @@ def _named(config: ConfigDict) -> _Given | None:
     if not kinds:
         return None
     folder = Path(config.init[kinds[0]]).absolute()
-    return _Given(kinds[0], folder, READERS[kinds[0]].open_folder(folder))
+    with told_of(f"init.{kinds[0]}"):
+        return _Given(kinds[0], folder, READERS[kinds[0]].open_folder(folder))
 
 
 def _check(config: ConfigDict, folder: Path, sizes: dict) -> None:

@@ -98,12 +98,15 @@ def open_folder(folder: str | os.PathLike) -> Source:
 
 
 def _find(folder: Path) -> Path:
-    steps = [p for p in folder.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdecimal()]
-    if steps:
-        folder = max(steps, key=lambda path: int(path.name.removeprefix(STEP)))
-    for place in (folder / "state", folder):
-        if (place / "manifest.ocdbt").exists() or next(place.glob(f"{PREFIX}*"), None):
-            return place
+    try:
+        steps = [p for p in folder.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdecimal()]
+        if steps:
+            folder = max(steps, key=lambda path: int(path.name.removeprefix(STEP)))
+        for place in (folder / "state", folder):
+            if (place / "manifest.ocdbt").exists() or next(place.glob(f"{PREFIX}*"), None):
+                return place
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from error
     raise UserError(f"{folder}: no T5X checkpoint; it would have folders {PREFIX}...")
 
 

@@ -37,6 +37,8 @@ NAMES = CHOICES | {
     "finetune.tasks": ("parameter_qa", "docstring_summary,code_summary", " code_summary ,"),
     "text.packages": ("flax,optax", "rich, fsspec,absl-py"),
     "text.vocabulary": ("",),
+    "init.huggingface": ("",),
+    "init.t5x": ("",),
 }
 # What is wrong with a key beyond its kind; the last part of a key stands for all sections.
 WRONG = {
@@ -54,6 +56,8 @@ WRONG = {
     "finetune.tasks": ["docstrings", "", " , "],
     "text.packages": ["flax", "optax", "a b", "../flax", ","],
     "text.vocabulary": ["/", ".", "README.md", "no/where.model"],
+    "init.huggingface": ["/", ".", "README.md", "no/where", "x" * 300],
+    "init.t5x": ["/", ".", "README.md", "no/where", "x" * 300],
 }
 SECTIONS = sorted({name.partition(".")[0] for name in KEYS if "." in name})
 BIG = ["1e30", "1e400", str(2**63), str(2**31), "9" * 5000, "0x" + "f" * 5000]
