@@ -96,7 +96,8 @@ def _run(values: flags.FlagValues) -> None:
         raise UserError("--checkpoint goes with --stage=evaluate")
     options = pipeline.Options(values.executor, values.jobs, values["dry-run"].value)
     pipeline.check_options(options)
-    config = initial.adopted(config)
+    if experiment is pipeline:
+        config = initial.adopted(config)
     experiment.check(config)
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     print(f"{config.name} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)

@@ -72,8 +72,7 @@ class Stage(NamedTuple):
     def _words(self) -> list[str]:
         variant = self.variant
         K, cross = variant["num_kv_heads"], variant["cross_num_kv_heads"]
-        words = [variant["size"], f"{K} KV heads"]
-        words += [f"cross {cross}"] if cross != K else []
+        words = [variant["size"], f"{K} KV heads", *([f"cross {cross}"] if cross != K else [])]
         if variant["method"] != "none":
             words.append(variant["method"])
         if variant["alpha"]:

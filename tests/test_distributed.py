@@ -230,7 +230,7 @@ def test_two_processes_train_as_one(tmp_path):
     pairs, mesh = [(row[0], row[1][:2]) for row in rows], sharding.make_mesh()
     shape = {"inputs_length": 8, "targets_length": 5, "batch_size": 8}
     shape["shard"] = sharding.share(mesh)
-    batches = data.seq2seq(pairs, **shape, seed=0, pack=True)
+    batches = data.seq2seq([pairs], [1.0], **shape, seed=0, pack=True)
     step = train.make_step(train.make_loss(config, 1e-4), optim.constant(1e-2), 0, 2)
     state, losses = sharding.replicate(train.init(config, 0), mesh), []
     for _ in range(6):

@@ -16,7 +16,8 @@ from experiments.stage import Job, Outcome, finish, read_done, record
 from gqa import checkpoint, results
 from gqa.errors import UserError
 
-VARIANT = {"size": "nano", "num_kv_heads": 8, "method": "none", "alpha": 0.0, "seed": 0}
+HEADS = {"num_kv_heads": 8, "cross_num_kv_heads": 8}
+VARIANT = {"size": "nano", **HEADS, "method": "none", "alpha": 0.0, "seed": 0}
 SETUP = {"run": "r", "text": {}}
 PLANNED = Stage("pretrain", {"variant": VARIANT}, (), SETUP)
 ORIGIN = {"commit": "c", "device": "d", "time": "t"}

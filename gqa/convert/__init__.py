@@ -117,14 +117,8 @@ def check(
         if name not in ATTENTIONS:
             raise UserError(f"no attention {name!r} to convert; use {', '.join(ATTENTIONS)}")
         check_kv_heads(_field(name), K, getattr(config, _field(name)))
-    if method in learned.METHODS:
-        if renorm:
-            raise UserError(f"convert.renorm does not go with convert.method={method!r}: it learns")
-        if grouping != "contiguous":
-            raise UserError(
-                f"convert.grouping={grouping!r} does not go with convert.method={method!r}; "
-                "use contiguous"
-            )
+    if renorm and method in learned.METHODS:
+        raise UserError(f"convert.renorm does not go with convert.method={method!r}, which learns")
     if needs_moments(method, space, grouping) and _fewer(config, num_kv_heads) and not calibrated:
         what = f"method={method!r}" if grouping not in MEASURED else f"grouping={grouping!r}"
         raise UserError(
