@@ -32,10 +32,17 @@ def normal_like(tree, seed):
 
 
 def two_updates(optimizer, params, grads):
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for g in grads:
-        updates, state = optimizer.update(g, state, params)
-    return updates
+        updates, state = update(g, state, params)
+    return updates, state
+
+
+@pytest.fixture(scope="module")
+def trained(params):
+    """Two gradients, the last updates and the state after them."""
+    grads = [normal_like(params, seed) for seed in (1, 2)]
+    return grads, *two_updates(optim.adafactor(), params, grads)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +54,8 @@ def two_updates(optimizer, params, grads):
         (("encoder", "layers", "mlp_norm", "scale"), (128,)),
     ],
 )
-def test_each_layer_is_its_own_matrix_to_optax(params, path, matrix):
-    grads = [normal_like(params, seed) for seed in (1, 2)]
-    ours = two_updates(optim.adafactor(), params, grads)
+def test_each_layer_is_its_own_matrix_to_optax(params, trained, path, matrix):
+    grads, ours, _ = trained
     reference = optax.adafactor(learning_rate=1.0, min_dim_size_to_factor=128)
     for layer in range(2):
 
@@ -58,7 +64,7 @@ def test_each_layer_is_its_own_matrix_to_optax(params, path, matrix):
                 tree = tree[name]
             return tree[layer].reshape(matrix)
 
-        expected = two_updates(reference, leaf(params), [leaf(g) for g in grads])
+        expected, _ = two_updates(reference, leaf(params), [leaf(g) for g in grads])
         np.testing.assert_allclose(-leaf(ours), expected, rtol=2e-5, atol=1e-7)
 
 
@@ -79,15 +85,10 @@ def test_rates():
     assert optim.constant(1e-3)(jnp.int32(7)) == np.float32(1e-3)
 
 
-def trained_state(params):
-    optimizer = optim.adafactor()
-    return optimizer.update(normal_like(params, 1), optimizer.init(params), params)[1]
-
-
 @pytest.mark.parametrize("num_kv_heads", [16, 8, 1])
 @pytest.mark.parametrize("how", ["map", "reset"])
-def test_converted_state_fits_the_converted_parameters(wide, params, num_kv_heads, how):
-    state = trained_state(params)
+def test_converted_state_fits_the_converted_parameters(wide, params, trained, num_kv_heads, how):
+    state = trained[-1]
     new, _ = convert.convert(params, wide, num_kv_heads)
     converted = optim.convert_state(state, params, new, how)
     fresh = optim.adafactor().init(new)
@@ -99,8 +100,8 @@ def test_converted_state_fits_the_converted_parameters(wide, params, num_kv_head
 
 
 @pytest.mark.parametrize("num_kv_heads", [8, 1])  # factored, and too narrow to be
-def test_mapping_keeps_the_total_second_moment_and_the_count(wide, params, num_kv_heads):
-    state = trained_state(params)
+def test_mapping_keeps_the_total_second_moment_and_the_count(wide, params, trained, num_kv_heads):
+    state = trained[-1]
     new, _ = convert.convert(params, wide, num_kv_heads)
     converted = optim.convert_state(state, params, new, "map")
     old, pooled = (s["decoder"]["layers"]["self_attention"]["key"][0] for s in (state, converted))

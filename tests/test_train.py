@@ -109,11 +109,17 @@ def test_dropout_is_a_function_of_seed_and_step(config):
     assert len({loss_at(0, 3), loss_at(0, 4), loss_at(1, 3)}) == 3
 
 
-def run_fit(config, folder, steps, every=2, rate=1e-2, batches=None, alive=lambda step: None):
-    mesh = sharding.make_mesh()
+@functools.cache
+def compiled(config, rate):
+    """Step and validation of a network, traced once for all tests that run them."""
     loss = train.make_loss(dataclasses.replace(config, dropout_rate=0.1), 1e-4)
     step = train.make_step(loss, optim.constant(rate), seed=0)
-    validation = train.make_validation(config, mesh)
+    return step, train.make_validation(config, sharding.make_mesh())
+
+
+def run_fit(config, folder, steps, every=2, rate=1e-2, batches=None, alive=lambda step: None):
+    mesh = sharding.make_mesh()
+    step, validation = compiled(config, rate)
 
     def validate(params):
         return validation(params, [(make_batch(1000), 4)])
