@@ -6,7 +6,7 @@ true worker, with the same contract: `done.json`, and exit status 143 after SIGT
 
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -203,14 +203,16 @@ def test_nodes_are_for_stages_that_share_the_work(monkeypatch, tmp_path):
 
 
 def answers():
-    """Whether a SLURM with a node answers here."""
-    if shutil.which("sinfo") is None:
+    """Whether a SLURM with a node answers here, and there is what submits to it."""
+    if shutil.which("sinfo") is None or importlib.util.find_spec("submitit") is None:
         return False
     asked = subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=10, check=False)
     return asked.returncode == 0 and bool(asked.stdout)
 
 
-real = pytest.mark.skipif(not answers(), reason="no SLURM answers; see tests/start_slurm.sh")
+real = pytest.mark.skipif(
+    not answers(), reason="no submitit, or no SLURM answers; see tests/start_slurm.sh"
+)
 
 
 class Cluster:

@@ -43,7 +43,9 @@ def queue(workdir):
     return {name: states[job["id"]] for name, job in jobs.items() if job["id"] in states}
 
 
-@pytest.mark.skipif(not answers(), reason="no SLURM answers; see tests/start_slurm.sh")
+@pytest.mark.skipif(
+    not answers(), reason="no submitit, or no SLURM answers; see tests/start_slurm.sh"
+)
 def test_a_sweep_on_a_cluster_ends_as_one_here(settings, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     launch(here, settings, config=SWEEP)
