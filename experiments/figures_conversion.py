@@ -71,6 +71,7 @@ def _alpha_axis(axes: Axes) -> None:
     if len(alphas) > 1:
         axes.set_xscale("symlog", linthresh=alphas[1], linscale=0.6)
         axes.set_xticks(alphas, [f"{alpha:g}".removeprefix("0") or "0" for alpha in alphas])
+        axes.set_xlim(-alphas[1] / 4, alphas[-1] * 1.2)
         axes.tick_params(axis="x", labelsize=8)
         axes.minorticks_off()
 
