@@ -120,11 +120,11 @@ def plan(
     for stage in _grouped(config, pretrain, plan_stage):
         stages.append(stage)
         leaves = [pretrain, stage]  # the last one is what is fine-tuned
-    for leaf in leaves:
-        for task in text.split_names(config.finetune.tasks):
-            stages += _tune_and_score(config, leaf, task, prepared, plan_stage)
-    if not config.finetune.tasks:
+    tasks = text.split_names(config.finetune.tasks)
+    if not tasks:
         return stages
+    for leaf, task in itertools.product(leaves, tasks):
+        stages += _tune_and_score(config, leaf, task, prepared, plan_stage)
     heads = leaves[-1].variant
     return [*stages, _benchmark(config, reference or config, heads, plan_stage)]
 

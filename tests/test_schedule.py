@@ -32,7 +32,8 @@ done = {"records": [], "checkpoint": None, "provenance": {}, "seconds": 1.0}
 (folder / "done.json").write_text(json.dumps(done))
 say("ends")
 """
-VARIANT = {"size": "nano", "num_kv_heads": 8, "method": "none", "alpha": 0.0, "seed": 0}
+HEADS = {"num_kv_heads": 8, "cross_num_kv_heads": 8}
+VARIANT = {"size": "nano", **HEADS, "method": "none", "alpha": 0.0, "seed": 0}
 
 
 def stage(name, *parents, kind="pretrain", **settings):
