@@ -5,7 +5,7 @@ compared seed by seed: both came from the same multi-head parent and the same te
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from experiments import conversion, estimate
@@ -37,7 +37,12 @@ def methods(summary: Summary, shape: Variant) -> list[str]:
     """The methods that led to a network, the paper's first."""
     found = {v.method for v in summary.converted if v.shape == shape}
     found |= {v.method for v in summary.trained if v.shape == shape and v.method != "none"}
-    return sorted(found, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
+    return in_order(found)
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Names of methods, the paper's first."""
+    return sorted(methods, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
 
 
 def is_plain(method: str) -> bool:
@@ -55,15 +60,13 @@ def curve(summary: Summary, shape: Variant, method: str) -> dict[float, Estimate
 
 def damage(summary: Summary, variant: Variant) -> Estimate | None:
     """How far the loss is above that of the multi-head parent, not trained further."""
-    own, parent = summary.loss(variant), summary.loss(variant.parent)
-    return estimate.paired(lambda a, b: a - b, own, parent) if own and parent else None
+    return estimate.apart(summary.loss(variant), summary.loss(variant.parent))
 
 
 def against_reference(summary: Summary, variant: Variant) -> Estimate | None:
     """How far the loss is above that of the mean after 5% of uptraining."""
-    own = summary.loss(variant)
     reference = summary.loss(variant._replace(method=REFERENCE, alpha=ALPHA))
-    return estimate.paired(lambda a, b: a - b, own, reference) if own and reference else None
+    return estimate.apart(summary.loss(variant), reference)
 
 
 def soonest(summary: Summary, shape: Variant, method: str) -> tuple[float, Estimate] | None:

@@ -4,7 +4,6 @@ Intervals are 95%. What the test examples leave open and what the seeds leave op
 add in quadrature.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -91,11 +90,14 @@ def of(values: dict[int, float], unit: str) -> Estimate:
     return Estimate(value, low, high, unit, None, len(values), runs)
 
 
-def paired(function: Callable[..., float], *estimates: Estimate) -> Estimate | None:
-    """A function of several numbers, taken seed by seed; None unless they share a seed."""
-    seeds = set.intersection(*(set(e.runs) for e in estimates))
-    values = {s: function(*(e.runs[s].value for e in estimates)) for s in sorted(seeds)}
-    return of(values, estimates[0].unit) if values else None
+def apart(own: Estimate | None, other: Estimate | None) -> Estimate | None:
+    """One number minus another, seed by seed; None unless both are there and share a seed."""
+    if own is None or other is None:
+        return None
+    values = {
+        s: own.runs[s].value - other.runs[s].value for s in sorted(own.runs.keys() & other.runs)
+    }
+    return of(values, own.unit) if values else None
 
 
 def average(estimates: list[Estimate]) -> Estimate:

@@ -53,7 +53,7 @@ def _draw_curves(summary, shape, names, above, below):
             continue
         plot.line(above, list(points.items()), i, name)
         apart = {
-            alpha: estimate.paired(lambda a, b: a - b, loss, longer[alpha])
+            alpha: estimate.apart(loss, longer[alpha])
             for alpha, loss in points.items()
             if alpha in longer
         }
@@ -122,16 +122,8 @@ def by_saving(summary: Summary, folder: Path) -> str | None:
     axes = figure.subplots()
     for i, (shape, alphas) in enumerate(found.items()):
         shift = 0.4 * ((i + 0.5) / len(found) - 0.5)
-        axes.errorbar(
-            [e.value for e in alphas.values()],
-            [names.index(name) + shift for name in alphas],
-            xerr=plot.error_bar(list(alphas.values())),
-            label=summary.sized(shape.network, shape),
-            linestyle="none",
-            elinewidth=0.8,
-            capsize=2,
-            **plot.style(i),
-        )
+        points = [(names.index(name) + shift, e) for name, e in alphas.items()]
+        plot.marks(axes, points, i, summary.sized(shape.network, shape))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set(xlabel=f"alpha that reaches {compared.REFERENCE}'s loss of alpha {compared.ALPHA:g}")

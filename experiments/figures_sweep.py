@@ -4,11 +4,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments import paper, plot
+from experiments import compared, paper, plot
 from experiments.figures import published_times, score_name
 from experiments.summary import Summary, Variant
 
-METHODS = ("mean", "first", "random")  # the paper's order; others follow
 LOSS = "Loss (nats per token)"
 
 
@@ -25,22 +24,14 @@ def by_method(summary: Summary, folder: Path) -> str | None:
     if not groups:
         return None
     found = {method for scores in groups.values() for method in scores}
-    methods = sorted(found, key=lambda m: (METHODS.index(m) if m in METHODS else 9, m))
+    methods = compared.in_order(found)
     height = 1.2 + 0.45 * max(len(methods), 3) + plot.legend_height(len(groups))
     figure = Figure(figsize=(7.2, height), layout="constrained")
     ours, published = figure.subplots(1, 2)
     for i, (key, scores) in enumerate(groups.items()):
         shift = 0.5 * ((i + 0.5) / len(groups) - 0.5)
-        ours.errorbar(
-            [e.value for e in scores.values()],
-            [methods.index(m) + shift for m in scores],
-            xerr=plot.error_bar(list(scores.values())),
-            label=summary.sized(f"{key.network}, alpha {key.alpha:g}", key),
-            linestyle="none",
-            elinewidth=0.8,
-            capsize=2,
-            **plot.style(i),
-        )
+        points = [(methods.index(m) + shift, e) for m, e in scores.items()]
+        plot.marks(ours, points, i, summary.sized(f"{key.network}, alpha {key.alpha:g}", key))
     published.plot(list(paper.FIGURE4.values()), range(3), linestyle="none", **plot.style(6))
     ours.set(title="Ours", xlabel=score_name(summary))
     published.set(title="Published: T5-Large to MQA", xlabel="Average of 3 tasks", xlim=(55, 56))

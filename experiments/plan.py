@@ -112,8 +112,8 @@ def plan(
     mha = _variant(config, multi_head, "none", 0.0)
     settings = {"model": parent_config(config).__dict__, "seed": config.seed}
     settings["text"] = prepared and [prepared.source(config.pretrain.task), prepared.tokenizer.hash]
-    if initial.identity(config):
-        settings["init"] = initial.identity(config)
+    if init := initial.identity(config):
+        settings["init"] = init
     pretrain = plan_stage("pretrain", config.pretrain.to_dict() | settings, (), mha)
     stages = [pretrain]
     leaves = [pretrain]

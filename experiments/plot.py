@@ -40,6 +40,13 @@ def line(axes: Axes, points: list[tuple[float, Estimate]], i: int, label: str, *
     axes.errorbar(at, values, label=label, **bars, **style(i), **more)
 
 
+def marks(axes: Axes, points: list[tuple[float, Estimate]], i: int, label: str) -> None:
+    """Draw estimates along x in rows, with their intervals."""
+    rows, estimates = zip(*points, strict=True)
+    bars = {"xerr": error_bar(estimates), "linestyle": "none", "elinewidth": 0.8, "capsize": 2}
+    axes.errorbar([e.value for e in estimates], rows, label=label, **bars, **style(i))
+
+
 def level(axes: Axes, estimate: Estimate, i: int, label: str) -> None:
     """Draw one estimate over the whole width, with its interval as a band."""
     color = COLORS[i % len(COLORS)]
