@@ -82,7 +82,7 @@ def by_heads(summary: Summary, folder: Path) -> str | None:
     Return the figure's name, None unless two methods led to three numbers of KV heads.
     """
     lines = {}
-    for v in sorted(summary.converted, key=lambda v: (v.size, v.num_kv_heads)):
+    for v in sorted(summary.converted):  # a set: in an order that is the same each time
         found = compared.damage(summary, v)
         if v.grouped_alike and compared.is_plain(v.method) and found and found.value > 0:
             lines.setdefault(summary.sized(v.method, v), []).append((v.num_kv_heads, found))
