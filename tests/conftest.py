@@ -3,6 +3,9 @@
 import functools
 import os
 
+# The programs of the tests are compiled for longer than they run, so LLVM may leave out its passes.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 import jax
 import numpy as np
 import pytest
