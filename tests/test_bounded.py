@@ -24,7 +24,7 @@ def test_memory_files_and_handles_are_flat(tmp_path):
     )
     assert seen[2000][0] < 1.02 * seen[500][0]
     assert late[0] < 1.02 * early[0]
-    assert late[1] <= early[1] + 4
+    assert late[1] <= early[1] + 10  # a leak of one a checkpoint would be 20
     kept = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert {"1950", "2000"} <= set(kept)
     assert len(kept) <= 3  # the last two and the best
