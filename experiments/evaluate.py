@@ -10,6 +10,8 @@ from gqa.generate import Generator
 from gqa.inference import Inference
 from gqa.tasks import Example
 
+SHOWN = 10  # predictions in the report
+
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
     """Settings: the config's section evaluate, and task. Lengths are the checkpoint's own."""
@@ -36,7 +38,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
         batch_size=settings["batch_size"],
     )
     predictions = [job.text.tokenizer.decode(row) for row in tokens]
-    _keep(folder / "predictions.jsonl", examples, predictions)
+    shown = _keep(folder / "predictions.jsonl", examples, predictions)
     validation_loss = train.make_validation(parent.config, job.mesh)
     losses = evaluate.losses(
         validation_loss, params, pairs, job.text.pairs(train_examples), **shape
@@ -46,7 +48,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     records += _scores(task, job, examples, predictions, train_examples)
     for entry in records:
         print(f"{name}: {entry['metric']} {entry['value']:.2f} {entry['unit']}")
-    return Outcome(records)
+    return Outcome(records + shown)
 
 
 def _make_search(settings: dict) -> decode.Search:
@@ -58,13 +60,18 @@ def _make_search(settings: dict) -> decode.Search:
     return decode.GREEDY
 
 
-def _keep(path: Path, examples: list[Example], predictions: list[str]) -> None:
-    """One JSON object an example; written whole or not at all."""
-    lines = [
-        json.dumps({"inputs": e.inputs, "targets": e.targets, "prediction": p}, ensure_ascii=False)
+def _keep(path: Path, examples: list[Example], predictions: list[str]) -> list[dict]:
+    """Write one JSON object an example, whole or not at all; records of the first few."""
+    rows = [
+        {"inputs": e.inputs, "targets": list(e.targets), "prediction": p}
         for e, p in zip(examples, predictions, strict=True)
     ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     write_whole(path, "\n".join(lines) + "\n")
+    return [
+        record("prediction", len(row["prediction"]), "characters", example=i, **row)
+        for i, row in enumerate(rows[:SHOWN])
+    ]
 
 
 def _scores(

@@ -105,6 +105,35 @@ def pretraining_loss(summary: Summary, folder: Path) -> str | None:
     return "pretraining_loss"
 
 
+def learning_curves(summary: Summary, folder: Path) -> str | None:
+    """Draw validation loss against steps, of pretraining and of each task's fine-tuning.
+
+    Return the figure's name, None if there is no curve.
+    """
+    panels = {}
+    for stage, task in (("pretrain", None), *(("finetune", task) for task in summary.tasks)):
+        curves = {i: summary.curve(v, stage, task) for i, v in enumerate(summary.variants)}
+        curves = {i: points for i, points in curves.items() if len(points) > 1}
+        if curves:
+            panels["pretraining" if task is None else task] = curves
+    if not panels:
+        return None
+    shown = sorted({i for curves in panels.values() for i in curves})
+    height = 2.8 + plot.legend_height(len(shown))
+    figure = Figure(figsize=(min(3.6 * len(panels), 10.8), height), layout="constrained")
+    several = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(several, panels.items(), strict=True):
+        for i, points in curves.items():
+            place = shown.index(i)
+            plot.line(axes, points, place, summary.title(summary.variants[i]), markersize=4)
+        axes.set(title=title, xlabel="Step")
+    several[0].set_ylabel("Validation loss (nats per token)")
+    plot.tidy(*several)
+    plot.legend_below(figure, *several)
+    plot.save_all(figure, folder, "learning_curves")
+    return "learning_curves"
+
+
 def time_by_groups(lines: dict[tuple[str, bool], list], path: str | os.PathLike) -> None:
     """Draw seconds per sample against KV heads, beside the paper's Figure 6.
 

@@ -44,6 +44,7 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, within: floa
         *(f"![{ALT[name]}]({name}.png)\n\n{CAPTIONS[name]}" for name in drawn),
         report_learning.baselines(summary),
         report_learning.scores(summary),
+        report_learning.predictions(summary),
         report_learning.conversion(summary),
         report_conversion.section(summary),
         _paper_section(),
@@ -69,6 +70,7 @@ def _draw(summary, folder):
         figures_conversion.by_calibration(summary, folder),
         figures_sweep.by_method(summary, folder),
         figures.pretraining_loss(summary, folder),
+        figures.learning_curves(summary, folder),
     ]
     return [name for name in names if name]
 
@@ -83,6 +85,7 @@ ALT = {
     "calibration": "Loss above the parent's against calibration tokens",
     "methods": "Score by conversion method, ours and the paper's",
     "pretraining_loss": "Validation loss before and after conversion",
+    "learning_curves": "Validation loss against steps",
 }
 SCORE_BARS = "Bars: 95% intervals of each score, wider than those of the differences between them."
 SEED_BARS = "Bars: 95% intervals over seeds, where there are several."
@@ -100,6 +103,7 @@ CAPTIONS = {
     "calibration": f"What conversion alone does to the validation loss. {SEED_BARS}",
     "methods": f"As the paper's Figure 4, whose points are T5-Large's at alpha 0.05. {SCORE_BARS}",
     "pretraining_loss": f"Validation loss of the pretraining task. {SEED_BARS}",
+    "learning_curves": f"Validation loss while training. {SEED_BARS}",
 }
 
 

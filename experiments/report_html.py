@@ -12,7 +12,7 @@ body { margin: 0 auto; padding: 1.5rem; max-width: 68rem; background: #fff; colo
 h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .75rem; break-after: avoid }
 h1 { margin-top: 0 }
 h2 { border-bottom: 1px solid #ccc; padding-bottom: .25rem }
-p, ul { max-width: 46rem }
+p, ul, ol { max-width: 46rem }
 img { display: block; max-width: 100%; height: auto; break-inside: avoid }
 .table { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }

@@ -1,10 +1,13 @@
 """What the models learned: beside trivial answers, from their inputs, and through conversion."""
 
+import re
+
 from experiments import tables
 from experiments.report_variants import interval
 from experiments.summary import Summary
 from experiments.tables import DASH
 
+SHOWN, LONGEST = 2, 240  # variants whose predictions are shown, and characters of a text
 MARGIN = 0.01  # nats per token; a loss that is lower by less counts as the same
 BASELINES = {"constant_answer": "best constant answer", "first_sentence": "first sentence"}
 LOSSES = ("test_loss", "test_loss_other_input", "test_loss_unigram")
@@ -84,6 +87,32 @@ def scores(summary: Summary) -> str:
         if metrics:
             parts += [f"### {task}", tables.markdown(["variant", *metrics], rows)]
     return "\n\n".join(["## All scores, in percent", *parts]) if parts else ""
+
+
+def predictions(summary: Summary) -> str:
+    """Show the first test examples of each task, with what the first variants made of them."""
+    parts = []
+    for task in summary.tasks:
+        found = {v: summary.predictions(v, task) for v in summary.scored}
+        found = {v: records for v, records in found.items() if records}
+        variants = list(found)[:SHOWN]
+        if not variants:
+            continue
+        parts.append(f"### {task}")
+        for i, row in enumerate(zip(*(found[v] for v in variants), strict=False), 1):
+            texts = {"reference": row[0]["targets"][0]}
+            texts |= {summary.title(v): r["prediction"] for v, r in zip(variants, row, strict=True)}
+            lines = [f"{i}. input: {_cut(row[0]['inputs'])}"]
+            lines += [f"    - {name}: {_cut(text)}" for name, text in texts.items()]
+            parts.append("\n".join(lines))
+    return "\n\n".join(["## Predictions", *parts]) if parts else ""
+
+
+def _cut(text):
+    """Fit a text into a line or two, with nothing in it that Markdown would take for its own."""
+    text = " ".join(text.split())
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return re.sub(r"([\\`*_\[\]<>|!#&])", r"\\\1", text)
 
 
 def conversion(summary: Summary) -> str:

@@ -64,13 +64,23 @@ class Summary:
     """The estimates of a results file, by variant, stage, task and metric."""
 
     def __init__(self, records: list[dict]):
-        by_seed = defaultdict(dict)
+        by_seed, points = defaultdict(dict), defaultdict(lambda: defaultdict(dict))
+        self._predictions = defaultdict(list)
         for record in _same_clock(results.latest(records)):
             stage = record["stage"]
             task = record["task"] if stage in TASK_STAGES else None
-            key = variant_of(record), stage, task, record["metric"]
-            by_seed[key][record["variant"]["seed"]] = record
+            variant, seed = variant_of(record), record["variant"]["seed"]
+            if "step" in record:
+                points[variant, stage, task][record["step"]][seed] = record
+            elif "example" in record:
+                self._predictions[variant, task, seed].append(record)
+            else:
+                by_seed[variant, stage, task, record["metric"]][seed] = record
         self._estimates = {key: estimate.over_seeds(found) for key, found in by_seed.items()}
+        self._curves = {
+            key: [(step, estimate.over_seeds(found)) for step, found in sorted(steps.items())]
+            for key, steps in points.items()
+        }
         sizes = list(dict.fromkeys(key[0].size for key in by_seed))
         self.trained = {v for v, stage, _, _ in by_seed if stage not in ("convert", "benchmark")}
         self.converted = {v for v, stage, _, _ in by_seed if stage == "convert"}
@@ -107,6 +117,15 @@ class Summary:
     def metrics(self, stage: str, task: str) -> list[str]:
         """Return the names of all metrics that any variant has there."""
         return list(dict.fromkeys(m for _, s, t, m in self._estimates if (s, t) == (stage, task)))
+
+    def curve(self, variant: Variant, stage: str, task=None) -> list[tuple[int, Estimate]]:
+        """Return the validation loss at each step where it was taken."""
+        return self._curves.get((variant, stage, task), [])
+
+    def predictions(self, variant: Variant, task: str) -> list[dict]:
+        """Return the records of the examples that are shown, those of the first seed."""
+        seeds = [s for v, t, s in self._predictions if (v, t) == (variant, task)]
+        return self._predictions[variant, task, min(seeds)] if seeds else []
 
     def headline(self, variant: Variant, task: str) -> Estimate | None:
         """Return the variant's score in one task."""

@@ -15,6 +15,8 @@ from gqa.flops import train_flops
 from gqa.hardware import peak_flops
 from gqa.sharding import check_batch, replicate
 
+CURVE = "curve.jsonl"  # validation losses, in the stage's folder
+
 
 class Pooling(NamedTuple):
     """What is trained in the place of a network's parameters, for a pooling that is learned.
@@ -105,12 +107,18 @@ def run_training(
     with checkpoint.Checkpoints(checkpoints, job.keep_last) as saved:
         chosen = saved.best if keep == "best" else saved.latest
         loss = saved.metric(chosen)
-    records = [
-        record("validation_loss", loss, NATS, n=data.validation_size),
-        record("steps", chosen - first_step, "steps"),
-    ]
+    records = [record("validation_loss", loss, NATS, n=data.validation_size)]
+    records += [record("steps", chosen - first_step, "steps")]
     records += [record("rollbacks", rollbacks, "times")] if rollbacks else []
-    return Outcome(records, str(chosen))
+    return Outcome(records + _curve(folder, first_step), str(chosen))
+
+
+def _curve(folder: Path, first_step: int) -> list[dict]:
+    """The learning curve; of uptraining none, since it may begin where a shorter one ended."""
+    if first_step:
+        return []
+    points = distributed.by_primary(lambda: progress.read_curve(folder / CURVE))
+    return [record("learning_curve", loss, NATS, step=step) for step, loss in points]
 
 
 def _show(
@@ -131,4 +139,6 @@ def _show(
     events = None
     if distributed.is_primary():
         events = job.workdir / "tensorboard" / (job.title or folder.name)
-    return progress.Progress(name, events, every, step_flops, peak_flops(dtype), tracking)
+    return progress.Progress(
+        name, events, every, step_flops, peak_flops(dtype), tracking, folder / CURVE
+    )

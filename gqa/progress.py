@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ class Progress:
         peak_flops: FLOP/s the devices can do, for the model FLOPs utilisation (MFU) of training;
             None, where that is not known, shows none.
         tracking: a run of Weights & Biases that gets the same numbers, or None.
+        curve: a file for the validation losses, to be read by `read_curve`.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class Progress:
         step_flops: float,
         peak_flops: float | None,
         tracking: Tracking | None = None,
+        curve: Path | None = None,
     ):
         self.name, self._folder, self._every = name, folder, every
         self._step_flops, self._peak_flops = step_flops, peak_flops
-        self._tracking = tracking
+        self._tracking, self._curve = tracking, curve
         self._bar = self._writer = self._run = self._since = None
 
     def __enter__(self):
@@ -154,6 +157,9 @@ class Progress:
                     Event(wall_time=now, step=step, summary=scalar(name, value))
                 )
             self._writer.flush()
+            if self._curve and "validation_loss" in metrics:
+                with open(self._curve, "a", encoding="utf-8") as file:
+                    file.write("\n" + json.dumps([step, metrics["validation_loss"]]))
         if self._run is not None:
             self._run.log({"step": step, **metrics})
         if "validation_loss" in metrics:
@@ -174,6 +180,19 @@ class Progress:
                 f"no space left on device while writing events to {self._folder}; free space and "
                 "run the same command again; checkpoints are intact"
             ) from error
+
+
+def read_curve(path: Path) -> list[tuple[int, float]]:
+    """Steps and their validation losses, in order; of a step that was done again, the last.
+
+    A run that was killed may have left half a line, of a step that was done again.
+    """
+    losses = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, TypeError):
+            step, loss = json.loads(line)
+            losses[step] = loss
+    return sorted(losses.items())
 
 
 def _track(tracking: Tracking) -> Any:

@@ -2,7 +2,8 @@
 
 A record has the keys run, stage, task, variant, metric, value, unit, low, high, n, commit, device
 and time. `variant` is {size, num_heads, num_kv_heads, cross_num_kv_heads, encoder_num_kv_heads,
-method, alpha, seed}; task, low, high and n are null where they mean nothing.
+method, alpha, seed}; task, low, high and n are null where they mean nothing. A point of a learning
+curve has its step, too; an example that was predicted its number, and the texts.
 """
 
 import contextlib
@@ -83,11 +84,12 @@ def read(path: str | os.PathLike) -> list[dict]:
 
 
 def latest(records: list[dict]) -> list[dict]:
-    """Keep the last record of each (run, stage, task, variant, metric), in the order written."""
+    """Keep the last record of each thing that was measured, in the order written."""
+    names = "run", "stage", "task", "metric", "step", "example"
 
     def key(record):
         variant = json.dumps(record["variant"], sort_keys=True)
-        return record["run"], record["stage"], record["task"], variant, record["metric"]
+        return variant, *(record.get(name) for name in names)
 
     kept = {}
     for record in records:

@@ -75,6 +75,14 @@ def network(settings, quality, speed, error=None):
     return records + timings(heads, speed, settings["size"])
 
 
+def curve(settings, stage, losses, task=None):
+    """A learning curve with a point every 100 steps."""
+    return [
+        record(settings, stage, "learning_curve", loss, task=task, step=100 * i)
+        for i, loss in enumerate(losses, 1)
+    ]
+
+
 PARENT = variant(16, "none", 0.0)
 WHOLE = [
     *network(PARENT, 25.0, 0.04),

@@ -4,11 +4,12 @@ import pytest
 
 from experiments import figures, figures_conversion, figures_sweep, paper, plot
 from experiments.summary import Summary
-from tests.made_results import PARENT, WHOLE, network, record, variant
+from tests.made_results import PARENT, WHOLE, curve, network, record, variant
 
 DRAW = [
     figures.quality_against_time,
     figures.pretraining_loss,
+    figures.learning_curves,
     figures_sweep.by_groups,
     figures_sweep.by_alpha,
     figures_conversion.by_alpha,
@@ -30,7 +31,13 @@ SIZES = [
     *network(variant(8, size="mini"), 28.0, 0.1),
 ]
 CONTROL = [*ALPHAS, *network(variant(16, "none", 0.05), 25.5, 0.04)]
-EVERYTHING = [*SIZES, *GROUPS, *CONTROL, *METHODS]
+CURVES = [
+    *WHOLE,
+    *curve(PARENT, "pretrain", (5.0, 4.0)),
+    *curve(PARENT | {"seed": 1}, "pretrain", (5.5, 4.25)),
+    *curve(variant(8), "finetune", (3.0, 2.5, 2.75), "parameter_qa"),
+]
+EVERYTHING = [*SIZES, *GROUPS, *CONTROL, *METHODS, *CURVES]
 
 
 @pytest.fixture
@@ -57,6 +64,8 @@ def draw(records):
         ([r for r in METHODS if r["stage"] == "evaluate"], {"groups", "methods"}),
         ([r for r in GROUPS if r["stage"] in ("finetune", "benchmark")], {"groups"}),
         ([r for r in ALPHAS if r["stage"] == "uptrain"], set()),
+        ([r for r in CURVES if r["stage"] == "pretrain"], {"learning_curves"}),
+        (curve(PARENT, "pretrain", (5.0,)), set()),
     ],
 )
 def test_a_figure_is_drawn_when_there_is_something_to_draw(drawn, records, names):
@@ -109,6 +118,14 @@ def test_quality_and_loss_hold_every_variant(drawn):
     assert _legend(drawn["quality_time"]) == labels
     assert _legend(drawn["pretraining_loss"]) == labels - {"MHA, nano", "MHA, mini"}
     assert _lines(drawn["quality_time"].axes[0])["GQA-8 mean, alpha 0.05, mini"] == [(100, 28)]
+
+
+def test_learning_curves_hold_every_step_and_the_mean_of_seeds(drawn):
+    draw(CURVES)
+    pretraining, task = drawn["learning_curves"].axes
+    assert (pretraining.get_title(), task.get_title()) == ("pretraining", "parameter_qa")
+    assert _lines(pretraining) == {"MHA": [(100, 5.25), (200, 4.125)]}
+    assert _lines(task) == {"GQA-8 mean, alpha 0.05": [(100, 3.0), (200, 2.5), (300, 2.75)]}
 
 
 def test_alpha_begins_at_the_parent_and_at_the_conversion(drawn):

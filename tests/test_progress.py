@@ -158,6 +158,20 @@ def test_every_line_is_flushed_and_what_is_done_again_replaces_what_was_lost(
     assert losses == {1: 2.0, 2: 3.0}
 
 
+def test_a_curve_has_every_validation_once(clock, events, tmp_path):
+    """Of a step that was done again the last; half a line is what a kill leaves."""
+    curve = tmp_path / "curve.jsonl"
+    for first, losses in ((0, (3.0, 2.0)), (1, (2.5, 1.0))):
+        with Progress("test", tmp_path / "events", 1, 50.0, None, curve=curve) as bar:
+            bar.start(first, 4)
+            bar.scalars(first + 1, {"mfu": 0.5})
+            for step, loss in enumerate(losses, first + 1):
+                bar.scalars(step, {"validation_loss": loss})
+        with open(curve, "a") as file:
+            file.write("\n[7, 3." if first == 0 else "\n[8")
+    assert progress.read_curve(curve) == [(1, 3.0), (2, 2.5), (3, 1.0)]
+
+
 def test_a_full_disk_is_told(clock, events, tmp_path, monkeypatch):
     def fail():
         raise OSError(28, "No space left on device")

@@ -76,6 +76,27 @@ def test_paired_intervals_decide_what_is_shown(tmp_path):
     assert re.search(r"GQA-8 .*\| -1.00 \[-3.12, \+1.12\] \(u\)", page)
 
 
+def test_predictions_stand_beside_their_references_as_they_are(tmp_path):
+    def predicted(settings, example, text):
+        texts = {"inputs": "in " * 200, "targets": ["a *b*", "other"], "prediction": text}
+        more = {"task": "parameter_qa", "example": example} | texts
+        return record(settings, "evaluate", "prediction", len(text), **more)
+
+    GQA = variant(8)
+    records = [
+        predicted(v, i, f"{v['num_kv_heads']} <x>\n{i}") for v in (PARENT, GQA) for i in (0, 1)
+    ]
+    _, page = make(tmp_path, [*WHOLE, *records, predicted(PARENT | {"seed": 1}, 0, "seed 1")])
+    shown = page.split("## Predictions")[1].split("\n## ")[0]
+    assert shown.count("input: ") == 2
+    assert all(len(line) < 260 for line in shown.splitlines())
+    assert r"- reference: a \*b\*" in shown
+    assert r"- MHA: 16 \<x\> 1" in shown
+    assert r"- GQA-8 mean, alpha 0.05: 8 \<x\> 0" in shown
+    assert "seed 1" not in shown
+    assert "&lt;x&gt; 1" in (tmp_path / "report/report.html").read_text()
+
+
 def test_within_decides_the_answer(tmp_path):
     records = [
         *network(PARENT, 25.0, 0.04, error=0.0),
