@@ -82,12 +82,13 @@ def _scores(
     train_examples: list[Example],
 ) -> list[dict]:
     """Every metric of the task; its headline again, also for two answers that need no model."""
-    names, headline = tasks.scoring(task, **job.text.options.get(task, {}))
+    options = job.text.options.get(task, {})
+    names, headline = tasks.scoring(task, **options)
     references = [list(example.targets) for example in examples]
     validation = [list(e.targets) for e in job.text.examples(task, "validation")]
     targets = [example.targets[0] for example in train_examples]
     constant = metrics.constant_answer(targets, headline, validation)
-    prefix = getattr(tasks.get(task), "PREFIX", "")
+    prefix = options.get("prefix") or getattr(tasks.get(task), "PREFIX", "")
     sources = [example.inputs.removeprefix(prefix) for example in examples]
     scored = {name: (name, predictions, "%") for name in names} | {
         "headline": (headline, predictions, f"{headline} %"),

@@ -83,7 +83,7 @@ def test_the_job_leaves_results_report_and_figures(whole):
         assert {(heads, "files", "test_loss_other_input"), (heads, "files", "headline")} <= scored
     assert {"commit", "device", "time", "value", "unit"} <= records[0].keys()
     assert "GQA-2" in (workdir / "report.md").read_text()
-    for figure in ("quality_time", "pretraining_loss"):
+    for figure in ("quality_time", "pretraining_loss", "learning_curves"):
         assert (workdir / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (workdir / f"{figure}.svg").read_text()
     assert list((workdir / "tensorboard").glob("pretrain-*/*tfevents*"))

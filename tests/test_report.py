@@ -127,6 +127,16 @@ def test_the_headline_alone_keeps_its_replicates():
     assert min(headline["replicates"]) < headline["value"] < max(headline["replicates"])
 
 
+def test_the_first_sentence_is_the_sources_without_what_was_put_before_it():
+    options = {"metrics": "exact_match", "source": "s", "target": "t", "prefix": "shorten. "}
+    options |= dict.fromkeys(("train", "validation", "test"), "")
+    examples = [Example(f"shorten. The shape {i}. More.", (f"The shape {i}.",)) for i in range(3)]
+    text = SimpleNamespace(options={"files": options}, examples=lambda task, split: examples)
+    job = SimpleNamespace(text=text)
+    records = evaluate._scores("files", job, examples, ["no"] * 3, examples)
+    assert [r["value"] for r in records if r["metric"] == "first_sentence"] == [100]
+
+
 def test_missing_pieces_are_dashes(tmp_path):
     """A results file cut off after any record, or holding one stage alone, makes a report."""
     stages = list(dict.fromkeys(r["stage"] for r in WHOLE))
