@@ -128,7 +128,7 @@ def test_the_headline_alone_keeps_its_replicates():
 
 
 def test_the_first_sentence_is_the_sources_without_what_was_put_before_it():
-    options = {"metrics": "exact_match", "source": "s", "target": "t", "prefix": "shorten. "}
+    options = {"metrics": ("exact_match",), "source": "s", "target": "t", "prefix": "shorten. "}
     options |= dict.fromkeys(("train", "validation", "test"), "")
     examples = [Example(f"shorten. The shape {i}. More.", (f"The shape {i}.",)) for i in range(3)]
     text = SimpleNamespace(options={"files": options}, examples=lambda task, split: examples)
