@@ -6,6 +6,8 @@ Our kernels have a head axis and scanned layers a leading axis L, so each leaf i
 matrices and the rule is mapped over L.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -96,23 +98,29 @@ def convert_state(opt_state, old_params, new_params, how: str):
     def on_leaf(path, new, old, fresh_state, state):
         if new.shape == old.shape:
             return state
-        pool = jax.vmap(_pool_moments, in_axes=(0, 0, None, None))
-        heads = (old.shape[-2], new.shape[-2])
-        factored = (pool(state[0], fresh_state[0], *heads),)
-        return factored + state[1:]
+        _, D, num_heads, H = old.shape
+        pool = partial(_pool_moments, shape=(D, num_heads, H), num_kv_heads=new.shape[2])
+        return (jax.vmap(pool)(state[0], fresh_state[0]), *state[1:])
 
     return jax.tree_util.tree_map_with_path(on_leaf, new_params, old_params, fresh, opt_state)
 
 
-def _pool_moments(old, fresh, num_heads: int, num_kv_heads: int):
-    """One layer's factored-RMS state of a [D, N * H] matrix for the [D, K * H] one."""
+def _pool_moments(old, fresh, shape: tuple[int, int, int], num_kv_heads: int):
+    """One layer's factored-RMS state of a [D, N * H] matrix for the [D, K * H] one.
+
+    Of a factored state, `v_row` is the mean over the larger side, over the last if they are equal.
+    """
+    D, num_heads, H = shape
     if old.v_row.size > 1:  # optax keeps a placeholder of size 1 where it does not factor
-        moments = old.v_row[:, None] * old.v_col[None] / old.v_row.mean()
+        rows, columns = old.v_row, old.v_col
+        if num_heads * H < D:
+            rows, columns = columns, rows
+        moments = rows[:, None] * columns[None] / rows.mean()
     else:
         moments = old.v
-    D, columns = moments.shape
-    group = num_heads // num_kv_heads
-    moments = moments.reshape(D, num_kv_heads, group, columns // num_heads).sum(2).reshape(D, -1)
-    if fresh.v_row.size > 1:
-        return fresh._replace(count=old.count, v_row=moments.mean(1), v_col=moments.mean(0))
-    return fresh._replace(count=old.count, v=moments)
+    moments = moments.reshape(D, num_kv_heads, -1, H).sum(2).reshape(D, num_kv_heads * H)
+    if fresh.v_row.size == 1:
+        return fresh._replace(count=old.count, v=moments)
+    means = moments.mean(1), moments.mean(0)
+    v_row, v_col = means[::-1] if num_kv_heads * H < D else means
+    return fresh._replace(count=old.count, v_row=v_row, v_col=v_col)

@@ -116,6 +116,26 @@ def test_mapping_keeps_the_total_second_moment_and_the_count(wide, params, train
     )
 
 
+@pytest.mark.parametrize("D", [128, 160, 256, 400])  # below, between, at and above the columns
+def test_mapped_moments_are_those_of_the_groups_whichever_side_is_larger(D):
+    """From 16 to 8 heads of 16: optax turns a factored state around where D is the larger side."""
+
+    def tree(x):
+        return {"layers": {"key": x}}
+
+    rng = np.random.default_rng(D)
+    old, new = (jnp.asarray(rng.normal(size=(1, D, n, 16)), jnp.float32) for n in (16, 8))
+    _, state = optim.adafactor().update(tree(old), optim.adafactor().init(tree(old)), tree(old))
+    mapped = optim.convert_state(state, tree(old), tree(new), "map")
+    seen = mapped["layers"]["key"][0]
+    squares = np.square(old[0]).reshape(D, 8, 2, 16)
+    found = {len(x): x for x in (seen.v_row[0], seen.v_col[0])} if D != 128 else {}
+    by_row, by_column = found.get(D, seen.v_row[0]), found.get(128, seen.v_col[0])
+    np.testing.assert_allclose(by_row, squares.sum((1, 2, 3)) / 128, rtol=1e-5)
+    np.testing.assert_allclose(by_column, squares.sum(2).mean(0).ravel(), rtol=1e-5)
+    optim.adafactor().update(tree(new), mapped, tree(new))
+
+
 def test_unknown_way_to_convert_a_state_is_refused(wide, params):
     new, _ = convert.convert(params, wide, 8)
     with pytest.raises(UserError, match=r"convert.optimizer='keep'; use map or reset"):
