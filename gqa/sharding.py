@@ -334,6 +334,29 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return put(tree, jax.tree.map(lambda _: whole, tree))
 
 
+def share_copies(tree: Any) -> Any:
+    """Arrays of which each process has its own copy as arrays of all, without moving anything."""
+    processes = [
+        [device for device in jax.devices() if device.process_index == index]
+        for index in range(jax.process_count())
+    ]
+
+    def on_leaf(x):
+        if not getattr(x, "is_fully_addressable", True):
+            return x
+        if not isinstance(getattr(x, "sharding", None), NamedSharding):
+            x = jax.device_put(x, NamedSharding(make_mesh(local=True), PartitionSpec()))
+        mesh = x.sharding.mesh
+        order = [jax.local_devices().index(device) for device in mesh.devices.flat]
+        stacked = np.array([[devices[i] for i in order] for devices in processes])
+        stacked = stacked.reshape(-1, *mesh.devices.shape)
+        at = NamedSharding(Mesh(stacked, ("process", *mesh.axis_names)), x.sharding.spec)
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, at, parts)
+
+    return jax.tree.map(on_leaf, tree)
+
+
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays, split over "data" and slices."""
     sharding = batch_sharding(mesh)
