@@ -80,11 +80,11 @@ class Apart:
             self._place(_heads(x, layer[f"self_{kind}"]), K, None, "kv_heads")
             for kind in ("key", "value")
         )
-        return self._queries(_heads(x, layer["self_query"]), K), k, v
+        return self._queries(_query(x, layer["self_query"]), K), k, v
 
     def cross_heads(self, layer: dict, x: Array) -> Array:
         """Queries [B, R, N, H] of x [B, R, D]."""
-        return self._queries(_heads(x, layer["cross_query"]), self.config.num_kv_heads_cross)
+        return self._queries(_query(x, layer["cross_query"]), self.config.num_kv_heads_cross)
 
     def out(self, kernel: Array, x: Array) -> Array:
         """[B, R, N, H] -> [B, R, D]."""
@@ -136,6 +136,11 @@ class Apart:
 def _heads(x: Array, kernel: Array) -> Array:
     """x [B, R, D] times [D, heads, H]: [B, R, heads, H]."""
     return jnp.einsum("BRD,DNH->BRNH", x, kernel)
+
+
+def _query(x: Array, kernel: Array) -> Array:
+    """`_heads`, each on its kernel's device: XLA would rather gather the kernel than send these."""
+    return constrain(_heads(x, kernel), "batch", None, "heads", None)
 
 
 def _attend(q: Array, k: Array, v: Array, bias: Array) -> Array:
