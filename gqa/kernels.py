@@ -14,7 +14,7 @@ A caller asks for one and keeps the definition for where there is none:
         out = attend(...)  # with the same bias, and the segments and causality as one more
 
 Pallas' kernels are not partitioned by XLA: on several TPUs they run under the mesh of
-`jax.set_mesh`, each device on its part of the axis "data".
+`jax.set_mesh`, each device on its rows of the batch and its heads.
 """
 
 import functools
@@ -83,8 +83,11 @@ def select(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty and jax.device_count() > 1:
         return Selection(None, "there are several devices and no mesh is set")
-    if not mesh.empty and B % mesh.shape["data"]:
-        return Selection(None, f"{B} rows do not split over {mesh.shape['data']} devices")
+    rows = 1 if mesh.empty else mesh.size // mesh.shape["model"]
+    if B % rows:
+        return Selection(None, f"{B} rows do not split over {rows} devices")
+    if not mesh.empty and K % mesh.shape["model"]:
+        return Selection(None, f"{K} KV heads do not split over {mesh.shape['model']} devices")
     return Selection("flash" if position_bias else "splash")
 
 
@@ -179,13 +182,15 @@ def _cudnn(
 def _per_device(
     attend: Callable, arrays: tuple[Array, ...], position_bias: Array | None = None
 ) -> Array:
-    """`attend` on each device's part of the batch, under the mesh that is set."""
+    """`attend` on each device's rows and heads, under the mesh that is set; ids have no heads."""
     shared = () if position_bias is None else (position_bias,)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["data"] == 1:
+    if mesh.empty or mesh.size == 1:
         return attend(*arrays, *shared)
-    split, whole = PartitionSpec("data"), PartitionSpec()
-    specs = (split,) * len(arrays) + (whole,) * len(shared)
+    rows = tuple(name for name in mesh.axis_names if name != "model")
+    split = PartitionSpec(rows, None, "model")
+    specs = tuple(split if x.ndim == 4 else PartitionSpec(rows) for x in arrays)
+    specs += (PartitionSpec(None, "model"),) * len(shared)
     # A kernel does not say along which axes its results vary, so that is not checked.
     run = jax.shard_map(attend, in_specs=specs, out_specs=split, check_vma=False)
     return run(*arrays, *shared)

@@ -13,7 +13,7 @@ from experiments import disk, worker
 from experiments.disk import lock, write_whole
 from experiments.plan import Stage
 from experiments.stage import Job, Outcome, finish, read_done, record
-from gqa import checkpoint, results
+from gqa import checkpoint, results, sharding
 from gqa.errors import UserError
 
 HEADS = {"num_kv_heads": 8, "cross_num_kv_heads": 8}
@@ -167,7 +167,7 @@ def family(tmp_path, monkeypatch):
 
     def use(module):
         monkeypatch.setattr(worker.importlib, "import_module", lambda _: module)
-        monkeypatch.setattr(worker, "_job", lambda *_: Job(tmp_path, None, None, 1))
+        monkeypatch.setattr(worker, "_job", lambda *_: Job(tmp_path, None, sharding.make_mesh(), 1))
         return module
 
     make.use = use
