@@ -222,7 +222,7 @@ def test_devices_share_a_batch(tmp_path):
     np.savez(tmp_path / "in.npz", **arrays)
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "float32",
         "PYTHONPATH": str(Path(__file__).parent.parent),

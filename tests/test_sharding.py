@@ -45,7 +45,7 @@ np.savez(sys.argv[1], *leaves, loss=metrics["loss"], **texts)
 
 
 def train_on(devices, path):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {
         **os.environ,
         "XLA_FLAGS": flags,
