@@ -26,7 +26,11 @@ CLOUD = "cloud.google.com/tpu/docs"
 # and v5p, 4 on v5e and v6e; for v5e, v5p and v6e the source counts both directions.
 CHIPS = {
     "v4": Chip(
-        32 * 2**30, 1200e9, 275e12, 50e9, f"{CLOUD}/v4; links: Jouppi et al., 2023, arXiv:2304.01433"
+        32 * 2**30,
+        1200e9,
+        275e12,
+        50e9,
+        f"{CLOUD}/v4; links: Jouppi et al., 2023, arXiv:2304.01433",
     ),
     "v5e": Chip(16 * 2**30, 819e9, 197e12, 50e9, f"{CLOUD}/v5e: 400 GB/s over 4 links"),
     "v5p": Chip(95 * 2**30, 2765e9, 459e12, 50e9, f"{CLOUD}/v5p: 4800 Gbit/s over 6 links"),

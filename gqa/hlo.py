@@ -93,10 +93,19 @@ class Program(NamedTuple):
         for instruction in self.computations[name].values():
             yield instruction, name, times
             if instruction.op in ("while", "conditional", "call"):
-                trips = _TRIPS.search(instruction.rest)
-                more = int(trips[1]) if trips else 1
                 for called in instruction.called:
-                    yield from self._executed(called, times * more)
+                    yield from self._executed(called, times * self._trips(instruction))
+
+    def _trips(self, loop: Instruction) -> int:
+        """How often a loop runs: as XLA knows, else to the number its counter is compared with."""
+        if found := _TRIPS.search(loop.rest):
+            return int(found[1])
+        condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
+        if loop.op != "while" or condition is None:
+            return 1
+        inside = self.computations[condition[1]].values()
+        limits = [int(it.inside) for it in inside if it.op == "constant" and it.inside.isdigit()]
+        return max(limits, default=1)
 
 
 class Collective(NamedTuple):
