@@ -2,7 +2,7 @@
 
 pip install -r requirements-aot.txt                           # the TPU compiler, 700 MB
 python launch.py --config=configs/sweeps/aot.py               # about 10 minutes on two cores
-python launch.py --config=configs/sweeps/aot.py --config.aot.kv_heads=64,8 --config.aot.target=v5p-16
+python launch.py --config=configs/sweeps/aot.py --config.aot.target=v5p-16
 
 Leaves report.md and sample_seconds.png in the workdir. Training is compiled for the first slice of
 `aot.training_targets` that holds it.
