@@ -56,6 +56,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.wandb = ConfigDict()
     config.wandb.mode = "off"  # Weights & Biases: off, offline, online
     config.wandb.project = "gqa"
+    config.mesh = _mesh()
     config.slurm = _slurm()
     config.aot = _aot()
     config.report = ConfigDict()
@@ -183,6 +184,17 @@ def _evaluate() -> ConfigDict:
     evaluate.top_p = 1.0  # of the most likely tokens that have this probability together
     evaluate.cache_dtype = ""  # of keys and values; empty: float32 on CPUs, bfloat16 elsewhere
     return evaluate
+
+
+def _mesh() -> ConfigDict:
+    mesh = ConfigDict()
+    # How networks are spread over devices. What is left of them splits the batch.
+    mesh.model = 1  # devices that split heads, d_ff and the vocabulary
+    mesh.fsdp = False  # parameters and moments are split as the batch is, too
+    mesh.slices = 1  # of a TPU, joined by a slower network; they split the batch alone
+    # Fewer KV heads than mesh.model: replicate them, or split the cache by batch; or auto.
+    mesh.kv_heads = "auto"
+    return mesh
 
 
 def _slurm() -> ConfigDict:

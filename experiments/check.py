@@ -1,9 +1,11 @@
 """What a config may not say: refused in one line, before any compute and before any writing."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from experiments import text
@@ -43,9 +45,13 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{name}={values[name]!r}; use one of {known}")
     _check_fractions(config)
     _check_conversion(config)
+    layout = sharding.Layout(**config.mesh)
+    for heads in ({}, {f"num_kv_heads_{n}": K for n, K in target_heads(config).items()}):
+        network = dataclasses.replace(parent_config(config), **heads)
+        sharding.check(network, layout, jax.device_count(), jax.local_device_count())
     for section in ("pretrain", "finetune"):
-        _check_batch(section, config[section])
-    sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size)
+        _check_batch(section, config[section], layout)
+    sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, 1, layout)
     progress.check(config.wandb.mode)
 
 
@@ -111,14 +117,14 @@ def _check_fractions(config: ConfigDict) -> None:
             raise UserError(f"{section}.dropout_rate={rate}; use a value in [0, 1)")
 
 
-def _check_batch(section: str, training: ConfigDict) -> None:
+def _check_batch(section: str, training: ConfigDict, layout: sharding.Layout) -> None:
     size, parts = training.batch_size, training.num_microbatches
     if size % parts:
         raise UserError(
             f"{section}.batch_size={size} does not split over num_microbatches={parts}; "
             f"use a multiple of {parts}"
         )
-    sharding.check_batch(f"{section}.batch_size", size, parts)
+    sharding.check_batch(f"{section}.batch_size", size, parts, layout)
 
 
 def _check_tasks(config: ConfigDict) -> None:

@@ -8,6 +8,7 @@ from experiments.stage import Job, Outcome, load_params, open_parent, record
 from gqa import decode, evaluate, metrics, tasks, train
 from gqa.generate import Generator
 from gqa.inference import Inference
+from gqa.sharding import choose
 from gqa.tasks import Example
 
 
@@ -22,8 +23,10 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     shape = {key: recipe[key] for key in ("inputs_length", "targets_length")}
     shape["batch_size"] = settings["batch_size"]
 
+    lengths = recipe["inputs_length"], recipe["targets_length"]
+    layout = choose(parent.config, job.layout, job.mesh, settings["batch_size"], *lengths)
     generator = Generator(
-        Inference(parent.config, settings["cache_dtype"]),
+        Inference(parent.config, settings["cache_dtype"], layout=layout),
         _make_search(settings),
         recipe["targets_length"],
         mesh=job.mesh,

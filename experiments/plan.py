@@ -212,6 +212,7 @@ def _setup(config: ConfigDict) -> dict[str, Any]:
         "checkpoint": config.checkpoint.to_dict(),
         "train": config.train.to_dict(),
         "wandb": config.wandb.to_dict(),
+        "mesh": config.mesh.to_dict(),
     }
 
 

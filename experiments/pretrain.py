@@ -51,7 +51,7 @@ def _take(
     step, checkpoints = settings["steps"], folder / "checkpoints"
     with Checkpoints(checkpoints) as saved:
         if saved.latest is None:
-            moments = train.abstract(config, job.mesh).opt_state
+            moments = train.abstract(config, job.mesh, job.layout).opt_state
             info = {"recipe": settings, "variant": settings["variant"]}
             info |= {"model": config.__dict__, "vocabulary": job.text.tokenizer.hash}
             items = {"opt_state": jax.tree.map(_zeros, moments), "config": info}

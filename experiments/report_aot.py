@@ -173,8 +173,8 @@ def _verdict(rows: list) -> str:
     return (
         f"The roofline {answer} the paper's jump from 32 to 64 KV heads: it is {published:.1f}x "
         f"there, here {jump:.2f}x with batches of {batches[32]} and {batches[64]}, and "
-        f"{alone:.2f}x at one batch. Table 1's times are means over tasks of different lengths; the "
-        "ratios here are at the lengths above."
+        f"{alone:.2f}x at one batch. Table 1's times are means over tasks of different lengths; "
+        "the ratios here are at the lengths above."
     )
 
 

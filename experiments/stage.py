@@ -12,6 +12,7 @@ from experiments.disk import write_whole
 from experiments.text import Text
 from gqa import checkpoint, distributed, guard, model, train
 from gqa.errors import UserError
+from gqa.sharding import WHOLE, Layout
 
 NATS = "nats per token"  # the unit of every loss
 DONE = "done.json"
@@ -38,6 +39,7 @@ class Job(NamedTuple):
     text: Text
     mesh: Mesh
     keep_last: int
+    layout: Layout = WHOLE
     train: dict = guard.Settings()._asdict()
     wandb: dict | None = None
     run_name: str = ""
@@ -136,7 +138,7 @@ def _is_a(value: Any, kind: type) -> bool:
 
 
 def load_params(parent: Parent, job: Job) -> dict:
-    """The parameters of a checkpoint on every device."""
+    """The parameters of a checkpoint where the job's layout has them."""
     return _load(parent, job, "params")["params"]
 
 
@@ -153,5 +155,5 @@ def _load(parent: Parent, job: Job, *items: str) -> dict:
             f"checkpoint {parent.path} was trained with another vocabulary than this config's "
             f"text in {job.text.folder}; use the config and workdir it came from"
         )
-    shapes = train.abstract(parent.config, job.mesh)._asdict() | {"data": None}
+    shapes = train.abstract(parent.config, job.mesh, job.layout)._asdict() | {"data": None}
     return checkpoint.load(parent.path, {name: shapes[name] for name in items})

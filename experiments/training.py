@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
 from experiments.stage import NATS, Job, Outcome, record
 from experiments.text import Training
 from gqa import checkpoint, distributed, guard, model, optim, progress, train
 from gqa.flops import train_flops
 from gqa.hardware import peak_flops
-from gqa.sharding import check_batch, replicate
+from gqa.sharding import check_batch, put
 
 
 class Pooling(NamedTuple):
@@ -33,9 +32,9 @@ class Pooling(NamedTuple):
     view: Callable
     fold: Callable[[dict], dict]
 
-    def abstract(self, mesh: Mesh) -> train.State:
+    def abstract(self, job: Job) -> train.State:
         """Shapes and placement of what is trained."""
-        return train.abstract(self.whole, mesh, self.start)
+        return train.abstract(self.whole, job.mesh, job.layout, self.start)
 
     def start(self, state: train.State) -> train.State:
         """The state to train from; only what is new begins without moments."""
@@ -76,19 +75,24 @@ def run_training(
         pooling: if that network's pooling is learned: `start` gives, and checkpoints hold, what
             `pooling.expand` makes of parameters.
     """
-    check_batch("batch_size", recipe["batch_size"], recipe["num_microbatches"])
+    check_batch("batch_size", recipe["batch_size"], recipe["num_microbatches"], job.layout)
     running = config if pooling is None else pooling.config
     fold = (lambda params: params) if pooling is None else jax.jit(pooling.fold)
     validation_loss = train.make_validation(config, job.mesh)
     loss = train.make_loss(running, recipe["z_loss"], teacher)
-    more = {"view": pooling and pooling.view, "teacher": teacher}
+    if pooling is None:
+        abstract = train.abstract(config, job.mesh, job.layout)
+    else:
+        abstract = pooling.abstract(job)
+    placed = train.shardings(abstract)
+    more = {"placed": placed, "view": pooling and pooling.view, "teacher": teacher}
     step = train.make_step(loss, learning_rate, recipe["seed"], recipe["num_microbatches"], **more)
     checkpoints = folder.absolute() / "checkpoints"
     step_flops = train_flops(running, recipe["batch_size"], **data.lengths)
     with _show(name, job, folder, recipe["every"], step_flops, config.dtype) as shown:
         rollbacks = train.fit(
-            lambda: replicate(start(), job.mesh),
-            train.abstract(config, job.mesh) if pooling is None else pooling.abstract(job.mesh),
+            lambda: put(start(), placed),
+            abstract,
             step,
             data.batches,
             steps=first_step + steps,

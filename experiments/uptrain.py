@@ -126,7 +126,7 @@ def _fold(folder: Path, outcome: Outcome, pooling: Pooling, config: model.Config
     with checkpoint.Checkpoints(folder / "checkpoints", job.keep_last) as checkpoints:
         if checkpoints.latest is not None:
             return
-        state = pooling.abstract(job.mesh)
+        state = pooling.abstract(job)
         shapes = {"params": state.params, "opt_state": state.opt_state}
         items = checkpoint.load(path, shapes | {"data": None, "config": None})
         items["params"], items["opt_state"] = jax.jit(_plain, static_argnums=2)(

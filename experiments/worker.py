@@ -7,6 +7,7 @@ cluster, or in several processes together. A stage folder has `stage.json`, chec
 trains, and `done.json` with its results once it is finished.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -85,7 +86,8 @@ def _outcome(folder: Path, what: dict) -> Outcome:
             parents = [_result(workdir / "stages" / name) for name in what["parents"]]
             if "checkpoint" in what["settings"]:
                 parents = [Path(what["settings"]["checkpoint"])]
-            return module.run(what["label"], what["settings"], folder, parents, job)
+            with jax.set_mesh(job.mesh) if job.mesh.size > 1 else contextlib.nullcontext():
+                return module.run(what["label"], what["settings"], folder, parents, job)
         except checkpoint.Damaged as damaged:
             owners = [p for p in damaged.step.parents if p.parent == folder.parent]
             if setup["checkpoint"]["on_damage"] != "previous" or not owners:
@@ -110,11 +112,13 @@ def _result(folder: Path) -> Path:
 @functools.lru_cache(maxsize=1)
 def _job(setup: str, workdir: Path, alone: bool) -> Job:
     settings = json.loads(setup)
-    mesh = sharding.make_mesh(local=alone)
+    layout = sharding.Layout(**settings["mesh"])
+    mesh = sharding.make_mesh(layout, local=alone)
     return Job(
         workdir=workdir,
         text=text.prepare(settings["text"], workdir)._replace(share=sharding.share(mesh)),
         mesh=mesh,
+        layout=layout,
         keep_last=settings["checkpoint"]["keep_last"],
         train=settings["train"],
         wandb=settings["wandb"],

@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from gqa import blocks, distributed, hardware, seal
 from gqa.errors import UserError, disk_full
 from gqa.seal import Damaged
-from gqa.sharding import make_mesh, replicate
+from gqa.sharding import share_copies
 
 __all__ = ["Checkpoints", "Damaged", "find", "load", "load_config", "set_aside"]
 
@@ -117,7 +117,7 @@ class Checkpoints:
         arrays = {name: value for name, value in items.items() if name in ARRAYS}
         text = {name: value for name, value in items.items() if name not in ARRAYS}
         if distributed.is_several():  # each may have made a copy of its own
-            arrays = replicate(arrays, make_mesh())
+            arrays = share_copies(arrays)
         with _full_disk_told(path):
             response = ocp.save_checkpointables_async(path, arrays, custom_metadata=text)
         self._pending = self._pool.submit(self._finish, step, response, metrics)

@@ -1,15 +1,18 @@
 """Text from a network: decoding in segments, over arrays no larger than what is left to do."""
 
+import dataclasses
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gqa import decode, inference
+from gqa import decode, sharding
 from gqa.decode import Search
 from gqa.inference import KV, Inference, Memory
+from gqa.model import init_params
 
 SHORTEST = 64  # the smallest bucket of lengths
 EVERY = 32  # positions after which the rows that ended are looked for
@@ -24,6 +27,34 @@ def bucket(length: int, longest: int) -> int:
     return min(size, longest)
 
 
+class _Placed(NamedTuple):
+    """Where the arrays of a generator lie, and in how many parts a batch; None: JAX decides."""
+
+    parts: int = 1
+    whole: NamedSharding | None = None
+    rows: NamedSharding | None = None
+    weights: Any = None
+    cache: NamedSharding | None = None
+    memory: Memory | None = None
+
+
+def _placed(net: Inference, mesh: Mesh) -> _Placed:
+    whole = NamedSharding(mesh, PartitionSpec())
+    rows, caches = (
+        sharding.batch_sharding(mesh),
+        sharding.cache_sharding(net.config, mesh, net.layout),
+    )
+    if net.layout.model > 1:
+        shapes = jax.eval_shape(lambda: net.prepare(init_params(net.config, 0)))
+        # Weights that "data" splits would be gathered again for every token.
+        layout = dataclasses.replace(net.layout, fsdp=False)
+        weights = sharding.param_shardings(shapes, mesh, layout)
+    else:
+        weights = whole
+    parts = max(map(sharding.num_parts, (rows, caches.own, caches.cross)))
+    return _Placed(parts, whole, rows, weights, caches.own, Memory(caches.cross, caches.mask))
+
+
 class Generator:
     """`search` over `net`: texts of up to `length` tokens, filled to `length` if not `stop`.
 
@@ -35,7 +66,8 @@ class Generator:
     half of the batch, the others are left out of it, down to an eighth. So decoding is compiled
     for at most 4 batch sizes times 1 + log2(length / 64) lengths, for each shape of inputs.
 
-    With a `mesh`, rows are split over its axis "data", and a batch is never made smaller than it.
+    With a `mesh`, which is also `jax.set_mesh`'s, everything lies as `net.layout` says, and a batch
+    is never made smaller than the parts it is split into.
     """
 
     def __init__(
@@ -47,23 +79,21 @@ class Generator:
         mesh: Mesh | None = None,
     ):
         self.net, self.search, self.length, self.stop = net, search, length, stop
-        self._devices = 1 if mesh is None else mesh.size
-        rows = everywhere = None
-        if mesh is not None:
-            rows, everywhere = (
-                NamedSharding(mesh, PartitionSpec(*axis)) for axis in (["data"], [])
-            )
-        jit = partial(jax.jit, out_shardings=rows)
+        at = _Placed() if mesh is None else _placed(net, mesh)
+        self._parts = at.parts
         prefill = partial(net.prefill, num_beams=search.num_beams)
-        self.prepare = jax.jit(net.prepare, out_shardings=everywhere)
-        self.prefill = jit(prefill, in_shardings=(everywhere, rows))
-        self._start = jit(partial(search.start, length=length))
-        self._init_cache = jit(net.init_cache, static_argnums=(0, 1, 2))
-        self._grow = jit(net.grow, static_argnums=1)
-        self._keep = jit(self._keep_rows)
-        self._advance = jit(self._advance_rows, donate_argnames="cache")
-        self._outputs = jax.jit(search.outputs, out_shardings=everywhere)
-        self._ended = jax.jit(lambda rows: rows.ended, out_shardings=everywhere)
+        self.prepare = jax.jit(net.prepare, out_shardings=at.weights)
+        self.prefill = jax.jit(prefill, in_shardings=(at.weights, at.rows), out_shardings=at.memory)
+        self._start = jax.jit(partial(search.start, length=length), out_shardings=at.rows)
+        self._init_cache = jax.jit(net.init_cache, static_argnums=(0, 1, 2), out_shardings=at.cache)
+        self._grow = jax.jit(net.grow, static_argnums=1, out_shardings=at.cache)
+        kept = None if mesh is None else (at.rows, at.cache, at.memory)
+        self._keep = jax.jit(self._keep_rows, out_shardings=kept)
+        self._advance = jax.jit(
+            self._advance_rows, donate_argnames="cache", out_shardings=kept and kept[:2]
+        )
+        self._outputs = jax.jit(search.outputs, out_shardings=at.whole)
+        self._ended = jax.jit(lambda rows: rows.ended, out_shardings=at.whole)
 
     def __call__(
         self, weights: dict, inputs: Array, numbers: np.ndarray | None = None
@@ -105,14 +135,14 @@ class Generator:
 
     def _batch_sizes(self, B: int) -> list[int]:
         sizes = [B]
-        while len(sizes) <= HALVINGS and sizes[-1] % (2 * self._devices) == 0:
+        while len(sizes) <= HALVINGS and sizes[-1] % (2 * self._parts) == 0:
             sizes.append(sizes[-1] // 2)
         return sizes
 
     def _with_room(self, cache: list[KV] | None, batch_size: int, length: int) -> list[KV]:
         if cache is None:
             return self._init_cache(batch_size, self.search.num_beams, length)
-        return cache if inference.room(cache) >= length else self._grow(cache, length)
+        return cache if self.net.room(cache) >= length else self._grow(cache, length)
 
     def _advance_rows(self, weights, rows, cache, memory, begin, end):
         def step(tokens, index, cache):

@@ -14,11 +14,10 @@ A caller asks for one and keeps the definition for where there is none:
         out = attend(...)  # with the same bias, and the segments and causality as one more
 
 Pallas' kernels are not partitioned by XLA: on several TPUs they run under the mesh of
-`jax.set_mesh`, each device on its part of the rows and heads.
+`jax.set_mesh`, each device on its rows of the batch and its heads.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,7 +35,6 @@ LANES = 128  # T and S of the TPU kernels are multiples of it
 # example. Compiled for TPU v4, its gradient takes 1.5 times the memory of the definition's at 512
 # positions, and less than the definition's from here on.
 FLASH_LENGTH = 1024
-BATCH = ("slice", "data")  # axes of a mesh that split rows; "model" splits heads
 BLOCKS = (512, 384, 256, 128)  # positions of a TPU block; larger ones read K and V less often
 
 
@@ -90,10 +88,10 @@ def select(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty and jax.device_count() > 1:
         return Selection(None, "there are several devices and no mesh is set")
-    rows = math.prod(mesh.shape.get(name, 1) for name in BATCH)
+    rows = 1 if mesh.empty else mesh.size // mesh.shape["model"]
     if B % rows:
         return Selection(None, f"{B} rows do not split over {rows} devices")
-    if K % mesh.shape.get("model", 1):
+    if not mesh.empty and K % mesh.shape["model"]:
         return Selection(None, f"{K} KV heads do not split over {mesh.shape['model']} devices")
     return Selection("flash" if position_bias else "splash")
 
@@ -189,18 +187,17 @@ def _cudnn(
 def _per_device(
     attend: Callable, arrays: tuple[Array, ...], position_bias: Array | None = None
 ) -> Array:
-    """`attend` on each device's part of rows and heads, under the mesh that is set."""
+    """`attend` on each device's rows and heads, under the mesh that is set; ids have no heads."""
     shared = () if position_bias is None else (position_bias,)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return attend(*arrays, *shared)
-    batch = tuple(name for name in BATCH if name in mesh.shape)
-    model = "model" if "model" in mesh.shape else None
-    heads, rows = PartitionSpec(batch, None, model), PartitionSpec(batch)
-    specs = tuple(heads if x.ndim == 4 else rows for x in arrays)
-    specs += (PartitionSpec(None, model),) * len(shared)
+    rows = tuple(name for name in mesh.axis_names if name != "model")
+    split = PartitionSpec(rows, None, "model")
+    specs = tuple(split if x.ndim == 4 else PartitionSpec(rows) for x in arrays)
+    specs += (PartitionSpec(None, "model"),) * len(shared)
     # A kernel does not say along which axes its results vary, so that is not checked.
-    run = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
+    run = jax.shard_map(attend, in_specs=specs, out_specs=split, check_vma=False)
     return run(*arrays, *shared)
 
 

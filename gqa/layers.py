@@ -10,6 +10,7 @@ from jax.nn.initializers import ones, variance_scaling
 
 from gqa import kernels
 from gqa.attention import Segments, attend, linear, make_mask
+from gqa.sharding import constrain, repeat_heads
 
 GATED_GELU, RELU = "gated_gelu", "relu"
 
@@ -48,7 +49,8 @@ class Attention(nn.Module):
     ) -> Array:
         """Attend from x [B, T, D] to y [B, S, D]; position_bias [1, N, T, S]."""
         (B, T, D), S, N, H = x.shape, y.shape[1], self.num_heads, self.head_dim
-        q, k, v = (self._heads(*pair) for pair in ((x, self.query), (y, self.key), (y, self.value)))
+        q = constrain(self._heads(x, self.query), "batch", None, "heads", None)
+        k, v = (repeat_heads(self._heads(y, kernel)) for kernel in (self.key, self.value))
         dropout = None
         if train and self.dropout_rate > 0:
             # One draw per key serves every query position, as in T5.
@@ -112,6 +114,7 @@ class MLP(nn.Module):
             hidden = jax.nn.gelu(hidden) * project("wi_1", x, (D, F))
         else:
             hidden = jax.nn.relu(hidden)
+        hidden = constrain(hidden, "batch", None, "mlp")
         return project("wo", self.dropout()(hidden, deterministic=not train), (F, D))
 
 

@@ -18,6 +18,7 @@ from gqa import kernels
 from gqa.attention import Segments, linear
 from gqa.errors import UserError
 from gqa.layers import GATED_GELU, MLP, RELU, Attention, RelativePositionBias, RMSNorm
+from gqa.sharding import constrain
 
 # What a backward pass keeps of the forward pass; "minimal" recomputes all but the weight products.
 REMAT = {
@@ -146,7 +147,8 @@ class EncoderLayer(nn.Module):
         h = self.attention(h, h, position_bias, segments, self.train)
         x += self.dropout(h, deterministic=not self.train)
         h = self.mlp(self.mlp_norm(x), self.train)
-        return x + self.dropout(h, deterministic=not self.train), None
+        x += self.dropout(h, deterministic=not self.train)
+        return constrain(x, "batch", None, None), None
 
 
 class DecoderLayer(nn.Module):
@@ -171,7 +173,8 @@ class DecoderLayer(nn.Module):
         h = self.cross_attention(h, encoded, None, cross_segments, self.train)
         x += self.dropout(h, deterministic=not self.train)
         h = self.mlp(self.mlp_norm(x), self.train)
-        return x + self.dropout(h, deterministic=not self.train), None
+        x += self.dropout(h, deterministic=not self.train)
+        return constrain(x, "batch", None, None), None
 
 
 def _layers(layer: type[nn.Module], config: Config, train: bool, length: int) -> nn.Module:
@@ -248,14 +251,18 @@ class Transformer(nn.Module):
         return self.to_logits(self.decoder(self.embed(previous), x, segments, cross, train))
 
     def embed(self, tokens: Array) -> Array:
-        return self.embedding[tokens].astype(self.config.dtype)
+        # The few rows are cut by the batch; a table that "data" splits is gathered for them.
+        table = constrain(self.embedding, "vocab", None)
+        return constrain(table[tokens].astype(self.config.dtype), "batch", None, None)
 
     def to_logits(self, x: Array) -> Array:
         """Logits [..., V] of decoder output [..., D]; this product is in float32."""
         x = x.astype(jnp.float32)
         if self.config.tied_logits:
-            return x * self.config.d_model**-0.5 @ self.embedding.T
-        return linear(x, self.logits)
+            logits = x * self.config.d_model**-0.5 @ self.embedding.T
+        else:
+            logits = linear(x, self.logits)
+        return constrain(logits, "batch", None, "vocab")
 
 
 def shift_right(targets: Array, positions: Array | None = None) -> Array:

@@ -57,7 +57,10 @@ class Layout:
     kv_heads: str = "auto"  # where there are fewer than `model`; of `KV_HEADS`
 
 
-def make_mesh(layout: Layout = Layout(), *, devices=None, local: bool = False) -> Mesh:
+WHOLE = Layout()
+
+
+def make_mesh(layout: Layout = WHOLE, *, devices=None, local: bool = False) -> Mesh:
     """All devices of all processes, or those given; or, if `local`, of this process as one slice.
 
     Raises:
@@ -152,7 +155,7 @@ def share(mesh: Mesh) -> tuple[int, int]:
 
 
 def check_batch(
-    name: str, batch_size: int, num_microbatches: int = 1, layout: Layout = Layout()
+    name: str, batch_size: int, num_microbatches: int = 1, layout: Layout = WHOLE
 ) -> None:
     """Raise a UserError unless every microbatch splits evenly over the devices."""
     parts = jax.device_count() // layout.model
@@ -172,7 +175,8 @@ def param_shardings(tree: Any, mesh: Mesh, layout: Layout, params: Any = None) -
     """
 
     def on_leaf(path, leaf, state=None):
-        name = next(key.key for key in reversed(path) if isinstance(key, DictKey))
+        names = [key.key for key in path if isinstance(key, DictKey)]
+        name = names[-1].removeprefix("self_").removeprefix("cross_")
         spec = _spec(AXES[name], leaf.shape, mesh, layout)
         if state is None:
             return NamedSharding(mesh, PartitionSpec(*spec))
@@ -225,6 +229,13 @@ def _of_moments(state: Any, axes: tuple, shape: tuple, spec: tuple, mesh: Mesh) 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(tuple(n for n in TABLE["batch"] if n in mesh.shape)))
+
+
+def num_parts(sharding: NamedSharding) -> int:
+    """Into how many parts the first axis is split."""
+    names = sharding.spec[0]
+    names = (names,) if isinstance(names, str) else names
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 class Caches(NamedTuple):
@@ -297,6 +308,14 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def repeat_heads(x: Array) -> Array:
+    """KV heads [B, S, K, H], as many as devices along "model" if they were fewer: one on each."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.shape["model"] % x.shape[2] == 0:
+        x = jax.numpy.repeat(x, mesh.shape["model"] // x.shape[2], axis=2)
+    return constrain(x, "batch", None, "kv_heads", None)
+
+
 def put(tree: Any, shardings: Any) -> Any:
     """Every array where `shardings` say; each process gives the same arrays or global ones."""
 
@@ -313,6 +332,29 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of every array on every device; each process gives the same arrays."""
     whole = NamedSharding(mesh, PartitionSpec())
     return put(tree, jax.tree.map(lambda _: whole, tree))
+
+
+def share_copies(tree: Any) -> Any:
+    """Arrays of which each process has its own copy as arrays of all, without moving anything."""
+    processes = [
+        [device for device in jax.devices() if device.process_index == index]
+        for index in range(jax.process_count())
+    ]
+
+    def on_leaf(x):
+        if not getattr(x, "is_fully_addressable", True):
+            return x
+        if not isinstance(getattr(x, "sharding", None), NamedSharding):
+            x = jax.device_put(x, NamedSharding(make_mesh(local=True), PartitionSpec()))
+        mesh = x.sharding.mesh
+        order = [jax.local_devices().index(device) for device in mesh.devices.flat]
+        stacked = np.array([[devices[i] for i in order] for devices in processes])
+        stacked = stacked.reshape(-1, *mesh.devices.shape)
+        at = NamedSharding(Mesh(stacked, ("process", *mesh.axis_names)), x.sharding.spec)
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, at, parts)
+
+    return jax.tree.map(on_leaf, tree)
 
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

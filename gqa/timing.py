@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gqa.attention import attend_blocks
 from gqa.decode import GREEDY
 from gqa.generate import Generator
 from gqa.inference import Inference, Memory
@@ -54,7 +53,7 @@ def generation(
     """
     generator = Generator(net, GREEDY, length, stop=False)
     queries = attention_queries(net, len(inputs))
-    attend = jax.jit(attention)
+    attend = jax.jit(partial(attention, net))
     rows = rows or len(inputs)
 
     def prefill() -> Memory:
@@ -79,9 +78,9 @@ def attention_queries(net: Inference, batch_size: int) -> Array:
     return jax.random.normal(jax.random.key(0), shape, net.config.dtype)
 
 
-def attention(queries: Array, memory: Memory) -> list[Array]:
+def attention(net: Inference, queries: Array, memory: Memory) -> list[Array]:
     """What a step's cross-attention does between its projections: one [B, 1, N, H] a layer."""
-    return [attend_blocks(queries, *kv, memory.mask) for kv in memory.kv]
+    return [net.form.attend_cross(queries, kv, memory.mask) for kv in memory.kv]
 
 
 def measure(

@@ -19,7 +19,7 @@ from gqa.loss import cross_entropy, kl_divergence
 from gqa.model import Config, Transformer, init_params
 from gqa.optim import adafactor
 from gqa.progress import Progress
-from gqa.sharding import place
+from gqa.sharding import WHOLE, Layout, param_shardings, place
 
 
 class State(NamedTuple):
@@ -47,17 +47,28 @@ def init(config: Config, seed: int) -> State:
     return State(jnp.int32(0), params, adafactor().init(params))
 
 
-def abstract(config: Config, mesh: Mesh, change: Callable[[State], State] = lambda x: x) -> State:
+def abstract(
+    config: Config,
+    mesh: Mesh,
+    layout: Layout = WHOLE,
+    change: Callable[[State], State] = lambda x: x,
+) -> State:
     """Shapes and placement of a state, for restoring one without making one first.
 
     `change` is what was done to a state of `config` before training.
     """
-    sharding = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(lambda: change(init(config, 0)))
+    shardings = State(
+        NamedSharding(mesh, PartitionSpec()),
+        param_shardings(shapes.params, mesh, layout),
+        param_shardings(shapes.opt_state, mesh, layout, shapes.params),
+    )
+    return jax.tree.map(lambda x, at: x.update(sharding=at), shapes, shardings)
 
-    def placed(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(placed, jax.eval_shape(lambda: change(init(config, 0))))
+def shardings(state: State) -> State:
+    """Of each array of a state, or of what `abstract` gives."""
+    return jax.tree.map(lambda x: x.sharding, state)
 
 
 def make_loss(config: Config, z_loss: float, teacher: Teacher | None = None) -> Loss:
@@ -85,12 +96,14 @@ def make_step(
     seed: int,
     num_microbatches: int = 1,
     *,
+    placed: State | None = None,
     view: Callable[[dict, Array], dict] | None = None,
     teacher: Teacher | None = None,
 ):
     """The jitted step (state, batch) -> (state, metrics); the state passed in is consumed.
 
     Args:
+        placed: the shardings of the state, which stays where it is; None leaves it to JAX.
         view: makes the parameters that `loss` is of from those that are trained, and the step.
         teacher: whose parameters `loss` is given, an argument of the compiled step.
     """
@@ -101,7 +114,8 @@ def make_step(
             return loss(params if view is None else view(params, state.step), batch, key, *given)
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, sums = accumulate(viewed, state.params, batch, key, num_microbatches)
+        at = placed and placed.params
+        grads, sums = accumulate(viewed, state.params, batch, key, num_microbatches, at)
         # Real tokens of the whole batch: neither padding nor how it was cut up changes the step.
         tokens = jnp.maximum(sums["tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
@@ -117,14 +131,20 @@ def make_step(
         }
         return State(state.step + 1, params, opt_state), metrics
 
-    compiled = jax.jit(train_step, donate_argnums=0)
+    out = (placed, NamedSharding(placed.step.mesh, PartitionSpec())) if placed else None
+    compiled = jax.jit(train_step, donate_argnums=0, out_shardings=out)
     if teacher is None:
         return compiled
     return lambda state, batch: compiled(state, batch, teacher.params)
 
 
-def accumulate(loss: Loss, params: dict, batch: dict, key: Array, num_microbatches: int):
-    """Gradients and sums of `loss` over a batch cut into microbatches, each with its own key."""
+def accumulate(
+    loss: Loss, params: dict, batch: dict, key: Array, num_microbatches: int, at: Any = None
+):
+    """Gradients and sums of `loss` over a batch cut into microbatches, each with its own key.
+
+    `at` are the shardings of the parameters, and of the gradients from the first on.
+    """
 
     def value(params, micro, key):
         sums = loss(params, micro, key)
@@ -133,6 +153,8 @@ def accumulate(loss: Loss, params: dict, batch: dict, key: Array, num_microbatch
     def add(total, item):
         index, micro = item
         grads, sums = jax.grad(value, has_aux=True)(params, micro, jax.random.fold_in(key, index))
+        if at is not None:
+            grads = jax.lax.with_sharding_constraint(grads, at)
         return jax.tree.map(jnp.add, total, (grads, sums)), None
 
     # Every k-th row, not blocks of rows, so that each microbatch is spread over all devices.

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa import decode, generate, inference
+from gqa import decode, generate
 from gqa.decode import GREEDY, Beam, Sample
 from gqa.generate import Generator, bucket
 from gqa.huggingface import from_state_dict
-from gqa.inference import Inference
+from gqa.inference import Inference, joined
 from gqa.model import Transformer
 
 GOLDEN = Path(__file__).parent / "golden" / "t5_search.npz"
@@ -75,7 +75,7 @@ def shapes(monkeypatch):
     shapes, advance = [], Generator._advance_rows
 
     def traced(self, weights, rows, cache, memory, begin, end):
-        shapes.append((len(memory.mask), inference.room(cache)))
+        shapes.append((len(memory.mask), self.net.room(cache)))
         each = self.search.num_beams * self.net.config.num_kv_heads_decoder
         assert len(cache[0][0]) == len(rows.ended) * each
         return advance(self, weights, rows, cache, memory, begin, end)
@@ -93,7 +93,7 @@ def test_leaving_out_and_growing_change_nothing(golden, trained, search, shapes,
     for module, name, value in (
         (generate, "SHORTEST", 4),
         (generate, "EVERY", 2),
-        (inference, "CPU_BLOCK", 4),
+        (joined, "BLOCK", 4),
     ):
         monkeypatch.setattr(module, name, value)
     np.testing.assert_array_equal(run(trained, inputs, search), expected)
