@@ -29,7 +29,7 @@ from gqa.sharding import Layout
 B, S, T, L = 16, 512, 256, 2
 found = {}
 for K in (2, 8):
-    config = Config(512, 1024, 2048, 16, 64, L, L, 16, K, K, dtype="bfloat16")
+    config = Config(4096, 1024, 2048, 16, 64, L, L, 16, K, K, dtype="bfloat16")
     compiler = ahead.Compiler(chips.find("v4-16", ""), Layout(model=8), Path(sys.argv[1]))
     layout = sharding.choose(config, compiler.layout, compiler.mesh, B, S, T)
     net = Inference(config, backend="tpu", layout=layout)

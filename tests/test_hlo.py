@@ -1,4 +1,4 @@
-"""Bytes, loops, copies and communication are read from the text of compiled programs as they are."""
+"""Bytes, loops, copies and communication are read from the text of compiled programs."""
 
 import pytest
 
@@ -51,7 +51,7 @@ ENTRY %main (w: bf16[24,16,128], cache: bf16[64,128], row: bf16[1,128]) -> bf16[
   %new = bf16[64,128]{1,0} fusion(%cache, %row, %zero), kind=kLoop, calls=%put
   %fast = (bf16[64,128]{1,0:S(3)}, bf16[64,128]{1,0}, u32[]{:S(2)}) copy-start(%new)
   %done = bf16[64,128]{1,0:S(3)} copy-done(%fast)
-  %gathered = (bf16[64,128]{1,0}, bf16[128,128]{1,0}) all-gather-start(%new), replica_groups=[4,2]<=[8]
+  %pair = (bf16[64,128]{1,0}, bf16[128,128]{1,0}) all-gather-start(%new), replica_groups={{0,1}}
   %turn = bf16[128,64]{1,0} fusion(%new), kind=kLoop, calls=%turned
   ROOT %copy = bf16[128,64]{0,1} copy(%turn)
 }
