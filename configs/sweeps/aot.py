@@ -1,7 +1,7 @@
 """T5 XXL on the paper's 8 TPU v4 chips for every number of KV heads, compiled without hardware.
 
 pip install -r requirements-aot.txt                           # the TPU compiler, 700 MB
-python launch.py --config=configs/sweeps/aot.py               # about 10 minutes on two cores
+python launch.py --config=configs/sweeps/aot.py               # minutes to half an hour on two cores
 python launch.py --config=configs/sweeps/aot.py --config.aot.target=v5p-16
 
 Leaves report.md and sample_seconds.png in the workdir. Training is compiled for the first slice of
