@@ -57,8 +57,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.wandb.mode = "off"  # Weights & Biases: off, offline, online
     config.wandb.project = "gqa"
     config.mesh = _mesh()
-    config.slurm = _slurm()
-    config.aot = _aot()
+    config.slurm, config.aot = _slurm(), _aot()
     config.report = ConfigDict()
     config.report.within = 1.0  # points of score below the multi-head parent that are acceptable
     if cpu:
