@@ -79,19 +79,24 @@ def _define(argv: list[str]) -> flags.FlagValues:
 def _run(values: flags.FlagValues) -> None:
     import jax  # after the flags, so that a mistake in them is told at once
 
-    from experiments import initial, pipeline, speed
+    from experiments import aot, initial, pipeline, speed
     from gqa import distributed
 
-    distributed.initialize()
     config, workdir, stage = values.config, Path(values.workdir), values.stage
+    if stage == "aot" or config.experiment == "aot":
+        aot.run(config, workdir, stage)
+        return
+    distributed.initialize()
     experiments = {"pipeline": pipeline, "speed": speed}
     if config.experiment not in experiments:
-        raise UserError(f"experiment={config.experiment!r}; use one of {', '.join(experiments)}")
+        raise UserError(
+            f"experiment={config.experiment!r}; use one of {', '.join(experiments)}, aot"
+        )
     experiment = experiments[config.experiment]
     if experiment is speed and distributed.is_several():
         raise UserError("experiment=speed times one process; start no others")
     if stage not in (None, *experiment.KINDS):
-        raise UserError(f"--stage={stage}; use one of {', '.join(experiment.KINDS)}")
+        raise UserError(f"--stage={stage}; use one of {', '.join(experiment.KINDS)}, aot")
     if values.checkpoint and stage != "evaluate":
         raise UserError("--checkpoint goes with --stage=evaluate")
     options = pipeline.Options(values.executor, values.jobs, values["dry-run"].value)

@@ -33,7 +33,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
         activation="gated_gelu",
         tied_logits=False,
         dtype="float32" if cpu else "bfloat16",
-        remat="none" if cpu else "minimal",
+        remat="none" if cpu else "full" if size == "xxl" else "minimal",
     )
     config.init, config.text = _init(), _text()
     config.pretrain = _pretrain()
@@ -57,7 +57,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.wandb.mode = "off"  # Weights & Biases: off, offline, online
     config.wandb.project = "gqa"
     config.mesh = _mesh()
-    config.slurm = _slurm()
+    config.slurm, config.aot = _slurm(), _aot()
     config.report = ConfigDict()
     config.report.within = 1.0  # points of score below the multi-head parent that are acceptable
     if cpu:
@@ -207,6 +207,20 @@ def _slurm() -> ConfigDict:
     slurm.mem_gb = 0
     slurm.timeout_min = 0  # a training stage that takes longer is requeued and goes on
     return slurm
+
+
+def _aot() -> ConfigDict:
+    aot = ConfigDict()
+    # What --stage=aot compiles for, by Cloud's name, which counts cores of v4 and v5p: v4-8 is 4
+    # chips. Generation is split over all chips along "model"; lengths are the benchmark's.
+    aot.target = "v4-8"
+    aot.kv_heads = ()  # in decoder self- and cross-attention; (): convert's
+    aot.largest_batch_size = 32  # a chip
+    aot.prefill_batch_size = 32  # rows that are encoded at once
+    aot.efficiency = 0.7  # of each ceiling of gqa/chips.py that a program is taken to reach
+    aot.training_targets = ()  # slices to compile pretraining for, until one holds it
+    aot.training_model = 1  # devices along "model" of those; parameters are split over the others
+    return aot
 
 
 def _fit_cpu(config: ConfigDict) -> None:

@@ -45,12 +45,17 @@ class Selection(NamedTuple):
     reason: str = ""
 
 
+def platform() -> str:
+    """What a program is compiled for: the devices of the mesh that is set, or this process's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def backend() -> str:
-    """What fuses attention on this machine: "cudnn" (Ampere and later), "tpu" or "" (nothing)."""
-    device = jax.devices()[0]
-    if device.platform == "tpu":
+    """What fuses attention there: "cudnn" (Ampere and later), "tpu" or "" (nothing)."""
+    if platform() == "tpu":
         return "tpu"
-    capability = getattr(device, "compute_capability", "")  # "9.0"; AMD's are names
+    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; AMD's are names
     major = capability.partition(".")[0]
     return "cudnn" if major.isdigit() and int(major) >= 8 else ""
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn.initializers import normal, variance_scaling
 
+from gqa import kernels
 from gqa.attention import Segments, linear
 from gqa.errors import UserError
 from gqa.layers import GATED_GELU, MLP, RELU, Attention, RelativePositionBias, RMSNorm
@@ -187,7 +188,7 @@ def _layers(layer: type[nn.Module], config: Config, train: bool, length: int) ->
         in_axes=nn.broadcast,
         length=length,
         # A loop on a CPU copies every parameter and activation that its body slices.
-        unroll=length if jax.default_backend() == "cpu" else 1,
+        unroll=length if kernels.platform() == "cpu" else 1,
     )
     return scanned(config, train, name="layers")
 

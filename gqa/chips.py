@@ -1,0 +1,89 @@
+"""Accelerators as their makers describe them, and slices of them as XLA's compilers know them.
+
+Names of slices are those of Google Cloud, which counts TensorCores for v4 and v5p and chips for
+v5e and v6e: v4-16 is 8 chips, v6e-8 is 8 chips. The two cores of a v4 or v5p chip are one device
+("megacore"), as they are to JAX on such a machine.
+"""
+
+import math
+from typing import NamedTuple
+
+from gqa.errors import UserError
+
+
+class Chip(NamedTuple):
+    """One chip: bytes, bytes/s, bfloat16 FLOP/s, and bytes/s of one link in one direction."""
+
+    hbm: int
+    bandwidth: float
+    peak: float
+    link: float
+    source: str
+
+
+CLOUD = "cloud.google.com/tpu/docs"
+# A link's rate is that of all links of a chip, which the sources give, over their number: 6 on v4
+# and v5p, 4 on v5e and v6e; for v5e, v5p and v6e the source counts both directions.
+CHIPS = {
+    "v4": Chip(
+        32 * 2**30,
+        1200e9,
+        275e12,
+        50e9,
+        f"{CLOUD}/v4; links: Jouppi et al., 2023, arXiv:2304.01433",
+    ),
+    "v5e": Chip(16 * 2**30, 819e9, 197e12, 50e9, f"{CLOUD}/v5e: 400 GB/s over 4 links"),
+    "v5p": Chip(95 * 2**30, 2765e9, 459e12, 50e9, f"{CLOUD}/v5p: 4800 Gbit/s over 6 links"),
+    "v6e": Chip(32 * 2**30, 1638e9, 918e12, 100e9, f"{CLOUD}/v6e: 800 GB/s over 4 links"),
+    "h100": Chip(80 * 10**9, 3350e9, 989.5e12, 25e9, "NVIDIA H100 SXM datasheet; NVLink: 18 links"),
+}
+# Shapes of slices by chips: 3-D for v4 and v5p, 2-D for v5e and v6e.
+SHAPES = {
+    3: ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)),
+    2: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+}
+CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
+GPU_LINKS = 18
+
+
+class Target(NamedTuple):
+    """A slice to compile for: its name, kind of chip, and chips along each axis of the torus."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def chip(self) -> Chip:
+        """What one chip can do."""
+        return CHIPS[self.kind]
+
+    @property
+    def chips(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+    @property
+    def links(self) -> int:
+        """Links of a chip that lead to others of the slice; an axis of 2 has one, a longer two."""
+        if self.kind == "h100":
+            return GPU_LINKS
+        return max(1, sum(min(size - 1, 2) for size in self.shape))
+
+
+def targets() -> dict[str, Target]:
+    """Every slice there is a name for."""
+    named = {"h100": Target("h100", "h100", (1,))}
+    for kind, cores in CORES.items():
+        for shape in SHAPES[1 + cores]:
+            name = f"{kind}-{cores * math.prod(shape)}"
+            named[name] = Target(name, kind, shape)
+    return named
+
+
+def find(name: str, key: str) -> Target:
+    """The slice of a name; `key` is what a mistake is reported under."""
+    known = targets()
+    if name not in known:
+        raise UserError(f"{key}={name!r}; use one of {', '.join(known)}")
+    return known[name]

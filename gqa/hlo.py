@@ -1,0 +1,292 @@
+"""What a compiled program does with memory and the network, read from XLA's text of it.
+
+The text is that of `jax.stages.Compiled.as_text()`: scheduled, after fusion, one device's part.
+Loops count as often as they run. An array is counted as it lies in memory, tiles filled up; those
+in a memory space of their own ("S(1)" in a layout: on the chip, not in HBM) cost no HBM traffic.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "token": 0, "opaque": 0} | {
+    f"{sign}{bits}": bits for sign in "su" for bits in (2, 4, 8, 16, 32, 64)
+}
+COLLECTIVES = (
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
+    *("collective-broadcast", "ragged-all-to-all"),
+)
+# Operations that name or take apart what is there already, or wait for what was counted before.
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"),
+    *("partition-id", "replica-id", "while", "conditional", "call", "optimization-barrier"),
+    *("add-dependency", "opt-barrier"),
+}
+MOVES = {"copy", "transpose"}
+PASSIVE = {"parameter", "bitcast", "convert", "reshape"} | MOVES
+
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = ")
+_CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Shape(NamedTuple):
+    """One array of the program: its type, sizes, and how it lies in memory."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+    layout: str
+
+    @property
+    def in_hbm(self) -> bool:
+        """Whether it lies in main memory."""
+        return "S(" not in self.layout
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes with its tiles filled up."""
+        order, _, tiling = self.layout.partition(":")
+        minor = [int(axis) for axis in order.split(",") if axis]
+        sizes = [self.sizes[axis] for axis in reversed(minor)] if minor else list(self.sizes)
+        if tile := re.match(r"T\(([\d,]+)\)", tiling):
+            tiles = [int(size) for size in tile[1].split(",")]
+            for i, size in enumerate(reversed(tiles), 1):
+                if i <= len(sizes):
+                    sizes[-i] = -(-sizes[-i] // size) * size
+        return math.prod(sizes) * BITS.get(self.dtype, 8) // 8
+
+
+class Instruction(NamedTuple):
+    """One line: what it makes, of what, the text between its brackets, and the rest."""
+
+    name: str
+    op: str
+    results: list[Shape]
+    operands: list[str]
+    inside: str
+    rest: str
+
+    @property
+    def called(self) -> list[str]:
+        """The computations that it runs."""
+        names = _CALLED.findall(self.rest)
+        if several := re.search(r"branch_computations=\{([^}]*)\}", self.rest):
+            names += [name.strip().lstrip("%") for name in several[1].split(",")]
+        return names
+
+
+class Program(NamedTuple):
+    """All computations by name, and which one is entered."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+    def executed(self) -> Iterator[tuple[Instruction, str, int]]:
+        """Each instruction that runs by itself, its computation, and how often."""
+        yield from self._executed(self.entry, 1)
+
+    def _executed(self, name: str, times: int) -> Iterator[tuple[Instruction, str, int]]:
+        for instruction in self.computations[name].values():
+            yield instruction, name, times
+            if instruction.op in ("while", "conditional", "call"):
+                for called in instruction.called:
+                    yield from self._executed(called, times * self._trips(instruction))
+
+    def _trips(self, loop: Instruction) -> int:
+        """How often a loop runs: as XLA knows, else to the number its counter is compared with."""
+        if found := _TRIPS.search(loop.rest):
+            return int(found[1])
+        condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
+        if loop.op != "while" or condition is None:
+            return 1
+        inside = self.computations[condition[1]].values()
+        limits = [int(it.inside) for it in inside if it.op == "constant" and it.inside.isdigit()]
+        return max(limits, default=1)
+
+
+class Collective(NamedTuple):
+    """One kind of communication of a device: times run, bytes of results, bytes it sends."""
+
+    count: int
+    nbytes: int
+    sent: float
+
+
+def parse(text: str) -> Program:
+    """The computations of an HLO module's text."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            if head := _HEAD.match(line):
+                current = computations.setdefault(head[2], {})
+                entry = head[2] if head[1] else entry
+        elif current is not None and (found := _LINE.match(line)):
+            instruction = _instruction(found[1], line[found.end() :])
+            current[found[1]] = instruction
+    if not entry:
+        raise ValueError("there is no ENTRY computation in the text")
+    return Program(computations, entry)
+
+
+def _instruction(name: str, line: str) -> Instruction:
+    made = _closing(line, 0) + 1 if line.startswith("(") else line.index(" ")
+    begin = line.index("(", made)
+    end = _closing(line, begin)
+    op, inside = line[made:begin].strip(), line[begin + 1 : end]
+    results = shapes(line[:made])
+    return Instruction(name, op, results, re.findall(r"%([\w.-]+)", inside), inside, line[end:])
+
+
+def _closing(line: str, begin: int) -> int:
+    depth = 0
+    for i in range(begin, len(line)):
+        depth += (line[i] == "(") - (line[i] == ")")
+        if depth == 0:
+            return i
+    return len(line)
+
+
+def shapes(text: str) -> list[Shape]:
+    """The arrays of a type, taken out of their tuples."""
+    return [
+        Shape(dtype, tuple(int(n) for n in sizes.split(",") if n), layout)
+        for dtype, sizes, layout in _SHAPE.findall(text)
+    ]
+
+
+def traffic(program: Program) -> int:
+    """Bytes of HBM that the program reads and writes."""
+    return sum(
+        times * _moved(program, instruction, program.computations[where])
+        for instruction, where, times in program.executed()
+    )
+
+
+def _moved(program: Program, it: Instruction, around: dict[str, Instruction]) -> int:
+    if it.op in FREE or it.op.endswith(("-done", "-update")):
+        return 0
+    operands = [around[name] for name in it.operands if name in around]
+    reads = [_nbytes(operand.results) for operand in operands]
+    writes = _nbytes(it.results)
+    if it.op in ("copy-start", "slice-start"):
+        # The results are the new array, the old one (in either order) and a handle.
+        made = it.results[0 if it.op == "copy-start" else 1]
+        return _nbytes([made]) + (made.nbytes if operands[0].results[0].in_hbm else 0)
+    if it.op in ("slice", "dynamic-slice", "gather"):
+        return writes + (it.results[0].nbytes if reads[0] else 0)
+    if it.op in ("dynamic-update-slice", "scatter"):
+        return _nbytes(operands[-1 if it.op == "scatter" else 1].results) * 2
+    if it.op.endswith("-start"):
+        writes = _nbytes(it.results[-1:])
+    if it.op == "fusion":
+        return _fused(program.computations[it.called[0]], reads, writes)
+    return sum(reads) + writes
+
+
+def _fused(inside: dict[str, Instruction], reads: list[int], writes: int) -> int:
+    """Of a fusion: parameters that it takes slices of count as those, updates in place too."""
+    total = 0
+    parameters = [it for it in inside.values() if it.op == "parameter"]
+    for parameter in parameters:
+        read = reads[int(parameter.inside)]
+        users = [it for it in inside.values() if parameter.name in it.operands]
+        if read and users and all(_is_slice_of(it, parameter.name) for it in users):
+            read = min(read, sum(it.results[0].nbytes for it in users if _is_read(it)))
+        total += read
+    updates = [it for it in inside.values() if it.op == "dynamic-update-slice"]
+    if updates and writes:
+        whole = sum(it.results[0].nbytes for it in updates)
+        part = sum(_nbytes(inside[it.operands[1]].results) for it in updates)
+        writes = max(writes - whole, 0) + min(part, writes)
+    return total + writes
+
+
+def _is_slice_of(it: Instruction, name: str) -> bool:
+    if it.op in ("dynamic-update-slice", "dynamic-slice", "slice", "gather"):
+        return it.operands[0] == name
+    return False
+
+
+def _is_read(it: Instruction) -> bool:
+    return it.op != "dynamic-update-slice"
+
+
+def _nbytes(results: list[Shape]) -> int:
+    return sum(shape.nbytes for shape in results if shape.in_hbm)
+
+
+def moves(program: Program, least: int) -> list[Instruction]:
+    """Copies and transposes, fused or not, that write `least` bytes or more to HBM."""
+    found = []
+    for it, _, _ in program.executed():
+        if it.op in MOVES or (it.op == "fusion" and _only_moves(program, it)):
+            found += [it] * (_nbytes(it.results) >= least)
+    return found
+
+
+def _only_moves(program: Program, it: Instruction) -> bool:
+    ops = {inner.op for inner in program.computations[it.called[0]].values()}
+    return bool(ops & MOVES) and ops <= PASSIVE
+
+
+def collectives(program: Program) -> dict[str, Collective]:
+    """Communication by kind, also what is fused or started asynchronously."""
+    count, nbytes, sent = Counter(), Counter(), Counter()
+    for it, times in _all(program):
+        kind = it.op.removesuffix("-start")
+        if kind in COLLECTIVES:
+            size = _received(it)
+            count[kind] += times
+            nbytes[kind] += times * size
+            sent[kind] += times * size * _share(kind, group_size(it.rest))
+    return {kind: Collective(count[kind], nbytes[kind], sent[kind]) for kind in count}
+
+
+def largest_collective(program: Program, kind: str) -> int:
+    """Bytes of the largest result of one kind; 0 if there is none."""
+    sizes = (_received(it) for it, _ in _all(program) if it.op.removesuffix("-start") == kind)
+    return max(sizes, default=0)
+
+
+def _all(program: Program) -> Iterator[tuple[Instruction, int]]:
+    """Every instruction that runs, inside fusions and asynchronous calls too."""
+    for it, _, times in program.executed():
+        yield it, times
+        if it.op in ("fusion", "async-start"):
+            for name in it.called:
+                yield from ((inner, times) for inner in program.computations[name].values())
+
+
+def _received(it: Instruction) -> int:
+    results = it.results
+    if it.op.endswith("-start") and len(results) > 1:
+        # Operands first, then as many results, then handles; a variadic all-reduce has no operands.
+        arrays = [shape for shape in results if shape.sizes]
+        results = arrays[len(arrays) // 2 :] if len(arrays) > 1 else arrays
+    return sum(shape.nbytes for shape in results)
+
+
+def group_size(rest: str) -> int:
+    """Devices that one collective joins; 2 where its text does not say (a permutation)."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(found[2])
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(found[1].split(","))
+    return 2
+
+
+def _share(kind: str, n: int) -> float:
+    """Bytes a device sends on a ring of n, a byte of what it gets."""
+    if kind == "all-reduce":
+        return 2 * (n - 1) / n
+    if kind == "reduce-scatter":
+        return float(n - 1)  # its result is an n-th of what is reduced
+    return 1.0 if kind == "collective-permute" else (n - 1) / n

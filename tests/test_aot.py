@@ -1,0 +1,128 @@
+"""Ahead-of-time analysis: ceilings, times, and what compiled programs may not do."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.sweeps import aot as sweep
+from experiments import ahead, aot, report_aot, roofline
+from experiments.roofline import Time, Work
+from gqa import chips
+from gqa.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+COMPILES = """
+import dataclasses, json, sys
+from pathlib import Path
+from experiments import ahead
+ahead.start()
+from gqa import chips, hlo, kv_cache, sharding
+from gqa.inference import Inference
+from gqa.model import Config
+from gqa.sharding import Layout
+
+B, S, T, L = 16, 512, 256, 2
+found = {}
+for K in (2, 8):
+    config = Config(4096, 1024, 2048, 16, 64, L, L, 16, K, K, dtype="bfloat16")
+    compiler = ahead.Compiler(chips.find("v4-16", ""), Layout(model=8), Path(sys.argv[1]))
+    layout = sharding.choose(config, compiler.layout, compiler.mesh, B, S, T)
+    net = Inference(config, backend="tpu", layout=layout)
+    step = compiler.step(net, B, S, T)
+    program = hlo.parse(step.text)
+    cache = B * K * 64 * T * 2 // 8
+    found[K] = {
+        "layout": layout.kv_heads,
+        "moves": len(hlo.moves(program, cache)),
+        "gathered": hlo.largest_collective(program, "all-gather"),
+        "weight": 1024 * 16 * 64 * 2 // 8,
+        "arguments": step.arguments,
+        "caches": 2 * L * B * K * 64 * (S + T) * 2 // 8,
+        "aliased": step.aliased,
+        "own_caches": 2 * L * B * K * 64 * T * 2 // 8,
+        "weights": kv_cache.nbytes(kv_cache.weight_shapes(net)) // 8,
+        "temporary": step.temporary,
+    }
+print(json.dumps(found))
+"""
+
+
+def test_every_slice_has_a_chip_and_its_size():
+    known = chips.targets()
+    assert known["v4-16"].chips == known["v6e-8"].chips == 8
+    assert known["v4-8"].links == 2  # 2x2x1 has no third axis
+    assert known["v4-128"].links == 6
+    assert {target.kind for target in known.values()} == chips.CHIPS.keys()
+    for target in known.values():
+        assert target.chip.source
+
+
+def test_an_unknown_slice_is_refused():
+    with pytest.raises(UserError, match=r"aot.target='v4-9'; use one of .*v4-16"):
+        chips.find("v4-9", "aot.target")
+
+
+def test_times_are_work_over_ceilings():
+    target = chips.find("v4-16", "")
+    time = roofline.time(Work(1200e9, 137.5e12, 75e9), target, 0.5)
+    assert time == Time(memory=2.0, compute=1.0, network=1.0)
+    assert (time.seconds, time.bound) == (3.0, "memory")
+
+
+def test_a_sample_is_its_share_of_every_chip():
+    # 8 chips: prefill of 4 rows takes 1 s, 10 steps of 16 rows 0.2 s each.
+    assert roofline.sample_seconds(1.0, 4, 0.2, 10, 16, 8) == pytest.approx(8 * (0.25 + 0.125))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("target", "v9-1", "aot.target"),
+        ("training_targets", ("v4-1",), "aot.training_targets"),
+        ("kv_heads", (3,), "aot.kv_heads=3"),
+        ("efficiency", 1.5, "aot.efficiency=1.5"),
+        ("largest_batch_size", 0, "aot.largest_batch_size=0"),
+    ],
+)
+def test_mistakes_are_told_before_compiling(key, value, message):
+    config = sweep.get_config()
+    with config.unlocked():
+        config.aot[key] = value
+    with pytest.raises(UserError, match=message):
+        aot.check(config)
+
+
+def test_without_the_compiler_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-aot.txt"):
+        ahead.start()
+
+
+def test_a_report_of_nothing_is_refused(tmp_path):
+    (tmp_path / "results.jsonl").write_text("")
+    with pytest.raises(UserError, match="nothing compiled of aot-xxl"):
+        report_aot.run(tmp_path / "results.jsonl", tmp_path, "aot-xxl")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu (requirements-aot.txt) is not here"
+)
+def test_a_step_moves_no_cache_and_gathers_no_weight(tmp_path):
+    """Compiled for 8 chips of TPU v4, with KV heads on each chip and with rows on each."""
+    command = [sys.executable, "-c", COMPILES, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["2"]["layout"], found["8"]["layout"]) == ("batch", "replicate")
+    for n in found.values():
+        assert n["moves"] == 0
+        assert n["gathered"] < n["weight"]
+        assert n["aliased"] == n["own_caches"]  # updated in place
+        assert 0 < n["arguments"] - n["caches"] < 1.1 * n["weights"] + 2**20
+        assert n["temporary"] < n["caches"] + 2**20
