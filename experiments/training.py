@@ -82,10 +82,8 @@ def run_training(
     fold = (lambda params: params) if pooling is None else jax.jit(pooling.fold)
     validation_loss = train.make_validation(config, job.mesh)
     loss = train.make_loss(running, recipe["z_loss"], teacher)
-    if pooling is None:
-        abstract = train.abstract(config, job.mesh, job.layout)
-    else:
-        abstract = pooling.abstract(job)
+    plain = train.abstract(config, job.mesh, job.layout)
+    abstract = plain if pooling is None else pooling.abstract(job)
     placed = train.shardings(abstract)
     more = {"placed": placed, "view": pooling and pooling.view, "teacher": teacher}
     step = train.make_step(loss, learning_rate, recipe["seed"], recipe["num_microbatches"], **more)
@@ -111,10 +109,13 @@ def run_training(
     with checkpoint.Checkpoints(checkpoints, job.keep_last) as saved:
         chosen = saved.best if keep == "best" else saved.latest
         loss = saved.metric(chosen)
-    records = [record("validation_loss", loss, NATS, n=data.validation_size)]
-    records += [record("steps", chosen - first_step, "steps")]
-    records += [record("rollbacks", rollbacks, "times")] if rollbacks else []
+    records = _records(loss, data.validation_size, chosen - first_step, rollbacks)
     return Outcome(records + _curve(folder, first_step), str(chosen))
+
+
+def _records(loss: float, examples: int, steps: int, rollbacks: int) -> list[dict]:
+    records = [record("validation_loss", loss, NATS, n=examples), record("steps", steps, "steps")]
+    return records + ([record("rollbacks", rollbacks, "times")] if rollbacks else [])
 
 
 def _curve(folder: Path, first_step: int) -> list[dict]:

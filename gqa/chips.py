@@ -35,7 +35,6 @@ CHIPS = {
     "v5e": Chip(16 * 2**30, 819e9, 197e12, 50e9, f"{CLOUD}/v5e: 400 GB/s over 4 links"),
     "v5p": Chip(95 * 2**30, 2765e9, 459e12, 50e9, f"{CLOUD}/v5p: 4800 Gbit/s over 6 links"),
     "v6e": Chip(32 * 2**30, 1638e9, 918e12, 100e9, f"{CLOUD}/v6e: 800 GB/s over 4 links"),
-    "h100": Chip(80 * 10**9, 3350e9, 989.5e12, 25e9, "NVIDIA H100 SXM datasheet; NVLink: 18 links"),
 }
 # Shapes of slices by chips: 3-D for v4 and v5p, 2-D for v5e and v6e.
 SHAPES = {
@@ -43,7 +42,6 @@ SHAPES = {
     2: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
 }
 CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
-GPU_LINKS = 18
 
 
 class Target(NamedTuple):
@@ -66,14 +64,12 @@ class Target(NamedTuple):
     @property
     def links(self) -> int:
         """Links of a chip that lead to others of the slice; an axis of 2 has one, a longer two."""
-        if self.kind == "h100":
-            return GPU_LINKS
         return max(1, sum(min(size - 1, 2) for size in self.shape))
 
 
 def targets() -> dict[str, Target]:
     """Every slice there is a name for."""
-    named = {"h100": Target("h100", "h100", (1,))}
+    named = {}
     for kind, cores in CORES.items():
         for shape in SHAPES[1 + cores]:
             name = f"{kind}-{cores * math.prod(shape)}"

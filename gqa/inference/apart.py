@@ -124,9 +124,6 @@ class Apart:
 
     def _queries(self, q: Array, K: int) -> Array:
         """Queries [B, R, N, H], or what attention gives them, where the cache of K heads is."""
-        if by_rows(K, self.layout):
-            # By heads first, as the product makes them: else XLA gathers its weights for the rows.
-            q = constrain(q, "batch", None, "heads", None)
         return self._place(q, K, None, "heads")
 
     def _place(self, x: Array, K: int, *axes: str | None) -> Array:
