@@ -1,7 +1,7 @@
 """T5 with any number of KV heads per attention. The letters are those of `gqa/attention.py`.
 
 Training runs scanned layers: every layer parameter has a leading axis L, so converting a checkpoint
-is one reshape. `gqa/inference.py` runs the same layers to generate.
+is one reshape. `gqa/inference` runs the same layers to generate.
 """
 
 import dataclasses
