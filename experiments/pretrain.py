@@ -24,12 +24,15 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     data = training(job.text, settings["task"], settings, settings["seed"])
     if "init" in settings:
         return _take(name, settings, folder, config, data, job)
+    # Each device makes its own part, since the whole may fit on none.
+    placed = train.shardings(train.abstract(config, job.mesh, job.layout))
+    start = jax.jit(lambda: train.init(config, settings["seed"]), out_shardings=placed)
     return run_training(
         name,
         job,
         folder,
         data,
-        start=lambda: train.init(config, settings["seed"]),
+        start=start,
         config=config,
         info={"recipe": settings, "variant": settings["variant"]},
         recipe=settings,

@@ -48,7 +48,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     def start() -> train.State:
         parent = (_head_start(folder) or converted) if pooling is None else origin
         state, data_state = load_state(parent, job)
-        data.batches.set_state(data_state)
+        data.batches.set_state(distributed.own(data_state))
         return state if pooling is None else pooling.start(state)
 
     outcome = run_training(

@@ -272,7 +272,7 @@ class _Run:
             state = self._abstract
             items = {"params": state.params, "opt_state": state.opt_state}
             saved = self._checkpoints.restore(step, items | {"data": None, "guard": None})
-        self._batches.set_state(saved["data"])
+        self._batches.set_state(distributed.own(saved["data"]))
         self.guard.set_state(saved["guard"])
         placed = jax.device_put(jnp.int32(step), state.step.sharding)
         self._state = State(placed, saved["params"], saved["opt_state"])
@@ -330,7 +330,7 @@ class _Run:
         """Validate and save; after a signal only the latter."""
         state = self._state
         items = {"params": state.params, "opt_state": state.opt_state, "config": self._config}
-        items |= {"data": position, "guard": self.guard.get_state()}
+        items |= {"data": distributed.joined(position), "guard": self.guard.get_state()}
         with self._progress.pause():
             try:
                 with interrupt.immediate():

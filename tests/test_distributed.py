@@ -35,7 +35,7 @@ TOY = """
     def alive(step):
         print(step, file=sys.stderr, flush=True)
         time.sleep({pause})
-    toy.fit(folder, 20, 4, alive=alive)
+    toy.fit(folder, 20, 4, alive=alive, apart={apart})
 """
 
 
@@ -93,12 +93,12 @@ def close(found, expected):
 def whole(tmp_path_factory):
     """A toy run of two processes that nothing interrupts, and what the processes printed."""
     folder = tmp_path_factory.mktemp("toy") / "whole"
-    return folder, run(TOY.format(pause=0), folder)
+    return folder, run(TOY.format(pause=0, apart=False), folder)
 
 
 def test_whatever_ends_one_of_two_they_go_on_bit_for_bit(whole, tmp_path):
     folder = tmp_path / "parts"
-    both = Processes(TOY.format(pause=0.05), folder)
+    both = Processes(TOY.format(pause=0.05, apart=True), folder)
     both.wait_for(1, "5")
     both.processes[1].send_signal(signal.SIGTERM)
     statuses, _ = both.end()
@@ -108,15 +108,21 @@ def test_whatever_ends_one_of_two_they_go_on_bit_for_bit(whole, tmp_path):
     ends = [f"interrupted by SIGTERM; the same command goes on from {saved}\n"] * 2
     assert [e[-len(end) :] for e, end in zip(both.errors, ends, strict=True)] == ends
 
-    both = Processes(TOY.format(pause=0.05), folder)
+    both = Processes(TOY.format(pause=0.05, apart=True), folder)
     both.wait_for(0, "14")
     both.processes[1].kill()
     statuses, _ = both.end()
     assert statuses[1] == -signal.SIGKILL
     assert statuses[0] != 0
 
-    run(TOY.format(pause=0), folder)
-    toy.assert_same(toy.outcome(folder), toy.outcome(whole[0]))
+    run(TOY.format(pause=0, apart=True), folder)
+    found, expected = toy.outcome(folder), toy.outcome(whole[0])
+    for step, saved in found["checkpoints"].items():
+        assert saved.pop("data") == [{"position": step, "process": [i] * (1 + i)} for i in (0, 1)]
+        assert expected["checkpoints"][step].pop("data") == {"position": step}
+    toy.assert_same(found, expected)
+    with pytest.raises(UserError, match="2 processes each read .* go on with as many, not with 1"):
+        toy.fit(folder, 24, 4)
 
 
 def test_the_primary_alone_prints_and_writes(whole):
@@ -133,7 +139,7 @@ def test_one_process_and_two_share_checkpoints(whole, tmp_path):
     close(toy.outcome(whole[0]), one)
     toy.fit(whole[0], 24, 4)
     toy.fit(tmp_path / "parts", 8, 4)
-    run(TOY.format(pause=0), tmp_path / "parts")
+    run(TOY.format(pause=0, apart=False), tmp_path / "parts")
     close(toy.outcome(tmp_path / "parts"), one)
     toy.fit(tmp_path / "one", 24, 4)
     close(toy.outcome(whole[0]), toy.outcome(tmp_path / "one"))

@@ -16,11 +16,12 @@ from gqa.progress import Progress
 class Batches:
     """An endless stream that is a function of its position; `poison` is added to some losses.
 
-    Of several processes each has its rows.
+    Of several processes each has its rows; and if `apart` a state of its own.
     """
 
-    def __init__(self, poison=None):
+    def __init__(self, poison=None, apart=False):
         self.position, self.poison = 0, poison or {}
+        self.own = {"process": [jax.process_index()] * (1 + jax.process_index())} if apart else {}
 
     def __next__(self):
         self.position += 1
@@ -30,10 +31,11 @@ class Batches:
         return {"x": x[rows], "poison": poison[rows]}
 
     def get_state(self):
-        return {"position": self.position}
+        return {"position": self.position} | self.own
 
     def set_state(self, state):
         self.position = state["position"]
+        assert state == self.get_state()
 
 
 def start():
@@ -72,6 +74,7 @@ def fit(
     keep_last=2,
     validate=validate,
     alive=lambda step: None,
+    apart=False,
 ):
     """Train in `folder`; `alive` is called with every step whose metrics were read."""
 
@@ -86,7 +89,7 @@ def fit(
             lambda: sharding.replicate(start(), sharding.make_mesh()),
             abstract_state(),
             train_step,
-            Batches(poison),
+            Batches(poison, apart),
             steps=steps,
             every=every,
             validate=validate,
