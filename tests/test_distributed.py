@@ -121,7 +121,7 @@ def test_whatever_ends_one_of_two_they_go_on_bit_for_bit(whole, tmp_path):
         assert saved.pop("data") == [{"position": step, "process": [i] * (1 + i)} for i in (0, 1)]
         assert expected["checkpoints"][step].pop("data") == {"position": step}
     toy.assert_same(found, expected)
-    with pytest.raises(UserError, match="2 processes each read .* go on with as many, not with 1"):
+    with pytest.raises(UserError, match=r"2 processes each read .* go on with as many, not with 1"):
         toy.fit(folder, 24, 4)
 
 
