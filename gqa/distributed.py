@@ -135,25 +135,26 @@ def primary_first(what: str) -> Iterator[None]:
         wait_for_all(what)
 
 
-def joined(state: dict) -> dict | list[dict]:
-    """What each process has, as JSON: one for all where it is the same, else one after another."""
+def joined(state: dict) -> dict:
+    """What each process has, as JSON: one for all where it is the same, else {"processes": all}."""
     if not is_several():
         return state
     said = json.dumps(state).encode()
     longest = int(maximum(len(said)))
     letters = np.frombuffer(said.ljust(longest), np.uint8)
     states = [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(letters)]
-    return state if all(other == state for other in states) else states
+    return state if all(other == state for other in states) else {"processes": states}
 
 
-def own(states: dict | list[dict]) -> dict:
+def own(joined_state: dict) -> dict:
     """This process's part of what `joined` gave.
 
     Raises:
         UserError: where that was of another number of processes.
     """
-    if not isinstance(states, list):
-        return states
+    if "processes" not in joined_state:
+        return joined_state
+    states = joined_state["processes"]
     if len(states) != jax.process_count():
         raise UserError(
             f"{len(states)} processes each read text of their own up to this checkpoint; go on "

@@ -118,7 +118,8 @@ def test_whatever_ends_one_of_two_they_go_on_bit_for_bit(whole, tmp_path):
     run(TOY.format(pause=0, apart=True), folder)
     found, expected = toy.outcome(folder), toy.outcome(whole[0])
     for step, saved in found["checkpoints"].items():
-        assert saved.pop("data") == [{"position": step, "process": [i] * (1 + i)} for i in (0, 1)]
+        each = [{"position": step, "process": [i] * (1 + i)} for i in (0, 1)]
+        assert saved.pop("data") == {"processes": each}
         assert expected["checkpoints"][step].pop("data") == {"position": step}
     toy.assert_same(found, expected)
     with pytest.raises(UserError, match=r"2 processes each read .* go on with as many, not with 1"):

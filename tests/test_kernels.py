@@ -172,6 +172,7 @@ def test_without_a_kernel_there_is_no_output():
 def test_this_machine_is_asked_for_its_backend(monkeypatch):
     def on(platform, **more):
         device = SimpleNamespace(platform=platform, **more)
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
         monkeypatch.setattr(jax, "devices", lambda: [device])
         return kernels.backend()
 
