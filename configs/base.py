@@ -113,6 +113,9 @@ def _convert(heads: int, kv_heads: int) -> ConfigDict:
     convert.calibration_tokens = 65_536
     convert.shrinkage = 0.01  # of what they measure, towards white inputs
     convert.sequential = False  # measure each layer in the network as converted so far
+    # KV heads by layer: a cache as large as with the numbers below everywhere (at the benchmark's
+    # lengths), more of it for the layers in which svd would have to discard more.
+    convert.spread = False
     convert.num_kv_heads_encoder = heads  # the paper leaves the encoder multi-head
     convert.num_kv_heads_decoder = kv_heads
     convert.num_kv_heads_cross = kv_heads

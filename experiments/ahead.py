@@ -11,7 +11,6 @@ import json
 import os
 import re
 import time
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,11 +106,8 @@ class Compiler:
         inputs = jax.ShapeDtypeStruct((batch_size, S), jnp.int32)
         memory = jax.eval_shape(net.prefill, weights, inputs)
         cache = jax.eval_shape(lambda: net.init_cache(batch_size, 1, T))
-        cache = jax.tree.map(partial(_at, sharding=caches.own), cache)
-        memory = Memory(
-            jax.tree.map(partial(_at, sharding=caches.cross), memory.kv),
-            _at(memory.mask, caches.mask),
-        )
+        cache = _each_at(cache, caches.own)
+        memory = Memory(_each_at(memory.kv, caches.cross), _at(memory.mask, caches.mask))
         tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=rows)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
@@ -168,6 +164,11 @@ class Compiler:
 
 def _at(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _each_at(layers: list, shardings: list) -> list:
+    """The arrays of each layer with its sharding."""
+    return jax.tree.map(lambda at, kv: tuple(_at(x, at) for x in kv), shardings, layers)
 
 
 def _compile(lowered: jax.stages.Lowered) -> Compiled:

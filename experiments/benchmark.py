@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from experiments import timings
-from experiments.stage import Job, Outcome, record
+from experiments.stage import Job, Outcome, open_parent, record
 from gqa import kv_cache, timing
 from gqa.inference import Inference
 from gqa.model import Config, count_params
@@ -12,12 +12,16 @@ from gqa.model import Config, count_params
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
     """Settings: the config's section benchmark, and networks: (variant, model.Config as a dict).
 
-    All are timed in turn, with random weights. The first is the multi-head reference: the others'
-    timings say what it took beside them, and of what size it is.
+    Without the latter, the network is that of the parent's checkpoint. All are timed in turn, with
+    random weights. The first is the multi-head reference: the others' timings say what it took
+    beside them, and of what size it is.
     """
-    del folder, parents, job
+    del folder, job
     shape = {key: settings[key] for key in ("batch_size", "inputs_length", "targets_length")}
-    networks = [(variant, Config(**config)) for variant, config in settings["networks"]]
+    networks = [
+        (variant, Config(**config) if config else open_parent(parents[0]).config)
+        for variant, config in settings["networks"]
+    ]
     configs = {i: config for i, (_, config) in enumerate(networks)}
     measured = timing.measure(configs, **shape, repetitions=settings["repetitions"])
     records, reference = [], {}
@@ -60,8 +64,13 @@ def _line(config: Config, entries: list[dict]) -> str:
     of = {entry["metric"]: entry["value"] for entry in entries}
     token, read = of["token_seconds"], of["step_weight_bytes"] + of["step_cache_bytes"]
     return (
-        f"{config.num_kv_heads_decoder} KV heads: {1e3 * token:.2f} ms a token "
+        f"{_heads(config)} KV heads: {1e3 * token:.2f} ms a token "
         f"({read / 2**20:.1f} MiB at {read / token / 1e9:.1f} GB/s), "
         f"prefill {1e3 * of['prefill_seconds']:.1f} ms, "
         f"KV cache {of['kv_cache_bytes'] / 2**20:.2f} MiB a sequence"
     )
+
+
+def _heads(config: Config) -> str:
+    own = config.num_kv_heads_decoder
+    return "/".join(map(str, own)) if isinstance(own, tuple) else str(own)

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from experiments import text
 from experiments.plan import parent_config, target_heads
 from gqa import convert, progress, sharding, tasks, tokenizer
-from gqa.convert import learned
 from gqa.errors import UserError
 
 LARGEST = 2**31 - 1  # steps, lengths, seeds and token ids are int32
@@ -89,11 +88,10 @@ def check_numbers(config: ConfigDict) -> None:
 def _check_conversion(config: ConfigDict) -> None:
     """Refuse what cannot be converted."""
     section = config.convert
-    if section.method in learned.METHODS and section.grouping != "contiguous":
-        raise UserError(
-            f"convert.grouping={section.grouping!r} does not go with convert.method="
-            f"{section.method!r}, which pools the parent's neighbours; use contiguous"
-        )
+    if section.spread:
+        convert.check_by_layer(section.method, section.grouping)
+        if config.mesh.model > 1:
+            raise UserError("convert.spread=True goes with mesh.model=1 alone")
     convert.check(
         parent_config(config),
         target_heads(config),

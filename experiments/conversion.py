@@ -10,7 +10,7 @@ from typing import Any
 from gqa import calibrate, convert
 from gqa.errors import UserError
 
-FLAGS = ("renorm", "sequential")
+FLAGS = ("renorm", "sequential", "spread")
 RATES = {"shrink": "convert.shrinkage", "kl": "uptrain.beta"}
 
 
@@ -35,6 +35,11 @@ def with_beta(method: str, beta: float) -> str:
 def before_uptraining(method: str) -> str:
     """The inverse of `with_beta`: what beta makes no difference to."""
     return method.partition("-kl")[0]
+
+
+def by_layer(method: str) -> bool:
+    """Whether KV heads were spread over layers, so that times depend on how."""
+    return "spread" in method.split("-")
 
 
 def keys(text: str) -> dict[str, Any]:

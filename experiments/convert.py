@@ -1,6 +1,8 @@
 """Convert a pretrained checkpoint to fewer KV heads (paper, section 2.1); no training."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,10 +20,17 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     recipe = parent.info["recipe"]
     data = training(job.text, recipe["task"], recipe, recipe["seed"])
     begun = time.monotonic()
-    params, config, tokens = _convert(state.params, parent.config, settings, data)
+    heads = {n: K for n, K in settings["num_kv_heads"].items() if parent.config.num_heads > K}
+    batches, tokens = _batches(data, settings.get("calibration_tokens", 0))
+    moments = partial(calibrate.moments, batches=batches, attentions=tuple(heads))
+    orders = _orders(state.params, parent.config, settings, heads, moments)
+    regrouped = convert.permuted(state.params, orders)
+    params, config = _convert(regrouped, parent.config, settings, heads, batches, moments)
     jax.block_until_ready(params)
     seconds = time.monotonic() - begun
-    opt_state = optim.convert_state(state.opt_state, state.params, params, settings["optimizer"])
+    opt_state = convert.permuted(state.params, orders, state.opt_state)
+    opt_state, old = (model.cut(tree, config) for tree in (opt_state, regrouped))
+    opt_state = optim.convert_state(opt_state, old, params, settings["optimizer"])
     before, after = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, params))
     print(f"{name}: {before:,} -> {after:,} parameters, optimizer state: {settings['optimizer']}")
 
@@ -31,6 +40,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     print(f"{name}: validation loss {loss:.3f}, KL to the parent {apart:.3f}")
     step = int(state.step)
     info = parent.info | {"model": config.__dict__, "variant": settings["variant"]}
+    info["orders"] = {attention: order.tolist() for attention, order in orders.items()}
     with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
         if checkpoints.latest is None:  # else a run was killed between this and its last line
             items = {"params": params, "opt_state": opt_state, "data": data_state, "config": info}
@@ -44,36 +54,51 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
             record("convert_seconds", seconds, "s"),
             record("calibration_tokens", tokens, "tokens"),
             record("query_scale", float(scale), "RMS of queries by the parent's"),
+            *_by_layer(name, config, settings),
         ],
         str(step),
     )
 
 
+def _by_layer(name: str, config: model.Config, settings: dict) -> list[dict]:
+    """The KV heads of each layer, where they were spread."""
+    records = []
+    for attention in settings.get("spread", ()):
+        heads = config.kv_heads(attention)
+        print(f"{name}: KV heads by layer of {attention}: {' '.join(map(str, heads))}")
+        records += [record(f"kv_heads_{attention}_{i}", K, "KV heads") for i, K in enumerate(heads)]
+    return records
+
+
+def _orders(
+    params: dict, config: model.Config, settings: dict, heads: dict[str, int], moments: Callable
+) -> dict[str, np.ndarray]:
+    """The order of heads that the grouping wants, for `convert.permuted`."""
+    measured = settings["grouping"] in convert.MEASURED
+    found = moments(params, config) if measured else None
+    return convert.orders(params, heads, settings["grouping"], settings["seed"], found)
+
+
 def _convert(
-    params: dict, config: model.Config, settings: dict, data: Training
-) -> tuple[dict, model.Config, int]:
-    """Converted parameters, their config, and how many input tokens it was calibrated on."""
-    moments = batches = None
-    tokens = 0
-    if "calibration_tokens" in settings:
-        attentions = [n for n, K in settings["num_kv_heads"].items() if config.num_heads > K]
-        batches, tokens = _batches(data, settings["calibration_tokens"])
-        if not settings.get("sequential"):
-            moments, batches = calibrate.moments(params, config, batches, attentions), None
-    params, config = convert.convert(
-        params,
-        config,
-        settings["num_kv_heads"],
-        settings["method"],
-        settings["seed"],
-        moments=moments,
-        batches=batches,
-        space=settings.get("space", "weight"),
-        grouping=settings["grouping"],
-        renorm=settings["renorm"],
-        shrinkage=settings.get("shrinkage", 0.0),
-    )
-    return params, config, tokens
+    params: dict,
+    config: model.Config,
+    settings: dict,
+    heads: dict[str, int],
+    batches: list[dict],
+    moments: Callable,
+) -> tuple[dict, model.Config]:
+    """Converted parameters and their config, of parameters whose heads are in that order."""
+    s = settings
+    weigh = {"space": s.get("space", "weight"), "shrinkage": s.get("shrinkage", 0.0)}
+    measured = weigh["space"] != "weight"
+    if "spread" in s:
+        found = moments(params, config) if measured else None
+        heads = convert.spread(params, config, heads, s["spread"], moments=found, **weigh)
+    given = {"batches": batches} if s.get("sequential") else {}
+    if measured and not given:
+        given = {"moments": moments(params, config)}
+    more = given | weigh | {"renorm": s["renorm"]}
+    return convert.convert(params, config, heads, s["method"], s["seed"], **more)
 
 
 def _batches(data: Training, tokens: int) -> tuple[list[dict], int]:

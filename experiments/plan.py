@@ -2,7 +2,7 @@
 
     pretrain (multi-head) ---------------------> finetune -> evaluate     a task each
         `-> convert -> uptrain ----------------> finetune -> evaluate     a task each
-    benchmark (both networks in turn; needs no checkpoint)
+    benchmark (both networks in turn; needs no checkpoint unless its KV heads differ by layer)
 
 Without uptraining what was converted is fine-tuned; uptraining also reads the multi-head parent.
 
@@ -125,8 +125,7 @@ def plan(
         return stages
     for leaf, task in itertools.product(leaves, tasks):
         stages += _tune_and_score(config, leaf, task, prepared, plan_stage)
-    heads = leaves[-1].variant
-    return [*stages, _benchmark(config, reference or config, heads, plan_stage)]
+    return [*stages, _benchmark(config, reference or config, leaves[-1], plan_stage)]
 
 
 def _grouped(config: ConfigDict, pretrain: Stage, plan_stage) -> Iterable[Stage]:
@@ -136,7 +135,7 @@ def _grouped(config: ConfigDict, pretrain: Stage, plan_stage) -> Iterable[Stage]
     if set(heads.values()) == {config.model.num_heads}:
         method = "none"
     else:
-        settings = _conversion(config.convert) | {"num_kv_heads": heads, "seed": config.seed}
+        settings = _conversion(config) | {"num_kv_heads": heads, "seed": config.seed}
         method = conversion.name(settings)
         start = plan_stage("convert", settings, (pretrain,), _variant(config, heads, method, 0.0))
         yield start
@@ -150,8 +149,9 @@ def _grouped(config: ConfigDict, pretrain: Stage, plan_stage) -> Iterable[Stage]
         yield plan_stage("uptrain", settings, parents, variant)
 
 
-def _conversion(section: ConfigDict) -> dict[str, Any]:
+def _conversion(config: ConfigDict) -> dict[str, Any]:
     """The settings that say how to convert, as far as they make a difference."""
+    section = config.convert
     settings = {key: section[key] for key in ("method", "grouping", "renorm", "optimizer")}
     if section.method in convert.ABSORBING:
         settings["space"] = section.space
@@ -159,6 +159,12 @@ def _conversion(section: ConfigDict) -> dict[str, Any]:
         settings["calibration_tokens"] = section.calibration_tokens
     if convert.needs_moments(section.method, section.space):
         settings |= {key: section[key] for key in ("sequential", "shrinkage")}
+    if section.spread:
+        lengths = {"decoder": "targets_length", "cross": "inputs_length"}
+        settings["spread"] = {name: config.benchmark[key] for name, key in lengths.items()}
+        settings["space"] = section.space
+        if section.space != "weight":
+            settings |= {key: section[key] for key in ("calibration_tokens", "shrinkage")}
     return settings
 
 
@@ -175,8 +181,12 @@ def _tune_and_score(
     return [tuned, plan_stage("evaluate", settings, (tuned,), leaf.variant)]
 
 
-def _benchmark(config: ConfigDict, reference: ConfigDict, variant: dict, plan_stage) -> Stage:
-    """Times depend on shapes alone: not on how a network was reached, nor on the seed."""
+def _benchmark(config: ConfigDict, reference: ConfigDict, leaf: Stage, plan_stage) -> Stage:
+    """Times depend on shapes alone: not on how a network was reached, nor on the seed.
+
+    KV heads that were spread over layers are those of the checkpoint `leaf`.
+    """
+    variant, parents = leaf.variant, ()
     shape = {"method": "none", "alpha": 0.0, "seed": 0}
     heads = {
         "num_kv_heads_decoder": variant["num_kv_heads"],
@@ -185,13 +195,16 @@ def _benchmark(config: ConfigDict, reference: ConfigDict, variant: dict, plan_st
     }
     multi_head = dict.fromkeys(convert.ATTENTIONS, reference.model.num_heads)
     networks = [
-        [_variant(reference, multi_head, "none", 0.0) | shape, parent_config(reference).__dict__],
-        [variant | shape, parent_config(config).__dict__ | heads],
+        [_variant(reference, multi_head, "none", 0.0) | shape, parent_config(reference).__dict__]
     ]
-    if networks[0] == networks[1]:
-        networks.pop()
+    network = parent_config(config).__dict__ | heads
+    if conversion.by_layer(variant["method"]):
+        shape["method"] = conversion.before_uptraining(variant["method"])
+        network, parents = None, (leaf,)
+    if [variant | shape, network] not in networks:
+        networks.append([variant | shape, network])
     settings = config.benchmark.to_dict() | {"networks": networks}
-    return plan_stage("benchmark", settings, (), variant | shape)
+    return plan_stage("benchmark", settings, parents, variant | shape)
 
 
 def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, variant: dict, task: str) -> Stage:

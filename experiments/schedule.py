@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+import jax
+
 from experiments import worker
 from experiments.plan import Stage, ancestors
 from experiments.process import USER_ERROR
@@ -17,7 +19,8 @@ from gqa.errors import UserError
 
 POLL_SECONDS = 0.1
 ROOT = Path(__file__).parent.parent
-WORKER = (sys.executable, "-m", "experiments.worker")  # and the stage's folder
+WORKER = (sys.executable, "-m", "experiments.worker")  # and the folders of stages
+CHAIN = 8  # short stages at most that one process does in turn: it starts and compiles once
 
 
 def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
@@ -54,6 +57,7 @@ def _one_by_one(todo, stages, workdir, failed) -> None:
             failed[stage.key] = UserError("it builds on a stage that failed")
             continue
         _announce(stage, todo[i:], stages, workdir)
+        jax.clear_caches()  # compiled steps of one network are no use to the next stage
         try:
             worker.run(stage.folder(workdir))
         except UserError as error:
@@ -64,55 +68,90 @@ def _one_by_one(todo, stages, workdir, failed) -> None:
 
 
 class Running(NamedTuple):
-    """A stage at work in a process of its own, and the file of what that says on stderr."""
+    """Stages in turn in a process of their own, and the file of what that says on stderr."""
 
-    stage: Stage
+    stages: dict[str, Stage]
     process: subprocess.Popen
     errors: TextIO
 
 
 def _several(todo, stages, workdir, jobs, failed) -> None:
-    """Start each stage as soon as what it builds on is done and there is room for it."""
-    waiting, running = list(todo), []
+    """Start stages as soon as what they build on is done and there is room for them."""
+    waiting = {stage.key: stage for stage in todo}
+    # Asked for again and again, so worked out once: keys are hashes.
+    above = {key: {a.key for a in ancestors(stage)[1:]} for key, stage in waiting.items()}
+    running: dict[str, Running] = {}  # by the key of each one's first stage
     try:
         while waiting or running:
-            for stage in list(waiting):
-                above = {a.key for a in ancestors(stage)[1:]}
-                unfinished = {s.key for s in (*waiting, *(r.stage for r in running))}
-                if above & failed.keys():
-                    failed[stage.key] = UserError("it builds on a stage that failed")
-                    waiting.remove(stage)
-                elif not above & unfinished and _room(stage, waiting, running, jobs):
-                    left = [*(r.stage for r in running), *waiting]
-                    _announce(stage, left, stages, workdir, jobs)
-                    waiting.remove(stage)
-                    running.append(_start(stage, workdir))
-            for ended in [r for r in running if r.process.poll() is not None]:
-                running.remove(ended)
-                error = _outcome(ended)
-                if error is not None:
-                    failed[ended.stage.key] = error
-                    print(f"{ended.stage.label}: failed: {error}", flush=True)
+            for key in [key for key in waiting if above[key] & failed.keys()]:
+                failed[key] = UserError("it builds on a stage that failed")
+                del waiting[key]
+            while (key := _next(waiting, above, running, jobs)) is not None:
+                left = [*(waiting | _busy(running)).values()]
+                _announce(waiting[key], left, stages, workdir, jobs)
+                chain = _chain(key, waiting, above, jobs)
+                running[key] = _start(chain, workdir)
+                waiting = {k: stage for k, stage in waiting.items() if k not in chain}
+            for key in [key for key, each in running.items() if each.process.poll() is not None]:
+                waiting = _end(running.pop(key), workdir, failed) | waiting
             time.sleep(POLL_SECONDS)
     finally:
-        for each in running:
+        for each in running.values():
             each.process.terminate()
-        for each in running:
+        for each in running.values():
             each.process.wait()
             each.errors.close()
 
 
-def _room(stage: Stage, waiting: list[Stage], running: list[Running], jobs: int) -> bool:
+def _next(waiting: dict, above: dict, running: dict[str, Running], jobs: int) -> str | None:
+    """The first stage that can be started."""
+    unfinished = waiting.keys() | _busy(running).keys()
+    ready = (key for key in waiting if not above[key] & unfinished)
+    return next((key for key in ready if _room(waiting[key], waiting, running, jobs)), None)
+
+
+def _busy(running: dict[str, Running]) -> dict[str, Stage]:
+    return {key: stage for each in running.values() for key, stage in each.stages.items()}
+
+
+def _end(ended: Running, workdir: Path, failed: dict[str, Exception]) -> dict[str, Stage]:
+    """What a process has left of its stages, without the one that failed."""
+    left = {k: s for k, s in ended.stages.items() if read_done(s.folder(workdir)) is None}
+    error = _outcome(ended)
+    if error is None and left:
+        error = RuntimeError("its process ended without a result")
+    if error is not None:
+        key = next(iter(left or ended.stages))
+        failed[key] = error
+        print(f"{ended.stages[key].label}: failed: {error}", flush=True)
+        left.pop(key, None)
+    return left
+
+
+def _room(stage: Stage, waiting: dict, running: dict, jobs: int) -> bool:
     """Timings come last and alone: nothing builds on them, and they share with nothing."""
     if stage.kind == "benchmark":
-        return not running and all(other.kind == "benchmark" for other in waiting)
+        return not running and all(other.kind == "benchmark" for other in waiting.values())
     return len(running) < jobs
 
 
-def _start(stage: Stage, workdir: Path) -> Running:
-    folder = stage.folder(workdir).absolute()
+def _chain(key: str, waiting: dict, above: dict, jobs: int) -> dict[str, Stage]:
+    """The stage and others of its kind that also wait for nothing more than what it builds on.
+
+    They are few enough that every job gets some.
+    """
+    kind = waiting[key].kind
+    if kind not in ("convert", "uptrain"):
+        return {key: waiting[key]}
+    alike = [k for k, s in waiting.items() if s.kind == kind and above[k] == above[key]]
+    return {k: waiting[k] for k in alike[: min(CHAIN, -(-len(alike) // jobs))]}
+
+
+def _start(chain: dict[str, Stage], workdir: Path) -> Running:
+    folders = [str(stage.folder(workdir).absolute()) for stage in chain.values()]
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read when the process has ended)
-    return Running(stage, subprocess.Popen([*WORKER, str(folder)], cwd=ROOT, stderr=errors), errors)
+    process = subprocess.Popen([*WORKER, *folders], cwd=ROOT, stderr=errors)
+    return Running(chain, process, errors)
 
 
 def _outcome(ended: Running) -> Exception | None:
@@ -127,7 +166,8 @@ def _outcome(ended: Running) -> Exception | None:
     if code == 0:
         return None
     print("\n".join(lines), file=sys.stderr, flush=True)
-    return RuntimeError(f"{ended.stage.label}: its process ended with status {code}")
+    label = next(iter(ended.stages.values())).label
+    return RuntimeError(f"{label}: its process ended with status {code}")
 
 
 def _announce(stage, left, stages, workdir, jobs: int = 1) -> None:

@@ -18,8 +18,9 @@ NATS = "nats per token"  # the unit of every loss
 DONE = "done.json"
 DONE_KEYS = {"records", "checkpoint", "provenance", "seconds"}
 # What a checkpoint's config (JSON) says beside `model`, and with what type.
-INFO = {"vocabulary": str, "recipe": dict, "variant": dict, "task": str}
-OPTIONAL = ("task",)
+INFO = {"vocabulary": str, "recipe": dict, "variant": dict, "task": str, "orders": dict}
+JSON = {int | tuple[int, ...]: int | list}  # types that JSON does not have
+OPTIONAL = ("task", "orders")
 MOST = 10_000_000  # of any one thing in a network
 RECIPE = {
     **dict.fromkeys(("steps", "batch_size", "num_microbatches", "every", "seed"), int),
@@ -105,7 +106,7 @@ def open_parent(path: Path) -> Parent:
     path = checkpoint.find(path)
     info = checkpoint.load_config(path)
     _check_types(path, "config", info, {**INFO, "model": dict}, OPTIONAL)
-    types = {field.name: field.type for field in dataclasses.fields(model.Config)}
+    types = {f.name: JSON.get(f.type, f.type) for f in dataclasses.fields(model.Config)}
     _check_types(path, "config.model", info["model"], types)
     for key, value in info["model"].items():
         if types[key] is int and not 1 <= value <= MOST:
@@ -124,12 +125,16 @@ def _check_types(
         elif key not in values and key not in optional:
             problem = "is missing"
         elif key in values and not _is_a(values[key], types[key]):
-            problem = f"is {values[key]!r:.40} instead of a value of type {types[key].__name__}"
+            problem = f"is {values[key]!r:.40} instead of a value of type {_named(types[key])}"
         else:
             continue
         raise UserError(
             f"checkpoint {path}: {name}.{key} {problem}; use a checkpoint of this program"
         )
+
+
+def _named(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind))
 
 
 def _is_a(value: Any, kind: type) -> bool:

@@ -45,8 +45,14 @@ class Variant(NamedTuple):
 
     @property
     def shape(self) -> "Variant":
-        """What timings are kept under: they do not depend on how a network was reached."""
+        """The network alone, however its weights were reached."""
         return self._replace(method="none", alpha=0.0)
+
+    @property
+    def timed(self) -> "Variant":
+        """What timings are kept under: the shape, and how it was found where layers differ."""
+        method = conversion.before_uptraining(self.method)
+        return self.shape._replace(method=method) if conversion.by_layer(method) else self.shape
 
     @property
     def grouped_alike(self) -> bool:
@@ -111,7 +117,7 @@ class Summary:
             method = conversion.before_uptraining(variant.method)
             variant = variant._replace(alpha=0.0, method=method)
         if stage == "benchmark":
-            variant = variant.shape
+            variant = variant.timed
         return self._estimates.get((variant, stage, task, metric))
 
     def metrics(self, stage: str, task: str) -> list[str]:

@@ -105,7 +105,6 @@ def run_training(
             mishaps=guard.Settings(**job.train),
             keep_last=job.keep_last,
         )
-    jax.clear_caches()  # compiled steps of one network are no use to the next stage
     with checkpoint.Checkpoints(checkpoints, job.keep_last) as saved:
         chosen = saved.best if keep == "best" else saved.latest
         loss = saved.metric(chosen)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from experiments.stage import (
@@ -42,6 +43,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     pooling = teacher = None
     if "learned" in settings:
         pooling = _pooling(settings["learned"], converted, origin, first_step, steps)
+        orders = {name: np.array(x) for name, x in converted.info.get("orders", {}).items()}
     if settings["beta"]:
         teacher = train.Teacher(origin.config, load_params(origin, job), settings["beta"])
 
@@ -49,7 +51,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
         parent = (_head_start(folder) or converted) if pooling is None else origin
         state, data_state = load_state(parent, job)
         data.batches.set_state(distributed.own(data_state))
-        return state if pooling is None else pooling.start(state)
+        return state if pooling is None else pooling.start(_permuted(state, orders))
 
     outcome = run_training(
         name,
@@ -71,6 +73,14 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
         _fold(folder, outcome, pooling, converted.config, job)
     apart = _divergence(open_parent(folder / "checkpoints" / outcome.checkpoint), origin, data, job)
     return outcome._replace(records=[*outcome.records, record("kl_to_parent", apart, NATS)])
+
+
+def _permuted(state: train.State, orders: dict[str, np.ndarray]) -> train.State:
+    """The parent with its heads in the order that conversion chose, so that neighbours share."""
+    params = convert.permuted(state.params, orders)
+    return state._replace(
+        params=params, opt_state=convert.permuted(state.params, orders, state.opt_state)
+    )
 
 
 def _head_start(folder: Path) -> Parent | None:

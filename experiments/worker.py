@@ -140,13 +140,14 @@ def _publish(folder: Path, what: dict, done: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Run the stage of the folder that is the one argument."""
-    if len(argv) != 2:
-        raise UserError("usage: python -m experiments.worker WORKDIR/stages/KIND-KEY")
-    folder = Path(argv[1]).absolute()
+    """Run the stages of the folders that are the arguments, one after the other."""
+    if len(argv) < 2:
+        raise UserError("usage: python -m experiments.worker WORKDIR/stages/KIND-KEY ...")
+    folders = [Path(arg).absolute() for arg in argv[1:]]
     distributed.initialize()
-    jax.config.update("jax_compilation_cache_dir", str(folder.parent.parent / "compiled"))
-    run(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folders[0].parent.parent / "compiled"))
+    for folder in folders:
+        run(folder)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ from jax import Array
 
 from gqa.attention import Segments
 from gqa.layers import RelativePositionBias, RMSNorm
-from gqa.model import Config, DecoderLayer, EncoderLayer, Transformer, shift_right
+from gqa.model import (
+    Config,
+    DecoderLayer,
+    EncoderLayer,
+    Transformer,
+    each_layer,
+    shift_right,
+)
 
 TOKENS = 65_536  # to calibrate on, where nothing else is asked for
 
@@ -106,10 +113,9 @@ def _bias(stack: dict, config: Config, bidirectional: bool, length: int) -> Arra
 
 def _stack(stack: str, params: dict, config: Config, rows: list[_Rows], attentions, memory):
     """Send rows through all layers of a stack; yields moments, returns the rows that come out."""
-    layers = params[stack]["layers"]
-    for index in range(len(jax.tree.leaves(layers)[0])):
-        layer = jax.tree.map(lambda x, index=index: x[index], layers)
-        rows = yield from _layer(stack, layer, config, rows, attentions, memory, index)
+    for index, layer in enumerate(each_layer(params[stack])):
+        own = config.at_layer(index) if stack == "decoder" else config
+        rows = yield from _layer(stack, layer, own, rows, attentions, memory, index)
     return rows
 
 

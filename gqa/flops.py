@@ -21,15 +21,13 @@ def forward_flops(
 ) -> float:
     """FLOPs of the logits [B, T, V] of inputs [B, S] and targets [B, T], teacher forced."""
     c, S, T = config, inputs_length, targets_length
-    encoder_layer = _attention(c, c.num_kv_heads_encoder, S, S) + _mlp(c, S)
-    decoder_layer = (
-        _attention(c, c.num_kv_heads_decoder, T, T)
-        + _attention(c, c.num_kv_heads_cross, T, S)
-        + _mlp(c, T)
+    attended = {"encoder": (S, S), "decoder": (T, T), "cross": (T, S)}
+    attention = sum(
+        _attention(c, K, *at) for name, at in attended.items() for K in c.kv_heads(name)
     )
+    mlps = c.num_encoder_layers * _mlp(c, S) + c.num_decoder_layers * _mlp(c, T)
     logits = 2 * T * c.d_model * c.vocab_size
-    row = c.num_encoder_layers * encoder_layer + c.num_decoder_layers * decoder_layer + logits
-    return float(batch_size * row)
+    return float(batch_size * (attention + mlps + logits))
 
 
 def _attention(config: Config, K: int, T: int, S: int) -> int:

@@ -34,7 +34,7 @@ class _Placed(NamedTuple):
     whole: NamedSharding | None = None
     rows: NamedSharding | None = None
     weights: Any = None
-    cache: NamedSharding | None = None
+    cache: list[NamedSharding] | None = None
     memory: Memory | None = None
 
 
@@ -51,7 +51,7 @@ def _placed(net: Inference, mesh: Mesh) -> _Placed:
         weights = sharding.param_shardings(shapes, mesh, layout)
     else:
         weights = whole
-    parts = max(map(sharding.num_parts, (rows, caches.own, caches.cross)))
+    parts = max(map(sharding.num_parts, (rows, *caches.own, *caches.cross)))
     return _Placed(parts, whole, rows, weights, caches.own, Memory(caches.cross, caches.mask))
 
 

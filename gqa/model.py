@@ -6,6 +6,7 @@ is one reshape. `gqa/inference` runs the same layers to generate.
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import flax.linen as nn
@@ -32,7 +33,8 @@ REMAT = {
 class Config:
     """Everything that shapes the network. The defaults are T5 1.1's.
 
-    T5 1.0 is `activation="relu", tied_logits=True`.
+    T5 1.0 is `activation="relu", tied_logits=True`. The KV heads of a decoder attention are one
+    number, or a number for each of its layers.
     """
 
     vocab_size: int
@@ -43,8 +45,8 @@ class Config:
     num_encoder_layers: int
     num_decoder_layers: int
     num_kv_heads_encoder: int
-    num_kv_heads_decoder: int
-    num_kv_heads_cross: int
+    num_kv_heads_decoder: int | tuple[int, ...]
+    num_kv_heads_cross: int | tuple[int, ...]
     activation: str = GATED_GELU
     tied_logits: bool = False
     num_buckets: int = 32
@@ -57,7 +59,7 @@ class Config:
         for field in dataclasses.fields(self):  # num_heads before those that divide it
             value = getattr(self, field.name)
             if field.name.startswith("num_kv_heads"):
-                check_kv_heads(f"model.{field.name}", value, self.num_heads)
+                object.__setattr__(self, field.name, self._checked_heads(field.name, value))
             else:
                 _check_type(field.name, value, field.type)
         _check_choice("activation", self.activation, (GATED_GELU, RELU))
@@ -72,6 +74,45 @@ class Config:
                 f"model.max_distance={self.max_distance}; use more than half of "
                 f"num_buckets={self.num_buckets}"
             )
+
+    def _checked_heads(self, field: str, value) -> int | tuple[int, ...]:
+        """The field's value; equal numbers for all layers are one number."""
+        name = f"model.{field}"
+        if field == "num_kv_heads_encoder" or not isinstance(value, tuple | list):
+            check_kv_heads(name, value, self.num_heads)
+            return value
+        if len(value) != self.num_decoder_layers:
+            raise UserError(
+                f"{name} has {len(value)} numbers for {self.num_decoder_layers} decoder layers; "
+                "use one number, or one for each layer"
+            )
+        for each in value:
+            check_kv_heads(name, each, self.num_heads)
+        return tuple(value) if len(set(value)) > 1 else value[0]
+
+    def kv_heads(self, name: str) -> tuple[int, ...]:
+        """The KV heads of each layer of attention `name`: encoder, decoder or cross."""
+        layers = self.num_encoder_layers if name == "encoder" else self.num_decoder_layers
+        value = getattr(self, f"num_kv_heads_{name}")
+        return value if isinstance(value, tuple) else (value,) * layers
+
+    def at_layer(self, index: int) -> "Config":
+        """The config as decoder layer `index` has it: with one number for each attention."""
+        heads = {name: self.kv_heads(name)[index] for name in ("decoder", "cross")}
+        return dataclasses.replace(self, **{f"num_kv_heads_{n}": K for n, K in heads.items()})
+
+    @property
+    def runs(self) -> dict[int, int]:
+        """Decoder layers in a row that are alike, and scanned: the first of each run, and how many.
+
+        There is one run unless KV heads are given a layer.
+        """
+        if isinstance(self.num_kv_heads_decoder, int) and isinstance(self.num_kv_heads_cross, int):
+            return {0: self.num_decoder_layers}
+        heads = list(zip(self.kv_heads("decoder"), self.kv_heads("cross"), strict=True))
+        starts = [i for i, K in enumerate(heads) if i == 0 or heads[i - 1] != K]
+        ends = [*starts[1:], len(heads)]
+        return {first: end - first for first, end in zip(starts, ends, strict=True)}
 
 
 def _check_type(name: str, value, expected: type) -> None:
@@ -177,7 +218,9 @@ class DecoderLayer(nn.Module):
         return constrain(x, "batch", None, None), None
 
 
-def _layers(layer: type[nn.Module], config: Config, train: bool, length: int) -> nn.Module:
+def _layers(
+    layer: type[nn.Module], config: Config, train: bool, length: int, name: str = "layers"
+) -> nn.Module:
     """`length` layers as one scan: x is carried, other arguments are shared by all layers."""
     if REMAT[config.remat] is not None:
         layer = nn.remat(layer, policy=REMAT[config.remat], prevent_cse=False)
@@ -190,7 +233,22 @@ def _layers(layer: type[nn.Module], config: Config, train: bool, length: int) ->
         # A loop on a CPU copies every parameter and activation that its body slices.
         unroll=length if kernels.platform() == "cpu" else 1,
     )
-    return scanned(config, train, name="layers")
+    return scanned(config, train, name=name)
+
+
+class Runs(nn.Module):
+    """Decoder layers whose KV heads differ: a scan for each run of equal ones."""
+
+    config: Config
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Array, *shared) -> tuple[Array, None]:
+        c = self.config
+        for first, length in c.runs.items():
+            run = _layers(DecoderLayer, c.at_layer(first), self.train, length, str(first))
+            x, _ = run(x, *shared)
+        return x, None
 
 
 class Encoder(nn.Module):
@@ -213,7 +271,10 @@ class Decoder(nn.Module):
         c, T = self.config, x.shape[1]
         position_bias = _position_bias(c, bidirectional=False, name="position_bias")(T, T)
         x = _dropout(c)(x, deterministic=not train)
-        layers = _layers(DecoderLayer, c, train, c.num_decoder_layers)
+        if len(c.runs) == 1:
+            layers = _layers(DecoderLayer, c, train, c.num_decoder_layers)
+        else:
+            layers = Runs(c, train, name="layers")
         x, _ = layers(x, encoded, position_bias, segments, cross_segments)
         return _dropout(c)(_norm(c, name="norm")(x), deterministic=not train)
 
@@ -269,6 +330,26 @@ def shift_right(targets: Array, positions: Array | None = None) -> Array:
     """Decoder inputs [B, T]: each example starts with 0 (T5's start token is its padding)."""
     shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
     return shifted if positions is None else jnp.where(positions == 0, 0, shifted)
+
+
+def cut(tree: dict, config: Config) -> dict:
+    """A tree like parameters whose decoder layers are one stack, with one for each of its runs."""
+    if len(config.runs) == 1:
+        return tree
+
+    def part(first: int, length: int) -> dict:
+        return jax.tree.map(lambda x: x[first : first + length], tree["decoder"]["layers"])
+
+    runs = {str(first): part(first, length) for first, length in config.runs.items()}
+    return tree | {"decoder": tree["decoder"] | {"layers": runs}}
+
+
+def each_layer(stack: dict) -> Iterator[dict]:
+    """Each layer's parameters of a stack: `params["encoder"]` or `params["decoder"]`."""
+    layers = stack["layers"]
+    for run in [layers] if "mlp" in layers else [layers[i] for i in sorted(layers, key=int)]:
+        for i in range(len(run["mlp"]["wo"])):
+            yield jax.tree.map(lambda x, i=i: x[i], run)
 
 
 @partial(jax.jit, static_argnums=0)

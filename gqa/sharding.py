@@ -127,9 +127,9 @@ def _odd_sizes(config: Any, model: int) -> str:
         if getattr(config, name) % model:
             return f"model.{name}={getattr(config, name)}"
     for name in ("encoder", "decoder", "cross"):
-        K = getattr(config, f"num_kv_heads_{name}")
-        if K % model and model % K:
-            return f"num_kv_heads_{name}={K}, nor is it a multiple"
+        for K in config.kv_heads(name):
+            if K % model and model % K:
+                return f"num_kv_heads_{name}={K}, nor is it a multiple"
     return ""
 
 
@@ -239,10 +239,10 @@ def num_parts(sharding: NamedSharding) -> int:
 
 
 class Caches(NamedTuple):
-    """Of what decoding reads: keys and values a layer, rows first, and the mask over inputs."""
+    """Of what decoding reads: keys and values, rows first, of each layer; the mask over inputs."""
 
-    own: NamedSharding
-    cross: NamedSharding
+    own: list[NamedSharding]
+    cross: list[NamedSharding]
     mask: NamedSharding
 
 
@@ -256,8 +256,9 @@ def cache_sharding(config: Any, mesh: Mesh, layout: Layout) -> Caches:
     def kv(K: int) -> NamedSharding:
         return on("rows") if by_rows(K, layout) else on("batch", "kv_heads")
 
-    mask = on("rows" if by_rows(config.num_kv_heads_cross, layout) else "batch")
-    return Caches(kv(config.num_kv_heads_decoder), kv(config.num_kv_heads_cross), mask)
+    own, cross = ([kv(K) for K in config.kv_heads(name)] for name in ("decoder", "cross"))
+    some = any(by_rows(K, layout) for K in config.kv_heads("cross"))
+    return Caches(own, cross, on("rows" if some else "batch"))
 
 
 def by_rows(num_kv_heads: int, layout: Layout) -> bool:
@@ -276,7 +277,8 @@ def choose(
     if layout.kv_heads != "auto":
         return layout
     replicate = batch = 0.0
-    pairs = (config.num_kv_heads_cross, inputs_length), (config.num_kv_heads_decoder, length)
+    lengths = {"cross": inputs_length, "decoder": length}
+    pairs = [(K, lengths[name]) for name in lengths for K in config.kv_heads(name)]
     for K, positions in pairs:
         moved = bytes_moved(K, config.num_heads, config.head_dim, positions, layout.model)
         replicate, batch = replicate + moved["replicate"], batch + moved["batch"]

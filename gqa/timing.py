@@ -80,7 +80,8 @@ def attention_queries(net: Inference, batch_size: int) -> Array:
 
 def attention(net: Inference, queries: Array, memory: Memory) -> list[Array]:
     """What a step's cross-attention does between its projections: one [B, 1, N, H] a layer."""
-    return [net.form.attend_cross(queries, kv, memory.mask) for kv in memory.kv]
+    layers = zip(net.forms, memory.kv, strict=True)
+    return [form.attend_cross(queries, kv, memory.mask) for form, kv in layers]
 
 
 def measure(

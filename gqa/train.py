@@ -1,5 +1,6 @@
 """The one training loop: pretraining, uptraining and fine-tuning differ only in its arguments."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -57,13 +58,18 @@ def abstract(
 
     `change` is what was done to a state of `config` before training.
     """
-    shapes = jax.eval_shape(lambda: change(init(config, 0)))
+    shapes = jax.eval_shape(change, _shapes(config))
     shardings = State(
         NamedSharding(mesh, PartitionSpec()),
         param_shardings(shapes.params, mesh, layout),
         param_shardings(shapes.opt_state, mesh, layout, shapes.params),
     )
     return jax.tree.map(lambda x, at: x.update(sharding=at), shapes, shardings)
+
+
+@functools.lru_cache(maxsize=4)
+def _shapes(config: Config) -> State:
+    return jax.eval_shape(lambda: init(config, 0))
 
 
 def shardings(state: State) -> State:
@@ -168,6 +174,7 @@ def accumulate(
     return total
 
 
+@functools.lru_cache(maxsize=4)
 def make_validation(config: Config, mesh: Mesh) -> Callable[[dict, Iterable], float]:
     """A function (params, batches) -> nats per real token, without dropout."""
     network = Transformer(config)
@@ -184,6 +191,7 @@ def make_validation(config: Config, mesh: Mesh) -> Callable[[dict, Iterable], fl
     return validation_loss
 
 
+@functools.lru_cache(maxsize=4)
 def make_divergence(teacher: Config, config: Config, mesh: Mesh) -> Callable[..., float]:
     """A function (teacher's params, params, batches) -> KL(teacher || network), nats per token."""
 

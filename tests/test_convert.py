@@ -15,8 +15,9 @@ from gqa.convert import (
     check,
     convert,
     needs_moments,
+    orders,
+    permuted,
     query_scale,
-    regroup,
 )
 from gqa.errors import UserError
 from gqa.model import Transformer, init_params
@@ -164,10 +165,10 @@ def test_renorm_gives_the_members_mean_norm(tiny, params):
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_grouping_composes_with_every_method(tiny, random_params, grouping):
-    """It is `regroup`, then the method on neighbours."""
+    """It is another order of heads, then the method on neighbours."""
     params, moments = random_params(tiny), some_moments()
     heads = {"encoder": 2, "decoder": 2, "cross": 1}
-    moved = regroup(params, heads, grouping, 3, moments)
+    moved = permuted(params, orders(params, heads, grouping, 3, moments))
     for method in ("mean", "random", "medoid", "svd"):
         one = convert(params, tiny, heads, method, 3, grouping=grouping, moments=moments)[0]
         other = convert(moved, tiny, heads, method, 3, moments=moments)[0]

@@ -11,7 +11,7 @@ import pytest
 from gqa.attention import grouped_query_attention
 from gqa.calibrate import ATTENTIONS, Moment
 from gqa.convert import convert
-from gqa.convert.grouping import GROUPINGS, permuted, regroup, search, similarity
+from gqa.convert.grouping import GROUPINGS, orders, permuted, search, similarity
 from gqa.convert.tree import kernels_of, with_kernels
 from gqa.model import Transformer
 
@@ -33,7 +33,7 @@ def moments():
 def test_regrouping_leaves_the_logits(tiny, random_params, batch, grouping):
     params = random_params(tiny)
     heads = dict.fromkeys(ATTENTIONS, 2)
-    new = regroup(params, heads, grouping, 1, moments())
+    new = permuted(params, orders(params, heads, grouping, 1, moments()))
     np.testing.assert_allclose(logits(new, tiny, batch), logits(params, tiny, batch), atol=2e-4)
     moved = [
         bool((kernels_of(new, name)["key"] != kernels_of(params, name)["key"]).any())
@@ -46,7 +46,7 @@ def test_a_grouped_parents_queries_move_with_their_head(tiny, random_params, bat
     params, config = convert(random_params(tiny), tiny, dict.fromkeys(ATTENTIONS, 2))
     new = params
     for name in ATTENTIONS:
-        new = permuted(new, name, np.array([[1, 0]] * 2))
+        new = permuted(new, {name: np.array([[1, 0]] * 2)})
     np.testing.assert_allclose(logits(new, config, batch), logits(params, config, batch), atol=2e-4)
     assert (
         kernels_of(new, "cross")["query"][:, :, :2]
@@ -56,9 +56,9 @@ def test_a_grouped_parents_queries_move_with_their_head(tiny, random_params, bat
 
 def test_layers_that_share_a_bias_move_alike(tiny, random_params):
     order = np.array([[0, 1, 2, 3], [1, 0, 2, 3]])
-    permuted(random_params(tiny), "cross", order)
+    permuted(random_params(tiny), {"cross": order})
     with pytest.raises(ValueError, match="share a bias"):
-        permuted(random_params(tiny), "decoder", order)
+        permuted(random_params(tiny), {"decoder": order})
 
 
 def test_conversion_is_that_of_an_index_map(tiny, random_params):
@@ -116,7 +116,7 @@ def alike_in_pairs(params, name, turned):
 )
 def test_heads_that_are_alike_share_a_group(tiny, random_params, name, grouping, turned):
     params = alike_in_pairs(random_params(tiny), name, turned)
-    new = regroup(params, {name: 2}, grouping, 0, moments())
+    new = permuted(params, orders(params, {name: 2}, grouping, 0, moments()))
     order = np.array([0, 3, 1, 2])
     np.testing.assert_array_equal(
         kernels_of(new, name)["key"], kernels_of(params, name)["key"][:, :, order]
@@ -133,15 +133,15 @@ def test_rotations_hide_likeness_from_plain_cosines(tiny, random_params):
 
 def test_layers_of_cross_attention_are_grouped_apart(tiny, random_params):
     params = random_params(tiny)
-    new = regroup(params, {"cross": 2, "decoder": 2}, "random", 2)
-    orders = {}
+    new = permuted(params, orders(params, {"cross": 2, "decoder": 2}, "random", 2))
+    found = {}
     for name in ("cross", "decoder"):
         old, moved = (np.array(kernels_of(p, name)["key"][:, 0, :, 0]) for p in (params, new))
-        orders[name] = [
+        found[name] = [
             np.argmax(o[:, None] == m, axis=0).tolist() for o, m in zip(old, moved, strict=True)
         ]
-    assert orders["cross"][0] != orders["cross"][1]
-    assert orders["decoder"][0] == orders["decoder"][1]
+    assert found["cross"][0] != found["cross"][1]
+    assert found["decoder"][0] == found["decoder"][1]
 
 
 @pytest.mark.parametrize("seed", range(5))

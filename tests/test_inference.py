@@ -55,6 +55,9 @@ def step_by_step(net, params, inputs, targets, room):
         (4, 1, {}, "tpu"),
         (2, 1, T5_1_0, "tpu"),
         (1, 3, {}, "tpu"),
+        ((1, 4), 1, {}, "cpu"),
+        ((4, 2), 3, {}, "cpu"),
+        ((1, 4), 3, {}, "tpu"),
     ],
 )
 def test_steps_equal_teacher_forcing(

@@ -78,8 +78,8 @@ def run(capsys, tmp_path, monkeypatch):
         ((GQA8, "--workdir=README.md"), "--workdir=README.md: "),
         ((GQA8, "--config.finetune.tasks=squad"), "task='squad' is unknown; choose from"),
         (
-            (GQA8, "--config.convert.method=fuse", "--config.convert.grouping=random"),
-            "convert.grouping='random' does not go with convert.method='fuse'",
+            (GQA8, "--config.convert.method=fuse", "--config.convert.spread=True"),
+            "KV heads by layer do not go with convert.method='fuse'",
         ),
         ((GQA8, "--config.finetune.tasks=docstrings"), "docstrings has documents"),
         ((GQA8, "--config.finetune.tasks=files"), "task files needs train=PATH"),

@@ -136,6 +136,33 @@ def test_mapped_moments_are_those_of_the_groups_whichever_side_is_larger(D):
     optim.adafactor().update(tree(new), mapped, tree(new))
 
 
+@pytest.mark.parametrize(
+    "orders",
+    [
+        {"decoder": [[*range(1, 16), 0]] * 2, "cross": [[*range(15, -1, -1)], [*range(16)]]},
+        {"encoder": [[*range(8, 16), *range(8)]] * 2},
+    ],
+)
+def test_moments_move_with_their_heads(wide, params, trained, orders):
+    """Updates of reordered heads are reordered updates, factored or not."""
+    (grads, _), _, state = trained
+    orders = {name: np.array(rows) for name, rows in orders.items()}
+
+    def moved(tree):
+        return convert.permuted(tree, orders)
+
+    update = jax.jit(optim.adafactor().update)
+    expected, after = update(grads, state, params)
+    found, moved_after = update(
+        moved(grads), convert.permuted(params, orders, state), moved(params)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, moved(expected))
+    again = convert.permuted(params, orders, after)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), moved_after, again)
+    unmoved = jax.tree.map(lambda a, b: bool((a != b).any()), moved(expected), expected)
+    assert any(jax.tree.leaves(unmoved))
+
+
 def test_unknown_way_to_convert_a_state_is_refused(wide, params):
     new, _ = convert.convert(params, wide, 8)
     with pytest.raises(UserError, match=r"convert.optimizer='keep'; use map or reset"):

@@ -13,24 +13,25 @@ from gqa.errors import UserError
 
 # Stands for the worker: says when it began and ended, and does what the stage's settings say.
 SCRIPT = """
-import json, pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1])
-what = json.loads((folder / "stage.json").read_text())
-log = open(folder.parent.parent / "log", "a")
+import json, os, pathlib, signal, sys, time
 def say(event):
-    print(time.monotonic(), event, what["settings"]["name"], file=log, flush=True)
+    log = folder.parent.parent / "log"
+    with open(log, "a") as file:
+        print(time.monotonic(), event, what["settings"]["name"], os.getpid(), file=file)
 def stop(*_):
     say("stopped")
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
-say("begins")
-time.sleep(what["settings"].get("sleep", 0.2))
-if what["settings"].get("fails"):
-    print("error: " + what["settings"]["fails"], file=sys.stderr)
-    sys.exit(2)
-done = {"records": [], "checkpoint": None, "provenance": {}, "seconds": 1.0}
-(folder / "done.json").write_text(json.dumps(done))
-say("ends")
+for folder in map(pathlib.Path, sys.argv[1:]):
+    what = json.loads((folder / "stage.json").read_text())
+    say("begins")
+    time.sleep(what["settings"].get("sleep", 0.2))
+    if what["settings"].get("fails"):
+        print("error: " + what["settings"]["fails"], file=sys.stderr)
+        sys.exit(2)
+    done = {"records": [], "checkpoint": None, "provenance": {}, "seconds": 1.0}
+    (folder / "done.json").write_text(json.dumps(done))
+    say("ends")
 """
 HEADS = {"num_kv_heads": 8, "cross_num_kv_heads": 8}
 VARIANT = {"size": "nano", **HEADS, "method": "none", "alpha": 0.0, "seed": 0}
@@ -55,9 +56,10 @@ def run(tmp_path, monkeypatch):
     def seen():
         log = tmp_path / "log"
         lines = log.read_text().splitlines() if log.exists() else []
-        return [tuple(line.split()[1:]) for line in lines]
+        return [tuple(line.split()[1:3]) for line in lines]
 
     run.seen = seen
+    run.processes = lambda: [line.split()[2:] for line in (tmp_path / "log").open()]
     return run
 
 
@@ -104,6 +106,37 @@ def test_a_failure_costs_what_builds_on_it(run, tmp_path, capfd):
         run(graph, jobs=2)
     again = [event for event in run.seen() if event[0] == "begins"]
     assert len(again) == 4 + 1  # only what failed is tried again
+
+
+def test_short_stages_share_a_process_and_every_job_has_some(run):
+    parents = [stage("a"), stage("b")]
+    short = [stage(f"s{i}", parents[0], kind="convert", sleep=0.05) for i in range(19)]
+    other = stage("t", parents[1], kind="convert")
+    events = run([*parents, *short, other], jobs=2)
+    assert [event for event, _ in events].count("ends") == 22
+    assert most_at_once(events) == 2
+    used = {}
+    for name, process in run.processes():
+        used.setdefault(process, []).append(name)
+    chains = sorted(len(set(names)) for names in used.values() if names[0].startswith("s"))
+    assert sum(chains) == 19
+    assert chains[-1] == schedule.CHAIN
+    assert len(chains) < 7
+    assert ["t"] in [sorted(set(names)) for names in used.values()]
+
+
+def test_a_failure_in_a_shared_process_costs_that_stage(run, capfd):
+    a = stage("a")
+    fails = {"s1": {"fails": "no luck"}}
+    short = [
+        stage(f"s{i}", a, kind="convert", sleep=0.05, **fails.get(f"s{i}", {})) for i in range(4)
+    ]
+    child = stage("child", short[3], kind="convert")
+    orphan = stage("orphan", short[1], kind="convert")
+    with pytest.raises(UserError, match=r"2 stages failed or .* the first: no luck"):
+        run([a, *short, child, orphan], jobs=2)
+    ended = {name for event, name in run.seen() if event == "ends"}
+    assert ended == {"a", "s0", "s2", "s3", "child"}
 
 
 def test_a_defect_is_no_mistake_of_the_users(run, capfd):

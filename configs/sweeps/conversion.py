@@ -26,6 +26,7 @@ def get_config(arg: str = ""):
     )
     calibration = "svd-logit-1024,svd-logit-8192,svd-logit-524288"
     others = "svd-logit-sequential,svd-activation-sequential,svd-logit-shrink0,svd-logit-shrink0.1"
+    budget = "mean-spread,svd-logit-spread"
     tuned = {"seeds": SEEDS, "tasks": "docstring_summary"}
     return sweep(
         "conversion",
@@ -34,6 +35,7 @@ def get_config(arg: str = ""):
         where=at_once | {"methods": CLOSED, "kv_heads": (4,), "where": "self,cross"},
         groupings=at_once | {"methods": groupings, "kv_heads": (4,)},
         calibration=at_once | {"methods": f"{calibration},{others}", "kv_heads": (4, 1)},
+        budget=at_once | {"methods": budget, "kv_heads": (8, 4, 2)},
         curves=losses
         | {"methods": f"{CURVES},{NEAR_PARENT}", "kv_heads": (0, 4, 1), "alphas": alphas},
         scores=tuned

@@ -8,25 +8,23 @@ result is always a plain grouped checkpoint. The choices are independent of each
                                              learned.py: while uptraining
     grouping   which heads share a group     grouping.py
     renorm     whether a group's head gets the mean norm of its members
+
+The number K is the same in all layers of an attention, or one for each (budget.py).
 """
 
-import contextlib
 import dataclasses
-import warnings
 from collections.abc import Generator, Iterable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gqa import calibrate
 from gqa.calibrate import ATTENTIONS, Moment
-from gqa.convert import absorb, learned, pool
+from gqa.convert import absorb, budget, learned, make, pool
 from gqa.convert.absorb import SPACES
-from gqa.convert.grouping import GROUPINGS, MEASURED, regroup
-from gqa.convert.tree import in_groups, kernels_of, with_kernels
+from gqa.convert.grouping import GROUPINGS, MEASURED, orders, permuted
+from gqa.convert.tree import kernels_of
 from gqa.errors import UserError
-from gqa.model import Config, check_kv_heads
+from gqa.model import Config, check_kv_heads, each_layer
 
 ABSORBING = absorb.METHODS
 CLOSED = (*pool.METHODS, *ABSORBING)  # those that need no training
@@ -34,14 +32,11 @@ METHODS = (*CLOSED, *learned.METHODS)
 
 SHRINKAGE = 0.01  # of moments, where nothing else is asked for
 
-# Moments with a larger condition number have directions of which the batches say nothing.
-ILL_CONDITIONED = 1e9
-
 
 def convert(
     params: dict,
     config: Config,
-    num_kv_heads: int | dict[str, int],
+    num_kv_heads: int | dict[str, int | tuple[int, ...]],
     method: str = "mean",
     seed: int = 0,
     *,
@@ -56,8 +51,8 @@ def convert(
 
     Args:
         num_kv_heads: for decoder self- and cross-attention (the paper leaves the encoder alone), or
-            a number for each of "encoder", "decoder" and "cross" that is to change. The layers of
-            a stack share their number, as they share arrays.
+            a number for each of "encoder", "decoder" and "cross" that is to change; for the latter
+            two also a number for each layer, such as `spread` gives.
         method: one of METHODS. "weighted" and "fuse" give what their training starts from.
         seed: of what draws: method and grouping.
         moments: what `gqa.calibrate.moments(params, config, ...)` yields, for `needs_moments`.
@@ -73,32 +68,33 @@ def convert(
         UserError: for an unknown name, moments that are missing, or a number that does not divide
             the heads that are there.
     """
-    if isinstance(num_kv_heads, int):
-        num_kv_heads = {"decoder": num_kv_heads, "cross": num_kv_heads}
+    heads = _by_name(num_kv_heads)
     calibrated = moments is not None or batches is not None
-    check(config, num_kv_heads, method, space, grouping, renorm, calibrated)
-    fewer = _fewer(config, num_kv_heads)
-    new_config = dataclasses.replace(config, **{_field(n): K for n, K in num_kv_heads.items()})
+    check(config, heads, method, space, grouping, renorm, calibrated)
+    new_config = dataclasses.replace(config, **{_field(name): K for name, K in heads.items()})
+    fewer = _fewer(config, heads)
     if not fewer:
         return params, new_config
     if grouping in MEASURED:
         if moments is None:
             moments = calibrate.moments(params, config, batches, tuple(fewer))
         moments = list(moments)
-    params = regroup(params, fewer, grouping, seed, moments)
+    params = permuted(params, orders(params, fewer, grouping, seed, moments))
     if method in learned.METHODS:
-        new = learned.fold(learned.expand(params, fewer, method))
-    elif method in absorb.METHODS:
+        return learned.fold(learned.expand(params, fewer, method)), new_config
+    if method in absorb.METHODS:
         walk = _walk(params, config, fewer, space, moments, batches)
-        new = _absorbed(params, fewer, walk, method, space, shrinkage)
+        made = make.absorbed(params, new_config, fewer, walk, method, space, shrinkage)
     else:
-        new = _pooled(params, fewer, method, seed)
-    return (_renormed(new, params, fewer) if renorm else new), new_config
+        made = make.pooled(params, new_config, fewer, method, seed)
+    if renorm:
+        made = make.renormed(made, params)
+    return make.assembled(params, new_config, made), new_config
 
 
 def check(
     config: Config,
-    num_kv_heads: dict[str, int],
+    num_kv_heads: dict[str, int | tuple[int, ...]],
     method: str,
     space: str = "logit",
     grouping: str = "contiguous",
@@ -113,12 +109,17 @@ def check(
     for key, (value, known) in (choices | {"grouping": (grouping, GROUPINGS)}).items():
         if value not in known:
             raise UserError(f"convert.{key}={value!r}; use one of {', '.join(known)}")
-    for name, K in num_kv_heads.items():
+    if len(config.runs) > 1:
+        raise UserError("KV heads differ by layer already; convert the network they were made of")
+    for name, value in num_kv_heads.items():
         if name not in ATTENTIONS:
             raise UserError(f"no attention {name!r} to convert; use {', '.join(ATTENTIONS)}")
-        check_kv_heads(_field(name), K, getattr(config, _field(name)))
+        for K in value if isinstance(value, tuple) else (value,):
+            check_kv_heads(_field(name), K, getattr(config, _field(name)))
     if renorm and method in learned.METHODS:
         raise UserError(f"convert.renorm does not go with convert.method={method!r}, which learns")
+    if any(isinstance(value, tuple) for value in num_kv_heads.values()):
+        check_by_layer(method, grouping)
     if needs_moments(method, space, grouping) and _fewer(config, num_kv_heads) and not calibrated:
         what = f"method={method!r}" if grouping not in MEASURED else f"grouping={grouping!r}"
         raise UserError(
@@ -126,9 +127,54 @@ def check(
         )
 
 
+def check_by_layer(method: str, grouping: str) -> None:
+    """Raise a UserError for what takes one number of KV heads for all layers."""
+    if method in learned.METHODS:
+        raise UserError(f"KV heads by layer do not go with convert.method={method!r}, which learns")
+    if grouping != "contiguous":
+        raise UserError(
+            f"KV heads by layer do not go with convert.grouping={grouping!r}: the self-attentions "
+            "share a bias, and so the order of their heads; use contiguous"
+        )
+
+
 def needs_moments(method: str, space: str = "logit", grouping: str = "contiguous") -> bool:
     """Whether a conversion takes calibration batches."""
     return (method in absorb.METHODS and space != "weight") or grouping in MEASURED
+
+
+def spread(
+    params: dict,
+    config: Config,
+    num_kv_heads: int | dict[str, int],
+    lengths: dict[str, int],
+    *,
+    moments: Iterable[Moment] | None = None,
+    space: str = "logit",
+    shrinkage: float = SHRINKAGE,
+) -> dict[str, tuple[int, ...]]:
+    """KV heads by layer for `convert`, in a cache as large as with `num_kv_heads` everywhere.
+
+    Args:
+        num_kv_heads: as in `convert`, one number an attention.
+        lengths: positions that the cache holds, of "decoder" (targets) and "cross" (inputs).
+        moments, space, shrinkage: as in `convert`; what a layer loses is what svd would.
+    """
+    heads = _by_name(num_kv_heads)
+    check(config, heads, "svd", space, calibrated=moments is not None)
+    fewer = _fewer(config, heads)
+    lost = {}
+    for moment in _walk(params, config, fewer, space, moments, None):
+        name, layer = moment.attention, moment.layer
+        if name in fewer:
+            kernels = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
+            N = kernels["key"].shape[1]
+            lost[name, layer] = {
+                K: absorb.discarded(kernels, K, space, moment, shrinkage)
+                for K in range(1, N + 1)
+                if N % K == 0
+            }
+    return budget.spread(lost, fewer, lengths)
 
 
 def query_scale(old: dict, new: dict) -> dict[str, np.ndarray]:
@@ -139,8 +185,9 @@ def query_scale(old: dict, new: dict) -> dict[str, np.ndarray]:
     """
 
     def rms(params: dict, name: str) -> np.ndarray:
-        query = np.asarray(kernels_of(params, name)["query"], np.float64)
-        return np.sqrt(np.square(query).mean((1, 2, 3)))
+        stack, attention = ATTENTIONS[name]
+        queries = (layer[attention]["query"] for layer in each_layer(params[stack]))
+        return np.sqrt([np.square(np.asarray(x, np.float64)).mean() for x in queries])
 
     before, after = ({name: rms(params, name) for name in ATTENTIONS} for params in (old, new))
     return {
@@ -153,29 +200,16 @@ def _field(name: str) -> str:
     return f"num_kv_heads_{name}"
 
 
-def _fewer(config: Config, num_kv_heads: dict[str, int]) -> dict[str, int]:
+def _by_name(num_kv_heads: int | dict) -> dict[str, int | tuple[int, ...]]:
+    """For each attention that is to change; a number alone is both of the decoder's."""
+    if isinstance(num_kv_heads, int):
+        return {"decoder": num_kv_heads, "cross": num_kv_heads}
+    return num_kv_heads
+
+
+def _fewer(config: Config, num_kv_heads: dict) -> dict[str, int | tuple[int, ...]]:
     """Those that change: an equal number is the identity for every method."""
-    return {name: K for name, K in num_kv_heads.items() if getattr(config, _field(name)) > K}
-
-
-def _pooled(params: dict, fewer: dict[str, int], method: str, seed: int) -> dict:
-    key = jax.random.key(seed)
-    for i, name in enumerate(ATTENTIONS):
-        if name in fewer:
-            kernels = kernels_of(params, name)
-            groups = [in_groups(kernels[side], fewer[name]) for side in ("key", "value")]
-            keys, values = getattr(pool, method)(*groups, jax.random.fold_in(key, i))
-            params = with_kernels(params, name, kernels | {"key": keys, "value": values})
-    return params
-
-
-def _renormed(new: dict, old: dict, fewer: dict[str, int]) -> dict:
-    for name, K in fewer.items():
-        kernels = kernels_of(new, name)
-        groups = {side: in_groups(kernels_of(old, name)[side], K) for side in ("key", "value")}
-        scaled = {side: pool.renormed(kernels[side], groups[side]) for side in groups}
-        new = with_kernels(new, name, kernels | scaled)
-    return new
+    return {name: K for name, K in num_kv_heads.items() if getattr(config, _field(name)) != K}
 
 
 def _walk(
@@ -193,46 +227,3 @@ def _walk(
     if batches is not None:
         return calibrate.moments(params, config, batches, tuple(fewer))
     return (moment for moment in moments)
-
-
-def _absorbed(
-    params: dict, fewer: dict[str, int], walk: Generator, method: str, space: str, shrinkage: float
-) -> dict:
-    """Convert layer by layer; what becomes of each is sent back to the walk, which may use it."""
-    found = {name: {} for name in fewer}
-    conditions = {}
-    new = None
-    with contextlib.suppress(StopIteration):
-        while True:
-            moment = walk.send(new)
-            name, layer = moment.attention, moment.layer
-            if name not in fewer:
-                new = None
-                continue
-            kernels = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
-            new, conditions[name, layer] = absorb.layer(
-                kernels, fewer[name], method, space, moment, shrinkage
-            )
-            found[name][layer] = new
-    _warn(conditions)
-    for name, layers in found.items():
-        kernels = kernels_of(params, name)
-        if len(layers) != len(kernels["key"]):
-            raise ValueError(f"moments of {len(layers)} layers of {len(kernels['key'])} for {name}")
-        stacked = {
-            side: jnp.asarray(np.stack([layers[i][side] for i in range(len(layers))]), kernel.dtype)
-            for side, kernel in kernels.items()
-        }
-        params = with_kernels(params, name, stacked)
-    return params
-
-
-def _warn(conditions: dict[tuple[str, int], float]) -> None:
-    """Say once how bad the worst moments were; the weights are finite all the same."""
-    (name, layer), worst = max(conditions.items(), key=lambda item: item[1])
-    if worst > ILL_CONDITIONED:
-        warnings.warn(
-            f"moments of layer {layer} of attention {name!r} have condition number {worst:.2g}: "
-            "directions or heads without any signal; raise convert.calibration_tokens",
-            stacklevel=3,
-        )

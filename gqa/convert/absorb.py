@@ -30,27 +30,48 @@ def layer(
     Without moments (`moment.keys` is None), or with zeros, inputs count as white. Returns float32
     kernels and the largest condition number among the moments of inputs and of heads' partners.
     """
-    conditions, C, C_query = [], None, None
+    conditions = [] if moment.keys is None else [condition(moment.keys)]
+    new, partners = {}, {}
+    for name, groups in _groups(kernels, num_groups, moment, shrinkage).items():
+        pooled = [pool(heads, partner, method, space, *C) for heads, partner, *C in groups]
+        new[name] = np.stack([head for head, _, _ in pooled], axis=1)
+        partners[name] = np.concatenate([p.reshape(-1, *p.shape[2:]) for _, p, _ in pooled])
+        conditions += [worst for _, _, worst in pooled]
+    new["query"] = partners["key"].transpose(1, 0, 2)
+    new["out"] = partners["value"].transpose(0, 2, 1)
+    return {name: x.astype(np.float32) for name, x in new.items()}, max(conditions)
+
+
+def discarded(
+    kernels: dict, num_groups: int, space: str, moment: Moment, shrinkage: float
+) -> float:
+    """The share of the energy of one layer's keys that svd cannot keep, plus that of its values."""
+    total = 0.0
+    for groups in _groups(kernels, num_groups, moment, shrinkage).values():
+        lost = whole = 0.0
+        for heads, partner, C, C_partner in groups:
+            root, _, _ = _roots_in(space, partner, C_partner)
+            values = np.maximum(np.linalg.eigvalsh(_weighted(gram_matrix(heads, C), root)), 0)
+            lost, whole = lost + values[: -heads.shape[-1]].sum(), whole + values.sum()
+        total += lost / whole if whole > 0 else 0.0
+    return float(total)
+
+
+def _groups(kernels: dict, num_groups: int, moment: Moment, shrinkage: float) -> dict[str, list]:
+    """Of keys and of values: each group's heads, partners, and the moments C and C_partner."""
+    C, C_query = None, None
     if moment.keys is not None:
-        conditions.append(condition(moment.keys))
         C, C_query = shrunk(moment.keys, shrinkage), shrunk(moment.queries, shrinkage)
     query, out = (np.asarray(kernels[name], np.float64) for name in ("query", "out"))
     partners = {"key": (query.transpose(1, 0, 2), C_query), "value": (out.transpose(0, 2, 1), None)}
-    new = {}
+    found = {}
     for name, (partner, C_partner) in partners.items():
         heads = np.asarray(kernels[name], np.float64).transpose(1, 0, 2)
         K, D, H = heads.shape
         groups = heads.reshape(num_groups, K // num_groups, D, H)
         split = partner.reshape(num_groups, K // num_groups, -1, D, H)
-        pooled = [
-            pool(*group, method, space, C, C_partner) for group in zip(groups, split, strict=True)
-        ]
-        new[name] = np.stack([head for head, _, _ in pooled], axis=1)
-        partners[name] = np.stack([p for _, p, _ in pooled]).reshape(partner.shape)
-        conditions += [worst for _, _, worst in pooled]
-    new["query"] = partners["key"].transpose(1, 0, 2)
-    new["out"] = partners["value"].transpose(0, 2, 1)
-    return {name: x.astype(np.float32) for name, x in new.items()}, max(conditions)
+        found[name] = [(*group, C, C_partner) for group in zip(groups, split, strict=True)]
+    return found
 
 
 def pool(heads, partners, method: str, space: str, C, C_partner):
@@ -58,15 +79,12 @@ def pool(heads, partners, method: str, space: str, C, C_partner):
 
     C and C_partner [D, D] are the moments of the inputs of both; None is the identity.
     """
-    G, _, H = heads.shape
+    G = len(heads)
     gram = gram_matrix(heads, C)
     if method == "procrustes":
         up = procrustes(gram)
         return np.einsum("GDH,GHI->DI", heads, up) / G, partners @ up[:, None], 1.0
-    root = inverse = np.broadcast_to(np.eye(H), (G, H, H))
-    worst = 1.0
-    if space == "logit":
-        root, inverse, worst = roots(partner_moments(partners, C_partner))
+    root, inverse, worst = _roots_in(space, partners, C_partner)
     V = svd(gram, root)
     # Keys and queries could share out any invertible matrix. This one undoes the roots, over the
     # group's heads together, and keys keep the size of those they replace. Nothing depends on it
@@ -76,6 +94,15 @@ def pool(heads, partners, method: str, space: str, C, C_partner):
     norm = np.linalg.norm(new)
     scale = np.linalg.norm(heads, axis=(1, 2)).mean() / norm if norm > 0 else 1.0
     return new * scale, partners @ (inverse @ V @ balance / scale)[:, None], worst
+
+
+def _roots_in(space: str, partners: np.ndarray, C_partner: np.ndarray | None):
+    """What weighs the columns of a group's heads: `roots` of what their partners give, or ones."""
+    if space == "logit":
+        return roots(partner_moments(partners, C_partner))
+    G, *_, H = partners.shape
+    same = np.broadcast_to(np.eye(H), (G, H, H))
+    return same, same, 1.0
 
 
 def gram_matrix(heads: np.ndarray, C: np.ndarray | None) -> np.ndarray:
@@ -99,10 +126,15 @@ def svd(gram: np.ndarray, root: np.ndarray) -> np.ndarray:
     to leaving that head as it is.
     """
     G, H = gram.shape[:2]
-    weighted = np.einsum("GIH,GIKJ,KJL->GHKL", root, gram, root)
-    _, vectors = np.linalg.eigh(weighted.reshape(G * H, G * H))
+    _, vectors = np.linalg.eigh(_weighted(gram, root))
     V = vectors[:, -H:].reshape(G, H, H)
     return V @ polar(V[0]).T
+
+
+def _weighted(gram: np.ndarray, root: np.ndarray) -> np.ndarray:
+    """The Gram matrix [G * H, G * H] of the heads, head h times root_h."""
+    size = gram.shape[0] * gram.shape[1]
+    return np.einsum("GIH,GIKJ,KJL->GHKL", root, gram, root).reshape(size, size)
 
 
 def procrustes(gram: np.ndarray) -> np.ndarray:

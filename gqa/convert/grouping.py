@@ -7,14 +7,16 @@ one permutation, chosen from the sum of their layers' similarities.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gqa import optim
 from gqa.calibrate import ATTENTIONS, Moment
 from gqa.convert import absorb
-from gqa.convert.tree import kernels_of, replaced, with_kernels
+from gqa.convert.tree import at, kernels_of, replaced
 
 GROUPINGS = ("contiguous", "strided", "random", "weight_cos", "act_cos", "act_aligned")
 MEASURED = ("act_cos", "act_aligned")  # these need moments
@@ -22,27 +24,28 @@ MEASURED = ("act_cos", "act_aligned")  # these need moments
 RESTARTS = 8  # of the search, from random groups; the first start is from neighbours
 
 
-def regroup(
+def orders(
     params: dict,
     num_kv_heads: dict[str, int],
     grouping: str,
     seed: int = 0,
     moments: Iterable[Moment] | None = None,
-) -> dict:
-    """Parameters of the same function whose KV heads are neighbours where they are to share.
+) -> dict[str, np.ndarray]:
+    """The order [L, N] of each attention's KV heads that makes those neighbours that are to share.
 
     Args:
-        num_kv_heads: per attention; one that keeps its number keeps its order.
+        num_kv_heads: per attention; one that keeps its number keeps its order, and is left out.
         grouping: one of GROUPINGS. Strided puts heads n, n + K, n + 2K, .. together; the last three
             look for equal groups of large total similarity, keys' and values' cosines added.
         seed: of "random" and of the search.
         moments: of `gqa.calibrate`, for those in MEASURED.
     """
     if grouping == "contiguous":
-        return params
+        return {}
     old = {name: kernels_of(params, name)["key"].shape for name in num_kv_heads}
     fewer = {name: K for name, K in num_kv_heads.items() if old[name][2] > K}
     alike = {} if grouping in ("strided", "random") else _alike(params, fewer, grouping, moments)
+    found = {}
     for name, K in fewer.items():
         L, _, N, _ = old[name]
         rng = np.random.default_rng([seed, list(ATTENTIONS).index(name)])
@@ -54,39 +57,52 @@ def regroup(
         else:
             layers = alike[name] if times > 1 else alike[name].sum(0, keepdims=True)
             rows = [search(x, K, rng) for x in layers]
-        params = permuted(params, name, np.broadcast_to(np.stack(rows), (L, N)))
-    return params
+        found[name] = np.broadcast_to(np.stack(rows), (L, N))
+    return found
 
 
-def permuted(params: dict, name: str, order: np.ndarray) -> dict:
+def permuted(params: dict, orders: dict[str, np.ndarray], opt_state: Any = None) -> Any:
     """Parameters whose KV head i of layer l is what was head order[l, i]; the same function.
+
+    With `opt_state`, that of `gqa.optim` for these parameters instead.
 
     Raises:
         ValueError: for a self-attention whose layers differ in order, as they share a bias.
     """
-    kernels = kernels_of(params, name)
+    tree = params if opt_state is None else opt_state
+    for name, order in orders.items():
+        for path, (axis, index) in _moves(params, name, order).items():
+            leaf = at(params, path)
+            if opt_state is None:
+                moved = _take(leaf, index, axis)
+            else:
+                moved = optim.permute_heads(at(tree, path), leaf.shape, axis, index)
+            tree = replaced(tree, path, moved)
+    return tree
+
+
+def _moves(params: dict, name: str, order: np.ndarray) -> dict[tuple, tuple[int, np.ndarray]]:
+    """Which parameters have heads of an attention, on which axis, and the order they come in."""
     L, K = order.shape
-    P = kernels["query"].shape[2] // K  # query heads of a KV head
+    stack, attention = ATTENTIONS[name]
+    P = kernels_of(params, name)["query"].shape[2] // K  # query heads of a KV head
     queries = (order[:, :, None] * P + np.arange(P)).reshape(L, K * P)
-    moved = {
-        "query": _take(kernels["query"], queries, 2),
-        "key": _take(kernels["key"], order, 2),
-        "value": _take(kernels["value"], order, 2),
-        "out": _take(kernels["out"], queries, 1),
-    }
-    params = with_kernels(params, name, kernels | moved)
+    moves = {"query": (2, queries), "key": (2, order), "value": (2, order), "out": (1, queries)}
+    moves = {(stack, "layers", attention, kernel): move for kernel, move in moves.items()}
     if name == "cross":
-        return params
+        return moves
     if (order != order[0]).any():
         raise ValueError(f"the layers of {name} self-attention share a bias: permute them alike")
-    path = (ATTENTIONS[name][0], "position_bias", "table")
-    return replaced(params, path, params[path[0]]["position_bias"]["table"][:, queries[0]])
+    return moves | {(stack, "position_bias", "table"): (1, queries[0])}
 
 
-def _take(kernel: Array, index: np.ndarray, axis: int) -> Array:
-    shape = [1] * kernel.ndim
+def _take(leaf: Array, index: np.ndarray, axis: int) -> Array:
+    """A leaf in the order index [L, heads] of an axis; [heads] is for one that is not stacked."""
+    if index.ndim == 1:
+        return leaf[:, index]
+    shape = [1] * leaf.ndim
     shape[0], shape[axis] = index.shape
-    return jnp.take_along_axis(kernel, jnp.asarray(index.reshape(shape)), axis=axis)
+    return jnp.take_along_axis(leaf, jnp.asarray(index.reshape(shape)), axis=axis)
 
 
 def _alike(params: dict, fewer: dict, grouping: str, moments) -> dict[str, np.ndarray]:

@@ -1,7 +1,11 @@
 """Where an attention's kernels are in the parameters, and how they look group by group.
 
-query [L, D, N, H], key and value [L, D, K, H], out [L, N, H, D].
+query [L, D, N, H], key and value [L, D, K, H], out [L, N, H, D]; a network whose KV heads differ by
+layer has these for each of its runs (`gqa.model.cut`).
 """
+
+import functools
+import operator
 
 from jax import Array
 
@@ -25,6 +29,11 @@ def replaced(tree: dict, path: tuple[str, ...], value) -> dict:
     if not path:
         return value
     return tree | {path[0]: replaced(tree[path[0]], path[1:], value)}
+
+
+def at(tree: dict, path: tuple[str, ...]):
+    """What a tree has at `path`."""
+    return functools.reduce(operator.getitem, path, tree)
 
 
 def in_groups(kernel: Array, num_groups: int) -> Array:

@@ -28,7 +28,7 @@ SIZES = {
     "num_decoder_layers": "num_layers",
 }
 
-# KV heads, which Transformers' T5 does not know; the first is that of decoder self-attention.
+# KV heads, which Transformers' T5 does not know: a number, or in the decoder one for each layer.
 KV_HEADS = {
     "num_kv_heads_decoder": "num_key_value_heads",
     "num_kv_heads_cross": "cross_num_key_value_heads",
@@ -77,10 +77,16 @@ def to_config(hf_config: dict) -> Config:
     )
 
 
-def _kv_heads(hf_config: dict, heads: int) -> dict[str, int]:
-    decoder, *others = KV_HEADS
-    found = {decoder: _size(hf_config, KV_HEADS[decoder], heads)}
-    return found | {name: _size(hf_config, KV_HEADS[name], heads) for name in others}
+def _kv_heads(hf_config: dict, heads: int) -> dict[str, int | tuple[int, ...]]:
+    return {ours: _size_or_sizes(hf_config, theirs, heads) for ours, theirs in KV_HEADS.items()}
+
+
+def _size_or_sizes(hf_config: dict, key: str, default: int) -> int | tuple[int, ...]:
+    """One number for all layers, or a list with one for each."""
+    value = hf_config.get(key)
+    if isinstance(value, list):
+        return tuple(_size({key: each}, key) for each in value)
+    return _size(hf_config, key, default)
 
 
 def _size(hf_config: dict, key: str, default: int | None = None) -> int:

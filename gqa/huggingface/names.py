@@ -60,10 +60,12 @@ def theirs(name: str, shape: tuple[int, ...], config: Config) -> list[str]:
     stack, _, rest = name.partition("/layers/")
     if not rest:
         return [f"{OUTSIDE_LAYERS[name]}.weight"]
+    run, _, of_run = rest.partition("/")
+    first, rest = (int(run), of_run) if run.isdecimal() else (0, rest)
     tensor = LAYERS[stack][rest]
     if config.activation == RELU:
         tensor = tensor.replace("wi_0", "wi")
-    return [f"{stack}.block.{i}.{tensor}.weight" for i in range(shape[0])]
+    return [f"{stack}.block.{first + i}.{tensor}.weight" for i in range(shape[0])]
 
 
 def is_stacked(name: str) -> bool:

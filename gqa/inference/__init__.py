@@ -15,6 +15,7 @@ and more batch rows in self-attention. Layers run one by one: a scan would copy 
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from gqa.attention import Segments, as_bias
 from gqa.inference.apart import Apart
 from gqa.inference.joined import KV, Joined
 from gqa.layers import RelativePositionBias, RMSNorm
-from gqa.model import Config, Encoder
+from gqa.model import Config, Encoder, each_layer
 from gqa.sharding import WHOLE, Layout, constrain
 
 __all__ = ["KV", "Inference", "Memory"]
@@ -66,23 +67,26 @@ class Inference:
         object.__setattr__(self, "backend", backend)
         object.__setattr__(self, "cache_dtype", self.cache_dtype or default)
 
+    @functools.cached_property
+    def forms(self) -> list[Joined] | list[Apart]:
+        """How weights and caches are laid out, layer by layer."""
+        configs = [self.config.at_layer(i) for i in range(self.config.num_decoder_layers)]
+        if self.backend == "cpu" and self.layout.model == 1:
+            return [Joined(config) for config in configs]
+        return [Apart(config, self.layout) for config in configs]
+
     @property
     def form(self) -> Joined | Apart:
-        """How weights and caches are laid out."""
-        if self.backend == "cpu" and self.layout.model == 1:
-            return Joined(self.config)
-        return Apart(self.config, self.layout)
+        """That of the first layer, for what does not depend on KV heads."""
+        return self.forms[0]
 
     def prepare(self, params: dict) -> dict:
         """The parameters with the decoder's layers apart, in the activations' dtype and layout."""
         decoder, dtype = params["decoder"], self.config.dtype
+        layers = [jax.tree.map(lambda x: x.astype(dtype), layer) for layer in each_layer(decoder)]
         layers = [
-            jax.tree.map(lambda x, i=i: x[i].astype(dtype), decoder["layers"])
-            for i in range(self.config.num_decoder_layers)
-        ]
-        layers = [
-            self.form.prepare_layer(layer) | {name: layer[name] for name in NORMS}
-            for layer in layers
+            form.prepare_layer(layer) | {name: layer[name] for name in NORMS}
+            for form, layer in zip(self.forms, layers, strict=True)
         ]
         weights = params | {"decoder": decoder | {"layers": layers}}
         if not self.config.tied_logits:
@@ -92,12 +96,17 @@ class Inference:
     def prefill(self, weights: dict, inputs: Array, num_beams: int = 1) -> Memory:
         """Encode inputs [B, S], 0 being padding, and take each layer's keys and values of it."""
         encoded = self._encode(weights, inputs)
-        rows = num_beams * self.config.num_heads // self.config.num_kv_heads_cross
-        fill = self.form.fill(inputs.shape[1], rows)  # as more padding
+        rows = [num_beams * self.config.num_heads // K for K in self.config.kv_heads("cross")]
+        fill = self._fill(inputs.shape[1], rows)  # as more padding
         encoded = jnp.pad(encoded, ((0, 0), (0, fill), (0, 0)))
         mask = as_bias(jnp.pad(inputs, ((0, 0), (0, fill))) > 0)[:, None, None, :]
-        kv = [self.form.memory(layer, encoded, rows) for layer in weights["decoder"]["layers"]]
+        layers = zip(self.forms, weights["decoder"]["layers"], rows, strict=True)
+        kv = [form.memory(layer, encoded, M) for form, layer, M in layers]
         return Memory(jax.tree.map(lambda x: x.astype(self.cache_dtype), kv), mask)
+
+    def _fill(self, length: int, rows: list[int]) -> int:
+        """Positions to fill keys up with, for so many query rows a KV head of each layer."""
+        return max(form.fill(length, M) for form, M in zip(self.forms, rows, strict=True))
 
     def _encode(self, weights: dict, inputs: Array) -> Array:
         """Encoder output [B, S, D], on a CPU of as many examples at a time as its cache is for."""
@@ -120,8 +129,9 @@ class Inference:
 
         There is room for `length` positions, and up to a block's more.
         """
-        rows, layers = batch_size * num_beams, range(self.config.num_decoder_layers)
-        return [self.form.cache(rows, length, self.cache_dtype) for _ in layers]
+        rows, c = batch_size * num_beams, self.config
+        length += self._fill(length, [c.num_heads // K for K in c.kv_heads("decoder")])
+        return [form.cache(rows, length, self.cache_dtype) for form in self.forms]
 
     def room(self, cache: list[KV]) -> int:
         """Positions that a cache holds."""
@@ -147,12 +157,14 @@ class Inference:
         bias += as_bias(jnp.arange(length) <= index)[None, None, None]
         x = constrain(weights["embedding"][tokens].astype(c.dtype), "batch", None, None)
         new_cache = []
-        for layer, kv, memory_kv in zip(decoder["layers"], cache, memory.kv, strict=True):
-            y, kv = self._self_attend(layer, x, index, kv, bias)
+        for form, layer, kv, memory_kv in zip(
+            self.forms, decoder["layers"], cache, memory.kv, strict=True
+        ):
+            y, kv = self._self_attend(form, layer, x, index, kv, bias)
             new_cache.append(kv)
             x += y
-            x += self._cross_attend(layer, x, memory_kv, memory.mask)
-            x += self.form.mlp(layer, self._norm(layer["mlp_norm"], x))
+            x += self._cross_attend(form, layer, x, memory_kv, memory.mask)
+            x += form.mlp(layer, self._norm(layer["mlp_norm"], x))
         x = self._norm(decoder["norm"], x).astype(jnp.float32)
         if c.tied_logits:
             x *= c.d_model**-0.5
@@ -161,17 +173,19 @@ class Inference:
         return self.form.logits(x, weights["logits"]), new_cache
 
     def _self_attend(
-        self, layer: dict, x: Array, index: Array, cache: KV, bias: Array
+        self, form: Joined | Apart, layer: dict, x: Array, index: Array, cache: KV, bias: Array
     ) -> tuple[Array, KV]:
-        q, k, v = self.form.own_heads(layer, self._norm(layer["self_attention_norm"], x))
-        cache = self.form.put(cache, k, v, index)
-        out = self.form.attend_own(q, cache, bias).astype(self.config.dtype)
-        return self.form.out(layer["self_out"], out), cache
+        q, k, v = form.own_heads(layer, self._norm(layer["self_attention_norm"], x))
+        cache = form.put(cache, k, v, index)
+        out = form.attend_own(q, cache, bias).astype(self.config.dtype)
+        return form.out(layer["self_out"], out), cache
 
-    def _cross_attend(self, layer: dict, x: Array, memory: KV, mask: Array) -> Array:
-        q = self.form.cross_heads(layer, self._norm(layer["cross_attention_norm"], x))
-        out = self.form.attend_cross(q, memory, mask).astype(self.config.dtype)
-        return self.form.out(layer["cross_out"], out)
+    def _cross_attend(
+        self, form: Joined | Apart, layer: dict, x: Array, memory: KV, mask: Array
+    ) -> Array:
+        q = form.cross_heads(layer, self._norm(layer["cross_attention_norm"], x))
+        out = form.attend_cross(q, memory, mask).astype(self.config.dtype)
+        return form.out(layer["cross_out"], out)
 
     def _norm(self, params: dict, x: Array) -> Array:
         return RMSNorm(jnp.dtype(self.config.dtype)).apply({"params": params}, x)

@@ -19,10 +19,8 @@ def kv_cache_bytes(
     Self-attention keeps `targets_length` positions, cross-attention `inputs_length`; both keep a
     key and a value of H numbers a KV head and layer. `dtype` defaults to the config's activations.
     """
-    positions = (
-        config.num_kv_heads_decoder * targets_length + config.num_kv_heads_cross * inputs_length
-    )
-    numbers = 2 * batch_size * config.num_decoder_layers * positions * config.head_dim
+    own, cross = (sum(config.kv_heads(name)) for name in ("decoder", "cross"))
+    numbers = 2 * batch_size * (own * targets_length + cross * inputs_length) * config.head_dim
     return numbers * jnp.dtype(dtype or config.dtype).itemsize
 
 
