@@ -59,7 +59,7 @@ def run(tmp_path, monkeypatch):
         return [tuple(line.split()[1:3]) for line in lines]
 
     run.seen = seen
-    run.processes = lambda: [line.split()[2:] for line in (tmp_path / "log").open()]
+    run.processes = lambda: [x.split()[2:] for x in (tmp_path / "log").read_text().splitlines()]
     return run
 
 
