@@ -48,6 +48,8 @@ def check(config: ConfigDict) -> None:
     for heads in ({}, {f"num_kv_heads_{n}": K for n, K in target_heads(config).items()}):
         network = dataclasses.replace(parent_config(config), **heads)
         sharding.check(network, layout, jax.device_count(), jax.local_device_count())
+        size, count = config.evaluate.batch_size, jax.local_device_count()
+        sharding.check_rows("evaluate.batch_size", size, network, layout, count)
     for section in ("pretrain", "finetune"):
         _check_batch(section, config[section], layout)
     sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, 1, layout)

@@ -167,6 +167,17 @@ def check_batch(
         )
 
 
+def check_rows(name: str, batch_size: int, config: Any, layout: Layout, count: int) -> None:
+    """Raise a UserError unless a cache that is split by its rows splits over `count` devices."""
+    heads = (*config.kv_heads("decoder"), *config.kv_heads("cross"))
+    fewer = any(K % layout.model for K in heads)
+    if layout.kv_heads == "batch" and fewer and batch_size % count:
+        raise UserError(
+            f"mesh.kv_heads='batch': {name}={batch_size} does not split over the {count} devices "
+            f"of a process; use a multiple of {count}, or mesh.kv_heads=replicate"
+        )
+
+
 def param_shardings(tree: Any, mesh: Mesh, layout: Layout, params: Any = None) -> Any:
     """A NamedSharding for each leaf of parameters, scanned or not, by its name.
 
@@ -328,12 +339,6 @@ def put(tree: Any, shardings: Any) -> Any:
         return jax.device_put(x, sharding)
 
     return jax.tree.map(on_leaf, tree, shardings)
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A copy of every array on every device; each process gives the same arrays."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    return put(tree, jax.tree.map(lambda _: whole, tree))
 
 
 def share_copies(tree: Any) -> Any:

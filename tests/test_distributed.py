@@ -239,7 +239,7 @@ def test_two_processes_train_as_one(tmp_path):
     shape["shard"] = sharding.share(mesh)
     batches = data.seq2seq([pairs], [1.0], **shape, seed=0, pack=True)
     step = train.make_step(train.make_loss(config, 1e-4), optim.constant(1e-2), 0, 2)
-    state, losses = sharding.replicate(train.init(config, 0), mesh), []
+    state, losses = toy.replicated(train.init(config, 0), mesh), []
     for _ in range(6):
         state, metrics = step(state, sharding.place(next(batches), mesh))
         losses.append(float(metrics["loss"]))

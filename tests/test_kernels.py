@@ -189,13 +189,14 @@ import jax
 import numpy as np
 from jax.experimental import pallas
 from gqa import kernels, sharding
+from tests.toy import replicated
 
 pallas_call = pallas.pallas_call
 pallas.pallas_call = lambda *args, **kwargs: pallas_call(*args, **(kwargs | {"interpret": True}))
 kernels.FLASH_LENGTH = 64
 arrays = dict(np.load(sys.argv[1]))
 mesh = sharding.make_mesh()
-bias = sharding.replicate(arrays.pop("bias"), mesh)
+bias = replicated(arrays.pop("bias"), mesh)
 q, k, v, query, key = (sharding.place({"x": x}, mesh)["x"] for x in arrays.values())
 
 def loss(q, k, v, bias):

@@ -183,3 +183,13 @@ def test_bytes_moved_by_hand():
     assert moved["batch"] == 2 * 2048 * 128 * 2 / 8 + 2 * 8 * 128 * 2 * 7 / 8
     short = sharding.bytes_moved(1, 64, 128, 1, 8)
     assert short["replicate"] < short["batch"]
+
+
+def test_a_batch_whose_cache_does_not_split_by_rows_is_refused():
+    layout = Layout(model=8, kv_heads="batch")
+    sharding.check_rows("evaluate.batch_size", 24, config_of(), layout, 8)
+    sharding.check_rows("evaluate.batch_size", 20, config_of(), Layout(model=8), 8)
+    whole = config_of(decoder=8, cross=8)
+    sharding.check_rows("evaluate.batch_size", 20, whole, layout, 8)
+    with pytest.raises(UserError, match=r"evaluate\.batch_size=20 does not split over the 8 dev"):
+        sharding.check_rows("evaluate.batch_size", 20, config_of(), layout, 8)

@@ -20,6 +20,7 @@ from gqa import generate, optim, sharding, train
 from gqa.decode import Beam, Sample
 from gqa.inference import Inference
 from gqa.model import Config
+from tests.toy import replicated
 heads = {f"num_kv_heads_{n}": k for n, k in (("encoder", 4), ("decoder", 2), ("cross", 2))}
 config = Config(32, 8, 8, 4, 4, 1, 1, **heads, dropout_rate=0.1)
 mesh = sharding.make_mesh()
@@ -28,13 +29,13 @@ lengths = {"inputs": 6, "targets": 5}
 batch = {n: rng.integers(3, 32, (16, t), dtype=np.int32) for n, t in lengths.items()}
 batch["targets"][:7, 2:] = 0  # the devices have different numbers of real tokens
 step = train.make_step(train.make_loss(config, 1e-4), optim.constant(1e-2), 0, num_microbatches=2)
-state = sharding.replicate(train.init(config, 0), mesh)
+state = replicated(train.init(config, 0), mesh)
 for _ in range(3):
     state, metrics = step(state, sharding.place(batch, mesh))
 leaves = jax.tree.leaves(state.params)
 assert all(len(leaf.sharding.device_set) == jax.device_count() for leaf in leaves)
 # Tokens are not compared after training: its last bits may decide between two of them.
-params = sharding.replicate(train.init(config, 0).params, mesh)
+params = replicated(train.init(config, 0).params, mesh)
 generate.SHORTEST, generate.EVERY = 8, 4  # rows are left out, caches grow
 texts = {}
 for name, search in (("sample", Sample(temperature=1.5)), ("beam", Beam(2, 0.6))):

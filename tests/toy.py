@@ -38,6 +38,12 @@ class Batches:
         assert state == self.get_state()
 
 
+def replicated(tree, mesh):
+    """A copy of every array on every device; each process gives the same arrays."""
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return sharding.put(tree, jax.tree.map(lambda _: whole, tree))
+
+
 def start():
     return train.State(jnp.int32(0), {"w": jnp.zeros(8)}, {"m": jnp.zeros(8)})
 
@@ -86,7 +92,7 @@ def fit(
     events = folder / "events" if distributed.is_primary() else None
     with Watched("toy", events, every, 1.0, None) as progress:
         return train.fit(
-            lambda: sharding.replicate(start(), sharding.make_mesh()),
+            lambda: replicated(start(), sharding.make_mesh()),
             abstract_state(),
             train_step,
             Batches(poison, apart),
