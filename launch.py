@@ -103,7 +103,9 @@ def _run(values: flags.FlagValues) -> None:
     pipeline.check_options(options)
     if experiment is pipeline:
         config = initial.adopted(config)
-    experiment.check(config)
+        pipeline.check(config, options)
+    else:
+        experiment.check(config)
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     print(f"{config.name} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
     if values.checkpoint:

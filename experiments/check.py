@@ -30,8 +30,10 @@ CHOICES = {
 }
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
     """Refuse a config of the main job that could not run; its text is for `check_text`.
+
+    It will have so many `devices` in all and in each process; by default, those that are here.
 
     Raises:
         UserError: naming the key and what would do.
@@ -45,14 +47,15 @@ def check(config: ConfigDict) -> None:
     _check_fractions(config)
     _check_conversion(config)
     layout = sharding.Layout(**config.mesh)
+    count, local_count = devices or (jax.device_count(), jax.local_device_count())
     for heads in ({}, {f"num_kv_heads_{n}": K for n, K in target_heads(config).items()}):
         network = dataclasses.replace(parent_config(config), **heads)
-        sharding.check(network, layout, jax.device_count(), jax.local_device_count())
-        size, count = config.evaluate.batch_size, jax.local_device_count()
-        sharding.check_rows("evaluate.batch_size", size, network, layout, count)
+        sharding.check(network, layout, count, local_count)
+        size = config.evaluate.batch_size
+        sharding.check_rows("evaluate.batch_size", size, network, layout, local_count)
     for section in ("pretrain", "finetune"):
-        _check_batch(section, config[section], layout)
-    sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, 1, layout)
+        _check_batch(section, config[section], layout, count)
+    sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, 1, layout, count)
     progress.check(config.wandb.mode)
 
 
@@ -117,14 +120,14 @@ def _check_fractions(config: ConfigDict) -> None:
             raise UserError(f"{section}.dropout_rate={rate}; use a value in [0, 1)")
 
 
-def _check_batch(section: str, training: ConfigDict, layout: sharding.Layout) -> None:
+def _check_batch(section: str, training: ConfigDict, layout: sharding.Layout, count: int) -> None:
     size, parts = training.batch_size, training.num_microbatches
     if size % parts:
         raise UserError(
             f"{section}.batch_size={size} does not split over num_microbatches={parts}; "
             f"use a multiple of {parts}"
         )
-    sharding.check_batch(f"{section}.batch_size", size, parts, layout)
+    sharding.check_batch(f"{section}.batch_size", size, parts, layout, count)
 
 
 def _check_tasks(config: ConfigDict) -> None:

@@ -29,11 +29,11 @@ class Options(NamedTuple):
     dry_run: bool = False
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, options: Options) -> None:
     """Refuse, in one line and before any compute, what could not run."""
     read = set()
     for point in sweep.expand(config):
-        checks.check(point)
+        checks.check(point, slurm.devices(point) if options.executor == "slurm" else None)
         wanted = repr(text.settings(point))
         if wanted not in read:  # texts may be large: each is read once
             checks.check_text(point)

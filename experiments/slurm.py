@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from gqa.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +30,12 @@ WORKER = (sys.executable, "-m", "experiments.worker")
 SPREAD = ("pretrain", "uptrain", "finetune", "evaluate")
 REPORT = "gqa-report"  # a job's name; others have that of their first stage's folder
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter before the worker could catch it
+
+
+def devices(config: ConfigDict) -> tuple[int, int]:
+    """How many a stage has that trains or generates, and how many each of its processes."""
+    local = max(1, config.slurm.gpus_per_node)
+    return config.slurm.nodes * local, local
 
 
 class Planned(NamedTuple):

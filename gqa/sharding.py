@@ -155,10 +155,14 @@ def share(mesh: Mesh) -> tuple[int, int]:
 
 
 def check_batch(
-    name: str, batch_size: int, num_microbatches: int = 1, layout: Layout = WHOLE
+    name: str,
+    batch_size: int,
+    num_microbatches: int = 1,
+    layout: Layout = WHOLE,
+    count: int | None = None,
 ) -> None:
-    """Raise a UserError unless every microbatch splits evenly over the devices."""
-    parts = jax.device_count() // layout.model
+    """Raise a UserError unless every microbatch splits evenly over all devices, or `count`."""
+    parts = (count or jax.device_count()) // layout.model
     unit = parts * num_microbatches
     if batch_size < 1 or batch_size % unit:
         raise UserError(

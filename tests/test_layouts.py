@@ -9,6 +9,9 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from configs import base
+from experiments import check as checks
+from experiments import slurm
 from gqa import sharding, train
 from gqa.errors import UserError
 from gqa.model import Config
@@ -193,3 +196,17 @@ def test_a_batch_whose_cache_does_not_split_by_rows_is_refused():
     sharding.check_rows("evaluate.batch_size", 20, whole, layout, 8)
     with pytest.raises(UserError, match=r"evaluate\.batch_size=20 does not split over the 8 dev"):
         sharding.check_rows("evaluate.batch_size", 20, config_of(), layout, 8)
+
+
+def test_layouts_are_of_the_devices_that_jobs_will_have():
+    """The machine that submits has one; its own number says nothing of the nodes."""
+    config = base.get_config("nano", 8)
+    config.mesh.model = 8
+    with pytest.raises(UserError, match=r"mesh\.model=8 does not divide the 1 devices"):
+        checks.check(config, slurm.devices(config))
+    config.slurm.gpus_per_node, config.slurm.nodes = 8, 2
+    assert slurm.devices(config) == (16, 8)
+    checks.check(config, slurm.devices(config))
+    config.slurm.nodes = 16
+    with pytest.raises(UserError, match=r"pretrain\.batch_size=8 does not split over 16 devices"):
+        checks.check(config, slurm.devices(config))
