@@ -230,6 +230,7 @@ def test_two_processes_train_as_one(tmp_path):
     import numpy as np
     from gqa import data, optim, sharding, train
     from gqa.model import Config
+    from tests import toy
     heads = {f"num_kv_heads_{n}": k for n, k in (("encoder", 2), ("decoder", 1), ("cross", 1))}
     config = Config(32, 8, 8, 2, 4, 1, 1, **heads, dropout_rate=0.3)
     rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ The keys are read off the config, so that a new one is covered by its kind from 
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import io
 import shutil
 import sys
@@ -21,7 +22,7 @@ from configs import base
 from configs.sizes import SIZES
 from experiments import text
 from experiments.check import CHOICES, ZERO_TOO, flatten
-from gqa import convert, layers, model, sharding
+from gqa import convert, layers, model, progress, sharding
 
 ROOT = Path(launch.__file__).parent
 # The main job does not read the section aot, whose mistakes are in test_aot.
@@ -37,6 +38,7 @@ NAMES = CHOICES | {
     "mesh.kv_heads": sharding.KV_HEADS,
     "mesh.model": ("1",),  # here is one device
     "mesh.slices": ("1",),
+    "wandb.mode": progress.MODES if importlib.util.find_spec("wandb") else ("off",),
     "pretrain.task": ("docstrings", "parameter_qa", "docstring_summary", "code_summary"),
     "finetune.tasks": ("parameter_qa", "docstring_summary,code_summary", " code_summary ,", " , "),
     "text.packages": ("flax,optax", "rich, fsspec,absl-py"),
@@ -205,6 +207,8 @@ def right_settings(draw):
     divisors = st.sampled_from([K for K in range(1, N + 1) if N % K == 0])
     for name in convert.ATTENTIONS:
         found[f"convert.num_kv_heads_{name}"] = draw(divisors)
+    if "convert.spread" in found:
+        found["convert.grouping"] = "contiguous"
     return found
 
 
