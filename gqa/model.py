@@ -127,13 +127,18 @@ def _check_type(name: str, value, expected: type) -> None:
 
 def check_kv_heads(name: str, num_kv_heads: int, num_heads: int) -> None:
     """Raise a UserError with the possible values unless `num_kv_heads` divides `num_heads`."""
-    small = [k for k in range(1, math.isqrt(num_heads) + 1) if num_heads % k == 0]
-    divisors = sorted({*small, *(num_heads // k for k in small)})
-    if type(num_kv_heads) is not int or num_kv_heads not in divisors:
+    fit = divisors(num_heads)
+    if type(num_kv_heads) is not int or num_kv_heads not in fit:
         raise UserError(
             f"{name}={num_kv_heads} does not divide the {num_heads} heads there are (num_heads); "
-            f"use one of {', '.join(map(str, divisors))}"
+            f"use one of {', '.join(map(str, fit))}"
         )
+
+
+def divisors(n: int) -> list[int]:
+    """The numbers of KV heads that n heads can have, ascending."""
+    small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
+    return sorted({*small, *(n // k for k in small)})
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -24,7 +24,7 @@ from gqa.convert.absorb import SPACES
 from gqa.convert.grouping import GROUPINGS, MEASURED, orders, permuted
 from gqa.convert.tree import kernels_of
 from gqa.errors import UserError
-from gqa.model import Config, check_kv_heads, each_layer
+from gqa.model import Config, check_kv_heads, divisors, each_layer
 
 ABSORBING = absorb.METHODS
 CLOSED = (*pool.METHODS, *ABSORBING)  # those that need no training
@@ -168,11 +168,9 @@ def spread(
         name, layer = moment.attention, moment.layer
         if name in fewer:
             kernels = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
-            N = kernels["key"].shape[1]
             lost[name, layer] = {
                 K: absorb.discarded(kernels, K, space, moment, shrinkage)
-                for K in range(1, N + 1)
-                if N % K == 0
+                for K in divisors(kernels["key"].shape[1])
             }
     return budget.spread(lost, fewer, lengths)
 
