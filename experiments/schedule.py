@@ -20,7 +20,7 @@ from gqa.errors import UserError
 POLL_SECONDS = 0.1
 ROOT = Path(__file__).parent.parent
 WORKER = (sys.executable, "-m", "experiments.worker")  # and the folders of stages
-CHAIN = 8  # short stages at most that one process does in turn: it starts and compiles once
+CHAIN = 8  # stages at most that one process does in turn: it starts and compiles once
 
 
 def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
@@ -89,7 +89,7 @@ def _several(todo, stages, workdir, jobs, failed) -> None:
             while (key := _next(waiting, above, running, jobs)) is not None:
                 left = [*(waiting | _busy(running)).values()]
                 _announce(waiting[key], left, stages, workdir, jobs)
-                chain = _chain(key, waiting, above, jobs)
+                chain = _chain(key, waiting, above, _busy(running), jobs)
                 running[key] = _start(chain, workdir)
                 waiting = {k: stage for k, stage in waiting.items() if k not in chain}
             for key in [key for key, each in running.items() if each.process.poll() is not None]:
@@ -135,16 +135,18 @@ def _room(stage: Stage, waiting: dict, running: dict, jobs: int) -> bool:
     return len(running) < jobs
 
 
-def _chain(key: str, waiting: dict, above: dict, jobs: int) -> dict[str, Stage]:
-    """The stage and others of its kind that also wait for nothing more than what it builds on.
+def _chain(key: str, waiting: dict, above: dict, busy: dict, jobs: int) -> dict[str, Stage]:
+    """The stage and others of its kind that can be started, first those of the same parents.
 
-    They are few enough that every job gets some.
+    They are few enough that every job gets some. Pretraining is long and timings are alone.
     """
     kind = waiting[key].kind
-    if kind not in ("convert", "uptrain"):
+    if kind in ("pretrain", "benchmark"):
         return {key: waiting[key]}
-    alike = [k for k, s in waiting.items() if s.kind == kind and above[k] == above[key]]
-    return {k: waiting[k] for k in alike[: min(CHAIN, -(-len(alike) // jobs))]}
+    unfinished = waiting.keys() | busy.keys()
+    ready = [k for k, s in waiting.items() if s.kind == kind and not above[k] & unfinished]
+    ready.sort(key=lambda k: above[k] != above[key])
+    return {k: waiting[k] for k in ready[: min(CHAIN, -(-len(ready) // jobs))]}
 
 
 def _start(chain: dict[str, Stage], workdir: Path) -> Running:

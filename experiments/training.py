@@ -1,18 +1,20 @@
 """The part that the three training stages share."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from experiments.stage import NATS, Job, Outcome, record
 from experiments.text import Training
 from gqa import checkpoint, distributed, guard, model, optim, progress, train
 from gqa.flops import train_flops
 from gqa.hardware import peak_flops
-from gqa.sharding import check_batch, put
+from gqa.sharding import Layout, check_batch, put
 
 CURVE = "curve.jsonl"  # validation losses, in the stage's folder
 
@@ -34,9 +36,9 @@ class Pooling(NamedTuple):
     view: Callable
     fold: Callable[[dict], dict]
 
-    def abstract(self, job: Job) -> train.State:
+    def abstract(self, mesh: Mesh, layout: Layout) -> train.State:
         """Shapes and placement of what is trained."""
-        return train.abstract(self.whole, job.mesh, job.layout, self.start)
+        return train.abstract(self.whole, mesh, layout, self.start)
 
     def start(self, state: train.State) -> train.State:
         """The state to train from; only what is new begins without moments."""
@@ -68,6 +70,7 @@ def run_training(
     keep: str,
     pooling: Pooling | None = None,
     teacher: train.Teacher | None = None,
+    given: tuple = (),
 ) -> Outcome:
     """`gqa.train.fit`, for `steps` after `first_step`, with what it needs made from settings.
 
@@ -76,24 +79,22 @@ def run_training(
         keep: which checkpoint is handed on: "last" or "best".
         pooling: if that network's pooling is learned: `start` gives, and checkpoints hold, what
             `pooling.expand` makes of parameters.
+        given: what each step takes after its batch: the parameters of the teacher, if there is one.
     """
     check_batch("batch_size", recipe["batch_size"], recipe["num_microbatches"], job.layout)
+    numbers = (recipe[name] for name in ("z_loss", "seed", "num_microbatches"))
+    what = (config, pooling, teacher, learning_rate, *numbers)
+    abstract, step = _compiled(*what, job.mesh, job.layout)
     running = config if pooling is None else pooling.config
     fold = (lambda params: params) if pooling is None else jax.jit(pooling.fold)
     validation_loss = train.make_validation(config, job.mesh)
-    loss = train.make_loss(running, recipe["z_loss"], teacher)
-    plain = train.abstract(config, job.mesh, job.layout)
-    abstract = plain if pooling is None else pooling.abstract(job)
-    placed = train.shardings(abstract)
-    more = {"placed": placed, "view": pooling and pooling.view, "teacher": teacher}
-    step = train.make_step(loss, learning_rate, recipe["seed"], recipe["num_microbatches"], **more)
     checkpoints = folder.absolute() / "checkpoints"
     step_flops = train_flops(running, recipe["batch_size"], **data.lengths)
     with _show(name, job, folder, recipe["every"], step_flops, config.dtype) as shown:
         rollbacks = train.fit(
-            lambda: put(start(), placed),
+            lambda: put(start(), train.shardings(abstract)),
             abstract,
-            step,
+            lambda state, batch: step(state, batch, *given),
             data.batches,
             steps=first_step + steps,
             every=recipe["every"],
@@ -110,6 +111,30 @@ def run_training(
         loss = saved.metric(chosen)
     records = _records(loss, data.validation_size, chosen - first_step, rollbacks)
     return Outcome(records + _curve(folder, first_step), str(chosen))
+
+
+# A process that does stages in turn has them in the order of their networks.
+@functools.lru_cache(maxsize=1)
+def _compiled(
+    config: model.Config,
+    pooling: Pooling | None,
+    teacher: train.Teacher | None,
+    learning_rate: Callable,
+    z_loss: float,
+    seed: int,
+    num_microbatches: int,
+    mesh: Mesh,
+    layout: Layout,
+) -> tuple[train.State, Callable]:
+    """The state's shapes and placement, and the step, compiled at its first call."""
+    if pooling is None:
+        abstract, view = train.abstract(config, mesh, layout), None
+    else:
+        abstract, view = pooling.abstract(mesh, layout), pooling.view
+        config = pooling.config
+    loss, placed = train.make_loss(config, z_loss, teacher), train.shardings(abstract)
+    step = train.make_step(loss, learning_rate, seed, num_microbatches, placed=placed, view=view)
+    return abstract, step
 
 
 def _records(loss: float, examples: int, steps: int, rollbacks: int) -> list[dict]:

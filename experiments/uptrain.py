@@ -40,12 +40,13 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     recipe, first_step = origin.info["recipe"], int(origin.path.name)
     data = training(job.text, recipe["task"], recipe, recipe["seed"])
     steps = round(settings["alpha"] * recipe["steps"])
-    pooling = teacher = None
+    pooling, teacher, given = None, None, ()
     if "learned" in settings:
         pooling = _pooling(settings["learned"], converted, origin, first_step, steps)
         orders = {name: np.array(x) for name, x in converted.info.get("orders", {}).items()}
     if settings["beta"]:
-        teacher = train.Teacher(origin.config, load_params(origin, job), settings["beta"])
+        teacher = train.Teacher(origin.config, settings["beta"])
+        given = (load_params(origin, job),)
 
     def start() -> train.State:
         parent = (_head_start(folder) or converted) if pooling is None else origin
@@ -68,6 +69,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
         keep="last",
         pooling=pooling,
         teacher=teacher,
+        given=given,
     )
     if pooling is not None:
         _fold(folder, outcome, pooling, converted.config, job)
@@ -136,7 +138,7 @@ def _fold(folder: Path, outcome: Outcome, pooling: Pooling, config: model.Config
     with checkpoint.Checkpoints(folder / "checkpoints", job.keep_last) as checkpoints:
         if checkpoints.latest is not None:
             return
-        state = pooling.abstract(job)
+        state = pooling.abstract(job.mesh, job.layout)
         shapes = {"params": state.params, "opt_state": state.opt_state}
         items = checkpoint.load(path, shapes | {"data": None, "config": None})
         items["params"], items["opt_state"] = jax.jit(_plain, static_argnums=2)(

@@ -6,7 +6,7 @@ Our kernels have a head axis and scanned layers a leading axis L, so each leaf i
 matrices and the rule is mapped over L.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +73,14 @@ def _as_matrix(path, leaf: Array) -> Array:
     return leaf.reshape(*lead, *sides)
 
 
+# The same function for the same numbers: a step that was compiled with it is found again.
+@cache
 def rsqrt(warmup: int, scale: float = 1.0):
     """scale / sqrt(max(step, warmup)): T5's rate for training and uptraining, without a ramp."""
     return lambda step: scale * jax.lax.rsqrt(jnp.maximum(step, warmup).astype(jnp.float32))
 
 
+@cache
 def constant(rate: float):
     """T5's rate for fine-tuning."""
     return lambda step: jnp.full_like(step, rate, dtype=jnp.float32)

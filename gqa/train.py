@@ -38,7 +38,6 @@ class Teacher(NamedTuple):
     """A network to stay near to: `beta` times KL(teacher || network) is added to the loss."""
 
     config: Config
-    params: dict
     beta: float
 
 
@@ -104,14 +103,14 @@ def make_step(
     *,
     placed: State | None = None,
     view: Callable[[dict, Array], dict] | None = None,
-    teacher: Teacher | None = None,
 ):
-    """The jitted step (state, batch) -> (state, metrics); the state passed in is consumed.
+    """The jitted step (state, batch, ...) -> (state, metrics); the state passed in is consumed.
+
+    What follows the batch is given to `loss`: the parameters of a teacher.
 
     Args:
         placed: the shardings of the state, which stays where it is; None leaves it to JAX.
         view: makes the parameters that `loss` is of from those that are trained, and the step.
-        teacher: whose parameters `loss` is given, an argument of the compiled step.
     """
     optimizer = adafactor()
 
@@ -138,10 +137,7 @@ def make_step(
         return State(state.step + 1, params, opt_state), metrics
 
     out = (placed, NamedSharding(placed.step.mesh, PartitionSpec())) if placed else None
-    compiled = jax.jit(train_step, donate_argnums=0, out_shardings=out)
-    if teacher is None:
-        return compiled
-    return lambda state, batch: compiled(state, batch, teacher.params)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
 def accumulate(
