@@ -1,35 +1,16 @@
-"""Two real processes are one program: same numbers, same checkpoints, and they end together."""
+"""Two real processes are one program: same checkpoints, and they end together."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 
 import jax
-import numpy as np
 import pytest
 from jax._src.clusters import ClusterEnv
 
 from gqa import distributed
 from gqa.errors import UserError
 from tests import toy
-from tests.jobs import ROOT
+from tests.several import Processes, run
 
-MAIN = """
-import os, sys, time
-from pathlib import Path
-from gqa import distributed, interrupt
-from experiments import process
-folder = Path(sys.argv[1])
-def main():
-    distributed.initialize()
-    import jax
-    index = jax.process_index()
-    {body}
-interrupt.install()
-sys.exit(process.status(main))
-"""
 TOY = """
     from tests import toy
     def alive(step):
@@ -37,56 +18,6 @@ TOY = """
         time.sleep({pause})
     toy.fit(folder, 20, 4, alive=alive, apart={apart})
 """
-
-
-class Processes:
-    """The same program twice on this machine, each with one CPU device, joined by the environment.
-
-    `errors` has what each said on stderr, once it has ended.
-    """
-
-    def __init__(self, body, folder):
-        with socket.create_server(("localhost", 0)) as free:
-            address = f"localhost:{free.getsockname()[1]}"
-        self.errors = [folder.with_name(f"{folder.name}-{i}.txt") for i in range(2)]
-        script = MAIN.format(body=body.strip())
-        self.processes = []
-        for i, path in enumerate(self.errors):
-            environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-            environment |= dict(zip(distributed.GIVEN, (address, "2", str(i)), strict=True))
-            with open(path, "w") as errors:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", script, str(folder)],
-                        env=environment,
-                        stdout=subprocess.PIPE,
-                        stderr=errors,
-                        text=True,
-                    )
-                )
-
-    def wait_for(self, index, line):
-        """Return when a process has said a line on stderr."""
-        while line not in self.errors[index].read_text().splitlines():
-            assert self.processes[index].poll() is None, self.errors[index].read_text()
-
-    def end(self):
-        """Wait for both: (statuses, what they printed)."""
-        printed = [process.communicate(timeout=400)[0] for process in self.processes]
-        self.errors = [path.read_text() for path in self.errors]
-        return [process.returncode for process in self.processes], printed
-
-
-def run(body, folder):
-    """Run two processes to a good end; returns what they printed."""
-    both = Processes(body, folder)
-    statuses, printed = both.end()
-    assert statuses == [0, 0], "\n".join(both.errors)
-    return printed
-
-
-def close(found, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
 
 
 @pytest.fixture(scope="module")
@@ -132,18 +63,6 @@ def test_the_primary_alone_prints_and_writes(whole):
     assert "toy" not in printed[1]
     assert len(list((folder / "events").iterdir())) == 1
     assert not list(folder.rglob("*tmp*"))
-
-
-def test_one_process_and_two_share_checkpoints(whole, tmp_path):
-    toy.fit(tmp_path / "one", 20, 4)
-    one = toy.outcome(tmp_path / "one")
-    close(toy.outcome(whole[0]), one)
-    toy.fit(whole[0], 24, 4)
-    toy.fit(tmp_path / "parts", 8, 4)
-    run(TOY.format(pause=0, apart=False), tmp_path / "parts")
-    close(toy.outcome(tmp_path / "parts"), one)
-    toy.fit(tmp_path / "one", 24, 4)
-    close(toy.outcome(whole[0]), toy.outcome(tmp_path / "one"))
 
 
 def test_an_error_of_one_ends_both(tmp_path):
@@ -222,45 +141,6 @@ def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(tmp_path
             f"2 ({i}, 2)",
             "1 (0, 1)",
         ]
-
-
-def test_two_processes_train_as_one(tmp_path):
-    """The network, with dropout, packed rows and microbatches, on the batches of `gqa.data`."""
-    body = """
-    import numpy as np
-    from gqa import data, optim, sharding, train
-    from gqa.model import Config
-    from tests import toy
-    heads = {f"num_kv_heads_{n}": k for n, k in (("encoder", 2), ("decoder", 1), ("cross", 1))}
-    config = Config(32, 8, 8, 2, 4, 1, 1, **heads, dropout_rate=0.3)
-    rng = np.random.default_rng(0)
-    rows = [rng.integers(3, 32, (2, 3 + i % 4)).astype(np.int32) for i in range(9)]
-    pairs, mesh = [(row[0], row[1][:2]) for row in rows], sharding.make_mesh()
-    shape = {"inputs_length": 8, "targets_length": 5, "batch_size": 8}
-    shape["shard"] = sharding.share(mesh)
-    batches = data.seq2seq([pairs], [1.0], **shape, seed=0, pack=True)
-    step = train.make_step(train.make_loss(config, 1e-4), optim.constant(1e-2), 0, 2)
-    state, losses = toy.replicated(train.init(config, 0), mesh), []
-    for _ in range(6):
-        state, metrics = step(state, sharding.place(next(batches), mesh))
-        losses.append(float(metrics["loss"]))
-    validation = data.evaluation(pairs, **shape)
-    losses.append(train.make_validation(config, mesh)(state.params, validation))
-    name = f"{folder}-{jax.process_count()}-{index}"
-    np.savez(name, losses, *jax.tree.leaves(state.params))
-    """
-    both = Processes(body, tmp_path / "x")
-    alone = subprocess.run(
-        [sys.executable, "-c", MAIN.format(body=body.strip()), str(tmp_path / "x")],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert (both.end()[0], alone.returncode) == ([0, 0], 0), both.errors
-    first, second, one = (np.load(tmp_path / f"x-{name}.npz") for name in ("2-0", "2-1", "1-0"))
-    assert len(one.files) > 10
-    for name in one.files:
-        np.testing.assert_array_equal(first[name], second[name])
-        np.testing.assert_allclose(first[name], one[name], atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
