@@ -83,14 +83,14 @@ def score_name(summary: Summary) -> str:
 def pretraining_loss(summary: Summary, folder: Path) -> str | None:
     """Draw validation loss from the parent over conversion to the end of uptraining.
 
-    Return the figure's name, None if nothing was converted.
+    Return the figure's name, None if nothing was converted or more than can be told apart.
     """
     lines = {}
     for i, variant in enumerate(summary.variants):
         losses = summary.losses(variant)
         if losses[1]:
             lines[i] = [(x, loss) for x, loss in enumerate(losses) if loss]
-    if not lines:
+    if not 1 <= len(lines) <= plot.TOLD_APART:
         return None
     height = 3.0 + plot.legend_height(len(lines))
     figure = Figure(figsize=(6.2, height), layout="constrained")

@@ -15,6 +15,7 @@ from gqa import whole
 # Okabe and Ito's palette, told apart with any colour vision; markers differ too, for grey print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+TOLD_APART = 2 * len(COLORS)  # lines of one figure at most
 FORMATS = ("png", "svg")
 LEGEND_COLUMNS = 2
 

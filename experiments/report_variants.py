@@ -132,7 +132,7 @@ def _differences(summary):
         [summary.title(v), *[signed(summary.against_parent(v, t)) for t in columns.values()]]
         for v in summary.scored
     ]
-    return ["variant", *columns], [row for row in rows if set(row[1:]) != {DASH}]
+    return ["variant", *columns], [row for row in rows if {*row[1:]} - {DASH}]
 
 
 def _sample_sizes(summary):

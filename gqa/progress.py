@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tqdm
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from gqa.errors import UserError, disk_full
+from gqa.events import Event, EventsWriter, SessionLog, scalar
 
 COUNTS = ("input_tokens", "tokens")  # per step; `tokens` are those of the targets
 MODES = ("off", "offline", "online")

@@ -48,14 +48,14 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
-# The job in a process of its own, which then says whether TensorFlow came along.
+# The job in a process of its own, which then says whether TensorFlow or PyTorch came along.
 SCRIPT = """
 import sys
 import launch
 from gqa import interrupt
 interrupt.install()
 status = launch.main(sys.argv)
-assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
+assert not {name.split(".")[0] for name in sys.modules} & {"tensorflow", "torch"}
 sys.exit(status)
 """
 

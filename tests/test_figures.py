@@ -37,6 +37,7 @@ CURVES = [
     *curve(PARENT | {"seed": 1}, "pretrain", (5.5, 4.25)),
     *curve(variant(8), "finetune", (3.0, 2.5, 2.75), "parameter_qa"),
 ]
+MANY = [r for i in range(15) for r in network(variant(8, "mean", 0.01 * (i + 1)), 22, 0.03)]
 EVERYTHING = [*SIZES, *GROUPS, *CONTROL, *METHODS, *CURVES]
 
 
@@ -66,6 +67,8 @@ def draw(records):
         ([r for r in ALPHAS if r["stage"] == "uptrain"], set()),
         ([r for r in CURVES if r["stage"] == "pretrain"], {"learning_curves"}),
         (curve(PARENT, "pretrain", (5.0,)), set()),
+        # Fifteen lines from one point to another are more than can be told apart.
+        (MANY, {"quality_time", "alpha", "alpha_loss"}),
     ],
 )
 def test_a_figure_is_drawn_when_there_is_something_to_draw(drawn, records, names):

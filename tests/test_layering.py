@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ("tests", "configs", "launch", "experiments", "gqa")
 STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark", "report", "speed")
 MAY_IMPORT_STAGES = ("launch", "experiments.pipeline", "experiments.check")
-ROOTS = {"gqa.errors", "gqa.whole"}
+ROOTS = {"gqa.errors", "gqa.whole", "gqa.events"}
 LEAVES = (
     *("attention", "decode", "loss", "hardware", "optim", "sharding", "seal", "interrupt", "guard"),
     *("corpus", "tokenizer", "metrics", "progress", "results", "errors", "stream", "chips", "hlo"),
@@ -28,6 +28,7 @@ ROOMS = {
     "orbax": r"gqa\.checkpoint|tests\..*",
     "safetensors": r"gqa\.tensors|tests\..*",
     "submitit": r"experiments\.slurm",
+    "tensorboardX": r"gqa\.events",
     "tensorflow": r"nobody",
     "tensorstore": r"gqa\.(blocks|t5x)|tests\..*",
     "wandb": r"gqa\.progress|tests\..*",

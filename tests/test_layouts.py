@@ -104,11 +104,11 @@ for K, layouts in LAYOUTS.items():
         for a, b in zip(one[1], found, strict=False):
             np.testing.assert_array_equal(b, a, err_msg=str(layout))
 """
-# That the batch alone is split is in test_sharding.
+# That the batch alone is split is in test_sharding, and parameters too in test_fsdp.
 TENSOR = [Layout(model=8, kv_heads=how) for how in ("replicate", "batch")]
 LAYOUTS = {
-    8: [Layout(fsdp=True), Layout(model=8)],
-    2: [*TENSOR, Layout(model=4, fsdp=True), Layout(model=2, slices=2, fsdp=True)],
+    8: [Layout(model=8)],
+    2: [*TENSOR, Layout(model=2, slices=2, fsdp=True)],
 }
 
 
