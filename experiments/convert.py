@@ -11,6 +11,7 @@ import numpy as np
 from experiments.stage import NATS, Job, Outcome, load_state, open_parent, record
 from experiments.text import Training, training
 from gqa import calibrate, checkpoint, convert, model, optim, train
+from gqa.convert import grouping
 
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
@@ -24,11 +25,11 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     batches, tokens = _batches(data, settings.get("calibration_tokens", 0))
     moments = partial(calibrate.moments, batches=batches, attentions=tuple(heads))
     orders = _orders(state.params, parent.config, settings, heads, moments)
-    regrouped = convert.permuted(state.params, orders)
+    regrouped = grouping.permuted(state.params, orders)
     params, config = _convert(regrouped, parent.config, settings, heads, batches, moments)
     jax.block_until_ready(params)
     seconds = time.monotonic() - begun
-    opt_state = convert.permuted(state.params, orders, state.opt_state)
+    opt_state = grouping.permuted_moments(state.opt_state, state.params, orders)
     opt_state, old = (model.cut(tree, config) for tree in (opt_state, regrouped))
     opt_state = optim.convert_state(opt_state, old, params, settings["optimizer"])
     before, after = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, params))
@@ -73,7 +74,7 @@ def _by_layer(name: str, config: model.Config, settings: dict) -> list[dict]:
 def _orders(
     params: dict, config: model.Config, settings: dict, heads: dict[str, int], moments: Callable
 ) -> dict[str, np.ndarray]:
-    """The order of heads that the grouping wants, for `convert.permuted`."""
+    """The order of heads that the grouping wants, for `grouping.permuted`."""
     measured = settings["grouping"] in convert.MEASURED
     found = moments(params, config) if measured else None
     return convert.orders(params, heads, settings["grouping"], settings["seed"], found)

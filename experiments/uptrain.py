@@ -28,7 +28,7 @@ from experiments.stage import (
 from experiments.text import Training, training
 from experiments.training import Pooling, run_training
 from gqa import checkpoint, convert, distributed, model, optim, train
-from gqa.convert import learned
+from gqa.convert import grouping, learned
 
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
@@ -79,10 +79,8 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
 
 def _permuted(state: train.State, orders: dict[str, np.ndarray]) -> train.State:
     """The parent with its heads in the order that conversion chose, so that neighbours share."""
-    params = convert.permuted(state.params, orders)
-    return state._replace(
-        params=params, opt_state=convert.permuted(state.params, orders, state.opt_state)
-    )
+    opt_state = grouping.permuted_moments(state.opt_state, state.params, orders)
+    return state._replace(params=grouping.permuted(state.params, orders), opt_state=opt_state)
 
 
 def _head_start(folder: Path) -> Parent | None:

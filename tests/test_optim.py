@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from gqa import convert, optim
+from gqa.convert import grouping
 from gqa.errors import UserError
 from gqa.model import Config, init_params
 
@@ -149,15 +150,15 @@ def test_moments_move_with_their_heads(wide, params, trained, orders):
     orders = {name: np.array(rows) for name, rows in orders.items()}
 
     def moved(tree):
-        return convert.permuted(tree, orders)
+        return grouping.permuted(tree, orders)
 
     update = jax.jit(optim.adafactor().update)
     expected, after = update(grads, state, params)
     found, moved_after = update(
-        moved(grads), convert.permuted(params, orders, state), moved(params)
+        moved(grads), grouping.permuted_moments(state, params, orders), moved(params)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, moved(expected))
-    again = convert.permuted(params, orders, after)
+    again = grouping.permuted_moments(after, params, orders)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), moved_after, again)
     unmoved = jax.tree.map(lambda a, b: bool((a != b).any()), moved(expected), expected)
     assert any(jax.tree.leaves(unmoved))

@@ -7,7 +7,6 @@ one permutation, chosen from the sum of their layers' similarities.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,27 +60,35 @@ def orders(
     return found
 
 
-def permuted(params: dict, orders: dict[str, np.ndarray], opt_state: Any = None) -> Any:
+def permuted(params: dict, orders: dict[str, np.ndarray]) -> dict:
     """Parameters whose KV head i of layer l is what was head order[l, i]; the same function.
-
-    With `opt_state`, that of `gqa.optim` for these parameters instead.
 
     Raises:
         ValueError: for a self-attention whose layers differ in order, as they share a bias.
     """
-    tree = params if opt_state is None else opt_state
-    for name, order in orders.items():
-        for path, (axis, index) in _moves(params, name, order).items():
-            leaf = at(params, path)
-            if opt_state is None:
-                moved = _take(leaf, index, axis)
-            else:
-                moved = optim.permute_heads(at(tree, path), leaf.shape, axis, index)
-            tree = replaced(tree, path, moved)
-    return tree
+    for path, axis, index in _moves(params, orders):
+        params = replaced(params, path, _take(at(params, path), index, axis))
+    return params
 
 
-def _moves(params: dict, name: str, order: np.ndarray) -> dict[tuple, tuple[int, np.ndarray]]:
+def permuted_moments(opt_state: dict, params: dict, orders: dict[str, np.ndarray]) -> dict:
+    """The state of `gqa.optim` for `permuted` parameters, from that of `params`."""
+    for path, axis, index in _moves(params, orders):
+        moved = optim.permute_heads(at(opt_state, path), at(params, path).shape, axis, index)
+        opt_state = replaced(opt_state, path, moved)
+    return opt_state
+
+
+def _moves(params: dict, orders: dict[str, np.ndarray]) -> list[tuple[tuple, int, np.ndarray]]:
+    """Which parameters have heads, on which axis, and the order they come in."""
+    return [
+        (path, *move)
+        for name, order in orders.items()
+        for path, move in _moves_of(params, name, order).items()
+    ]
+
+
+def _moves_of(params: dict, name: str, order: np.ndarray) -> dict[tuple, tuple[int, np.ndarray]]:
     """Which parameters have heads of an attention, on which axis, and the order they come in."""
     L, K = order.shape
     stack, attention = ATTENTIONS[name]
