@@ -35,12 +35,15 @@ for K in (2, 8):
     net = Inference(config, backend="tpu", layout=layout)
     step = compiler.step(net, B, S, T)
     program = hlo.parse(step.text)
+    prefill = hlo.parse(compiler.prefill(net, B, S).text)
     cache = B * K * 64 * T * 2 // 8
     found[K] = {
         "layout": layout.kv_heads,
         "moves": len(hlo.moves(program, cache)),
         "gathered": hlo.largest_collective(program, "all-gather"),
         "weight": 1024 * 16 * 64 * 2 // 8,
+        "prefill_gathered": hlo.largest_collective(prefill, "all-gather"),
+        "encoded": B * S * 1024 * 2,
         "arguments": step.arguments,
         "caches": 2 * L * B * K * 64 * (S + T) * 2 // 8,
         "aliased": step.aliased,
@@ -123,6 +126,7 @@ def test_a_step_moves_no_cache_and_gathers_no_weight(tmp_path):
     for n in found.values():
         assert n["moves"] == 0
         assert n["gathered"] < n["weight"]
+        assert n["prefill_gathered"] < n["encoded"] // 8
         assert n["aliased"] == n["own_caches"]  # updated in place
         assert 0 < n["arguments"] - n["caches"] < 1.1 * n["weights"] + 2**20
         assert n["temporary"] < n["caches"] + 2**20

@@ -116,7 +116,9 @@ class Inference:
             x = constrain(weights["embedding"][inputs].astype(c.dtype), "batch", None, None)
             real = (inputs > 0).astype(jnp.int32)
             segments = Segments(real, real, packed=False)
-            return Encoder(c).apply({"params": weights["encoder"]}, x, segments, False)
+            x = Encoder(c).apply({"params": weights["encoder"]}, x, segments, False)
+            # Else a cache that is split by its rows would have XLA split every layer's x so.
+            return constrain(x, "batch", None, None)
 
         fit = CPU_LOGITS // (c.num_heads * S * S) if self.backend == "cpu" else B
         rows = next(n for n in range(min(max(fit, 1), B), 0, -1) if B % n == 0)

@@ -52,9 +52,11 @@ class Apart:
     def memory(self, layer: dict, encoded: Array, rows: int) -> KV:
         """Keys and values of encoded [B, S, D]."""
         del rows
+        K = self.config.num_kv_heads_cross
+        encoded = self._place(encoded, K)  # every device has all rows: each projects its own
         k = jnp.einsum("BSD,DKH->BKHS", encoded, layer["cross_key"])
         v = jnp.einsum("BSD,DKH->BKSH", encoded, layer["cross_value"])
-        return tuple(self._place(x, self.config.num_kv_heads_cross, "kv_heads") for x in (k, v))
+        return tuple(self._place(x, K, "kv_heads") for x in (k, v))
 
     def cache(self, rows: int, length: int, dtype: str) -> KV:
         """Zeros for `length` positions of so many rows of the batch."""
