@@ -118,7 +118,10 @@ def test_a_report_of_nothing_is_refused(tmp_path):
 def test_a_step_moves_no_cache_and_gathers_no_weight(tmp_path):
     """Compiled for 8 chips of TPU v4, with KV heads on each chip and with rows on each."""
     command = [sys.executable, "-c", COMPILES, str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    # The compiler may be beside the environment instead of in it.
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    }
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
