@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from gqa import blocks, distributed, hardware, seal
 from gqa.errors import UserError, disk_full
 from gqa.seal import Damaged
-from gqa.sharding import share_copies
+from gqa.sharding import local_bytes, share_copies
 
 __all__ = ["Checkpoints", "Damaged", "find", "load", "load_config", "set_aside"]
 
@@ -233,7 +233,7 @@ def load(path: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
     text = _read_json(step, names) if names else {}
     for name, tree in arrays.items():
         _check_shapes(step, name, tree)
-    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+    nbytes = sum(map(local_bytes, jax.tree.leaves(arrays)))
     hardware.check_memory(nbytes, f"checkpoint {step}")
     return text | (ocp.load_checkpointables(step, arrays) if arrays else {})
 

@@ -345,6 +345,15 @@ def put(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(on_leaf, tree, shardings)
 
 
+def local_bytes(x: Any) -> int:
+    """Of an array or its shape, what this process's devices hold."""
+    sharding = getattr(x, "sharding", None)
+    if sharding is None:
+        return x.size * x.dtype.itemsize
+    a_device = math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return a_device * len(sharding.addressable_devices)
+
+
 def share_copies(tree: Any) -> Any:
     """Arrays of which each process has its own copy as arrays of all, without moving anything."""
     processes = [

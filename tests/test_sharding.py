@@ -34,6 +34,9 @@ for _ in range(3):
     state, metrics = step(state, sharding.place(batch, mesh))
 leaves = jax.tree.leaves(state.params)
 assert all(len(leaf.sharding.device_set) == jax.device_count() for leaf in leaves)
+split = jax.ShapeDtypeStruct((16, 3), np.float32, sharding=sharding.batch_sharding(mesh))
+assert sharding.local_bytes(split) == 16 * 3 * 4
+assert sharding.local_bytes(leaves[0]) == leaves[0].nbytes * jax.device_count()
 # Tokens are not compared after training: its last bits may decide between two of them.
 params = replicated(train.init(config, 0).params, mesh)
 generate.SHORTEST, generate.EVERY = 8, 4  # rows are left out, caches grow
