@@ -35,7 +35,9 @@ def _parse(argv: list[str]) -> flags.FlagValues:
         named = values.config is not None and values.config.name is not None
     except UserError:
         raise
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError) as error:
+        raise UserError(_unknown_key(error, argv)) from error
+    except (flags.Error, OSError, TypeError, ValueError) as error:
         raise UserError(str(error.args[0] if error.args else error)) from error
     except Exception as error:  # whatever else a config file does
         raise UserError(f"--config: {type(error).__name__}: {error}") from error
@@ -59,6 +61,18 @@ def _check_arguments(argv: list[str]) -> None:
         key = re.match(r"--?(no)?config\.([^=]*)", argument)
         if key and not re.fullmatch(r"\w+(\.\w+)*", key[2]):
             raise UserError(f"{argument!r} names no key; use --config.SECTION.KEY=VALUE")
+
+
+def _unknown_key(error: Exception, argv: list[str]) -> str:
+    """What ml_collections' error means: it names only the part of the key it did not find."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    part, _, hint = str(error.args[0] if error.args else "").partition("\n")
+    for argument in argv:
+        key = re.match(r"--?(?:no)?(config\.[\w.]+)", argument)
+        if key and part.strip("'") in key[1].split("."):
+            return f"--{key[1]} is no key; {hint or 'configs/base.py lists them all'}"
+    return f"--config: {type(error).__name__}: {error}"
 
 
 def _define(argv: list[str]) -> flags.FlagValues:

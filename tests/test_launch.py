@@ -31,7 +31,11 @@ def run(capsys, tmp_path, monkeypatch):
     [
         ((), "--config is missing"),
         (("--config=configs/nothing.py",), "configs/nothing.py"),
-        ((GQA8, "--config.uptrain.alhpa=0.1"), "alhpa"),
+        (
+            (GQA8, "--config.uptrain.alhpa=0.1"),
+            '^error: --config.uptrain.alhpa is no key; Did you mean "alpha"',
+        ),
+        ((GQA8, "--noconfig.nope.x"), "^error: --config.nope.x is no key; configs/base.py lists"),
         ((GQA8, "--config.uptrain.alpha=lots"), "uptrain.alpha"),
         ((GQA8, "--config.uptrain.alpha=1.5"), "uptrain.alpha=1.5; use a fraction from 0 to 1"),
         ((GQA8, "--workdri=x"), "workdri"),
