@@ -1,7 +1,7 @@
 """Programs of a network, compiled for a slice that is not there: no weights, no devices.
 
-XLA's own compilers run on any machine: libtpu has the one for TPUs. What comes out is the program
-that would run, with its memory, its layouts and its communication.
+XLA's own compilers run on any machine: libtpu has the one for TPUs, JAX's CUDA plugin the one for
+GPUs. What comes out is the program that would run, with its memory, layouts and communication.
 """
 
 import gzip
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,27 @@ ALONE = {
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else one process at a time holds it
 }
+# By platform: the package that has the compiler, and what to install.
+COMPILERS = {
+    "tpu": ("libtpu", "-r requirements-aot.txt"),
+    "gpu": ("jax_cuda12_plugin", f'"jax[cuda12]=={jax.__version__}"'),
+}
+# What XLA asks a GPU about itself, as an H100 answers.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  device_memory_size: 84978434048 memory_bandwidth: 3352320000000
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 8 }
+"""
 TOO_LARGE = "RESOURCE_EXHAUSTED"
 
 
@@ -59,17 +81,19 @@ class Compiled(NamedTuple):
         return self.arguments + self.temporary + self.outputs - self.aliased + self.code
 
 
-def start() -> None:
-    """Keep JAX off devices, and see that there is a compiler; before anything asks for devices.
+def start(targets: Iterable[Target]) -> None:
+    """Keep JAX off devices, and see that there are compilers; before anything asks for devices.
 
     Raises:
         UserError: saying what to install.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "--stage=aot needs the TPU compiler; pip install -r requirements-aot.txt, best into an "
-            "environment of its own"
-        )
+    for target in targets:
+        package, install = COMPILERS[target.platform]
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--stage=aot needs XLA's compiler for {target.name}; pip install {install}, best "
+                "into an environment of its own"
+            )
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
@@ -77,6 +101,13 @@ def start() -> None:
 
 def devices(target: Target) -> list:
     """The devices of a slice, one a chip."""
+    if target.platform == "gpu":
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=target.kind,
+            topology=f"1x1x{target.chips}",
+            target_config=H100,
+        ).devices
     name = "x".join(map(str, target.shape))
     megacore = chips.CORES[target.kind] == 2
     topology = topologies.get_topology_desc(

@@ -39,12 +39,16 @@ class Point(NamedTuple):
     prefill: Compiled
 
 
+def _targets(config: ConfigDict) -> list[Target]:
+    """The slice that generates and those that may train."""
+    training = [chips.find(name, "aot.training_targets") for name in config.aot.training_targets]
+    return [chips.find(config.aot.target, "aot.target"), *training]
+
+
 def check(config: ConfigDict) -> None:
     """Refuse, in one line and before any compute, what could not be compiled."""
     check_numbers(config)
-    target = chips.find(config.aot.target, "aot.target")
-    for name in config.aot.training_targets:
-        chips.find(name, "aot.training_targets")
+    target, *_ = _targets(config)
     for K in _kv_heads(config):
         check_kv_heads("aot.kv_heads", K, config.model.num_heads)
         sharding.check(_network(config, K), Layout(model=target.chips), target.chips, target.chips)
@@ -58,7 +62,7 @@ def run(config: ConfigDict, workdir: Path, kind: str | None) -> None:
         raise UserError(f"--stage={kind}; use aot or report")
     check(config)
     if kind != "report":
-        ahead.start()
+        ahead.start(_targets(config))
         make_workdir(workdir)
         variants = [*_generation(config, workdir), *_training(config, workdir)]
         common = {"run": config.name, "stage": "aot", "stage_key": None, "task": None}
@@ -79,7 +83,7 @@ def _network(config: ConfigDict, K: int) -> Config:
 
 
 def _generation(config: ConfigDict, workdir: Path) -> list[dict]:
-    target = chips.find(config.aot.target, "aot.target")
+    target, *_ = _targets(config)
     compiler = Compiler(target, Layout(model=target.chips), workdir / "aot")
     S, T = config.benchmark.inputs_length, config.benchmark.targets_length
     points = {}
@@ -103,7 +107,7 @@ def _inference(config: ConfigDict, compiler: Compiler, K: int) -> Inference:
     S, T = config.benchmark.inputs_length, config.benchmark.targets_length
     rows = compiler.target.chips
     layout = sharding.choose(network, compiler.layout, compiler.mesh, rows, S, T)
-    return Inference(network, backend="tpu", layout=layout)
+    return Inference(network, backend=compiler.target.platform, layout=layout)
 
 
 def _largest(config: ConfigDict, compiler: Compiler, net: Inference, S: int, T: int) -> Point:
@@ -122,7 +126,8 @@ def _largest(config: ConfigDict, compiler: Compiler, net: Inference, S: int, T: 
             high = rows
         rows = (low + high + 1) // 2 if high - low > 2 else low + 1
     if low == 0:
-        raise UserError(f"aot.target={compiler.target.name}: {fits[1].failure}; use a larger one")
+        held = fits[1].failure or f"{fits[1].peak / 2**30:.1f} GiB a chip"
+        raise UserError(f"aot.target={compiler.target.name}: {held}; use a larger one")
     return Point(net, low * chips_, fits[low], prefill)
 
 
@@ -153,7 +158,9 @@ def _records(config: ConfigDict, target: Target, point: Point, batch: str) -> li
     numbers["step_must_bytes"] = (moved.weights + moved.cross_cache + moved.self_cache) / n
     # The smaller of a layer's caches: keys or values of self-attention.
     least = min(moved.cross_cache, moved.self_cache) // (2 * net.config.num_decoder_layers * n)
-    numbers["step_moves"] = len(hlo.moves(hlo.parse(point.step.text), int(least)))
+    program = hlo.parse(point.step.text)
+    numbers["step_moves"] = len(hlo.moves(program, int(least)))
+    numbers["step_cache_reads"] = hlo.reads(program, ("cache[", "memory.kv["))
     numbers["sample_seconds"] = roofline.sample_seconds(
         numbers["prefill_seconds"], R, numbers["step_seconds"], T, B, n
     )
@@ -202,19 +209,18 @@ def _training(config: ConfigDict, workdir: Path) -> list[dict]:
     settings = config.pretrain
     B, S, T = settings.batch_size, settings.inputs_length, settings.targets_length
     network = _network(config, config.model.num_heads)
-    for name in config.aot.training_targets:
-        target = chips.find(name, "aot.training_targets")
+    for target in _targets(config)[1:]:
         layout = Layout(model=config.aot.training_model, fsdp=True)
         compiler = Compiler(target, layout, workdir / "aot")
         step = compiler.train(network, B, S, T, settings.num_microbatches)
         fits = _fits(target, step)
         held = f"{step.peak / 2**30:.1f} GiB a chip" if not step.failure else step.failure
-        print(f"{name}: training, batch {B}: {held}, in {step.seconds:.0f} s", flush=True)
+        print(f"{target.name}: training, batch {B}: {held}, in {step.seconds:.0f} s", flush=True)
         if fits:
             work = flops.train_flops(network, B, S, T) / target.chips
             numbers = _analysed(step, "train", work, config, target)
             about = {"num_kv_heads": network.num_heads, "batch": "training", "batch_size": B}
             about |= {"model": config.aot.training_model, "remat": network.remat}
             about |= {"num_microbatches": settings.num_microbatches}
-            return _variant_records(config, name, about, numbers)
+            return _variant_records(config, target.name, about, numbers)
     return []

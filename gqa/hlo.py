@@ -190,20 +190,22 @@ def _moved(program: Program, it: Instruction, around: dict[str, Instruction]) ->
 
 def _fused(inside: dict[str, Instruction], reads: list[int], writes: int) -> int:
     """Of a fusion: parameters that it takes slices of count as those, updates in place too."""
-    total = 0
     parameters = [it for it in inside.values() if it.op == "parameter"]
-    for parameter in parameters:
-        read = reads[int(parameter.inside)]
-        users = [it for it in inside.values() if parameter.name in it.operands]
-        if read and users and all(_is_slice_of(it, parameter.name) for it in users):
-            read = min(read, sum(it.results[0].nbytes for it in users if _is_read(it)))
-        total += read
+    total = sum(_read_inside(inside, it, reads[int(it.inside)]) for it in parameters)
     updates = [it for it in inside.values() if it.op == "dynamic-update-slice"]
     if updates and writes:
         whole = sum(it.results[0].nbytes for it in updates)
         part = sum(_nbytes(inside[it.operands[1]].results) for it in updates)
         writes = max(writes - whole, 0) + min(part, writes)
     return total + writes
+
+
+def _read_inside(inside: dict[str, Instruction], parameter: Instruction, size: int) -> int:
+    """Bytes that a fusion reads of one of its parameters, which has `size`."""
+    users = [it for it in inside.values() if parameter.name in it.operands]
+    if not users or not all(_is_slice_of(it, parameter.name) for it in users):
+        return size
+    return min(size, sum(it.results[0].nbytes for it in users if _is_read(it)))
 
 
 def _is_slice_of(it: Instruction, name: str) -> bool:
@@ -218,6 +220,43 @@ def _is_read(it: Instruction) -> bool:
 
 def _nbytes(results: list[Shape]) -> int:
     return sum(shape.nbytes for shape in results if shape.in_hbm)
+
+
+def reads(program: Program, arguments: tuple[str, ...]) -> float:
+    """How often the program reads arguments of such names: bytes read over their bytes.
+
+    Names begin so in JAX ("cache[0][1]"). An array that is updated in place stays the same one.
+    Loops are not looked into.
+    """
+    around, size, read = program.computations[program.entry], 0, 0
+    same: set[str] = set()
+    for it in around.values():
+        name = re.search(r'op_name="([^"]*)"', it.rest) if it.op == "parameter" else None
+        if name and name[1].startswith(arguments):
+            same.add(it.name)
+            size += _nbytes(it.results)
+        for operand in same.intersection(it.operands):
+            nbytes, is_same = _read(program, it, operand, around[operand].results[0])
+            read += nbytes
+            if is_same:
+                same.add(it.name)
+    return read / size
+
+
+def _read(program: Program, it: Instruction, operand: str, array: Shape) -> tuple[int, bool]:
+    """Bytes that one instruction reads of an operand, and whether its result is that array."""
+    if it.op in FREE:
+        return 0, it.op == "bitcast"
+    if it.op == "dynamic-update-slice" and it.operands[0] == operand:
+        return 0, True
+    if it.op != "fusion":
+        part = it.op in ("slice", "dynamic-slice", "gather", "slice-start")
+        return (it.results[it.op == "slice-start"] if part else array).nbytes, False
+    inside, index = program.computations[it.called[0]], it.operands.index(operand)
+    own = next(p for p in inside.values() if p.op == "parameter" and int(p.inside) == index)
+    users = [user for user in inside.values() if own.name in user.operands]
+    updated = any(u.op == "dynamic-update-slice" and u.operands[0] == own.name for u in users)
+    return _read_inside(inside, own, array.nbytes), updated
 
 
 def moves(program: Program, least: int) -> list[Instruction]:

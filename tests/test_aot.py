@@ -20,35 +20,38 @@ COMPILES = """
 import dataclasses, json, sys
 from pathlib import Path
 from experiments import ahead
-ahead.start()
 from gqa import chips, hlo, kv_cache, sharding
 from gqa.inference import Inference
 from gqa.model import Config
 from gqa.sharding import Layout
 
 B, S, T, L = 16, 512, 256, 2
+target = chips.find(sys.argv[2], "")
+ahead.start([target])
 found = {}
 for K in (2, 8):
     config = Config(4096, 1024, 2048, 16, 64, L, L, 16, K, K, dtype="bfloat16")
-    compiler = ahead.Compiler(chips.find("v4-16", ""), Layout(model=8), Path(sys.argv[1]))
+    compiler = ahead.Compiler(target, Layout(model=target.chips), Path(sys.argv[1]))
     layout = sharding.choose(config, compiler.layout, compiler.mesh, B, S, T)
-    net = Inference(config, backend="tpu", layout=layout)
+    net = Inference(config, backend=target.platform, layout=layout)
     step = compiler.step(net, B, S, T)
     program = hlo.parse(step.text)
     prefill = hlo.parse(compiler.prefill(net, B, S).text)
-    cache = B * K * 64 * T * 2 // 8
+    n = target.chips
+    cache = B * K * 64 * T * 2 // n
     found[K] = {
         "layout": layout.kv_heads,
+        "reads": hlo.reads(program, ("cache[", "memory.kv[")),
         "moves": len(hlo.moves(program, cache)),
         "gathered": hlo.largest_collective(program, "all-gather"),
-        "weight": 1024 * 16 * 64 * 2 // 8,
+        "weight": 1024 * 16 * 64 * 2 // n,
         "prefill_gathered": hlo.largest_collective(prefill, "all-gather"),
         "encoded": B * S * 1024 * 2,
         "arguments": step.arguments,
-        "caches": 2 * L * B * K * 64 * (S + T) * 2 // 8,
+        "caches": 2 * L * B * K * 64 * (S + T) * 2 // n,
         "aliased": step.aliased,
-        "own_caches": 2 * L * B * K * 64 * T * 2 // 8,
-        "weights": kv_cache.nbytes(kv_cache.weight_shapes(net)) // 8,
+        "own_caches": 2 * L * B * K * 64 * T * 2 // n,
+        "weights": kv_cache.nbytes(kv_cache.weight_shapes(net)) // n,
         "temporary": step.temporary,
     }
 print(json.dumps(found))
@@ -60,6 +63,7 @@ def test_every_slice_has_a_chip_and_its_size():
     assert known["v4-16"].chips == known["v6e-8"].chips == 8
     assert known["v4-8"].links == 2  # 2x2x1 has no third axis
     assert known["v4-128"].links == 6
+    assert known["h100-8"].links == 1  # a switch
     assert {target.kind for target in known.values()} == chips.CHIPS.keys()
     for target in known.values():
         assert target.chip.source
@@ -103,7 +107,9 @@ def test_mistakes_are_told_before_compiling(key, value, message):
 def test_without_the_compiler_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -r requirements-aot.txt"):
-        ahead.start()
+        ahead.start([chips.find("v4-8", "")])
+    with pytest.raises(UserError, match=r"for h100-8; pip install .jax\[cuda12\]=="):
+        ahead.start([chips.find("h100-8", "")])
 
 
 def test_a_report_of_nothing_is_refused(tmp_path):
@@ -112,12 +118,17 @@ def test_a_report_of_nothing_is_refused(tmp_path):
         report_aot.run(tmp_path / "results.jsonl", tmp_path, "aot-xxl")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu (requirements-aot.txt) is not here"
-)
-def test_a_step_moves_no_cache_and_gathers_no_weight(tmp_path):
-    """Compiled for 8 chips of TPU v4, with KV heads on each chip and with rows on each."""
-    command = [sys.executable, "-c", COMPILES, str(tmp_path)]
+@pytest.mark.parametrize("name", ["v4-16", "v5e-8", "v5p-16", "v6e-8", "h100-1", "h100-8"])
+def test_a_step_reads_a_cache_once_and_gathers_no_weight(tmp_path, name):
+    """Compiled for each kind of chip, with KV heads on each chip and, on eight, with rows on each.
+
+    With jax[cuda12] in the environment instead of libtpu it compiles for H100.
+    """
+    target = chips.find(name, "")
+    package, install = ahead.COMPILERS[target.platform]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not here: pip install {install}")
+    command = [sys.executable, "-c", COMPILES, str(tmp_path), name]
     # The compiler may be beside the environment instead of in it.
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
@@ -125,8 +136,10 @@ def test_a_step_moves_no_cache_and_gathers_no_weight(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["2"]["layout"], found["8"]["layout"]) == ("batch", "replicate")
+    assert found["8"]["layout"] == "replicate"
+    assert found["2"]["layout"] == ("batch" if target.chips > 1 else "replicate")
     for n in found.values():
+        assert n["reads"] == 1
         assert n["moves"] == 0
         assert n["gathered"] < n["weight"]
         assert n["prefill_gathered"] < n["encoded"] // 8

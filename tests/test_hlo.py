@@ -43,7 +43,7 @@ TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[
 
 ENTRY %main (w: bf16[24,16,128], cache: bf16[64,128], row: bf16[1,128]) -> bf16[64,128] {
   %w = bf16[24,16,128]{2,1,0:T(8,128)(2,1)} parameter(0)
-  %cache = bf16[64,128]{1,0} parameter(1)
+  %cache = bf16[64,128]{1,0} parameter(1), metadata={op_name="cache[0][1]"}
   %row = bf16[1,128]{1,0} parameter(2)
   %zero = s32[]{:T(128)S(6)} constant(0)
   %start = (s32[]{:T(128)S(6)}, bf16[24,16,128]{2,1,0:T(8,128)(2,1)}) tuple(%zero, %w)
@@ -91,6 +91,13 @@ def test_traffic_is_what_touches_hbm(program):
 def test_copies_and_transposes_of_a_size(program):
     assert [it.name for it in hlo.moves(program, CACHE)] == ["turn", "copy"]
     assert hlo.moves(program, CACHE + 1) == []
+
+
+def test_an_array_updated_in_place_is_read_where_its_copies_are_made(program):
+    """By the prefetch, the all-gather and the transpose; the update reads none of it."""
+    assert hlo.reads(program, ("cache[",)) == 3
+    twice = TEXT.replace("all-gather-start(%new)", "all-gather-start(%new, %cache)")
+    assert hlo.reads(hlo.parse(twice), ("cache[",)) == 4
 
 
 def test_collectives_by_kind(program):
