@@ -131,7 +131,7 @@ class Compiler:
 
         The weights that only prefill reads are arguments too: they stay in memory.
         """
-        caches = sharding.cache_sharding(net.config, self.mesh, net.layout)
+        caches = sharding.cache_sharding(net.config, self.mesh, net.layout, net.fused)
         rows = sharding.batch_sharding(self.mesh)
         weights = self._weights(net)
         inputs = jax.ShapeDtypeStruct((batch_size, S), jnp.int32)
@@ -148,7 +148,7 @@ class Compiler:
 
     def prefill(self, net: Inference, batch_size: int, S: int) -> Compiled:
         """The encoder and every layer's cross-attention keys and values."""
-        caches = sharding.cache_sharding(net.config, self.mesh, net.layout)
+        caches = sharding.cache_sharding(net.config, self.mesh, net.layout, net.fused)
         rows = sharding.batch_sharding(self.mesh)
         inputs = jax.ShapeDtypeStruct((batch_size, S), jnp.int32, sharding=rows)
         prefill = jax.jit(net.prefill, out_shardings=Memory(caches.cross, caches.mask))

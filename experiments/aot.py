@@ -107,7 +107,7 @@ def _inference(config: ConfigDict, compiler: Compiler, K: int) -> Inference:
     S, T = config.benchmark.inputs_length, config.benchmark.targets_length
     rows = compiler.target.chips
     layout = sharding.choose(network, compiler.layout, compiler.mesh, rows, S, T)
-    return Inference(network, backend=compiler.target.platform, layout=layout)
+    return Inference(network, backend=compiler.target.backend, layout=layout)
 
 
 def _largest(config: ConfigDict, compiler: Compiler, net: Inference, S: int, T: int) -> Point:

@@ -71,6 +71,11 @@ class Target(NamedTuple):
         return "tpu" if self.kind in CORES else "gpu"
 
     @property
+    def backend(self) -> str:
+        """What fuses attention there, of `gqa.kernels`."""
+        return {"tpu": "tpu", "gpu": "cudnn"}[self.platform]
+
+    @property
     def chips(self) -> int:
         """How many there are."""
         return math.prod(self.shape)

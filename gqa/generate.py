@@ -42,7 +42,7 @@ def _placed(net: Inference, mesh: Mesh) -> _Placed:
     whole = NamedSharding(mesh, PartitionSpec())
     rows, caches = (
         sharding.batch_sharding(mesh),
-        sharding.cache_sharding(net.config, mesh, net.layout),
+        sharding.cache_sharding(net.config, mesh, net.layout, net.fused),
     )
     if net.layout.model > 1:
         shapes = jax.eval_shape(lambda: net.prepare(init_params(net.config, 0)))

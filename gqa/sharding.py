@@ -261,17 +261,21 @@ class Caches(NamedTuple):
     mask: NamedSharding
 
 
-def cache_sharding(config: Any, mesh: Mesh, layout: Layout) -> Caches:
-    """Of the caches of `gqa.inference` for a gqa.model.Config; `layout` as `choose` gives it."""
+def cache_sharding(config: Any, mesh: Mesh, layout: Layout, fused: bool = False) -> Caches:
+    """Of the caches of `gqa.inference` for a gqa.model.Config; `layout` as `choose` gives it.
+
+    With `fused`, cross-attention's arrays are [B, S, K, H].
+    """
 
     def on(*axes: str | None) -> NamedSharding:
         names = (tuple(n for n in TABLE.get(axis, ()) if n in mesh.shape) for axis in axes)
         return NamedSharding(mesh, PartitionSpec(*names))
 
-    def kv(K: int) -> NamedSharding:
-        return on("rows") if by_rows(K, layout) else on("batch", "kv_heads")
+    def kv(K: int, *before: None) -> NamedSharding:
+        return on("rows") if by_rows(K, layout) else on("batch", *before, "kv_heads")
 
-    own, cross = ([kv(K) for K in config.kv_heads(name)] for name in ("decoder", "cross"))
+    own = [kv(K) for K in config.kv_heads("decoder")]
+    cross = [kv(K, *[None] * fused) for K in config.kv_heads("cross")]
     some = any(by_rows(K, layout) for K in config.kv_heads("cross"))
     return Caches(own, cross, on("rows" if some else "batch"))
 

@@ -33,7 +33,7 @@ for K in (2, 8):
     config = Config(4096, 1024, 2048, 16, 64, L, L, 16, K, K, dtype="bfloat16")
     compiler = ahead.Compiler(target, Layout(model=target.chips), Path(sys.argv[1]))
     layout = sharding.choose(config, compiler.layout, compiler.mesh, B, S, T)
-    net = Inference(config, backend=target.platform, layout=layout)
+    net = Inference(config, backend=target.backend, layout=layout)
     step = compiler.step(net, B, S, T)
     program = hlo.parse(step.text)
     prefill = hlo.parse(compiler.prefill(net, B, S).text)

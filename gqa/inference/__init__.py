@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gqa import kernels
 from gqa.attention import Segments, as_bias
 from gqa.inference.apart import Apart
 from gqa.inference.joined import KV, Joined
@@ -52,8 +53,9 @@ class Inference:
     """How a network of `config` generates on a backend; the methods are pure functions.
 
     `cache_dtype` defaults to float32 on CPUs, where bfloat16 products cost more than its bytes
-    save, and to bfloat16 on accelerators; `backend` to JAX's own. On several devices, give the
-    `layout` of `gqa.sharding.choose`, and run under the mesh of `jax.set_mesh`.
+    save, and to bfloat16 on accelerators; `backend` to JAX's own, or "cudnn" for a GPU that has it.
+    On several devices, give the `layout` of `gqa.sharding.choose`, and run under the mesh of
+    `jax.set_mesh`.
     """
 
     config: Config
@@ -62,7 +64,7 @@ class Inference:
     layout: Layout = WHOLE
 
     def __post_init__(self):
-        backend = self.backend or jax.default_backend()
+        backend = self.backend or kernels.backend() or jax.default_backend()
         default = "float32" if backend == "cpu" else "bfloat16"
         object.__setattr__(self, "backend", backend)
         object.__setattr__(self, "cache_dtype", self.cache_dtype or default)
@@ -73,7 +75,19 @@ class Inference:
         configs = [self.config.at_layer(i) for i in range(self.config.num_decoder_layers)]
         if self.backend == "cpu" and self.layout.model == 1:
             return [Joined(config) for config in configs]
-        return [Apart(config, self.layout) for config in configs]
+        return [Apart(config, self.layout, self.fused) for config in configs]
+
+    @property
+    def fused(self) -> bool:
+        """Whether cross-attention is cuDNN's, whose keys and values are [B, S, K, H]."""
+        if self.backend != "cudnn":
+            return False
+        heads = self.config.num_heads, self.config.head_dim
+        q = jax.ShapeDtypeStruct((1, 1, *heads), self.cache_dtype)
+        chosen = kernels.select(
+            q, q, position_bias=False, packed=False, dropout=False, backend=self.backend
+        )
+        return chosen.kernel is not None
 
     @property
     def form(self) -> Joined | Apart:

@@ -3,7 +3,8 @@
     keys     [B, K, H, S]        weights  as they are trained, one array each
     values   [B, K, S, H]
 
-Where `gqa.sharding` keeps a KV head on each device, K is the number of devices along "model".
+cuDNN, which does cross-attention on GPUs, has both as [B, S, K, H]. Where `gqa.sharding` keeps a KV
+head on each device, K is the number of devices along "model".
 """
 
 import dataclasses
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gqa.attention import Segments
+from gqa.kernels import fused_attention
 from gqa.layers import GATED_GELU
 from gqa.model import Config
 from gqa.sharding import Layout, by_rows, constrain
@@ -21,10 +24,14 @@ KV = tuple[Array, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Apart:
-    """How a network of `config` is laid out under `layout`; the methods are pure functions."""
+    """How a network of `config` is laid out under `layout`; the methods are pure functions.
+
+    With `fused`, cross-attention is cuDNN's.
+    """
 
     config: Config
     layout: Layout
+    fused: bool = False
 
     def prepare_layer(self, layer: dict) -> dict:
         """One decoder layer's kernels under one name each, KV heads repeated as they are kept."""
@@ -54,6 +61,10 @@ class Apart:
         del rows
         K = self.config.num_kv_heads_cross
         encoded = self._place(encoded, K)  # every device has all rows: each projects its own
+        if self.fused:
+            kernels = layer["cross_key"], layer["cross_value"]
+            kv = (jnp.einsum("BSD,DKH->BSKH", encoded, kernel) for kernel in kernels)
+            return tuple(self._place(x, K, None, "kv_heads") for x in kv)
         k = jnp.einsum("BSD,DKH->BKHS", encoded, layer["cross_key"])
         v = jnp.einsum("BSD,DKH->BKSH", encoded, layer["cross_value"])
         return tuple(self._place(x, K, "kv_heads") for x in (k, v))
@@ -109,7 +120,8 @@ class Apart:
 
     def attend_cross(self, q: Array, kv: KV, mask: Array) -> Array:
         """q [B, R, N, H] to keys and values of B inputs, mask [B, 1, 1, S]: [B, R, N, H]."""
-        return self._queries(_attend(q, *kv, mask), self.config.num_kv_heads_cross)
+        out = _attend_fused(q, *kv, mask) if self.fused else _attend(q, *kv, mask)
+        return self._queries(out, self.config.num_kv_heads_cross)
 
     def mlp(self, layer: dict, x: Array) -> Array:
         """[B, R, D] -> [B, R, D]."""
@@ -160,3 +172,18 @@ def _attend(q: Array, k: Array, v: Array, bias: Array) -> Array:
     weights = jax.nn.softmax(logits + bias).astype(v.dtype)
     out = jnp.einsum("BKMS,BKSH->BKMH", weights, v)
     return out.reshape(q.shape).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _attend_fused(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """q [B, T, N, H] to k and v [B, S, K, H], mask [B, 1, 1, S]: [B, T, N, H]; no logits in HBM."""
+    real = (mask[:, 0, 0] == 0).astype(jnp.int32)
+    segments = Segments(jnp.ones(q.shape[:2], jnp.int32), real, packed=False)
+    return fused_attention(
+        q.astype(k.dtype),
+        k,
+        v,
+        position_bias=None,
+        segments=segments,
+        causal=False,
+        backend="cudnn",
+    )
