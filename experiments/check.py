@@ -51,8 +51,8 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
     for heads in ({}, {f"num_kv_heads_{n}": K for n, K in target_heads(config).items()}):
         network = dataclasses.replace(parent_config(config), **heads)
         sharding.check(network, layout, count, local_count)
-        size = config.evaluate.batch_size
-        sharding.check_rows("evaluate.batch_size", size, network, layout, local_count)
+        size, generate = config.evaluate.batch_size, max(local_count, layout.model)
+        sharding.check_rows("evaluate.batch_size", size, network, layout, generate)
     for section in ("pretrain", "finetune"):
         _check_batch(section, config[section], layout, count)
     sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, 1, layout, count)

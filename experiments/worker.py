@@ -27,7 +27,8 @@ from gqa.errors import UserError
 RESULTS = "results.jsonl"
 STAGE = "stage.json"
 # Of several processes each does all of these on its own devices, if only the primary's is kept:
-# what they compute is one device's or one batch's, and waits for no other.
+# what they compute is one device's or one batch's, and waits for no other. A network that is split
+# over more devices than a process has generates on those of all.
 ALONE = ("convert", "evaluate", "benchmark")
 
 
@@ -80,7 +81,9 @@ def _outcome(folder: Path, what: dict) -> Outcome:
     workdir = folder.parent.parent
     module = importlib.import_module(f"experiments.{what['kind']}")
     setup = what["setup"]
-    job = _job(json.dumps(setup), workdir, what["kind"] in ALONE)._replace(title=what["title"])
+    job = _job(json.dumps(setup), workdir, _is_alone(what["kind"], setup))._replace(
+        title=what["title"]
+    )
     while True:
         try:
             parents = [_result(workdir / "stages" / name) for name in what["parents"]]
@@ -109,10 +112,16 @@ def _result(folder: Path) -> Path:
     return folder / "checkpoints" / Path(done["checkpoint"]).name
 
 
+def _is_alone(kind: str, setup: dict) -> bool:
+    together = kind == "evaluate" and setup["mesh"]["model"] > jax.local_device_count()
+    return kind in ALONE and not together
+
+
 @functools.lru_cache(maxsize=1)
 def _job(setup: str, workdir: Path, alone: bool) -> Job:
     settings = json.loads(setup)
     layout = sharding.Layout(**settings["mesh"])
+    layout = layout.within(jax.local_device_count()) if alone else layout
     mesh = sharding.make_mesh(layout, local=alone)
     return Job(
         workdir=workdir,

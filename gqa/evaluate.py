@@ -17,17 +17,19 @@ def predict(
     *,
     inputs_length: int,
     batch_size: int,
+    together: bool = False,
 ) -> np.ndarray:
     """Tokens [n, length] that `generator` gives for n texts of token ids, in their order.
 
     Texts are cut to `inputs_length`, their end counted. Those of like length share a batch, so that
     few of its columns are padding; what a text gives does not depend on the batch it is in. Several
-    processes, each with a generator on its own devices, share the batches out and get all tokens.
+    processes, each with a generator on its own devices, share the batches out and get all tokens;
+    those whose generator is one on the devices of all do each batch `together`.
     """
     order = np.argsort([len(text) for text in texts], kind="stable")
     outputs = np.zeros((len(texts), generator.length), np.int32)
-    first, step = jax.process_index() * batch_size, jax.process_count() * batch_size
-    for start in range(first, len(texts), step):
+    turn, turns = (0, 1) if together else (jax.process_index(), jax.process_count())
+    for start in range(turn * batch_size, len(texts), turns * batch_size):
         chosen = order[start : start + batch_size]
         rows = [np.append(texts[i][: inputs_length - 1], EOS) for i in chosen]
         width = bucket(max(map(len, rows)), inputs_length)

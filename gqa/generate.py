@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqa import decode, sharding
 from gqa.decode import Search
-from gqa.inference import KV, Inference, Memory
+from gqa.inference import Inference, Memory
 from gqa.model import init_params
 
 SHORTEST = 64  # the smallest bucket of lengths
@@ -67,7 +67,8 @@ class Generator:
     for at most 4 batch sizes times 1 + log2(length / 64) lengths, for each shape of inputs.
 
     With a `mesh`, which is also `jax.set_mesh`'s, everything lies as `net.layout` says, and a batch
-    is never made smaller than the parts it is split into.
+    is never made smaller than the parts it is split into. On a mesh of several processes each gives
+    the same inputs and gets all tokens.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Generator:
     ):
         self.net, self.search, self.length, self.stop = net, search, length, stop
         at = _Placed() if mesh is None else _placed(net, mesh)
-        self._parts = at.parts
+        self._parts, self._rows = at.parts, at.rows
         prefill = partial(net.prefill, num_beams=search.num_beams)
         self.prepare = jax.jit(net.prepare, out_shardings=at.weights)
         self.prefill = jax.jit(prefill, in_shardings=(at.weights, at.rows), out_shardings=at.memory)
@@ -99,6 +100,8 @@ class Generator:
         self, weights: dict, inputs: Array, numbers: np.ndarray | None = None
     ) -> np.ndarray:
         """Tokens [B, length] for inputs [B, S]; see `decode`."""
+        if self._rows is not None:
+            inputs = sharding.put(inputs, self._rows)
         return self.decode(weights, self.prefill(weights, inputs), numbers)
 
     def decode(
@@ -113,7 +116,8 @@ class Generator:
         numbers = np.arange(B) if numbers is None else np.asarray(numbers)
         outputs = np.zeros((B, self.length), np.int32)
         places, ended = np.arange(B), numbers < 0  # of the rows that are left
-        rows, cache = self._start(numbers.astype(np.int32)), None
+        rows = self._start(numbers.astype(np.int32))
+        cache = self._init_cache(B, self.search.num_beams, bucket(1, self.length))
         sizes = self._batch_sizes(B)
         begin = 0
         while begin < self.length and not ended.all():
@@ -124,7 +128,8 @@ class Generator:
                 rows, cache, memory = self._keep(rows, cache, memory, keep)
                 places, ended = places[keep], ended[keep]
             room = bucket(begin + 1, self.length)
-            cache = self._with_room(cache, size, room)
+            if self.net.room(cache) < room:
+                cache = self._grow(cache, room)
             end = min(begin + EVERY, room) if self.stop else room
             rows, cache = self._advance(weights, rows, cache, memory, begin, end)
             begin = end
@@ -138,11 +143,6 @@ class Generator:
         while len(sizes) <= HALVINGS and sizes[-1] % (2 * self._parts) == 0:
             sizes.append(sizes[-1] // 2)
         return sizes
-
-    def _with_room(self, cache: list[KV] | None, batch_size: int, length: int) -> list[KV]:
-        if cache is None:
-            return self._init_cache(batch_size, self.search.num_beams, length)
-        return cache if self.net.room(cache) >= length else self._grow(cache, length)
 
     def _advance_rows(self, weights, rows, cache, memory, begin, end):
         def step(tokens, index, cache):

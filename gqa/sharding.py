@@ -56,6 +56,10 @@ class Layout:
     slices: int = 1
     kv_heads: str = "auto"  # where there are fewer than `model`; of `KV_HEADS`
 
+    def within(self, count: int) -> "Layout":
+        """The same on so many devices of one process, where "model" may go beyond them."""
+        return dataclasses.replace(self, model=math.gcd(self.model, count))
+
 
 WHOLE = Layout()
 
@@ -103,13 +107,14 @@ def check(config: Any, layout: Layout, count: int, local_count: int) -> None:
         raise UserError(f"mesh.kv_heads={layout.kv_heads!r}; use one of {_listed(KV_HEADS)}")
     _check_mesh(1, layout.slices, count)
     a_slice = count // layout.slices
-    # A process generates on its own devices.
-    fit = [n for n in _divisors(math.gcd(a_slice, local_count)) if not _odd_sizes(config, n)]
+    # Processes read rows of their own or all the same ones.
+    fit = [n for n in _divisors(a_slice) if n % local_count == 0 or local_count % n == 0]
+    fit = [n for n in fit if not _odd_sizes(config, n)]
     if layout.model not in fit:
         odd = _odd_sizes(config, layout.model) if layout.model > 0 else ""
         raise UserError(
             f"mesh.model={layout.model} does not divide "
-            f"{odd or f'the {local_count} devices of a process'}; use one of {_listed(fit)}"
+            f"{odd or f'the {a_slice} devices, {local_count} a process'}; use one of {_listed(fit)}"
         )
     data = a_slice // layout.model
     if layout.fsdp and config.d_model % data:
@@ -178,7 +183,7 @@ def check_rows(name: str, batch_size: int, config: Any, layout: Layout, count: i
     if layout.kv_heads == "batch" and fewer and batch_size % count:
         raise UserError(
             f"mesh.kv_heads='batch': {name}={batch_size} does not split over the {count} devices "
-            f"of a process; use a multiple of {count}, or mesh.kv_heads=replicate"
+            f"that generate it; use a multiple of {count}, or mesh.kv_heads=replicate"
         )
 
 

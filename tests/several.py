@@ -10,9 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gqa import data, distributed, optim, sharding, train
+from gqa import checkpoint, data, distributed, evaluate, optim, sharding, train
 from gqa.checkpoint import Checkpoints
+from gqa.decode import GREEDY, beam_search
+from gqa.generate import Generator
 from gqa.guard import Settings
+from gqa.inference import Inference
 from gqa.model import Config
 from gqa.progress import Progress
 from gqa.sharding import Layout
@@ -84,8 +87,8 @@ def run(body: str, folder: Path, count: int = 2, devices: int = 1) -> list[str]:
     return printed
 
 
-HEADS = {f"num_kv_heads_{name}": k for name, k in (("encoder", 2), ("decoder", 1), ("cross", 1))}
-CONFIG = Config(32, 128, 128, 2, 64, 2, 1, **HEADS, dropout_rate=0.3)  # moments are factored
+HEADS = {f"num_kv_heads_{name}": k for name, k in (("encoder", 4), ("decoder", 1), ("cross", 2))}
+CONFIG = Config(32, 128, 128, 4, 32, 2, 1, **HEADS, dropout_rate=0.3)  # moments are factored
 EVERY = 2
 
 
@@ -126,6 +129,25 @@ def fit(folder: Path, steps: int, layout: Layout, alive=lambda step: None) -> No
             mishaps=Settings(),
             keep_last=10,
         )
+
+
+def generate(folder: Path, layout: Layout) -> None:
+    """Texts by two ways of searching from the last checkpoint of `fit`, into `texts.npz`."""
+    mesh = sharding.make_mesh(layout)
+    shapes = train.abstract(CONFIG, mesh, layout)
+    last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    rng = np.random.default_rng(1)
+    inputs = [rng.integers(3, 32, 3 + i % 4).astype(np.int32) for i in range(11)]
+    found = {}
+    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+        params = checkpoint.load(last, {"params": shapes.params})["params"]
+        for name, search in (("greedy", GREEDY), ("beams", beam_search(3, 0.6))):
+            net = Inference(CONFIG, layout=sharding.choose(CONFIG, layout, mesh, 8, 8, 6))
+            generator = Generator(net, search, 6, mesh=mesh)
+            shape = {"inputs_length": 8, "batch_size": 8, "together": mesh.is_multi_process}
+            found[name] = evaluate.predict(generator, generator.prepare(params), inputs, **shape)
+    if distributed.is_primary():
+        np.savez(folder / "texts.npz", **found)
 
 
 def outcome(folder: Path) -> dict[int, dict]:

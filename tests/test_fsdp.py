@@ -14,14 +14,17 @@ import pytest
 from gqa.sharding import Layout
 from tests import several
 
-# Each process has two devices, along "model"; parameters and moments are split over all eight.
+# Each process has two devices, "model" joins two processes; parameters and moments are split over
+# all eight devices.
 FIT = """
     from gqa.sharding import Layout
     from tests import several
     def alive(step):
         print(step, file=sys.stderr, flush=True)
         time.sleep({pause})
-    several.fit(folder, 6, Layout(model={model}, fsdp=True), alive)
+    layout = Layout(model={model}, fsdp=True)
+    several.fit(folder, 6, layout, alive)
+    several.generate(folder, layout)
 """
 SPREAD = {"count": 4, "devices": 2}
 large = pytest.mark.skipif(not os.environ.get("GQA_LARGE_TESTS"), reason="takes three minutes")
@@ -30,7 +33,7 @@ large = pytest.mark.skipif(not os.environ.get("GQA_LARGE_TESTS"), reason="takes 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp") / "whole"
-    several.run(FIT.format(pause=0, model=2), folder, **SPREAD)
+    several.run(FIT.format(pause=0, model=4), folder, **SPREAD)
     return folder
 
 
@@ -40,18 +43,24 @@ def close(found, expected):
 
 
 def test_four_processes_are_one_device(whole, tmp_path):
-    several.fit(tmp_path / "one", 6, Layout())
-    found, expected = several.outcome(whole), several.outcome(tmp_path / "one")
+    one = tmp_path / "one"
+    several.fit(one, 6, Layout())
+    found, expected = several.outcome(whole), several.outcome(one)
     assert sorted(found) == [2, 4, 6]
     close(found, expected)
     files = [p for p in (whole / "checkpoints" / "6" / "params").rglob("*") if p.is_file()]
     assert len([p for p in files if "ocdbt.process_" in str(p)]) >= 4  # each has written its part
+    several.generate(one, Layout())
+    with np.load(whole / "texts.npz") as texts, np.load(one / "texts.npz") as others:
+        assert len({row.tobytes() for row in texts["beams"]}) > 1
+        for name in others:
+            np.testing.assert_array_equal(texts[name], others[name])
 
 
 @large
 def test_one_of_four_is_killed_and_they_go_on_bit_for_bit(whole, tmp_path):
     folder = tmp_path / "parts"
-    processes = several.Processes(FIT.format(pause=0.3, model=2), folder, **SPREAD)
+    processes = several.Processes(FIT.format(pause=0.3, model=4), folder, **SPREAD)
     processes.wait_for(2, "3")
     processes.processes[2].kill()
     statuses, _ = processes.end()
@@ -59,7 +68,7 @@ def test_one_of_four_is_killed_and_they_go_on_bit_for_bit(whole, tmp_path):
     assert 0 not in statuses
     saved = {path.name for path in (folder / "checkpoints").iterdir()}
     assert "6" not in saved
-    several.run(FIT.format(pause=0, model=2), folder, **SPREAD)
+    several.run(FIT.format(pause=0, model=4), folder, **SPREAD)
     jax.tree.map(np.testing.assert_array_equal, several.outcome(folder), several.outcome(whole))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa import decode, generate
+from gqa import decode, generate, sharding
 from gqa.decode import GREEDY, Beam, Sample
 from gqa.generate import Generator, bucket
 from gqa.huggingface import from_state_dict
@@ -107,9 +107,10 @@ def test_leaving_out_and_growing_change_nothing(golden, trained, search, shapes,
     assert list(rooms) == sorted(rooms)
 
 
-def test_rows_of_no_example_are_left_out_at_once(golden, trained, shapes):
+@pytest.mark.parametrize("mesh", [None, sharding.make_mesh()])
+def test_rows_of_no_example_are_left_out_at_once(golden, trained, shapes, mesh):
     params, config = trained
-    generator = Generator(Inference(config), GREEDY, 14)
+    generator = Generator(Inference(config), GREEDY, 14, mesh=mesh)
     numbers = np.full(8, -1)
     numbers[5] = 0
     found = generator(generator.prepare(params), golden["inputs"][:8], numbers)

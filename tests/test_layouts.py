@@ -157,9 +157,12 @@ def test_what_does_not_divide_is_refused_with_what_would(layout, sizes, said):
         sharding.check(config_of(**sizes), layout, 8, 8)
 
 
-def test_a_network_is_not_split_beyond_a_process():
-    with pytest.raises(UserError, match=r"mesh.model=8 .* 4 devices of a process; use one of 1, 2"):
-        sharding.check(config_of(), Layout(model=8), 16, 4)
+def test_processes_are_joined_whole():
+    sharding.check(config_of(), Layout(model=8), 16, 4)
+    assert Layout(model=8).within(4).model == 4
+    six = config_of(num_heads=12, encoder=12, d_ff=240, vocab_size=96)
+    with pytest.raises(UserError, match=r"mesh.model=6 .* 24 devices, 4 a process; .* 2, 4, 12$"):
+        sharding.check(six, Layout(model=6), 24, 4)
 
 
 def test_moments_follow_their_parameters():
