@@ -12,7 +12,7 @@ import numpy as np
 
 from gqa import checkpoint, data, distributed, evaluate, optim, sharding, train
 from gqa.checkpoint import Checkpoints
-from gqa.decode import GREEDY, beam_search
+from gqa.decode import Sample, beam_search
 from gqa.generate import Generator
 from gqa.guard import Settings
 from gqa.inference import Inference
@@ -141,9 +141,9 @@ def generate(folder: Path, layout: Layout) -> None:
     found = {}
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         params = checkpoint.load(last, {"params": shapes.params})["params"]
-        for name, search in (("greedy", GREEDY), ("beams", beam_search(3, 0.6))):
+        for name, search in (("drawn", Sample(seed=1)), ("beams", beam_search(3, 0.6))):
             net = Inference(CONFIG, layout=sharding.choose(CONFIG, layout, mesh, 8, 8, 6))
-            generator = Generator(net, search, 6, mesh=mesh)
+            generator = Generator(net, search, 6, stop=False, mesh=mesh)
             shape = {"inputs_length": 8, "batch_size": 8, "together": mesh.is_multi_process}
             found[name] = evaluate.predict(generator, generator.prepare(params), inputs, **shape)
     if distributed.is_primary():

@@ -52,8 +52,8 @@ def test_four_processes_are_one_device(whole, tmp_path):
     assert len([p for p in files if "ocdbt.process_" in str(p)]) >= 4  # each has written its part
     several.generate(one, Layout())
     with np.load(whole / "texts.npz") as texts, np.load(one / "texts.npz") as others:
-        assert len({row.tobytes() for row in texts["beams"]}) > 1
         for name in others:
+            assert len({row.tobytes() for row in texts[name]}) > 5
             np.testing.assert_array_equal(texts[name], others[name])
 
 
