@@ -6,14 +6,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 
 from configs.sweeps import aot as sweep
 from experiments import ahead, aot, report_aot, roofline
+from experiments.ahead import Compiled
 from experiments.roofline import Time, Work
 from gqa import chips
 from gqa.errors import UserError
+from gqa.sharding import Layout
+from tests.test_hlo import TEXT
 
 ROOT = Path(__file__).parent.parent
 COMPILES = """
@@ -116,6 +121,49 @@ def test_a_report_of_nothing_is_refused(tmp_path):
     (tmp_path / "results.jsonl").write_text("")
     with pytest.raises(UserError, match="nothing compiled of aot-xxl"):
         report_aot.run(tmp_path / "results.jsonl", tmp_path, "aot-xxl")
+
+
+class Pretended(NamedTuple):
+    """A compiler whose programs take a network's share of 1.45 GiB a row, and all do the same."""
+
+    target: chips.Target
+    layout: Layout
+    folder: Path
+    mesh = SimpleNamespace(size=8)
+
+    def step(self, net, batch_size, S, T):
+        share = net.config.num_kv_heads_decoder / net.config.num_heads
+        rows = batch_size // self.target.chips
+        return Compiled(arguments=int(1.45 * 2**30 * share * rows), seconds=1.0, text=TEXT)
+
+    def prefill(self, net, batch_size, S):
+        return Compiled(arguments=1, text=TEXT)
+
+    def train(self, config, *shape):
+        fits = self.target.chips > 64
+        return Compiled(1, text=TEXT) if fits else Compiled(failure="Used 40G of 30G hbm")
+
+
+@pytest.mark.parametrize("name", ["v4-16", "h100-8"])
+def test_the_largest_batches_are_found_and_reported(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(ahead, "start", lambda targets: None)
+    monkeypatch.setattr(aot, "Compiler", Pretended)
+    config = sweep.get_config().unlock()
+    config.aot.update({"target": name, "kv_heads": (8, 32, 64)})
+    aot.run(config, tmp_path, None)
+    said = capsys.readouterr().out
+    report = (tmp_path / "report.md").read_text()
+    assert said.count("64 KV heads, batch 168: 30.4 GiB") == (name == "v4-16")  # 21 rows of 32 fit
+    assert "32 KV heads, batch 256: 23.2 GiB" in said
+    assert "v4-128: training, batch 2048: Used 40G of 30G hbm" in said
+    assert "Training xxl on 128 chips of TPU v4 (v4-256)" in report
+    assert (" 2.53 s " in report) == (name == "v4-16")  # the paper's, of 8 TPU v4
+    assert ("MHA / GQA-8" in report) == ("not explain the paper's jump" in report)
+    assert ("MHA / GQA-8" in report) == (name == "v4-16")
+    assert "| 3.00 " in report  # reads of a cache byte
+    assert (tmp_path / "sample_seconds.png").stat().st_size > 10_000
+    aot.run(config, tmp_path, "report")
+    assert (tmp_path / "report.md").read_text() == report
 
 
 @pytest.mark.parametrize("name", ["v4-16", "v5e-8", "v5p-16", "v6e-8", "h100-1", "h100-8"])
