@@ -138,7 +138,8 @@ class Compiler:
         memory = jax.eval_shape(net.prefill, weights, inputs)
         cache = jax.eval_shape(lambda: net.init_cache(batch_size, 1, T))
         cache = _each_at(cache, caches.own)
-        memory = Memory(_each_at(memory.kv, caches.cross), _at(memory.mask, caches.mask))
+        mask = memory.mask.update(sharding=caches.mask)
+        memory = Memory(_each_at(memory.kv, caches.cross), mask)
         tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=rows)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
@@ -174,7 +175,7 @@ class Compiler:
     def _weights(self, net: Inference) -> dict:
         weights = weight_shapes(net)
         at = sharding.param_shardings(weights, self.mesh, net.layout)
-        return jax.tree.map(_at, weights, at)
+        return jax.tree.map(lambda x, at: x.update(sharding=at), weights, at)
 
     def _compile(self, function, *arguments) -> Compiled:
         with jax.set_mesh(self.mesh):
@@ -193,13 +194,11 @@ class Compiler:
         return compiled
 
 
-def _at(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
 def _each_at(layers: list, shardings: list) -> list:
     """The arrays of each layer with its sharding."""
-    return jax.tree.map(lambda at, kv: tuple(_at(x, at) for x in kv), shardings, layers)
+    return [
+        tuple(x.update(sharding=at) for x in kv) for kv, at in zip(layers, shardings, strict=True)
+    ]
 
 
 def _compile(lowered: jax.stages.Lowered) -> Compiled:

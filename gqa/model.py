@@ -5,7 +5,6 @@ is one reshape. `gqa/inference` runs the same layers to generate.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -19,7 +18,7 @@ from gqa import kernels
 from gqa.attention import Segments, linear
 from gqa.errors import UserError
 from gqa.layers import GATED_GELU, MLP, RELU, Attention, RelativePositionBias, RMSNorm
-from gqa.sharding import constrain
+from gqa.sharding import constrain, divisors
 
 # What a backward pass keeps of the forward pass; "minimal" recomputes all but the weight products.
 REMAT = {
@@ -133,12 +132,6 @@ def check_kv_heads(name: str, num_kv_heads: int, num_heads: int) -> None:
             f"{name}={num_kv_heads} does not divide the {num_heads} heads there are (num_heads); "
             f"use one of {', '.join(map(str, fit))}"
         )
-
-
-def divisors(n: int) -> list[int]:
-    """The numbers of KV heads that n heads can have, ascending."""
-    small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
-    return sorted({*small, *(n // k for k in small)})
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

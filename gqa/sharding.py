@@ -94,7 +94,7 @@ def _check_mesh(model: int, slices: int, count: int) -> None:
             where = "there are" if name == "slices" else "a slice has"
             raise UserError(
                 f"mesh.{name}={size} does not divide the {of} devices {where}; "
-                f"use one of {_listed(_divisors(of))}"
+                f"use one of {_listed(divisors(of))}"
             )
 
 
@@ -108,7 +108,7 @@ def check(config: Any, layout: Layout, count: int, local_count: int) -> None:
     _check_mesh(1, layout.slices, count)
     a_slice = count // layout.slices
     # Processes read rows of their own or all the same ones.
-    fit = [n for n in _divisors(a_slice) if n % local_count == 0 or local_count % n == 0]
+    fit = [n for n in divisors(a_slice) if n % local_count == 0 or local_count % n == 0]
     fit = [n for n in fit if not _odd_sizes(config, n)]
     if layout.model not in fit:
         odd = _odd_sizes(config, layout.model) if layout.model > 0 else ""
@@ -138,8 +138,10 @@ def _odd_sizes(config: Any, model: int) -> str:
     return ""
 
 
-def _divisors(n: int) -> list[int]:
-    return [m for m in range(1, n + 1) if n % m == 0]
+def divisors(n: int) -> list[int]:
+    """The numbers of KV heads or devices that n can be split into, ascending."""
+    small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
+    return sorted({*small, *(n // k for k in small)})
 
 
 def _listed(values) -> str:

@@ -24,7 +24,8 @@ from gqa.convert.absorb import SPACES
 from gqa.convert.grouping import GROUPINGS, MEASURED, orders, permuted
 from gqa.convert.tree import kernels_of
 from gqa.errors import UserError
-from gqa.model import Config, check_kv_heads, divisors, each_layer
+from gqa.model import Config, check_kv_heads, each_layer
+from gqa.sharding import divisors
 
 ABSORBING = absorb.METHODS
 CLOSED = (*pool.METHODS, *ABSORBING)  # those that need no training
