@@ -21,9 +21,10 @@ LEGEND_COLUMNS = 2
 
 
 def style(i: int) -> dict[str, str]:
-    """Return color and marker of the `i`-th thing in a figure."""
-    marker = MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
-    return {"color": COLORS[i % len(COLORS)], "marker": marker}
+    """Return color and marker of the `i`-th thing in a figure; hollow where colors come again."""
+    again, i = divmod(i, len(COLORS))
+    look = {"color": COLORS[i], "marker": MARKERS[(i + again) % len(MARKERS)]}
+    return look | ({"markerfacecolor": "white"} if again % 2 else {})
 
 
 def error_bar(estimates: list[Estimate], scale: float = 1.0) -> list[list[float]]:
@@ -38,6 +39,7 @@ def line(axes: Axes, points: list[tuple[float, Estimate]], i: int, label: str, *
     at, estimates = zip(*points, strict=True)
     values = [e.value for e in estimates]
     bars = {"yerr": error_bar(estimates), "elinewidth": 0.8, "capsize": 2}
+    more = {"linestyle": "--" if i // len(COLORS) % 2 else "-"} | more
     axes.errorbar(at, values, label=label, **bars, **style(i), **more)
 
 
