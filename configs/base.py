@@ -214,8 +214,9 @@ def _slurm() -> ConfigDict:
 
 def _aot() -> ConfigDict:
     aot = ConfigDict()
-    # What --stage=aot compiles for, by Cloud's name, which counts cores of v4 and v5p: v4-8 is 4
-    # chips. Generation is split over all chips along "model"; lengths are the benchmark's.
+    # What --stage=aot compiles for: h100-1 to h100-8, or Cloud's name of a TPU slice, which counts
+    # cores of v4 and v5p: v4-8 is 4 chips. Generation is split over all chips along "model"; its
+    # lengths are the benchmark's.
     aot.target = "v4-8"
     aot.kv_heads = ()  # in decoder self- and cross-attention; (): convert's
     aot.largest_batch_size = 32  # a chip

@@ -1,8 +1,12 @@
-"""T5 XXL on the paper's 8 TPU v4 chips for every number of KV heads, compiled without hardware.
+r"""T5 XXL on the paper's 8 TPU v4 chips for every number of KV heads, compiled without hardware.
 
 pip install -r requirements-aot.txt                           # the TPU compiler, 700 MB
 python launch.py --config=configs/sweeps/aot.py               # minutes to half an hour on two cores
 python launch.py --config=configs/sweeps/aot.py --config.aot.target=v5p-16
+
+pip install "jax[cuda12]==0.10.2"                             # the compiler for H100, 6 GB
+python launch.py --config=configs/sweeps/aot.py --config.aot.target=h100-8 \
+    "--config.aot.training_targets=()"
 
 Leaves report.md and sample_seconds.png in the workdir. Training is compiled for the first slice of
 `aot.training_targets` that holds it.
