@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-import jax
-
 from experiments import worker
 from experiments.plan import Stage, ancestors
 from experiments.process import USER_ERROR
@@ -57,7 +55,6 @@ def _one_by_one(todo, stages, workdir, failed) -> None:
             failed[stage.key] = UserError("it builds on a stage that failed")
             continue
         _announce(stage, todo[i:], stages, workdir)
-        jax.clear_caches()  # compiled steps of one network are no use to the next stage
         try:
             worker.run(stage.folder(workdir))
         except UserError as error:
