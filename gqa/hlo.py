@@ -25,6 +25,7 @@ FREE = {
     *("add-dependency", "opt-barrier"),
 }
 MOVES = {"copy", "transpose"}
+UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # in place, by the operand of that number
 PASSIVE = {"parameter", "bitcast", "convert", "reshape"} | MOVES
 
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
@@ -170,38 +171,54 @@ def traffic(program: Program) -> int:
 def _moved(program: Program, it: Instruction, around: dict[str, Instruction]) -> int:
     if it.op in FREE or it.op.endswith(("-done", "-update")):
         return 0
-    operands = [around[name] for name in it.operands if name in around]
-    reads = [_nbytes(operand.results) for operand in operands]
-    writes = _nbytes(it.results)
-    if it.op in ("copy-start", "slice-start"):
-        # The results are the new array, the old one (in either order) and a handle.
-        made = it.results[0 if it.op == "copy-start" else 1]
-        return _nbytes([made]) + (made.nbytes if operands[0].results[0].in_hbm else 0)
-    if it.op in ("slice", "dynamic-slice", "gather"):
-        return writes + (it.results[0].nbytes if reads[0] else 0)
-    if it.op in ("dynamic-update-slice", "scatter"):
-        return _nbytes(operands[-1 if it.op == "scatter" else 1].results) * 2
-    if it.op.endswith("-start"):
-        writes = _nbytes(it.results[-1:])
+    reads = (_read(program, it, i, around[name]) for i, name in enumerate(it.operands))
+    return sum(reads) + _written(program, it, around)
+
+
+def _read(program: Program, it: Instruction, i: int, operand: Instruction) -> int:
+    """Bytes that an instruction reads of its i-th operand, of which it may take a part."""
+    size = _nbytes(operand.results)
+    if not size or it.op in FREE:
+        return 0
     if it.op == "fusion":
-        return _fused(program.computations[it.called[0]], reads, writes)
-    return sum(reads) + writes
+        inside = program.computations[it.called[0]]
+        return _read_inside(inside, _parameter(inside, i), size)
+    if it.op in ("copy-start", "slice-start"):
+        return _made(it).nbytes
+    if it.op in ("slice", "dynamic-slice", "gather"):
+        return it.results[0].nbytes if i == 0 else 0
+    if it.op in UPDATES:
+        return size if i == UPDATES[it.op] % len(it.operands) else 0
+    return size
 
 
-def _fused(inside: dict[str, Instruction], reads: list[int], writes: int) -> int:
-    """Of a fusion: parameters that it takes slices of count as those, updates in place too."""
-    parameters = [it for it in inside.values() if it.op == "parameter"]
-    total = sum(_read_inside(inside, it, reads[int(it.inside)]) for it in parameters)
-    updates = [it for it in inside.values() if it.op == "dynamic-update-slice"]
-    if updates and writes:
-        whole = sum(it.results[0].nbytes for it in updates)
-        part = sum(_nbytes(inside[it.operands[1]].results) for it in updates)
-        writes = max(writes - whole, 0) + min(part, writes)
-    return total + writes
+def _written(program: Program, it: Instruction, around: dict[str, Instruction]) -> int:
+    """Bytes that an instruction writes: of arrays that it updates in place, the new part."""
+    if it.op in UPDATES:
+        return _nbytes(around[it.operands[UPDATES[it.op]]].results)
+    if it.op in ("copy-start", "slice-start"):
+        return _nbytes([_made(it)])
+    writes = _nbytes(it.results[-1:] if it.op.endswith("-start") else it.results)
+    if it.op != "fusion" or not writes:
+        return writes
+    inside = program.computations[it.called[0]]
+    updates = [own for own in inside.values() if own.op == "dynamic-update-slice"]
+    whole = sum(own.results[0].nbytes for own in updates)
+    part = sum(_nbytes(inside[own.operands[1]].results) for own in updates)
+    return max(writes - whole, 0) + min(part, writes) if updates else writes
+
+
+def _made(it: Instruction) -> Shape:
+    """The new array of a copy-start or slice-start, beside the old one and a handle."""
+    return it.results[0 if it.op == "copy-start" else 1]
+
+
+def _parameter(inside: dict[str, Instruction], i: int) -> Instruction:
+    return next(it for it in inside.values() if it.op == "parameter" and int(it.inside) == i)
 
 
 def _read_inside(inside: dict[str, Instruction], parameter: Instruction, size: int) -> int:
-    """Bytes that a fusion reads of one of its parameters, which has `size`."""
+    """Bytes that a fusion reads of one of its parameters, which has `size`; slices as such."""
     users = [it for it in inside.values() if parameter.name in it.operands]
     if not users or not all(_is_slice_of(it, parameter.name) for it in users):
         return size
@@ -235,28 +252,21 @@ def reads(program: Program, arguments: tuple[str, ...]) -> float:
         if name and name[1].startswith(arguments):
             same.add(it.name)
             size += _nbytes(it.results)
-        for operand in same.intersection(it.operands):
-            nbytes, is_same = _read(program, it, operand, around[operand].results[0])
-            read += nbytes
-            if is_same:
-                same.add(it.name)
+        for i, operand in enumerate(it.operands):
+            if operand in same:
+                read += _read(program, it, i, around[operand])
+                if _is_still(program, it, i):
+                    same.add(it.name)
     return read / size
 
 
-def _read(program: Program, it: Instruction, operand: str, array: Shape) -> tuple[int, bool]:
-    """Bytes that one instruction reads of an operand, and whether its result is that array."""
-    if it.op in FREE:
-        return 0, it.op == "bitcast"
-    if it.op == "dynamic-update-slice" and it.operands[0] == operand:
-        return 0, True
-    if it.op != "fusion":
-        part = it.op in ("slice", "dynamic-slice", "gather", "slice-start")
-        return (it.results[it.op == "slice-start"] if part else array).nbytes, False
-    inside, index = program.computations[it.called[0]], it.operands.index(operand)
-    own = next(p for p in inside.values() if p.op == "parameter" and int(p.inside) == index)
-    users = [user for user in inside.values() if own.name in user.operands]
-    updated = any(u.op == "dynamic-update-slice" and u.operands[0] == own.name for u in users)
-    return _read_inside(inside, own, array.nbytes), updated
+def _is_still(program: Program, it: Instruction, i: int) -> bool:
+    """Whether the result is the i-th operand: named anew, or updated in place."""
+    if it.op == "fusion":
+        inside = program.computations[it.called[0]]
+        own = _parameter(inside, i).name
+        return any(u.op == "dynamic-update-slice" and u.operands[0] == own for u in inside.values())
+    return it.op == "bitcast" or (it.op == "dynamic-update-slice" and i == 0)
 
 
 def moves(program: Program, least: int) -> list[Instruction]:
