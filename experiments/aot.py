@@ -48,7 +48,7 @@ def _targets(config: ConfigDict) -> list[Target]:
 def check(config: ConfigDict) -> None:
     """Refuse, in one line and before any compute, what could not be compiled."""
     check_numbers(config)
-    target, *_ = _targets(config)
+    target = _targets(config)[0]
     for K in _kv_heads(config):
         check_kv_heads("aot.kv_heads", K, config.model.num_heads)
         sharding.check(_network(config, K), Layout(model=target.chips), target.chips, target.chips)
@@ -62,9 +62,10 @@ def run(config: ConfigDict, workdir: Path, kind: str | None) -> None:
         raise UserError(f"--stage={kind}; use aot or report")
     check(config)
     if kind != "report":
-        ahead.start(_targets(config))
+        target, *training = targets = _targets(config)
+        ahead.start(targets)
         make_workdir(workdir)
-        variants = [*_generation(config, workdir), *_training(config, workdir)]
+        variants = _generation(config, target, workdir) + _training(config, training, workdir)
         common = {"run": config.name, "stage": "aot", "stage_key": None, "task": None}
         common |= results.provenance()
         results.append(workdir / RESULTS, [common | r for r in variants])
@@ -82,8 +83,7 @@ def _network(config: ConfigDict, K: int) -> Config:
     return Config(**config.model, **(heads | grouped))
 
 
-def _generation(config: ConfigDict, workdir: Path) -> list[dict]:
-    target, *_ = _targets(config)
+def _generation(config: ConfigDict, target: Target, workdir: Path) -> list[dict]:
     compiler = Compiler(target, Layout(model=target.chips), workdir / "aot")
     S, T = config.benchmark.inputs_length, config.benchmark.targets_length
     points = {}
@@ -204,12 +204,12 @@ def _variant_records(config: ConfigDict, target: str, about: dict, numbers: dict
     ]
 
 
-def _training(config: ConfigDict, workdir: Path) -> list[dict]:
+def _training(config: ConfigDict, targets: list[Target], workdir: Path) -> list[dict]:
     """The multi-head network's pretraining step, on the first slice that holds it."""
     settings = config.pretrain
     B, S, T = settings.batch_size, settings.inputs_length, settings.targets_length
     network = _network(config, config.model.num_heads)
-    for target in _targets(config)[1:]:
+    for target in targets:
         layout = Layout(model=config.aot.training_model, fsdp=True)
         compiler = Compiler(target, layout, workdir / "aot")
         step = compiler.train(network, B, S, T, settings.num_microbatches)

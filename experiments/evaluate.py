@@ -8,7 +8,7 @@ from experiments.stage import Job, Outcome, load_params, open_parent, record
 from gqa import decode, evaluate, metrics, tasks, train
 from gqa.generate import Generator
 from gqa.inference import Inference
-from gqa.sharding import choose, share
+from gqa.sharding import choose
 from gqa.tasks import Example
 
 SHOWN = 10  # predictions in the report
@@ -23,7 +23,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     pairs = job.text.pairs(examples)
     train_examples = job.text.examples(task, "train")
     shape = {key: recipe[key] for key in ("inputs_length", "targets_length")}
-    shape |= {"batch_size": settings["batch_size"], "shard": share(job.mesh)}
+    shape |= {"batch_size": settings["batch_size"], "shard": job.text.share}
 
     lengths = recipe["inputs_length"], recipe["targets_length"]
     layout = choose(parent.config, job.layout, job.mesh, settings["batch_size"], *lengths)

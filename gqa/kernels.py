@@ -55,7 +55,7 @@ def backend() -> str:
     """What fuses attention there: "cudnn" (Ampere and later), "tpu" or "" (nothing)."""
     if platform() == "tpu":
         return "tpu"
-    if platform() != jax.default_backend():
+    if platform() == "gpu" != jax.default_backend():
         return "cudnn"  # compiled ahead of time: gqa/chips.py has no GPU that is older
     capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; AMD's are names
     major = capability.partition(".")[0]

@@ -25,6 +25,20 @@ def pytest_configure(config):
 
 
 @pytest.fixture
+def cudnn_by_xla(monkeypatch):
+    """XLA gets cuDNN's arguments; a list of the implementations that were asked for."""
+    xla, asked = jax.nn.dot_product_attention, []
+
+    def by_xla(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        asked.append(implementation)
+        return xla(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    return asked
+
+
+@pytest.fixture
 def tiny() -> Config:
     """T5 1.1 with 4 heads; `dataclasses.replace` gives the others."""
     return Config(

@@ -78,16 +78,9 @@ def test_steps_equal_teacher_forcing(
 
 @pytest.mark.parametrize(("K", "R"), [(4, 1), (1, 3), ((1, 2), 1)])
 def test_cudnn_attends_to_the_inputs_as_the_definition_does(
-    tiny, batch, random_params, monkeypatch, K, R
+    tiny, batch, random_params, cudnn_by_xla, K, R
 ):
     """Without a GPU its arguments go to XLA; both round to bfloat16, each in its own places."""
-    xla, calls = jax.nn.dot_product_attention, []
-
-    def by_xla(*args, implementation, **kwargs):
-        calls.append(implementation)
-        return xla(*args, implementation="xla", **kwargs)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     config, rng = config_of(tiny, K), np.random.default_rng(1)
     params = random_params(config)
     targets = rng.integers(1, 32, (2, R, LENGTH), dtype=np.int32)
@@ -95,7 +88,7 @@ def test_cudnn_attends_to_the_inputs_as_the_definition_does(
     found, expected = (
         step_by_step(net, params, batch["inputs"], targets, 3) for net in (fused, plain)
     )
-    assert set(calls) == {"cudnn"}
+    assert set(cudnn_by_xla) == {"cudnn"}
     assert (fused.fused, plain.fused) == (True, False)
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 

@@ -24,21 +24,17 @@ B, N, H = 2, 4, 16
 
 
 @pytest.fixture(autouse=True)
-def _without_accelerators(monkeypatch):
+def _without_accelerators(monkeypatch, request):
     """Interpret what there is no hardware for."""
-    pallas_call, xla = pallas.pallas_call, jax.nn.dot_product_attention
+    pallas_call = pallas.pallas_call
 
     def interpreted(*args, **kwargs):
         return pallas_call(*args, **(kwargs | {"interpret": True}))
 
-    def by_xla(*args, implementation, **kwargs):
-        assert implementation == "cudnn"
-        return xla(*args, implementation="xla", **kwargs)
-
     if kernels.backend() != "tpu":
         monkeypatch.setattr(pallas, "pallas_call", interpreted)
     if kernels.backend() != "cudnn":
-        monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+        request.getfixturevalue("cudnn_by_xla")
 
 
 def make_inputs(K, T, S, dtype, bias):
