@@ -1,17 +1,20 @@
 """Convert a pretrained checkpoint to fewer KV heads (paper, section 2.1); no training."""
 
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from experiments.stage import NATS, Job, Outcome, load_state, open_parent, record
+from experiments.stage import NATS, Job, Outcome, Parent, load_state, open_parent, record
 from experiments.text import Training, training
 from gqa import calibrate, checkpoint, convert, model, optim, train
+from gqa.calibrate import Moment
 from gqa.convert import grouping
+
+KEPT = 2**30  # bytes of moments, at most, that stay for the next stage of the same parent
 
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
@@ -20,15 +23,16 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     state, data_state = load_state(parent, job)
     recipe = parent.info["recipe"]
     data = training(job.text, recipe["task"], recipe, recipe["seed"])
-    begun = time.monotonic()
     heads = {n: K for n, K in settings["num_kv_heads"].items() if parent.config.num_heads > K}
+    begun = time.monotonic()
     batches, tokens = _batches(data, settings.get("calibration_tokens", 0))
-    moments = partial(calibrate.moments, batches=batches, attentions=tuple(heads))
-    orders = _orders(state.params, parent.config, settings, heads, moments)
+    moments, earlier = _calibrated(parent, state.params, settings, tuple(heads), batches)
+    found = moments() if settings["grouping"] in convert.MEASURED else None
+    orders = convert.orders(state.params, heads, settings["grouping"], settings["seed"], found)
     regrouped = grouping.permuted(state.params, orders)
     params, config = _convert(regrouped, parent.config, settings, heads, batches, moments)
     jax.block_until_ready(params)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - begun + earlier
     opt_state = grouping.permuted_moments(state.opt_state, state.params, orders)
     opt_state, old = (model.cut(tree, config) for tree in (opt_state, regrouped))
     opt_state = optim.convert_state(opt_state, old, params, settings["optimizer"])
@@ -71,13 +75,36 @@ def _by_layer(name: str, config: model.Config, settings: dict) -> list[dict]:
     return records
 
 
-def _orders(
-    params: dict, config: model.Config, settings: dict, heads: dict[str, int], moments: Callable
-) -> dict[str, np.ndarray]:
-    """The order of heads that the grouping wants, for `grouping.permuted`."""
-    measured = settings["grouping"] in convert.MEASURED
-    found = moments(params, config) if measured else None
-    return convert.orders(params, heads, settings["grouping"], settings["seed"], found)
+def _calibrated(
+    parent: Parent, params: dict, settings: dict, attentions: tuple[str, ...], batches: list[dict]
+) -> tuple[Callable[[], Iterable[Moment]], float]:
+    """What gives the parent's moments, and the seconds an earlier stage took to measure them.
+
+    They do not depend on the order of heads, and the stages that a process does in turn have them
+    in common. Those of a large network are measured wherever they are wanted, a layer at a time.
+    """
+    config = parent.config
+    measure = partial(calibrate.moments, params, config, batches, attentions)
+    whole = settings["grouping"] in convert.MEASURED or "spread" in settings
+    as_converted = settings.get("sequential") and not whole
+    matrices = config.num_encoder_layers + 2 * config.num_decoder_layers
+    if not batches or as_converted or matrices * 8 * config.d_model**2 > KEPT:
+        return measure, 0.0
+    kept = _kept(parent.path, len(batches), attentions)
+    if kept:
+        moments, seconds = kept[0]
+        return lambda: moments, seconds
+    begun = time.monotonic()
+    moments = list(measure())
+    kept.append((moments, time.monotonic() - begun))
+    return lambda: moments, 0.0
+
+
+@lru_cache(maxsize=1)
+def _kept(path: Path, batches: int, attentions: tuple[str, ...]) -> list:
+    """The place for what was measured of a checkpoint; empty at first."""
+    del path, batches, attentions
+    return []
 
 
 def _convert(
@@ -86,18 +113,18 @@ def _convert(
     settings: dict,
     heads: dict[str, int],
     batches: list[dict],
-    moments: Callable,
+    moments: Callable[[], Iterable[Moment]],
 ) -> tuple[dict, model.Config]:
     """Converted parameters and their config, of parameters whose heads are in that order."""
     s = settings
     weigh = {"space": s.get("space", "weight"), "shrinkage": s.get("shrinkage", 0.0)}
     measured = weigh["space"] != "weight"
     if "spread" in s:
-        found = moments(params, config) if measured else None
+        found = moments() if measured else None
         heads = convert.spread(params, config, heads, s["spread"], moments=found, **weigh)
     given = {"batches": batches} if s.get("sequential") else {}
     if measured and not given:
-        given = {"moments": moments(params, config)}
+        given = {"moments": moments()}
     more = given | weigh | {"renorm": s["renorm"]}
     return convert.convert(params, config, heads, s["method"], s["seed"], **more)
 

@@ -18,7 +18,7 @@ from gqa.errors import UserError
 POLL_SECONDS = 0.1
 ROOT = Path(__file__).parent.parent
 WORKER = (sys.executable, "-m", "experiments.worker")  # and the folders of stages
-CHAIN = 8  # stages at most that one process does in turn: it starts and compiles once
+CHAIN = 16  # stages at most that one process does in turn: it starts and compiles once
 
 
 def run(stages: list[Stage], workdir: Path, jobs: int) -> None:

@@ -7,7 +7,7 @@ The letters are those of `gqa/attention.py`.
 """
 
 from collections.abc import Generator, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -78,24 +78,24 @@ def moments(
     batches = list(batches)
     sources = [_source(batch) for batch in batches]
     embed = jax.jit(partial(Transformer(config).apply, method="embed"))
-    rows = []
+    rows, bias = [], cache(partial(_bias, params["encoder"], config, True))
     for batch, source in zip(batches, sources, strict=True):
         S, packed = source.shape[1], "inputs_segments" in batch
-        shared = (_bias(params["encoder"], config, True, S), Segments(source, source, packed))
+        shared = (bias(S), Segments(source, source, packed))
         rows.append(_Rows(embed({"params": params}, batch["inputs"]), source > 0, shared))
     rows = yield from _stack("encoder", params, config, rows, attentions, None)
     norm = RMSNorm(jnp.dtype(config.dtype))
     encoded = [norm.apply({"params": params["encoder"]["norm"]}, r.x) for r in rows]
     memory = second_moment(encoded, [r.real for r in rows]) if "cross" in attentions else None
 
-    rows = []
+    rows, bias = [], cache(partial(_bias, params["decoder"], config, False))
     for batch, source, y in zip(batches, sources, encoded, strict=True):
         targets, packed = batch["targets"], "targets_segments" in batch
         segments = batch["targets_segments"] if packed else np.ones_like(targets)
         own = Segments(segments, segments, packed) if packed else None
-        bias = _bias(params["decoder"], config, False, targets.shape[1])
+        shared = (y, bias(targets.shape[1]), own, Segments(segments, source, packed))
         x = embed({"params": params}, shift_right(targets, batch.get("targets_positions")))
-        rows.append(_Rows(x, targets > 0, (y, bias, own, Segments(segments, source, packed))))
+        rows.append(_Rows(x, targets > 0, shared))
     yield from _stack("decoder", params, config, rows, attentions, memory)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from gqa.attention import Segments
 from gqa.calibrate import ATTENTIONS, moments
+from gqa.convert import grouping
 from gqa.model import Decoder, Encoder, shift_right
 
 ALL = ("encoder", "decoder", "cross")
@@ -60,6 +61,15 @@ def test_they_come_layer_by_layer_in_the_networks_order(tiny, params, batch):
     ]
     assert {m.keys.dtype for m in found} == {np.dtype(np.float64)}
     assert_same(moments(params, tiny, [batch]), found[2:])
+
+
+def test_they_do_not_depend_on_the_order_of_heads(tiny, params, batch):
+    rng = np.random.default_rng(0)
+    L, N = tiny.num_decoder_layers, tiny.num_heads
+    own = np.tile(rng.permutation(N), (L, 1))  # the layers share a bias
+    orders = {"decoder": own, "cross": np.stack([rng.permutation(N) for _ in range(L)])}
+    permuted = grouping.permuted(params, orders)
+    assert_same(moments(permuted, tiny, [batch], ALL), moments(params, tiny, [batch], ALL))
 
 
 def cut(params, config, name, layer):

@@ -108,7 +108,8 @@ def test_a_failure_costs_what_builds_on_it(run, tmp_path, capfd):
     assert len(again) == 4 + 1  # only what failed is tried again
 
 
-def test_stages_share_a_process_and_every_job_has_some(run):
+def test_stages_share_a_process_and_every_job_has_some(run, monkeypatch):
+    monkeypatch.setattr(schedule, "CHAIN", 8)
     parents = [stage("a"), stage("b")]
     short = [stage(f"s{i}", parents[0], kind="convert", sleep=0.05) for i in range(19)]
     other, long = stage("t", parents[1], kind="convert"), stage("long", parents[1])
