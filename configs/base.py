@@ -56,7 +56,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.wandb = ConfigDict()
     config.wandb.mode = "off"  # Weights & Biases: off, offline, online
     config.wandb.project = "gqa"
-    config.mesh = _mesh()
+    config.mesh = _mesh(fsdp=size == "xxl")
     config.slurm, config.aot = _slurm(), _aot()
     config.report = ConfigDict()
     config.report.within = 1.0  # points of score below the multi-head parent that are acceptable
@@ -188,11 +188,11 @@ def _evaluate() -> ConfigDict:
     return evaluate
 
 
-def _mesh() -> ConfigDict:
+def _mesh(fsdp: bool) -> ConfigDict:
     mesh = ConfigDict()
     # How networks are spread over devices. What is left of them splits the batch.
     mesh.model = 1  # devices that split heads, d_ff and the vocabulary
-    mesh.fsdp = False  # parameters and moments are split as the batch is, too
+    mesh.fsdp = fsdp  # parameters and moments are split as the batch is, too
     mesh.slices = 1  # of a TPU, joined by a slower network; they split the batch alone
     # Fewer KV heads than mesh.model: replicate them, or split the cache by batch; or auto.
     mesh.kv_heads = "auto"
