@@ -116,6 +116,7 @@ def _convert(heads: int, kv_heads: int) -> ConfigDict:
     # KV heads by layer: a cache as large as with the numbers below everywhere (at the benchmark's
     # lengths), more of it for the layers in which svd would have to discard more.
     convert.spread = False
+    convert.where = "both"  # of the decoder's attentions that are converted: or self, cross
     convert.num_kv_heads_encoder = heads  # the paper leaves the encoder multi-head
     convert.num_kv_heads_decoder = kv_heads
     convert.num_kv_heads_cross = kv_heads

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments import text
-from experiments.plan import parent_config, target_heads
+from experiments.plan import WHERE, parent_config, target_heads
 from gqa import convert, progress, sharding, tasks, tokenizer
 from gqa.errors import UserError
 
@@ -21,6 +21,7 @@ ZERO_TOO = (
 )
 CHOICES = {
     "convert.optimizer": ("map", "reset"),
+    "convert.where": tuple(WHERE),
     "evaluate.split": tasks.SPLITS,
     "evaluate.search": ("greedy", "beam", "sample"),
     "evaluate.cache_dtype": ("", "float32", "bfloat16"),

@@ -25,6 +25,8 @@ from gqa import convert, model
 from gqa.convert import learned
 
 KINDS = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
+# Which of the decoder's attentions convert.where has converted; the others stay multi-head.
+WHERE = {"self": ("decoder",), "cross": ("cross",), "both": ("decoder", "cross")}
 
 
 class Stage(NamedTuple):
@@ -95,7 +97,9 @@ def parent_config(config: ConfigDict) -> model.Config:
 
 def target_heads(config: ConfigDict) -> dict[str, int]:
     """KV heads of each attention after conversion."""
-    return {name: config.convert[f"num_kv_heads_{name}"] for name in convert.ATTENTIONS}
+    heads = {name: config.convert[f"num_kv_heads_{name}"] for name in convert.ATTENTIONS}
+    left = {*WHERE["both"]} - {*WHERE[config.convert.where]}
+    return heads | dict.fromkeys(left, config.model.num_heads)
 
 
 def plan(

@@ -12,12 +12,11 @@ from ml_collections import ConfigDict
 
 from experiments import conversion
 from experiments.check import flatten
+from experiments.plan import WHERE
 from experiments.text import split_names
 from gqa.errors import UserError
 
 NO_TASKS = "none"  # instead of a list of tasks
-# Which attentions of the decoder are converted.
-WHERE = {"self": ("decoder",), "cross": ("cross",), "both": ("decoder", "cross")}
 MULTI_HEAD = 0  # stands for as many KV heads as heads, in any size
 
 # The lists of numbers, and some to tell their kind by.
@@ -53,9 +52,9 @@ def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
         for kv_heads, where, method, alpha, seed in itertools.product(*lists):
             point = _without_sweep(base)
             kv_heads = base.model.num_heads if kv_heads == MULTI_HEAD else kv_heads
-            for attention in ("decoder", "cross"):
-                K = kv_heads if attention in WHERE[where] else base.model.num_heads
-                point.convert[f"num_kv_heads_{attention}"] = K
+            for attention in WHERE["both"]:
+                point.convert[f"num_kv_heads_{attention}"] = kv_heads
+            point.convert.where = where
             point.update_from_flattened_dict(conversion.keys(method))
             point.uptrain.alpha, point.seed = alpha, seed
             point.finetune.tasks = tasks

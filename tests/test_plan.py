@@ -122,6 +122,18 @@ def test_conversions_have_names_and_only_the_settings_that_matter():
     assert "calibration_tokens" in named.settings
 
 
+@pytest.mark.parametrize(
+    ("where", "heads"), [("self", (8, 16)), ("cross", (16, 8)), ("both", (8, 8))]
+)
+def test_self_or_cross_attention_can_be_converted_alone(where, heads):
+    (converted,) = [s for s in stages(**{"convert.where": where}) if s.kind == "convert"]
+    own, cross = heads
+    assert converted.settings["num_kv_heads"] == {"encoder": 16, "decoder": own, "cross": cross}
+    numbers = dict(zip(("num_kv_heads_decoder", "num_kv_heads_cross"), heads, strict=True))
+    same = stages(**{f"convert.{key}": K for key, K in numbers.items()})
+    assert converted.key in {stage.key for stage in same}
+
+
 def test_times_depend_on_shapes_alone():
     def benchmark(**settings):
         return next(s for s in stages(**settings) if s.kind == "benchmark")
