@@ -150,15 +150,15 @@ def _records(config: ConfigDict, target: Target, point: Point, batch: str) -> li
     R = config.aot.prefill_batch_size
     net, B, n = point.net, point.batch_size, target.chips
     whole, encoder = (flops.forward_flops(net.config, B, S, length) for length in (T, 0))
-    step = _analysed(point.step, "step", (whole - encoder) / T / n, config, target)
-    work = flops.forward_flops(net.config, R, S, 0) / n
-    prefill = _analysed(point.prefill, "prefill", work, config, target)
+    program = hlo.parse(point.step.text)
+    step = _analysed(point.step, program, "step", (whole - encoder) / T / n, config, target)
+    work, encoded = flops.forward_flops(net.config, R, S, 0) / n, hlo.parse(point.prefill.text)
+    prefill = _analysed(point.prefill, encoded, "prefill", work, config, target)
     moved = kv_cache.step(net, B, S, T)
     numbers = step | prefill
     numbers["step_must_bytes"] = (moved.weights + moved.cross_cache + moved.self_cache) / n
     # The smaller of a layer's caches: keys or values of self-attention.
     least = min(moved.cross_cache, moved.self_cache) // (2 * net.config.num_decoder_layers * n)
-    program = hlo.parse(point.step.text)
     numbers["step_moves"] = len(hlo.moves(program, int(least)))
     numbers["step_cache_reads"] = hlo.reads(program, ("cache[", "memory.kv["))
     numbers["sample_seconds"] = roofline.sample_seconds(
@@ -170,10 +170,14 @@ def _records(config: ConfigDict, target: Target, point: Point, batch: str) -> li
 
 
 def _analysed(
-    compiled: Compiled, name: str, work: float, config: ConfigDict, target: Target
+    compiled: Compiled,
+    program: hlo.Program,
+    name: str,
+    work: float,
+    config: ConfigDict,
+    target: Target,
 ) -> dict[str, float]:
-    """Numbers of one program of a device that has `work` FLOPs to do."""
-    program = hlo.parse(compiled.text)
+    """Numbers of one program, parsed, of a device that has `work` FLOPs to do."""
     found = hlo.collectives(program)
     nbytes, sent = hlo.traffic(program), sum(c.sent for c in found.values())
     time = roofline.time(Work(nbytes, work, sent), target, config.aot.efficiency)
@@ -218,7 +222,8 @@ def _training(config: ConfigDict, targets: list[Target], workdir: Path) -> list[
         print(f"{target.name}: training, batch {B}: {held}, in {step.seconds:.0f} s", flush=True)
         if fits:
             work = flops.train_flops(network, B, S, T) / target.chips
-            numbers = _analysed(step, "train", work, config, target)
+            program = hlo.parse(step.text)
+            numbers = _analysed(step, program, "train", work, config, target)
             about = {"num_kv_heads": network.num_heads, "batch": "training", "batch_size": B}
             about |= {"model": config.aot.training_model, "remat": network.remat}
             about |= {"num_microbatches": settings.num_microbatches}

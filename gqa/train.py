@@ -173,38 +173,42 @@ def accumulate(
 @functools.lru_cache(maxsize=4)
 def make_validation(config: Config, mesh: Mesh) -> Callable[[dict, Iterable], float]:
     """A function (params, batches) -> nats per real token, without dropout."""
-    network = Transformer(config)
 
-    @jax.jit
-    def sums(params, batch):
-        return cross_entropy(network.apply({"params": params}, batch), batch["targets"])
+    def nats(params: dict, batch: dict) -> Array:
+        logits = Transformer(config).apply({"params": params}, batch)
+        return cross_entropy(logits, batch["targets"])["nats"]
 
-    def validation_loss(params: dict, batches: Iterable[tuple[dict, int]]) -> float:
-        results = [sums(params, place(batch, mesh)) for batch, _ in batches]
-        nats, tokens = (sum(float(r[name]) for r in results) for name in ("nats", "tokens"))
-        return nats / max(tokens, 1.0)
-
-    return validation_loss
+    return _per_token(nats, mesh)
 
 
 @functools.lru_cache(maxsize=4)
 def make_divergence(teacher: Config, config: Config, mesh: Mesh) -> Callable[..., float]:
     """A function (teacher's params, params, batches) -> KL(teacher || network), nats per token."""
 
-    @jax.jit
-    def sums(given, params, batch):
+    def nats(given: dict, params: dict, batch: dict) -> Array:
         logits = [
             Transformer(network).apply({"params": tree}, batch)
             for network, tree in ((teacher, given), (config, params))
         ]
-        return kl_divergence(*logits, batch["targets"]), jnp.sum(batch["targets"] > 0)
+        return kl_divergence(*logits, batch["targets"])
 
-    def divergence(given: dict, params: dict, batches: Iterable[tuple[dict, int]]) -> float:
-        results = [sums(given, params, place(batch, mesh)) for batch, _ in batches]
-        nats, tokens = (sum(float(r[i]) for r in results) for i in range(2))
-        return nats / max(tokens, 1.0)
+    return _per_token(nats, mesh)
 
-    return divergence
+
+def _per_token(nats: Callable[..., Array], mesh: Mesh) -> Callable[..., float]:
+    """A function (*trees, batches) -> the sum of nats(*trees, batch) over that of real tokens."""
+
+    @jax.jit
+    def sums(batch: dict, *trees: dict) -> tuple[Array, Array]:
+        return nats(*trees, batch), jnp.sum(batch["targets"] > 0)
+
+    def mean(*given) -> float:
+        *trees, batches = given
+        results = [sums(place(batch, mesh), *trees) for batch, _ in batches]
+        total, tokens = (sum(float(r[i]) for r in results) for i in range(2))
+        return total / max(tokens, 1.0)
+
+    return mean
 
 
 def fit(
