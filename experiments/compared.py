@@ -46,8 +46,8 @@ def in_order(methods: Iterable[str]) -> list[str]:
 
 
 def is_plain(method: str) -> bool:
-    """Whether a name is a method, in a space, and nothing else departs from the usual."""
-    return set(conversion.keys(method)) <= {"convert.method", "convert.space"}
+    """Whether a name is a method, in a space, its norm restored or not, and else as usual."""
+    return set(conversion.keys(method)) <= {"convert.method", "convert.space", "convert.renorm"}
 
 
 def curve(summary: Summary, shape: Variant, method: str) -> dict[float, Estimate]:

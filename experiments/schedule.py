@@ -1,5 +1,6 @@
 """Run a graph of stages on this machine, one at a time or several, and say what is left."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -65,10 +66,11 @@ def _one_by_one(todo, stages, workdir, failed) -> None:
 
 
 class Running(NamedTuple):
-    """Stages in turn in a process of their own, and the file of what that says on stderr."""
+    """Stages in turn in a process of their own, its cores, and the file of its stderr."""
 
     stages: dict[str, Stage]
     process: subprocess.Popen
+    cores: frozenset[int]
     errors: TextIO
 
 
@@ -78,6 +80,7 @@ def _several(todo, stages, workdir, jobs, failed) -> None:
     # Asked for again and again, so worked out once: keys are hashes.
     above = {key: {a.key for a in ancestors(stage)[1:]} for key, stage in waiting.items()}
     running: dict[str, Running] = {}  # by the key of each one's first stage
+    shares = _shares(jobs)
     try:
         while waiting or running:
             for key in [key for key in waiting if above[key] & failed.keys()]:
@@ -87,10 +90,12 @@ def _several(todo, stages, workdir, jobs, failed) -> None:
                 left = [*(waiting | _busy(running)).values()]
                 _announce(waiting[key], left, stages, workdir, jobs)
                 chain = _chain(key, waiting, above, _busy(running), jobs)
-                running[key] = _start(chain, workdir)
+                running[key] = _start(chain, workdir, shares.pop())
                 waiting = {k: stage for k, stage in waiting.items() if k not in chain}
             for key in [key for key, each in running.items() if each.process.poll() is not None]:
-                waiting = _end(running.pop(key), workdir, failed) | waiting
+                ended = running.pop(key)
+                shares.append(ended.cores)
+                waiting = _end(ended, workdir, failed) | waiting
             time.sleep(POLL_SECONDS)
     finally:
         for each in running.values():
@@ -146,11 +151,24 @@ def _chain(key: str, waiting: dict, above: dict, busy: dict, jobs: int) -> dict[
     return {k: waiting[k] for k in ready[: min(CHAIN, -(-len(ready) // jobs))]}
 
 
-def _start(chain: dict[str, Stage], workdir: Path) -> Running:
+def _shares(jobs: int) -> list[frozenset[int]]:
+    """The cores of each job: threads of two processes on the same ones would wait for each other.
+
+    Empty where there are too few, or the system does not say.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    n = len(cores) if len(cores) >= jobs else 0
+    return [frozenset(cores[i * n // jobs : (i + 1) * n // jobs]) for i in range(jobs)]
+
+
+def _start(chain: dict[str, Stage], workdir: Path, cores: frozenset[int]) -> Running:
     folders = [str(stage.folder(workdir).absolute()) for stage in chain.values()]
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read when the process has ended)
     process = subprocess.Popen([*WORKER, *folders], cwd=ROOT, stderr=errors)
-    return Running(chain, process, errors)
+    alone = next(iter(chain.values())).kind == "benchmark"
+    if cores and not alone:
+        os.sched_setaffinity(process.pid, cores)  # before it has any threads
+    return Running(chain, process, cores, errors)
 
 
 def _outcome(ended: Running) -> Exception | None:

@@ -126,4 +126,4 @@ def _device():
     with contextlib.suppress(OSError):
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         kind = found[1] if found else platform.machine()
-    return f"{kind}, {cores} cores"
+    return f"{kind}, {cores} core{'s' if cores != 1 else ''}"

@@ -1,6 +1,7 @@
 """A graph of stages runs in order, each once, and a failure costs only what builds on it."""
 
 import json
+import os
 import sys
 import time
 
@@ -25,6 +26,8 @@ signal.signal(signal.SIGTERM, stop)
 for folder in map(pathlib.Path, sys.argv[1:]):
     what = json.loads((folder / "stage.json").read_text())
     say("begins")
+    if hasattr(os, "sched_getaffinity"):
+        (folder / "cores").write_text(json.dumps([*os.sched_getaffinity(0)]))
     time.sleep(what["settings"].get("sleep", 0.2))
     if what["settings"].get("fails"):
         print("error: " + what["settings"]["fails"], file=sys.stderr)
@@ -127,6 +130,28 @@ def test_stages_share_a_process_and_every_job_has_some(run, monkeypatch):
     # Those of the same parents come together.
     (shared,) = [names for names in chains if "t" in names]
     assert shared.index("t") in (0, len(shared) - 1)
+
+
+def test_jobs_share_no_cores_and_timings_have_all(run, tmp_path):
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("the system does not say what cores a process has")
+    every = os.sched_getaffinity(0)
+    apart = [stage(name, sleep=0.5) for name in "abcd"]
+    timed = stage("t", kind="benchmark")
+    run([*apart, timed], jobs=2)
+    a, b, c, d, t = (
+        {*json.loads((each.folder(tmp_path) / "cores").read_text())} for each in (*apart, timed)
+    )
+    assert t == every
+    if len(every) > 1:
+        assert a | b == c | d == every
+        assert not a & b
+        assert not c & d
+
+
+def test_more_jobs_than_cores_have_all_of_them():
+    assert {*schedule._shares(10_000)} == {frozenset()}
+    assert len(schedule._shares(10_000)) == 10_000
 
 
 def test_a_failure_in_a_shared_process_costs_that_stage(run, capfd):
