@@ -5,14 +5,13 @@ Hugging Face Transformers (PyTorch) and CTranslate2, both in float32 on the CPU,
 """
 
 import importlib.util
-import os
 import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from gqa import huggingface
+from gqa import hardware, huggingface
 from gqa.model import Config
 
 HUGGING_FACE, CTRANSLATE2 = "hugging_face", "ctranslate2"
@@ -88,7 +87,7 @@ def _transformers(params: dict, config: Config):
     import torch
     import transformers
 
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(len(hardware.cores()))
     hf_config = transformers.T5Config(**huggingface.from_config(config))
     network = transformers.T5ForConditionalGeneration(hf_config)
     network.set_attn_implementation("sdpa" if network._supports_sdpa else "eager")
@@ -124,7 +123,7 @@ def ctranslate2(params: dict, config: Config, inputs: np.ndarray) -> Peer:
     with tempfile.TemporaryDirectory() as folder:
         spec.save(folder)
         translator = ctranslate2.Translator(
-            folder, device="cpu", compute_type="float32", intra_threads=_cores()
+            folder, device="cpu", compute_type="float32", intra_threads=len(hardware.cores())
         )
     source = [[words[i] for i in row] for row in inputs]
 
@@ -165,7 +164,3 @@ def hugging_face_training(
         return loss.item()
 
     return step
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

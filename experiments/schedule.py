@@ -13,6 +13,7 @@ from experiments import worker
 from experiments.plan import Stage, ancestors
 from experiments.process import USER_ERROR
 from experiments.stage import read_done
+from gqa import hardware
 from gqa.distributed import is_several
 from gqa.errors import UserError
 
@@ -154,10 +155,10 @@ def _chain(key: str, waiting: dict, above: dict, busy: dict, jobs: int) -> dict[
 def _shares(jobs: int) -> list[frozenset[int]]:
     """The cores of each job: threads of two processes on the same ones would wait for each other.
 
-    Empty where there are too few, or the system does not say.
+    Empty where there are too few, or the system cannot keep a process on some.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    n = len(cores) if len(cores) >= jobs else 0
+    cores = hardware.cores()
+    n = len(cores) if len(cores) >= jobs and hasattr(os, "sched_setaffinity") else 0
     return [frozenset(cores[i * n // jobs : (i + 1) * n // jobs]) for i in range(jobs)]
 
 

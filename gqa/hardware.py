@@ -1,6 +1,7 @@
 """What the machine can do at most: FLOP/s and bytes/s, measured on CPUs, known on accelerators."""
 
 import functools
+import os
 import re
 import time
 from collections.abc import Callable
@@ -41,6 +42,13 @@ PEAKS = {
 }
 
 SECONDS = 0.15  # of repetitions of one product or read
+
+
+def cores() -> list[int]:
+    """The numbers of the cores this process may use; all of them where the system cannot say."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count()))
 
 
 def check_memory(nbytes: int, what: str) -> None:
