@@ -1,7 +1,7 @@
 """Ways of converting, compared on one parent: the paper's Figure 4, and what uptraining each saves.
 
-python launch.py --config=configs/sweeps/conversion.py         # nano, about two hours on two cores
-python launch.py --config=configs/sweeps/conversion.py:large   # the size of the paper's Figure 4
+python launch.py --config=configs/sweeps/conversion.py --jobs=2   # nano, 90 minutes on two cores
+python launch.py --config=configs/sweeps/conversion.py:large      # the size of the paper's Figure 4
 """
 
 from configs.sweeps.grid import sweep
