@@ -19,7 +19,6 @@ from pathlib import Path
 
 import jax
 
-from gqa import hardware
 from gqa.errors import UserError
 
 _SOURCE = Path(__file__).resolve().parent.parent
@@ -123,7 +122,7 @@ def _device():
     kind = jax.devices()[0].device_kind
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} x {kind}"
-    cores = len(hardware.cores())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(OSError):
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         kind = found[1] if found else platform.machine()

@@ -18,7 +18,7 @@ MAY_IMPORT_STAGES = ("launch", "experiments.pipeline", "experiments.check")
 ROOTS = {"gqa.errors", "gqa.whole", "gqa.events"}
 LEAVES = (
     *("attention", "decode", "loss", "hardware", "optim", "sharding", "seal", "interrupt", "guard"),
-    *("corpus", "tokenizer", "metrics", "progress", "errors", "stream", "chips", "hlo"),
+    *("corpus", "tokenizer", "metrics", "progress", "results", "errors", "stream", "chips", "hlo"),
 )
 # Who may import it, as a pattern over module names.
 ROOMS = {
