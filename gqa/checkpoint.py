@@ -5,6 +5,8 @@ whatever its writer adds; data: the iterator's state; guard) in Orbax's own meta
 save has another name and is never seen as a step. A seal (`gqa.seal`) is put on what is finished,
 and nothing is used before it was compared with it. Several processes save together and share the
 folder; what is not Orbax's is done by the primary, and the others learn from it what is there.
+
+A signal waits for Orbax to return: what is raised inside it comes out as an error of its own.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gqa import blocks, distributed, hardware, seal
+from gqa import blocks, distributed, hardware, interrupt, seal
 from gqa.errors import UserError, disk_full
 from gqa.seal import Damaged
 from gqa.sharding import local_bytes, share_copies
@@ -118,9 +120,9 @@ class Checkpoints:
         text = {name: value for name, value in items.items() if name not in ARRAYS}
         if distributed.is_several():  # each may have made a copy of its own
             arrays = share_copies(arrays)
-        with _full_disk_told(path):
+        with interrupt.deferred(), _full_disk_told(path):
             response = ocp.save_checkpointables_async(path, arrays, custom_metadata=text)
-        self._pending = self._pool.submit(self._finish, step, response, metrics)
+            self._pending = self._pool.submit(self._finish, step, response, metrics)
 
     def write(self, step: int, source: blocks.Source, items: dict[str, Any]) -> None:
         """Save a source's parameters without having them in memory, and the other items.
@@ -137,7 +139,8 @@ class Checkpoints:
         text = {name: value for name, value in items.items() if name not in ARRAYS}
         arrays["params"] = blocks.placeholders(source)
         with _full_disk_told(path):
-            ocp.save_checkpointables(unfinished, arrays, custom_metadata=text)
+            with interrupt.deferred():
+                ocp.save_checkpointables(unfinished, arrays, custom_metadata=text)
             if distributed.is_primary():
                 for name in source.chunks:
                     blocks.write(source, name, unfinished / "params")
@@ -235,7 +238,8 @@ def load(path: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
         _check_shapes(step, name, tree)
     nbytes = sum(map(local_bytes, jax.tree.leaves(arrays)))
     hardware.check_memory(nbytes, f"checkpoint {step}")
-    return text | (ocp.load_checkpointables(step, arrays) if arrays else {})
+    with interrupt.deferred():
+        return text | (ocp.load_checkpointables(step, arrays) if arrays else {})
 
 
 def set_aside(step: Path) -> None:
@@ -324,7 +328,8 @@ def _check_shapes(step: Path, item: str, expected: Any) -> None:
     """Compare names and shapes before Orbax does: its message would not name the parameter."""
     if not (step / item).is_dir():
         raise UserError(f"checkpoint {step} has no {item}; use one that this program saved")
-    have, want = _shapes(ocp.metadata(step, item).metadata), _shapes(expected)
+    with interrupt.deferred():
+        have, want = _shapes(ocp.metadata(step, item).metadata), _shapes(expected)
     lines = [f"- {n} {have[n]}" for n in have if want.get(n) != have[n]]
     lines += [f"+ {n} {want[n]}" for n in want if have.get(n) != want[n]]
     if lines:

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa import checkpoint, hardware, seal
+from gqa import checkpoint, hardware, interrupt, seal
 from gqa.checkpoint import Checkpoints
 from gqa.errors import UserError
 
@@ -253,3 +254,28 @@ def test_errors_of_a_save_surface(tmp_path, monkeypatch):
     monkeypatch.undo()
     with Checkpoints(tmp_path) as checkpoints:
         assert (checkpoints.latest, checkpoints.measured) == (2, 1)
+
+
+@pytest.mark.parametrize("call", ["save_checkpointables_async", "load_checkpointables", "metadata"])
+def test_a_signal_waits_for_orbax(saved, tmp_path, monkeypatch, call):
+    orbax = getattr(checkpoint.ocp, call)
+    monkeypatch.setattr(interrupt, "_watch", interrupt._Watch())
+
+    def signalled(*args, **kwargs):
+        try:
+            interrupt._handle(signal.SIGTERM, None)
+        except interrupt.Interrupted as error:
+            raise RuntimeError("Orbax: error while reading") from error  # as it does
+        return orbax(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.ocp, call, signalled)
+
+    def copy():
+        with Checkpoints(tmp_path / "other") as checkpoints:
+            load_all(saved)
+            save(checkpoints, 7, 1.0)
+
+    with pytest.raises(interrupt.Interrupted):
+        copy()
+    if call == "save_checkpointables_async":
+        assert seal.is_sealed(tmp_path / "other" / "7")
