@@ -160,6 +160,25 @@ def test_dropout_noise_is_shared_by_query_positions_alone():
     assert np.ptp(ratio) > 0.1
 
 
+def test_dropout_keeps_a_share_and_scales_it_up_to_the_same_mean():
+    """With one key a head gives its value times its draw, so that draws can be solved for."""
+    rate, rows = 0.2, 400
+    module = attention_module(dropout_rate=rate, num_kv_heads=N)
+    x = jnp.broadcast_to(random_bias(1, 1, 16), (rows, 1, 16))
+    params = module.init(jax.random.key(0), x[:1], False, method=attend_to_itself)
+    out = module.apply(
+        params, x, True, method=attend_to_itself, rngs={"dropout": jax.random.key(1)}
+    )
+    kernels = params["params"]
+    value = np.einsum("D,DNH->NH", x[0, 0], kernels["value"])
+    parts = np.einsum("NH,NHD->ND", value, kernels["out"])
+    draws = np.linalg.lstsq(parts.T, np.asarray(out[:, 0]).T, rcond=None)[0]
+    near = np.where(draws > 0.5, 1 / (1 - rate), 0.0)
+    np.testing.assert_allclose(draws, near, atol=1e-3)
+    assert abs((draws > 0.5).mean() - (1 - rate)) < 0.05
+    assert 1 < len({tuple(row) for row in np.round(near.T, 2)})  # heads draw apart
+
+
 def test_initial_scales_are_t5s():
     D = 256
     module = attention_module(d_model=D, num_heads=16, num_kv_heads=8, head_dim=32)

@@ -65,6 +65,26 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert steps(tmp_path) == [2, 4, 5]
 
 
+def test_of_equal_losses_the_later_is_the_best(tmp_path):
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        for step, loss in enumerate([1.0, 2.0, 1.0, 1.0, 3.0], start=1):
+            save(checkpoints, step, loss)
+        assert checkpoints.best == 4
+    assert steps(tmp_path) == [4, 5]
+
+
+def test_what_comes_after_a_step_is_discarded(tmp_path):
+    with Checkpoints(tmp_path, keep_last=9) as checkpoints:
+        for step in (1, 2, 3):
+            save(checkpoints, step, 1.0)
+        checkpoints.discard_after(2)
+        assert checkpoints.latest == 2
+        assert steps(tmp_path) == [1, 2]
+        checkpoints.discard_after(None)
+        assert checkpoints.latest is None
+    assert steps(tmp_path) == []
+
+
 def test_a_save_that_was_killed_is_not_a_checkpoint(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, 1.0)

@@ -132,6 +132,21 @@ def test_a_bucket_is_the_first_that_holds_a_length():
     assert bucket(5, 20) == 20
 
 
+@pytest.mark.parametrize(("length", "shortest", "every"), [(5, 64, 32), (7, 4, 3), (6, 2, 3)])
+def test_a_text_is_cut_at_its_length_and_goes_no_further(
+    golden, trained, monkeypatch, length, shortest, every
+):
+    """Rows that do not end; segments that would reach beyond the cache, or beyond the text."""
+    params, config = trained
+    monkeypatch.setattr(generate, "SHORTEST", shortest)
+    monkeypatch.setattr(generate, "EVERY", every)
+    expected = golden["greedy"][:8, :length]
+    assert (expected != decode.EOS).all(axis=1).any()
+    generator = Generator(Inference(config), GREEDY, length)
+    found = generator(generator.prepare(params), golden["inputs"][:8])
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 def test_greedy_is_the_arg_max_of_teacher_forcing(tiny, batch, random_params, num_kv_heads):
     heads = {"num_kv_heads_decoder": num_kv_heads, "num_kv_heads_cross": num_kv_heads}
