@@ -176,7 +176,7 @@ def test_dropout_keeps_a_share_and_scales_it_up_to_the_same_mean():
     near = np.where(draws > 0.5, 1 / (1 - rate), 0.0)
     np.testing.assert_allclose(draws, near, atol=1e-3)
     assert abs((draws > 0.5).mean() - (1 - rate)) < 0.05
-    assert 1 < len({tuple(row) for row in np.round(near.T, 2)})  # heads draw apart
+    assert len({tuple(row) for row in np.round(near.T, 2)}) > 1  # heads draw apart
 
 
 def test_initial_scales_are_t5s():

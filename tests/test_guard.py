@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_finite_is_refused_at_any_step_and_leaves_the_mean(lo
 def test_a_spike_leaves_the_mean_and_says_how_far_it_is_above():
     guard = fed([1.0] * 25)
     before = guard.get_state()
-    with pytest.raises(Mishap, match="the loss is 6.000, 5.000 above its mean of 1.000"):
+    with pytest.raises(Mishap, match=r"the loss is 6\.000, 5\.000 above its mean of 1\.000"):
         guard.look(26, 6.0, {})
     assert guard.get_state() == before
 
@@ -97,6 +97,6 @@ def test_rollbacks_are_allowed_as_often_as_the_setting_says(capsys):
         assert f"rollback {count} to checkpoint 6" in capsys.readouterr().out
     with pytest.raises(Diverged, match="run: the loss is nan at step 9, after 2 rollbacks"):
         guard.roll_back("run", mishap, "checkpoint 6")
-    with pytest.raises(Diverged, match="checkpoint 6: --config.train.on_nan=rollback"):
+    with pytest.raises(Diverged, match=r"checkpoint 6: --config\.train\.on_nan=rollback"):
         Guard(Settings()).roll_back("run", mishap, "checkpoint 6")
     assert Settings().max_rollbacks == 3

@@ -52,7 +52,7 @@ def test_a_batch_is_split_evenly_over_devices_and_microbatches():
         with pytest.raises(UserError, match=f"train.batch_size={rows} .* a multiple of 12$"):
             sharding.check_batch("train.batch_size", rows, 3, layout, 8)
     sharding.check_batch("train.batch_size", 8, 1, Layout(), 8)
-    with pytest.raises(UserError, match="over 8 devices .* and 1 microbatches"):
+    with pytest.raises(UserError, match=r"over 8 devices .* and 1 microbatches"):
         sharding.check_batch("train.batch_size", 4, 1, Layout(), 8)
 
 
