@@ -102,7 +102,9 @@ def main(argv: list[str]) -> int:
 
     killed = len(tried) - len(survivors)
     score = killed / max(len(tried), 1)
-    print(f"{killed} of {len(tried)} mutants killed ({score:.1%}); {len(mutants) - len(tried)} equivalent")
+    print(
+        f"{killed} of {len(tried)} mutants killed ({score:.1%}); {len(mutants) - len(tried)} equivalent"
+    )
     return 0 if score >= REQUIRED_SCORE else 1
 
 

@@ -11,6 +11,7 @@ from tests.made_results import (
     TASKS,
     network,
     paired_score,
+    record,
     score,
     timings,
     variant,
@@ -145,3 +146,22 @@ def test_sizes_and_ways_are_answered_apart_and_the_page_says_the_same():
     ]
     assert max(map(len, answer.plain(Summary(other), 1.0).splitlines())) <= 100
     assert np.isfinite(Summary(other).against_parent(Summary(other).variants[1]).low)
+
+
+def test_each_column_is_the_cost_its_header_names():
+    """Of made times: half per sample, a quarter per token; KV heads decide the cache's size."""
+    lines = [r for r in results(CLEAR) if r["stage"] != "benchmark"]
+    for heads, sample, token in ((16, 8.0, 4.0), (8, 4.0, 1.0), (4, 2.0, 0.5)):
+        costs = {"sample_seconds": sample, "token_seconds": token, "kv_cache_bytes": heads}
+        shape = variant(heads, "none", 0.0)
+        lines += [record(shape, "benchmark", metric, cost) for metric, cost in costs.items()]
+    page = answer.markdown(Summary(lines), 1.0)
+    table = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line
+    ]
+    assert table[0][3:] == ["speed / sample", "speed / token", "KV cache"]
+    assert {row[0]: row[3:] for row in table[2:]} == {
+        "8": ["2.00x", "4.00x", "0.50x"],
+        "4": ["4.00x", "8.00x", "0.25x"],
+    }
+    assert "4.00x as fast per sample, 8.00x per token" in page

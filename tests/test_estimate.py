@@ -114,3 +114,38 @@ def test_the_seeds_alone_give_an_interval_where_a_number_has_none():
     assert estimate.over_seeds({1: losses[1]}).low is None
     same = {s: record(PARENT, "uptrain", "steps", 100) for s in (1, 2)}
     assert estimate.over_seeds(same).low is None
+
+
+def lopsided(value, below, above, seed=0, **more):
+    """A score whose interval reaches further on one side."""
+    ends = {"low": value - below, "high": value + above}
+    return estimate.over_seeds({seed: score(PARENT, "parameter_qa", value, **more) | ends})
+
+
+def test_each_end_of_an_unpaired_interval_is_of_the_ends_that_make_it():
+    """The difference is lowest where the first is lowest and the other highest: 3-4-5, 5-12-13."""
+    found = estimate.difference(lopsided(24.0, 3.0, 5.0), lopsided(20.0, 12.0, 4.0))
+    assert not found.paired
+    assert found.low == pytest.approx(4 - np.hypot(3, 4))
+    assert found.high == pytest.approx(4 + np.hypot(5, 12))
+    assert found.examples == pytest.approx(13)
+    assert not found.shown
+
+
+def test_means_keep_the_sides_of_their_intervals():
+    over = {0: lopsided(10.0, 1.0, 3.0), 1: lopsided(10.0, 2.0, 6.0)}
+    records = {
+        s: score(PARENT, "parameter_qa", e.value) | {"low": e.low, "high": e.high}
+        for s, e in over.items()
+    }
+    seeds = estimate.over_seeds(records)
+    assert (seeds.low, seeds.high) == pytest.approx((10 - 1.5, 10 + 4.5))
+    tasks = estimate.average([lopsided(10.0, 3.0, 5.0), lopsided(20.0, 4.0, 12.0)])
+    assert (tasks.value, tasks.seeds) == (15, 1)
+    assert (tasks.low, tasks.high) == pytest.approx((15 - 5 / 2, 15 + 13 / 2))
+
+
+def test_an_average_has_as_many_seeds_as_the_task_with_fewest():
+    found = estimate.average([over_seeds({0: 1.0, 1: 2.0, 2: 3.0}), over_seeds({1: 4.0, 2: 5.0})])
+    assert found.seeds == 2
+    assert {seed: run.value for seed, run in found.runs.items()} == {1: 3.0, 2: 4.0}

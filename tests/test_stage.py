@@ -1,6 +1,7 @@
 """What a stage reads is checked, and a damaged checkpoint costs no more than was wished."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -79,3 +80,11 @@ def test_a_network_that_no_memory_holds_is_refused_before_any_compute(tmp_path):
     settings = config.pretrain.to_dict() | {"model": parent_config(config).__dict__, "seed": 0}
     with pytest.raises(UserError, match=r"^training a network of [\d,]+ parameters takes .* GiB"):
         pretrain.run("pretrain", settings, tmp_path, [], None)
+
+
+@pytest.mark.parametrize("load", [stage.load_params, stage.load_state])
+def test_a_checkpoint_of_another_vocabulary_is_refused(info, tmp_path, load):
+    parent = stage.open_parent(save(tmp_path / "1", info))
+    text = SimpleNamespace(tokenizer=SimpleNamespace(hash="another hash"), folder=tmp_path / "text")
+    with pytest.raises(UserError, match=r"trained with another vocabulary .* text in .*text; use"):
+        load(parent, SimpleNamespace(text=text))

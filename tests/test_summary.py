@@ -128,3 +128,49 @@ def test_names_say_how_a_network_was_reached():
     assert all(v.grouped_alike for v in Summary(WHOLE).variants)
     sizes = Summary([*WHOLE, *network(variant(1, size="mini"), 20.0, 0.1)])
     assert sizes.title(sizes.variants[0]) == "MHA, nano"
+
+
+def test_the_examples_shown_are_those_of_the_first_seed():
+    def shown(settings, text, task="parameter_qa"):
+        own = record(settings, "evaluate", "prediction", 1.0, task=task)
+        return [own | {"example": i, "prediction": f"{text} {i}"} for i in range(2)]
+
+    several = [variant(8, seed=seed) for seed in (3, 1, 2)]
+    lines = [line for s in several for line in shown(s, f"seed {s['seed']}")]
+    lines += shown(variant(8, seed=0), "another task", "docstring_summary")
+    summary = Summary([*lines, *scored(*several)])
+    (found,) = summary.variants
+    texts = [r["prediction"] for r in summary.predictions(found, "parameter_qa")]
+    assert texts == ["seed 1 0", "seed 1 1"]
+    assert summary.predictions(found.parent, "parameter_qa") == []
+
+
+def test_a_network_from_scratch_begins_at_its_own_loss():
+    """Also one that is trained further: neither was converted from the multi-head network."""
+    scratch, further = variant(8, "none", 0.0), variant(8, "none", 0.1)
+    loss = "validation_loss"
+    summary = Summary(
+        [
+            record(PARENT, "pretrain", loss, 3.0),
+            record(scratch, "pretrain", loss, 3.3),
+            record(further, "uptrain", loss, 3.2),
+            record(variant(8, alpha=0.0), "convert", loss, 4.0),
+            record(variant(8), "uptrain", loss, 3.1),
+        ]
+    )
+    losses = {
+        v.label: [e and e.value for e in (*summary.losses(v), summary.loss(v))]
+        for v in summary.variants
+    }
+    assert losses == {
+        "MHA": [3.0, None, None, 3.0],
+        "GQA-8 from scratch": [3.3, None, None, 3.3],
+        "GQA-8 from scratch, alpha 0.1": [3.3, None, 3.2, 3.2],
+        "GQA-8 mean, alpha 0.05": [3.0, 4.0, 3.1, 3.1],
+    }
+
+
+def test_an_encoder_that_was_converted_is_not_grouped_alike():
+    assert Variant("nano", 16, 4, 4, 16, "mean", 0.05).grouped_alike
+    assert not Variant("nano", 16, 4, 4, 4, "mean", 0.05).grouped_alike
+    assert not Variant("nano", 16, 4, 2, 16, "mean", 0.05).grouped_alike

@@ -95,3 +95,17 @@ def test_mistakes_are_named(model, source, tmp_path):
     )
     with pytest.raises(UserError, match="T5 needs"):
         tokenizer.load(tmp_path / "llama.model")
+
+
+def test_all_of_a_long_line_is_learned_from(tmp_path):
+    """A word that stands only behind the first thousand characters of a line becomes a piece."""
+    line = " ".join(["red green blue"] * 100 + ["xylophone quartz"] * 100)
+    vocabulary = tokenizer.train([line], 458, tmp_path / "spiece.model")
+    assert line.index("xylophone") > 1000
+    assert len(vocabulary.encode("xylophone")) <= 3
+
+
+def test_other_models_have_other_hashes(model, tmp_path):
+    other = tokenizer.train(["another text to learn from"], 455, tmp_path / "other")
+    assert other.hash != tokenizer.load(model).hash
+    assert tokenizer.load(tmp_path / "other").hash == other.hash

@@ -1,0 +1,73 @@
+"""What random numbers and cache files of the data depend on: each ingredient makes a difference."""
+
+from types import SimpleNamespace
+
+import grain
+import numpy as np
+
+from gqa import data
+
+FIRST_SENTINEL = 32099
+LENGTH = 141  # raw tokens of an example whose inputs are 128 tokens long
+
+
+def noise(inputs):
+    """Where the sentinels stand in each row [B, length]: the noise, whatever the text."""
+    return {tuple(np.flatnonzero(row > FIRST_SENTINEL - 100)) for row in np.asarray(inputs)}
+
+
+def stream(**changes):
+    """Batches of a text of one token alone, so that rows differ in their noise and nothing else."""
+    documents = grain.MapDataset.source(["5 " * LENGTH] * 8)
+    options = {"inputs_length": 128, "batch_size": 4, "seed": 3, "first_sentinel": FIRST_SENTINEL}
+    encode = lambda text: [int(word) for word in text.split()]  # noqa: E731
+    return data.pretrain_stream(documents, encode, **options | changes)
+
+
+def test_every_held_out_segment_has_noise_of_its_own():
+    tokens = np.full(LENGTH * 20, 5)
+    options = {"inputs_length": 128, "first_sentinel": FIRST_SENTINEL}
+    first, other = (data.corrupted(tokens, **options, seed=seed) for seed in (0, 1))
+    found, different = (noise([inputs for inputs, _ in pairs]) for pairs in (first, other))
+    assert len(found) == 20
+    assert not found & different
+
+
+def test_every_segment_of_an_epoch_has_noise_of_its_own():
+    options = {"inputs_length": 128, "batch_size": 20, "first_sentinel": FIRST_SENTINEL}
+    epochs = [
+        noise(next(data.pretrain([np.full(LENGTH * 20, 5)], **options, seed=s))["inputs"])
+        for s in (0, 1)
+    ]
+    assert all(len(found) == 20 for found in epochs)
+    assert not epochs[0] & epochs[1]
+
+
+def test_noise_of_a_stream_differs_by_row_step_seed_and_process():
+    several = {
+        name: noise(np.concatenate([next(batches)["inputs"] for _ in range(2)]))
+        for name, batches in (
+            ("whole", stream()),
+            ("another seed", stream(seed=4)),
+            ("first of two", stream(batch_size=8, shard=(0, 2))),
+            ("second of two", stream(batch_size=8, shard=(1, 2))),
+        )
+    }
+    assert all(len(found) == 8 for found in several.values())
+    assert not several["whole"] & several["another seed"]
+    assert not several["first of two"] & several["second of two"]
+
+
+def test_kept_tokens_are_of_one_vocabulary_and_one_division_into_texts(tmp_path):
+    def tokenize(name, texts):
+        """Each vocabulary gives its own number for every character."""
+        number = {"coarse": 7, "fine": 9}[name]
+        encode = lambda texts: [[number] * len(text) for text in texts]  # noqa: E731
+        found = data.tokenize(texts, SimpleNamespace(hash=name, encode_batch=encode), tmp_path)
+        return [ids.tolist() for ids in found]
+
+    for _ in range(2):  # made, then read
+        assert tokenize("coarse", ["ab", "c"]) == [[7, 7], [7]]
+        assert tokenize("fine", ["ab", "c"]) == [[9, 9], [9]]
+        assert tokenize("coarse", ["a", "bc"]) == [[7], [7, 7]]
+    assert len(list(tmp_path.iterdir())) == 3
