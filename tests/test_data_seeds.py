@@ -6,6 +6,7 @@ import grain
 import numpy as np
 
 from gqa import data
+from gqa.tokenizer import EOS
 
 FIRST_SENTINEL = 32099
 LENGTH = 141  # raw tokens of an example whose inputs are 128 tokens long
@@ -71,3 +72,42 @@ def test_kept_tokens_are_of_one_vocabulary_and_one_division_into_texts(tmp_path)
         assert tokenize("fine", ["ab", "c"]) == [[9, 9], [9]]
         assert tokenize("coarse", ["a", "bc"]) == [[7], [7, 7]]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_which_pairs_share_a_packed_row_is_drawn_from_the_seed():
+    pairs = [(np.full(3, 1000 + i), np.full(3, 1000 + i)) for i in range(40)]
+    options = {"inputs_length": 8, "targets_length": 8, "batch_size": 20, "pack": True}
+
+    def together(seed):
+        rows = next(data.seq2seq([pairs], **options, seed=seed))["inputs"]
+        return {frozenset(row[row >= 1000].tolist()) for row in rows}
+
+    assert all(len(row) == 2 for row in together(3))
+    assert len(together(3) & together(4)) < 5
+    neighbours = {frozenset((1000 + i, 1001 + i)) for i in range(0, 40, 2)}
+    assert len(together(3) & neighbours) < 5
+
+
+def test_the_order_of_a_streams_documents_is_drawn_from_the_seed():
+    documents = grain.MapDataset.source([str(100 + i) for i in range(LENGTH)])
+    options = {"inputs_length": 128, "batch_size": 1, "first_sentinel": FIRST_SENTINEL}
+
+    def order(seed):
+        """Every document is one token, and the first batch is one epoch of them."""
+        batch = next(data.pretrain_stream(documents, lambda x: [int(x)], **options, seed=seed))
+        return data.restore(batch["inputs"][0], batch["targets"][0], FIRST_SENTINEL).tolist()
+
+    found = order(3)
+    assert sorted(found) == list(range(100, 100 + LENGTH))
+    assert found == order(3)
+    assert found != order(4)
+
+
+def test_held_out_examples_leave_the_end_to_the_batches():
+    pairs = data.corrupted(
+        np.full(LENGTH * 2, 5), inputs_length=128, first_sentinel=FIRST_SENTINEL, seed=0
+    )
+    for inputs, targets in pairs:
+        assert (len(inputs), len(targets)) == (127, data.span_lengths(128).targets - 1)
+        assert EOS not in inputs
+        assert EOS not in targets
