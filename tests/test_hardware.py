@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from gqa import hardware
+from gqa.errors import UserError
 
 
 @pytest.fixture
@@ -76,3 +77,23 @@ def test_rates_are_work_over_seconds(monkeypatch):
     monkeypatch.setattr(hardware, "_best_seconds", lambda run: run().size * 0.0 + 2.0)
     assert hardware.matmul_rate("float32") == 1536**3
     assert hardware.read_bandwidth() == 2**28
+
+
+def test_processes_are_taken_to_have_a_machine_each(on, monkeypatch):
+    monkeypatch.setattr(hardware, "matmul_rate", lambda dtype: 5e9)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    on("cpu", 8, "cpu")
+    assert hardware.peak_flops("float32") == 15e9
+
+
+@pytest.mark.parametrize(("backend", "refused"), [("cpu", True), ("gpu", False)])
+def test_memory_is_the_machines_on_cpus_alone(monkeypatch, backend, refused):
+    memory = SimpleNamespace(total=3 * 2**30)
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    hardware.check_memory(3 * 2**30, "it")
+    if not refused:
+        hardware.check_memory(4 * 2**30, "it")
+        return
+    with pytest.raises(UserError, match=r"it takes 4\.0 GiB, this machine has 3\.0 GiB"):
+        hardware.check_memory(4 * 2**30, "it")

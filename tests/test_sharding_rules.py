@@ -93,6 +93,24 @@ def test_bytes_of_more_heads_than_devices():
     assert moved["batch"] == moved["replicate"] + 2 * 2 * 4 * 16 / 2
 
 
+def test_bytes_of_fewer_heads_than_devices():
+    """A device has one head whole, or an eighth of the rows."""
+    moved = sharding.bytes_moved(1, 64, 128, 2048, 8)
+    assert moved["replicate"] == 2 * 2 * 2048 * 128
+    assert moved["batch"] == moved["replicate"] / 8 + 2 * 2 * 8 * 128 * 7 / 8
+
+
+@pytest.mark.parametrize(("batch_size", "fits"), [(8, True), (24, True), (4, False), (20, False)])
+def test_rows_are_split_where_heads_are_fewer(config, batch_size, fits):
+    layout = Layout(model=8, kv_heads="batch")
+    sharding.check_rows("evaluate.batch_size", batch_size, config, Layout(model=8), 8)
+    if fits:
+        sharding.check_rows("evaluate.batch_size", batch_size, config, layout, 8)
+        return
+    with pytest.raises(UserError, match=f"evaluate.batch_size={batch_size} .* a multiple of 8,"):
+        sharding.check_rows("evaluate.batch_size", batch_size, config, layout, 8)
+
+
 def test_a_cache_is_split_by_rows_only_where_heads_are_fewer_and_it_was_chosen():
     assert not sharding.by_rows(8, Layout(model=4, kv_heads="batch"))
     assert not sharding.by_rows(4, Layout(model=4))
