@@ -176,7 +176,9 @@ def test_dropout_keeps_a_share_and_scales_it_up_to_the_same_mean():
     near = np.where(draws > 0.5, 1 / (1 - rate), 0.0)
     np.testing.assert_allclose(draws, near, atol=1e-3)
     assert abs((draws > 0.5).mean() - (1 - rate)) < 0.05
-    assert len({tuple(row) for row in np.round(near.T, 2)}) > 1  # heads draw apart
+    kept = near > 0
+    assert (kept.any(axis=0) & ~kept.all(axis=0)).any()  # heads of an example draw apart
+    assert (kept.any(axis=1) & ~kept.all(axis=1)).all()  # and so do examples
 
 
 def test_initial_scales_are_t5s():
