@@ -207,8 +207,13 @@ def _by_name(num_kv_heads: int | dict) -> dict[str, int | tuple[int, ...]]:
 
 
 def _fewer(config: Config, num_kv_heads: dict) -> dict[str, int | tuple[int, ...]]:
-    """Those that change: an equal number is the identity for every method."""
-    return {name: K for name, K in num_kv_heads.items() if getattr(config, _field(name)) != K}
+    """The attentions that change; an equal number in every layer is the identity."""
+
+    def changes(name: str, value: int | tuple[int, ...]) -> bool:
+        numbers = value if isinstance(value, tuple) else (value,)
+        return any(K != getattr(config, _field(name)) for K in numbers)
+
+    return {name: value for name, value in num_kv_heads.items() if changes(name, value)}
 
 
 def _walk(
