@@ -157,3 +157,104 @@ def test_the_search_finds_the_best_of_all_groupings(seed):
     np.testing.assert_allclose(total(found), best)
     assert found[0] == 0
     np.testing.assert_array_equal(np.sort(found), np.arange(6))
+
+
+def pairs_by_layer(params, name, layers):
+    """Parameters in which each layer has its own pairs of like heads, and noise of its own."""
+    rng = np.random.default_rng(8)
+    kernels = dict(kernels_of(params, name))
+    for side in ("key", "value"):
+        kernel = np.array(kernels[side])
+        for layer, (pairs, noise) in enumerate(layers):
+            for one, other in pairs:
+                far = noise * rng.normal(size=kernel[layer, :, 0].shape)
+                kernel[layer, :, other] = kernel[layer, :, one] + far
+        kernels[side] = jnp.asarray(kernel, jnp.float32)
+    return with_kernels(params, name, kernels)
+
+
+@pytest.mark.parametrize("sure", [0, 1])
+def test_layers_that_share_an_order_decide_by_the_sum_of_their_similarities(
+    tiny, random_params, sure
+):
+    """Self-attention goes by the layer whose heads are alike more; cross-attention by each."""
+    ways = [((0, 2), (1, 3)), ((0, 3), (1, 2))]
+    layers = [(pairs, 0.01 if i == sure else 0.6) for i, pairs in enumerate(ways)]
+    expected = [[0, 2, 1, 3], [0, 3, 1, 2]]
+    params = pairs_by_layer(random_params(tiny), "decoder", layers)
+    found = orders(params, {"decoder": 2}, "weight_cos")["decoder"]
+    np.testing.assert_array_equal(found, [expected[sure]] * 2)
+    params = pairs_by_layer(random_params(tiny), "cross", layers)
+    found = orders(params, {"cross": 2}, "weight_cos")["cross"]
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("grouping", ["act_cos", "act_aligned"])
+def test_heads_are_alike_where_their_inputs_move(tiny, random_params, grouping):
+    """Heads 0 and 3 agree in what keys read; by weights, or what queries read, 0 and 2 do."""
+    params = random_params(tiny)
+    kernels = dict(kernels_of(params, "cross"))
+    for side in ("key", "value"):
+        kernel = np.array(kernels[side])
+        kernel[:, :4, 3], kernel[:, :4, 2] = kernel[:, :4, 0], kernel[:, :4, 1]
+        kernel[:, 4:, 2], kernel[:, 4:, 3] = kernel[:, 4:, 0], kernel[:, 4:, 1]
+        kernels[side] = jnp.asarray(kernel)
+    params = with_kernels(params, "cross", kernels)
+    read, other = (np.diag(np.where(np.arange(16) < 4, a, b)) for a, b in ((1, 0.01), (0.01, 1)))
+    moments = [Moment("cross", layer, read, other, 60, 60) for layer in range(2)]
+    found = orders(params, {"cross": 2}, grouping, 0, moments)["cross"]
+    np.testing.assert_array_equal(found, [[0, 3, 1, 2]] * 2)
+    found = orders(params, {"cross": 2}, "weight_cos")["cross"]
+    np.testing.assert_array_equal(found, [[0, 2, 1, 3]] * 2)
+
+
+def test_similarity_is_the_sum_of_two_cosines(tiny, random_params):
+    """Of keys and of values as long vectors; rotations can only bring heads nearer."""
+    kernels = {side: np.array(x) for side, x in kernels_of(random_params(tiny), "cross").items()}
+    kernels["value"][1, :, 3] = 0
+    rng = np.random.default_rng(9)
+    root = rng.normal(size=(16, 16))
+    plain, aligned = (similarity(kernels, 1, root.T @ root, a) for a in (False, True))
+    expected, best = np.zeros((4, 4)), np.zeros((4, 4))
+    for side, one, other in itertools.product(("key", "value"), range(4), range(4)):
+        x, y = (root @ kernels[side][1, :, n] for n in (one, other))
+        norms = np.linalg.norm(x) * np.linalg.norm(y)
+        if norms:  # a head of zeros is like none
+            expected[one, other] += (x * y).sum() / norms
+            best[one, other] += np.linalg.svd(x.T @ y)[1].sum() / norms
+    np.testing.assert_allclose(plain, expected, atol=1e-6)
+    np.testing.assert_allclose(aligned, best, atol=1e-6)
+
+
+def test_strided_groups_take_every_kth_head_and_random_ones_go_by_seed(tiny, random_params):
+    params = random_params(tiny)
+    found = orders(params, {"cross": 2, "decoder": 1, "encoder": 4}, "strided")
+    assert found.keys() == {"cross", "decoder"}
+    np.testing.assert_array_equal(found["cross"], [[0, 2, 1, 3]] * 2)
+    np.testing.assert_array_equal(found["decoder"], [[0, 1, 2, 3]] * 2)
+    draws = [orders(params, {"cross": 2}, "random", seed)["cross"] for seed in (0, 0, 1, 2)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert len({str(draw) for draw in draws}) > 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_search_is_as_good_in_groups_of_pairs(seed):
+    """Against every way to pair eight heads."""
+    x = np.random.default_rng(seed).normal(size=(8, 8))
+    alike = x + x.T
+
+    def pairings(heads):
+        if not heads:
+            yield []
+        for partner in heads[1:]:
+            rest = [h for h in heads[1:] if h != partner]
+            yield from ([(heads[0], partner), *others] for others in pairings(rest))
+
+    def total(pairs):
+        return sum(alike[one, other] for one, other in pairs)
+
+    found = search(alike, 4, np.random.default_rng(seed)).reshape(4, 2)
+    best = max(total(pairs) for pairs in pairings(list(range(8))))
+    assert total(found) == pytest.approx(best)
+    assert (found[:, 0] < found[:, 1]).all()
+    assert (np.diff(found[:, 0]) > 0).all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gqa.convert import convert
-from gqa.convert.learned import METHODS, blend, expand, fold, pull
+from gqa.convert.learned import METHODS, blend, expand, fold, pull, without_pools
 from gqa.convert.tree import kernels_of
 from gqa.model import Transformer
 
@@ -95,3 +95,44 @@ def test_gradients_reach_kernels_and_pools(params, method, plain):
     for name in HEADS:
         for leaf in ("key", "value", "key_pool", "value_pool"):
             assert np.abs(kernels_of(grads, name)[leaf]).min() > 0, leaf
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_expanding_adds_pools_alone_and_they_can_be_taken_off(params, method):
+    tree = expand(params, HEADS, method)
+    plain = without_pools(tree)
+    assert jax.tree.structure(plain) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, plain, params)
+    # An attention that keeps its heads gets no pool.
+    same = expand(params, {"decoder": 4, "encoder": 4}, method)
+    assert jax.tree.structure(same) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pools_have_the_kernels_dtype_and_buffers_of_their_own(params, method):
+    """A training step that donates its parameters may not be given one buffer twice."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    for tree, dtype in ((params, jnp.float32), (half, jnp.bfloat16)):
+        kernels = kernels_of(expand(tree, HEADS, method), "decoder")
+        key, value = kernels["key_pool"], kernels["value_pool"]
+        assert key.dtype == value.dtype == dtype
+        assert key.unsafe_buffer_pointer() != value.unsafe_buffer_pointer()
+
+
+def test_each_fused_head_is_its_own_mixture_of_its_group(params):
+    """Row i of a mixture makes head i; halfway to merging it is half the mean of the rows."""
+    tree = drawn(expand(params, HEADS, "fuse"))
+    kernels, start = kernels_of(tree, "decoder"), kernels_of(blend(tree, 0.0), "decoder")
+    halfway, end = (kernels_of(p, "decoder") for p in (blend(tree, 0.25), fold(tree)))
+    for side in ("key", "value"):
+        heads, pool = (np.asarray(kernels[name]) for name in (side, f"{side}_pool"))
+        for layer, group, i in np.ndindex(2, 2, 2):
+            own, mean = (
+                sum(rows[g] * heads[layer, :, 2 * group + g] for g in range(2))
+                for rows in (pool[layer, group, i], pool[layer, group].mean(0))
+            )
+            found = start[side][layer, :, 2 * group + i]
+            np.testing.assert_allclose(found, own, atol=1e-5)
+            found = halfway[side][layer, :, 2 * group + i]
+            np.testing.assert_allclose(found, (own + mean) / 2, atol=1e-5)
+            np.testing.assert_allclose(end[side][layer, :, group], mean, atol=1e-5)

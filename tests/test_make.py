@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from gqa.calibrate import ATTENTIONS
-from gqa.convert import SHRINKAGE, check, convert, spread
+from gqa.convert import SHRINKAGE, check, convert, needs_moments, spread
 from gqa.convert.tree import kernels_of
+from gqa.errors import UserError
 from tests.test_absorb import moments_of
 
 
@@ -85,6 +86,9 @@ def test_defaults_are_logits_and_a_shrinkage_of_a_hundredth(tiny, params):
         found, convert(params, tiny, 2, "svd", moments=moments, space="logit", shrinkage=0.01)[0]
     )
     assert SHRINKAGE == 0.01
+    assert needs_moments("svd")
+    with pytest.raises(UserError, match="method='svd' weighs heads"):
+        check(tiny, {"cross": 2}, "svd", calibrated=False)
     for keys in ({"shrinkage": 0.0}, {"space": "activation"}):
         other = convert(params, tiny, 2, "svd", moments=moments, **keys)[0]
         one, two = (kernels_of(p, "cross")["key"] for p in (found, other))
