@@ -165,7 +165,9 @@ def test_the_first_heads_block_of_singular_vectors_is_symmetric():
     assert np.linalg.eigvalsh(V[0]).min() > 0
     # They are those of the largest singular values.
     kept = np.square(np.einsum("GDH,GHI->DI", heads, V)).sum()
-    np.testing.assert_allclose(kept, np.square(np.linalg.svd(np.concatenate(heads, 1))[1][:H]).sum())
+    np.testing.assert_allclose(
+        kept, np.square(np.linalg.svd(np.concatenate(heads, 1))[1][:H]).sum()
+    )
 
 
 def test_a_new_head_weighs_its_members_by_orthogonal_columns():
