@@ -1,4 +1,4 @@
-"""KV heads by layer in one cache: known choices, ties, and the space that losses are measured in."""
+"""KV heads by layer in one cache: known choices, ties, and the space that losses are in."""
 
 import itertools
 

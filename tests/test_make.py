@@ -1,4 +1,4 @@
-"""Kernels made run by run: what stays, which runs draw anew, dtypes, and the warning's threshold."""
+"""Kernels made run by run: what stays, what draws anew, dtypes, and the warning's threshold."""
 
 import dataclasses
 import warnings
