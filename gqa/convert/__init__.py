@@ -211,7 +211,7 @@ def _fewer(config: Config, num_kv_heads: dict) -> dict[str, int | tuple[int, ...
 
     def changes(name: str, value: int | tuple[int, ...]) -> bool:
         numbers = value if isinstance(value, tuple) else (value,)
-        return any(K != getattr(config, _field(name)) for K in numbers)
+        return any(getattr(config, _field(name)) != K for K in numbers)
 
     return {name: value for name, value in num_kv_heads.items() if changes(name, value)}
 
