@@ -105,3 +105,12 @@ def test_the_section_says_all_of_it():
     assert saved["svd-logit"] == ["0.0021 ±0.0000", "0.0025", "-0.019 ±0.002"]
     assert saved["random"] == ["not in 3 of 3 seeds", "-", "-"]
     assert report_conversion.section(summary(methods={"mean": LOSSES["mean"]})) == ""
+
+
+def test_nothing_is_saved_if_one_seed_never_gets_there():
+    never = (4.6, 4.58, 4.55, 4.51)
+    records = [r for s in (0, 1) for r in (*parent(s), *losses(s, "mean", LOSSES["mean"]))]
+    records += losses(0, "svd-logit", LOSSES["svd-logit"]) + losses(1, "svd-logit", never)
+    found = Summary(records)
+    saved = compared.saved(found, shape_of(found), "svd-logit")
+    assert (saved.alpha, saved.missed, saved.seeds) == (None, 1, 2)

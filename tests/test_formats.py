@@ -186,3 +186,12 @@ def test_a_row_group_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(formats.hardware.psutil, "virtual_memory", lambda: virtual_memory)
     with pytest.raises(UserError, match=r"a\.parquet: one row group takes 0\.0 GiB, this machine"):
         read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_rows_of_many_batches_are_all_read_and_numbered_on(tmp_path, ending):
+    path, count = tmp_path / f"a{ending}", 2 * formats.MOST_ROWS + 3
+    WRITERS[ending](path, [{"de": str(i), "en": "x"} for i in range(1, count + 1)])
+    found = read(path)
+    assert [number for number, _ in found] == list(range(1, count + 1))
+    assert all(row["de"] == str(number) for number, row in found)

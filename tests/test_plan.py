@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import base
-from experiments.plan import ancestors, evaluate_checkpoint, merge, plan
+from experiments.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
 from experiments.text import Text
 
 
@@ -175,3 +175,42 @@ def test_what_a_stage_is_can_be_written_down():
         again = json.loads(json.dumps([stage.settings, stage.setup]))
         assert again[1]["run"] == "gqa8-nano"
         assert again[0]["variant"]["num_heads"] == 16
+
+
+def test_a_key_is_of_kind_settings_and_parents_and_not_of_the_setup():
+    root = Stage("pretrain", {"x": 1}, (), {})
+    other = root._replace(settings={"x": 2})
+    child = Stage("convert", {"x": 1}, (root,), {})
+    different = [
+        root,
+        other,
+        root._replace(kind="convert"),
+        child,
+        child._replace(parents=(other,)),
+        child._replace(parents=(child,)),
+    ]
+    assert len({stage.key for stage in different}) == len(different)
+    assert root.key == root._replace(setup={"run": "another"}).key
+
+
+def test_every_stage_that_draws_has_the_seed_of_the_config():
+    found = stages(seed=7)
+    drawing = [s for s in found if s.kind in ("pretrain", "convert", "finetune")]
+    assert {s.settings["seed"] for s in drawing} == {7}
+    assert {s.variant["seed"] for s in found if s.kind != "benchmark"} == {7}
+
+
+def test_uptraining_and_scores_are_told_all_that_determines_them():
+    (plain,) = [s for s in stages() if s.kind == "uptrain"]
+    (near,) = [s for s in stages(**{"uptrain.beta": 0.5}) if s.kind == "uptrain"]
+    assert (plain.settings["beta"], near.settings["beta"]) == (0.0, 0.5)
+    assert near.variant["method"] == "mean-kl0.5"
+    assert all(s.settings["metrics"] == ["rougeL"] for s in stages() if s.kind == "evaluate")
+    sources = {s.settings["text"] for s in stages() if s.kind == "finetune"}
+    assert sources == {"source of parameter_qa", "source of docstring_summary"}
+
+
+def test_results_name_the_heads_of_each_attention():
+    (converted,) = [s for s in stages(**{"convert.where": "cross"}) if s.kind == "convert"]
+    assert converted.variant["num_kv_heads"] == 16
+    assert converted.variant["cross_num_kv_heads"] == 8

@@ -112,3 +112,12 @@ def test_commit_is_ours_or_unknown(tmp_path, monkeypatch):
     assert results._commit.__wrapped__().endswith("-dirty")
     git("commit", "--quiet", "-m", "second")
     assert not results._commit.__wrapped__().endswith("-dirty")
+
+
+def test_what_differs_in_anything_but_value_and_time_is_another_measurement():
+    changes = [{}, {"stage": "finetune"}, {"metric": "bleu"}, {"step": 1}, {"step": 2}]
+    changes += [{"example": 0}, {"example": 1}, {"run": "b"}, {"task": "t"}]
+    records = [record(i, **change) for i, change in enumerate(changes)]
+    assert results.latest(records) == records
+    again = [r | {"value": 9, "time": "later"} for r in records]
+    assert results.latest([*records, *again]) == again

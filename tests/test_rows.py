@@ -181,3 +181,18 @@ def test_contents_are_of_the_files_not_of_their_place(tmp_path):
     assert a == b != c
     assert rows.contents({"train": f"{tmp_path}/a.txt@2"}) != a
     assert rows.contents({"train": "", "prefix": "x"}) == {}
+
+
+def test_contents_are_of_every_split_and_say_which(tmp_path):
+    for name, content in (("a.txt", "x"), ("b.txt", "y")):
+        (tmp_path / name).write_text(content)
+    a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+    several = [
+        {"train": a, "validation": a, "test": a},
+        {"train": b, "validation": a, "test": a},
+        {"train": a, "validation": b, "test": a},
+        {"train": a, "validation": a, "test": b},
+        {"train": a, "validation": a},
+    ]
+    found = [json.dumps(rows.contents(options)) for options in several]
+    assert len(set(found)) == len(several)

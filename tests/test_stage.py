@@ -88,3 +88,16 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(info, tmp_path, load):
     text = SimpleNamespace(tokenizer=SimpleNamespace(hash="another hash"), folder=tmp_path / "text")
     with pytest.raises(UserError, match=r"trained with another vocabulary .* text in .*text; use"):
         load(parent, SimpleNamespace(text=text))
+
+
+def test_what_finish_wrote_is_read_and_half_of_it_refused(tmp_path):
+    assert stage.read_done(tmp_path) is None
+    outcome = stage.Outcome([stage.record("steps", 3, "steps", n=2)], "3")
+    done = stage.finish(tmp_path, outcome, {"commit": "abc"}, 1.5)
+    assert stage.read_done(tmp_path) == done
+    assert done["records"] == [{"metric": "steps", "value": 3, "unit": "steps", "n": 2}]
+    assert (done["checkpoint"], done["seconds"]) == ("3", 1.5)
+    for content in ("{}", '{"records": []}', "[]", "{"):
+        (tmp_path / stage.DONE).write_text(content)
+        with pytest.raises(UserError, match=r"done\.json is damaged; remove it"):
+            stage.read_done(tmp_path)

@@ -174,3 +174,12 @@ def test_an_encoder_that_was_converted_is_not_grouped_alike():
     assert Variant("nano", 16, 4, 4, 16, "mean", 0.05).grouped_alike
     assert not Variant("nano", 16, 4, 4, 4, "mean", 0.05).grouped_alike
     assert not Variant("nano", 16, 4, 2, 16, "mean", 0.05).grouped_alike
+
+
+def test_a_curve_is_in_the_order_of_its_steps():
+    points = [(200, 3.0), (100, 4.0), (300, 2.5)]
+    lines = [record(PARENT, "pretrain", "learning_curve", x, step=step) for step, x in points]
+    summary = Summary([*lines, *scored(PARENT)])
+    (found,) = summary.variants
+    curve = [(step, e.value) for step, e in summary.curve(found, "pretrain")]
+    assert curve == [(100, 4.0), (200, 3.0), (300, 2.5)]

@@ -124,3 +124,12 @@ def test_what_cannot_vary_is_refused(key, value, message):
     config.sweep.alpha[key] = value
     with pytest.raises(UserError, match=message):
         sweep.expand(config)
+
+
+def test_attentions_are_converted_as_the_grid_says():
+    config = grid.sweep("x", "nano", a={"kv_heads": (8, 0), "where": "self,cross"})
+    found = [
+        (p.convert.where, p.convert.num_kv_heads_decoder, p.convert.num_kv_heads_cross)
+        for p in sweep.expand(config)
+    ]
+    assert sorted(found) == [("cross", 8, 8), ("cross", 16, 16), ("self", 8, 8), ("self", 16, 16)]

@@ -181,3 +181,23 @@ def test_check_finds_mistakes_in_every_row_of_every_file(write):
         tasks.check("docstrings", prefix="x")
     with pytest.raises(UserError, match="needs test=PATH"):
         tasks.get("files").load("test", **options)
+
+
+def test_a_fingerprint_has_all_that_makes_the_text(write):
+    path = write("a.jsonl", JSONL)
+    options = {"train": path, "source": "de", "target": "en", "prefix": ""}
+    changes = [{}, {"source": "x"}, {"target": "x"}, {"prefix": "x: "}, {"train": f"{path}@2"}]
+    found = [str(tasks.get("files").fingerprint(**options | change)) for change in changes]
+    assert len(set(found)) == len(changes)
+    columns = [tasks.get("documents").fingerprint(train=path, column=c) for c in ("de", "en")]
+    assert columns[0] != columns[1]
+
+
+def test_parts_of_a_mixture_keep_their_weights(write):
+    a, b = write("a.jsonl", JSONL), write("b.jsonl", JSONL.splitlines()[0])
+    train = f"{a}@3,{b}@0.5"
+    found = tasks.parts("files", corpus=None, train=train, source="de", target="en", prefix="p ")
+    assert [(len(part), weight) for part, weight in found] == [(2, 3.0), (1, 0.5)]
+    assert found[1][0] == [Example("p ein Hund", ("a dog",))]
+    texts = tasks.parts("documents", corpus=None, train=train, column="de")
+    assert texts == [(["ein Hund", "zwei"], 3.0), (["ein Hund"], 0.5)]
