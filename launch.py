@@ -17,8 +17,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import process
-from gqa.errors import UserError
+from experiments.run import process
+from gqa.runtime.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -93,21 +93,24 @@ def _define(argv: list[str]) -> flags.FlagValues:
 def _run(values: flags.FlagValues) -> None:
     import jax  # after the flags, so that a mistake in them is told at once
 
-    from experiments import aot, initial, pipeline, speed
-    from gqa import distributed
+    from experiments import pipeline
+    from experiments.aot import analysis
+    from experiments.speed import benchmark
+    from experiments.stages import initial_checkpoint
+    from gqa.runtime import distributed
 
     config, workdir, stage = values.config, Path(values.workdir), values.stage
     if stage == "aot" or config.experiment == "aot":
-        aot.run(config, workdir, stage)
+        analysis.run(config, workdir, stage)
         return
     distributed.initialize()
-    experiments = {"pipeline": pipeline, "speed": speed}
+    experiments = {"pipeline": pipeline, "speed": benchmark}
     if config.experiment not in experiments:
         raise UserError(
             f"experiment={config.experiment!r}; use one of {', '.join(experiments)}, aot"
         )
     experiment = experiments[config.experiment]
-    if experiment is speed and distributed.is_several():
+    if experiment is benchmark and distributed.is_several():
         raise UserError("experiment=speed times one process; start no others")
     if stage not in (None, *experiment.KINDS):
         raise UserError(f"--stage={stage}; use one of {', '.join(experiment.KINDS)}, aot")
@@ -116,7 +119,7 @@ def _run(values: flags.FlagValues) -> None:
     options = pipeline.Options(values.executor, values.jobs, values["dry-run"].value)
     pipeline.check_options(options)
     if experiment is pipeline:
-        config = initial.adopted(config)
+        config = initial_checkpoint.adopted(config)
         pipeline.check(config, options)
     else:
         experiment.check(config)

@@ -9,7 +9,7 @@ section 3.1).
 from ml_collections import ConfigDict
 
 from configs.sizes import COLUMNS, SIZES
-from gqa.errors import UserError
+from gqa.runtime.errors import UserError
 
 
 def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
@@ -222,7 +222,7 @@ def _aot() -> ConfigDict:
     aot.kv_heads = ()  # in decoder self- and cross-attention; (): convert's
     aot.largest_batch_size = 32  # a chip
     aot.prefill_batch_size = 32  # rows that are encoded at once
-    aot.efficiency = 0.7  # of each ceiling of gqa/chips.py that a program is taken to reach
+    aot.efficiency = 0.7  # of each ceiling of gqa/aot/chips.py that a program is taken to reach
     aot.training_targets = ()  # slices to compile pretraining for, until one holds it
     aot.training_model = 1  # devices along "model" of those; parameters are split over the others
     return aot

@@ -8,14 +8,17 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from experiments import check as checks
-from experiments import report, schedule, slurm, sweep, text, worker
-from experiments.disk import lock, make_workdir
-from experiments.plan import KINDS as STAGE_KINDS
-from experiments.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
-from experiments.stage import open_parent
-from gqa.distributed import is_primary, is_several
-from gqa.errors import UserError
+from experiments.graph import sweep
+from experiments.graph import validate as checks
+from experiments.graph.plan import KINDS as STAGE_KINDS
+from experiments.graph.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
+from experiments.report import report
+from experiments.run import local, slurm, worker
+from experiments.stages import text
+from experiments.stages.stage import open_parent
+from experiments.workdir import lock, make_workdir
+from gqa.runtime.distributed import is_primary, is_several
+from gqa.runtime.errors import UserError
 
 KINDS = (*STAGE_KINDS, "report")
 EXECUTORS = ("local", "slurm")
@@ -64,7 +67,7 @@ def run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) -
         _report(config, workdir)
     elif options.dry_run:
         stages = _stages(config, workdir, kind, _prepared)
-        print(schedule.describe(stages, workdir))
+        print(local.describe(stages, workdir))
     else:
         make_workdir(workdir)
         with lock(workdir / "lock", str(workdir)):
@@ -78,7 +81,7 @@ def _run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) 
             worker.describe(stage, workdir)
         slurm.submit(stages, workdir, config.slurm.to_dict(), _report_command(config, workdir))
         return
-    schedule.run(stages, workdir, options.jobs)
+    local.run(stages, workdir, options.jobs)
     if kind is None:
         _report(config, workdir)
 

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from gqa.model import Config, Transformer
+from gqa.model.config import Config
+from gqa.model.transformer import Transformer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Accelerators round float32 products to fewer bits unless told; the tests compare to 1e-5.

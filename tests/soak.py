@@ -27,7 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.jobs import ROOT, differences, outputs
+from tests.support.jobs import ROOT, differences, outputs
 
 STAGE = re.compile(r"^(\w+)( \w+)? \(.*\): in ")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import launch
-from experiments import text
+from experiments.stages import text
 
 ROOT = Path(launch.__file__).parent
 GQA8 = "--config=configs/gqa8.py"

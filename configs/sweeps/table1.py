@@ -6,7 +6,7 @@ python launch.py --config=configs/sweeps/table1.py:xxl         # the paper's XXL
 
 from configs.sizes import SMALLER
 from configs.sweeps.grid import sweep
-from gqa.errors import UserError
+from gqa.runtime.errors import UserError
 
 
 def get_config(arg: str = ""):

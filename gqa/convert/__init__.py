@@ -17,18 +17,18 @@ from collections.abc import Generator, Iterable, Sequence
 
 import numpy as np
 
-from gqa import calibrate
-from gqa.calibrate import ATTENTIONS, Moment
-from gqa.convert import absorb, budget, learned, make, pool
-from gqa.convert.absorb import SPACES
+from gqa.convert import assemble, calibration, closed_form, layer_budget, learned, pooling
+from gqa.convert.attention_kernels import kernels_of
+from gqa.convert.calibration import ATTENTIONS, Moment
+from gqa.convert.closed_form import SPACES
 from gqa.convert.grouping import GROUPINGS, MEASURED, orders, permuted
-from gqa.convert.tree import kernels_of
-from gqa.errors import UserError
-from gqa.model import Config, check_kv_heads, each_layer
-from gqa.sharding import divisors
+from gqa.model.config import Config, check_kv_heads
+from gqa.model.transformer import each_layer
+from gqa.runtime.errors import UserError
+from gqa.runtime.sharding import divisors
 
-ABSORBING = absorb.METHODS
-CLOSED = (*pool.METHODS, *ABSORBING)  # those that need no training
+ABSORBING = closed_form.METHODS
+CLOSED = (*pooling.METHODS, *ABSORBING)  # those that need no training
 METHODS = (*CLOSED, *learned.METHODS)
 
 SHRINKAGE = 0.01  # of moments, where nothing else is asked for
@@ -78,19 +78,19 @@ def convert(
         return params, new_config
     if grouping in MEASURED:
         if moments is None:
-            moments = calibrate.moments(params, config, batches, tuple(fewer))
+            moments = calibration.moments(params, config, batches, tuple(fewer))
         moments = list(moments)
     params = permuted(params, orders(params, fewer, grouping, seed, moments))
     if method in learned.METHODS:
         return learned.fold(learned.expand(params, fewer, method)), new_config
-    if method in absorb.METHODS:
+    if method in closed_form.METHODS:
         walk = _walk(params, config, fewer, space, moments, batches)
-        made = make.absorbed(params, new_config, fewer, walk, method, space, shrinkage)
+        made = assemble.absorbed(params, new_config, fewer, walk, method, space, shrinkage)
     else:
-        made = make.pooled(params, new_config, fewer, method, seed)
+        made = assemble.pooled(params, new_config, fewer, method, seed)
     if renorm:
-        made = make.renormed(made, params)
-    return make.assembled(params, new_config, made), new_config
+        made = assemble.renormed(made, params)
+    return assemble.assembled(params, new_config, made), new_config
 
 
 def check(
@@ -141,7 +141,7 @@ def check_by_layer(method: str, grouping: str) -> None:
 
 def needs_moments(method: str, space: str = "logit", grouping: str = "contiguous") -> bool:
     """Whether a conversion takes calibration batches."""
-    return (method in absorb.METHODS and space != "weight") or grouping in MEASURED
+    return (method in closed_form.METHODS and space != "weight") or grouping in MEASURED
 
 
 def spread(
@@ -170,10 +170,10 @@ def spread(
         if name in fewer:
             kernels = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
             lost[name, layer] = {
-                K: absorb.discarded(kernels, K, space, moment, shrinkage)
+                K: closed_form.discarded(kernels, K, space, moment, shrinkage)
                 for K in divisors(kernels["key"].shape[1])
             }
-    return budget.spread(lost, fewer, lengths)
+    return layer_budget.spread(lost, fewer, lengths)
 
 
 def query_scale(old: dict, new: dict) -> dict[str, np.ndarray]:
@@ -229,5 +229,5 @@ def _walk(
         layers = {name: len(kernels_of(params, name)["key"]) for name in fewer}
         return (Moment(n, i, None, None, 0, 0) for n, L in layers.items() for i in range(L))
     if batches is not None:
-        return calibrate.moments(params, config, batches, tuple(fewer))
+        return calibration.moments(params, config, batches, tuple(fewer))
     return (moment for moment in moments)

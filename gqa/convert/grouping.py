@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gqa import optim
-from gqa.calibrate import ATTENTIONS, Moment
-from gqa.convert import absorb
-from gqa.convert.tree import at, kernels_of, replaced
+from gqa.convert import closed_form
+from gqa.convert.attention_kernels import at, kernels_of, replaced
+from gqa.convert.calibration import ATTENTIONS, Moment
+from gqa.convert.optimizer_state import permute_heads
 
 GROUPINGS = ("contiguous", "strided", "random", "weight_cos", "act_cos", "act_aligned")
 MEASURED = ("act_cos", "act_aligned")  # these need moments
@@ -74,7 +74,7 @@ def permuted(params: dict, orders: dict[str, np.ndarray]) -> dict:
 def permuted_moments(opt_state: dict, params: dict, orders: dict[str, np.ndarray]) -> dict:
     """The state of `gqa.optim` for `permuted` parameters, from that of `params`."""
     for path, axis, index in _moves(params, orders):
-        moved = optim.permute_heads(at(opt_state, path), at(params, path).shape, axis, index)
+        moved = permute_heads(at(opt_state, path), at(params, path).shape, axis, index)
         opt_state = replaced(opt_state, path, moved)
     return opt_state
 
@@ -138,7 +138,7 @@ def similarity(kernels: dict, layer: int, C: np.ndarray | None, aligned: bool) -
     total = 0.0
     for name in ("key", "value"):
         heads = np.asarray(kernels[name][layer], np.float64).transpose(1, 0, 2)
-        gram = absorb.gram_matrix(heads, C).swapaxes(1, 2)  # [N, N, H, H]
+        gram = closed_form.gram_matrix(heads, C).swapaxes(1, 2)  # [N, N, H, H]
         traces = np.trace(gram, axis1=2, axis2=3)
         norms = np.sqrt(np.outer(traces.diagonal(), traces.diagonal()))
         if aligned:

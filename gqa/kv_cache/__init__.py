@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa.generate import bucket
-from gqa.inference import Inference
-from gqa.model import Config, init_params
+from gqa.inference.generator import bucket
+from gqa.inference.step import Inference
+from gqa.model.config import Config
+from gqa.model.transformer import init_params
 
 
 def kv_cache_bytes(

@@ -9,10 +9,10 @@ import sys
 
 import jax.numpy as jnp
 
-from gqa import command
-from gqa.errors import UserError
 from gqa.kv_cache import presets
 from gqa.kv_cache.presets import PRESETS, Decoder
+from gqa.runtime import command_line
+from gqa.runtime.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 LARGEST = 10**12  # of what is asked: products stay numbers that mean something
@@ -74,7 +74,7 @@ def _text(nbytes: int) -> str:
 
 def main(argv: list[str]) -> None:
     """Parse and print."""
-    parser = command.Parser(prog="python -m gqa.kv_cache", description=__doc__.splitlines()[0])
+    parser = command_line.Parser(prog="python -m gqa.kv_cache", description=__doc__.splitlines()[0])
     parser.add_argument("model", help=f"config.json, its folder, or {', '.join(PRESETS)}")
     parser.add_argument("--batch", type=int, default=1, help="sequences")
     parser.add_argument("--length", type=int, default=2048, help="positions of the decoder")
@@ -96,4 +96,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command.status(functools.partial(main, sys.argv)))
+    sys.exit(command_line.status(functools.partial(main, sys.argv)))

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from gqa import tensors
-from gqa.errors import UserError
-from gqa.model import check_kv_heads
+from gqa.interop import safetensors_files
+from gqa.model.config import check_kv_heads
+from gqa.runtime.errors import UserError
 
 
 class Decoder(NamedTuple):
@@ -61,8 +61,8 @@ def find(name: str) -> Decoder:
     if not path.exists():
         raise UserError(f"{name!r} is no config.json; use one, or one of {', '.join(PRESETS)}")
     path = path / "config.json" if path.is_dir() else path
-    config = tensors.read_json(path)
-    with tensors.told_of(path):
+    config = safetensors_files.read_json(path)
+    with safetensors_files.told_of(path):
         nested = config.get("text_config")
         return _decoder(config | nested if isinstance(nested, dict) else config)
 

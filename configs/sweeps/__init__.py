@@ -1,0 +1,1 @@
+"""Configs that stand for many: what varies over the base config."""

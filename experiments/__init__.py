@@ -1,0 +1,1 @@
+"""The pipeline: configs become stages, stages become results, results become a report."""

@@ -1,0 +1,225 @@
+"""Programs of a network, compiled for a slice that is not there: no weights, no devices.
+
+XLA's own compilers run on any machine: libtpu has the one for TPUs, JAX's CUDA plugin the one for
+GPUs. What comes out is the program that would run, with its memory, layouts and communication.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gqa.aot import chips
+from gqa.aot.chips import Target
+from gqa.inference.step import Inference, Memory
+from gqa.kv_cache import weight_shapes
+from gqa.model.config import Config
+from gqa.runtime import atomic_files, sharding
+from gqa.runtime.errors import UserError
+from gqa.runtime.sharding import Layout
+from gqa.training import loop, optimizer
+
+# Without these libtpu looks for the machine it is on.
+ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else one process at a time holds it
+}
+# By platform: the package that has the compiler, and what to install.
+COMPILERS = {
+    "tpu": ("libtpu", "-r requirements-aot.txt"),
+    "gpu": ("jax_cuda12_plugin", f'"jax[cuda12]=={jax.__version__}"'),
+}
+# What XLA asks a GPU about itself, as an H100 answers.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  device_memory_size: 84978434048 memory_bandwidth: 3352320000000
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 8 }
+"""
+TOO_LARGE = "RESOURCE_EXHAUSTED"
+
+
+class Compiled(NamedTuple):
+    """A program for one device: bytes of memory by use, its text, and seconds of compilation.
+
+    Where it does not fit, `failure` says so and there is nothing else.
+    """
+
+    arguments: int = 0
+    temporary: int = 0
+    outputs: int = 0
+    aliased: int = 0
+    code: int = 0
+    seconds: float = 0.0
+    failure: str = ""
+    text: str = ""
+
+    @property
+    def peak(self) -> int:
+        """Bytes in use at once: results that take an argument's place need none of their own."""
+        return self.arguments + self.temporary + self.outputs - self.aliased + self.code
+
+
+def start(targets: Iterable[Target]) -> None:
+    """Keep JAX off devices, and see that there are compilers; before anything asks for devices.
+
+    Raises:
+        UserError: saying what to install.
+    """
+    for target in targets:
+        package, install = COMPILERS[target.platform]
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--stage=aot needs XLA's compiler for {target.name}; pip install {install}, best "
+                "into an environment of its own"
+            )
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def devices(target: Target) -> list:
+    """The devices of a slice, one a chip."""
+    if target.platform == "gpu":
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=target.kind,
+            topology=f"1x1x{target.chips}",
+            target_config=H100,
+        ).devices
+    name = "x".join(map(str, target.shape))
+    megacore = chips.CORES[target.kind] == 2
+    topology = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=f"{target.kind}:{name}",
+        chip_config_name="megacore" if megacore else "default",
+        chips_per_host_bounds=(2, 2, 1),
+    )
+    return topology.devices
+
+
+class Compiler:
+    """Compiles for one slice and layout; what was compiled before is found in `folder`."""
+
+    def __init__(self, target: Target, layout: Layout, folder: Path):
+        self.target, self.layout, self.folder = target, layout, folder
+        self.mesh: Mesh = sharding.make_mesh(layout, devices=devices(target))
+
+    def step(self, net: Inference, batch_size: int, S: int, T: int) -> Compiled:
+        """One token of `batch_size` rows, inputs of S, a cache of T that is updated in place.
+
+        The weights that only prefill reads are arguments too: they stay in memory.
+        """
+        caches = sharding.cache_sharding(net.config, self.mesh, net.layout, net.fused)
+        rows = sharding.batch_sharding(self.mesh)
+        weights = self._weights(net)
+        inputs = jax.ShapeDtypeStruct((batch_size, S), jnp.int32)
+        memory = jax.eval_shape(net.prefill, weights, inputs)
+        cache = jax.eval_shape(lambda: net.init_cache(batch_size, 1, T))
+        cache = _each_at(cache, caches.own)
+        mask = memory.mask.update(sharding=caches.mask)
+        memory = Memory(_each_at(memory.kv, caches.cross), mask)
+        tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=rows)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        out = (None, jax.tree.map(lambda x: x.sharding, cache))
+        step = jax.jit(net.step, donate_argnums=3, keep_unused=True, out_shardings=out)
+        return self._compile(step, weights, tokens, index, cache, memory)
+
+    def prefill(self, net: Inference, batch_size: int, S: int) -> Compiled:
+        """The encoder and every layer's cross-attention keys and values."""
+        caches = sharding.cache_sharding(net.config, self.mesh, net.layout, net.fused)
+        rows = sharding.batch_sharding(self.mesh)
+        inputs = jax.ShapeDtypeStruct((batch_size, S), jnp.int32, sharding=rows)
+        prefill = jax.jit(net.prefill, out_shardings=Memory(caches.cross, caches.mask))
+        return self._compile(prefill, self._weights(net), inputs)
+
+    def train(self, config: Config, batch_size: int, S: int, T: int, parts: int) -> Compiled:
+        """One step of pretraining in `parts` microbatches, the state updated in place."""
+        state = loop.abstract(config, self.mesh, self.layout)
+        rows = sharding.batch_sharding(self.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=rows)
+            for name, length in (("inputs", S), ("targets", T))
+        }
+        step = loop.make_step(
+            loop.make_loss(config, z_loss=1e-4),
+            optimizer.rsqrt(10_000),
+            0,
+            parts,
+            placed=loop.shardings(state),
+        )
+        return self._compile(step, state, batch)
+
+    def _weights(self, net: Inference) -> dict:
+        weights = weight_shapes(net)
+        at = sharding.param_shardings(weights, self.mesh, net.layout)
+        return jax.tree.map(lambda x, at: x.update(sharding=at), weights, at)
+
+    def _compile(self, function, *arguments) -> Compiled:
+        with jax.set_mesh(self.mesh):
+            lowered = function.lower(*arguments)
+            versions = f"{jax.__version__} {self.target} {self.mesh.shape}"
+            key = hashlib.sha256(f"{versions} {lowered.as_text()}".encode()).hexdigest()[:20]
+            numbers, text = self.folder / f"{key}.json", self.folder / f"{key}.hlo.gz"
+            if numbers.exists() and text.exists():
+                found = json.loads(numbers.read_text())
+                return Compiled(**found, text=gzip.decompress(text.read_bytes()).decode())
+            compiled = _compile(lowered)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_files.write(text, gzip.compress(compiled.text.encode(), mtime=0))
+        kept = {name: value for name, value in compiled._asdict().items() if name != "text"}
+        atomic_files.write(numbers, json.dumps(kept))
+        return compiled
+
+
+def _each_at(layers: list, shardings: list) -> list:
+    """The arrays of each layer with its sharding."""
+    return [
+        tuple(x.update(sharding=at) for x in kv) for kv, at in zip(layers, shardings, strict=True)
+    ]
+
+
+def _compile(lowered: jax.stages.Lowered) -> Compiled:
+    begin = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if TOO_LARGE not in str(error):
+            raise
+        used = re.search(r"Used \S+ of \S+ \w+", str(error))
+        seconds = time.perf_counter() - begin
+        return Compiled(seconds=seconds, failure=used[0] if used else str(error).splitlines()[0])
+    memory = compiled.memory_analysis()
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        time.perf_counter() - begin,
+        text=compiled.as_text(),
+    )

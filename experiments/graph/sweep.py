@@ -1,0 +1,94 @@
+"""A sweep config -> the configs it is short for.
+
+Its section `sweep` has grids by name. A grid lists what varies over the base config, and stands for
+every combination; the sweep is all of its grids.
+"""
+
+import importlib
+import itertools
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from experiments.graph import method_names
+from experiments.graph.plan import WHERE
+from experiments.graph.validate import flatten
+from experiments.stages.text import split_names
+from gqa.runtime.errors import UserError
+
+NO_TASKS = "none"  # instead of a list of tasks
+MULTI_HEAD = 0  # stands for as many KV heads as heads, in any size
+
+# The lists of numbers, and some to tell their kind by.
+NUMBERS = {"kv_heads": (8, 1), "alphas": (0.05, 0.1), "seeds": (0, 1)}
+
+
+def expand(config: ConfigDict) -> list[ConfigDict]:
+    """The configs of a sweep, each like one of a single run; of any other config, itself.
+
+    Raises:
+        UserError: for an empty list or an unknown size.
+    """
+    if "sweep" not in config:
+        return [config]
+    return [each for grid in config.sweep for each in _grid(config, grid)]
+
+
+def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
+    axes = config.sweep[grid]
+    tasks = "" if axes.tasks == NO_TASKS else axes.tasks or config.finetune.tasks
+    for key in ("sizes", "methods", "where"):
+        if not split_names(axes[key]):
+            raise UserError(f"sweep.{grid}.{key} is empty; name at least one")
+    for where in split_names(axes.where):
+        if where not in WHERE:
+            raise UserError(f"sweep.{grid}.where: {where!r}; use any of {', '.join(WHERE)}")
+    for key, example in NUMBERS.items():
+        _check_numbers(f"sweep.{grid}.{key}", axes[key], example)
+    for size in split_names(axes.sizes):
+        base = _resized(config, size)
+        heads = axes.kv_heads or _groups(base.model.num_heads)
+        lists = (heads, split_names(axes.where), split_names(axes.methods), axes.alphas, axes.seeds)
+        for kv_heads, where, method, alpha, seed in itertools.product(*lists):
+            point = _without_sweep(base)
+            kv_heads = base.model.num_heads if kv_heads == MULTI_HEAD else kv_heads
+            for attention in WHERE["both"]:
+                point.convert[f"num_kv_heads_{attention}"] = kv_heads
+            point.convert.where = where
+            point.update_from_flattened_dict(method_names.keys(method))
+            point.uptrain.alpha, point.seed = alpha, seed
+            point.finetune.tasks = tasks
+            yield point
+
+
+def _check_numbers(name: str, values: tuple, example: tuple) -> None:
+    kinds = (int, float) if isinstance(example[0], float) else (int,)
+    good = isinstance(values, tuple) and all(type(value) in kinds for value in values)
+    if not good or not (values or name.endswith(".kv_heads")):
+        raise UserError(f"{name}={values!r}; use numbers such as {example[0]},{example[1]}")
+
+
+def _groups(num_heads: int) -> list[int]:
+    """Every number of KV heads below that of the parent, which is in every plan anyway."""
+    return [K for K in range(num_heads - 1, 0, -1) if num_heads % K == 0]
+
+
+def _resized(config: ConfigDict, size: str) -> ConfigDict:
+    """The base config of another size, with what the user changed in this one."""
+    if size == config.size:
+        return config
+    get_config = importlib.import_module("configs.base").get_config
+    own, other = get_config(config.size), get_config(size)
+    changed = set(flatten(config)) - set(flatten(own))
+    keys = dict(flatten(other)).keys()
+    other.update_from_flattened_dict({k: v for k, v in changed if k in keys - {"name", "size"}})
+    other.name = config.name
+    return other
+
+
+def _without_sweep(config: ConfigDict) -> ConfigDict:
+    point = config.copy_and_resolve_references()
+    if "sweep" in point:
+        with point.unlocked():
+            del point.sweep
+    return point

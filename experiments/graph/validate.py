@@ -1,0 +1,162 @@
+"""What a config may not say: refused in one line, before any compute and before any writing."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments.graph.plan import WHERE, parent_config, target_heads
+from experiments.stages import text
+from gqa import convert
+from gqa.data import tasks, tokenizer
+from gqa.data.examples import SPLITS
+from gqa.runtime import sharding
+from gqa.runtime.errors import UserError
+from gqa.training import progress
+
+LARGEST = 2**31 - 1  # steps, lengths, seeds and token ids are int32
+ZERO_TOO = (
+    *("seed", "evaluate.examples", "evaluate.top_k", "train.max_rollbacks"),
+    *("finetune.inputs_length", "finetune.targets_length"),
+    *("slurm.gpus_per_node", "slurm.cpus_per_task", "slurm.mem_gb", "slurm.timeout_min"),
+)
+CHOICES = {
+    "convert.optimizer": ("map", "reset"),
+    "convert.where": tuple(WHERE),
+    "evaluate.split": SPLITS,
+    "evaluate.search": ("greedy", "beam", "sample"),
+    "evaluate.cache_dtype": ("", "float32", "bfloat16"),
+    "checkpoint.on_damage": ("stop", "previous"),
+    "train.on_nan": ("stop", "rollback"),
+    "wandb.mode": progress.MODES,
+}
+
+
+def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
+    """Refuse a config of the main job that could not run; its text is for `check_text`.
+
+    It will have so many `devices` in all and in each process; by default, those that are here.
+
+    Raises:
+        UserError: naming the key and what would do.
+    """
+    check_numbers(config)
+    values = dict(flatten(config))
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            known = ", ".join(choice or "nothing" for choice in choices)
+            raise UserError(f"{name}={values[name]!r}; use one of {known}")
+    _check_fractions(config)
+    _check_conversion(config)
+    layout = sharding.Layout(**config.mesh)
+    count, local_count = devices or (jax.device_count(), jax.local_device_count())
+    for heads in ({}, {f"num_kv_heads_{n}": K for n, K in target_heads(config).items()}):
+        network = dataclasses.replace(parent_config(config), **heads)
+        sharding.check(network, layout, count, local_count)
+        size, generate = config.evaluate.batch_size, max(local_count, layout.model)
+        sharding.check_rows("evaluate.batch_size", size, network, layout, generate)
+    for section in ("pretrain", "finetune"):
+        _check_batch(section, config[section], layout, count)
+    sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, 1, layout, count)
+    progress.check(config.wandb.mode)
+
+
+def check_text(config: ConfigDict) -> None:
+    """Refuse tasks, files and vocabularies that could not be used; reads them all.
+
+    Raises:
+        UserError: naming the key, or the file and line, and what would do.
+    """
+    _check_tasks(config)
+    _check_vocabulary(config)
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a config with its sections before it, and its value."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Counts are 1 or more, rates not negative; 0 stands for all examples and tokens."""
+    for name, value in flatten(config):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        least = 0 if isinstance(value, float) or name in ZERO_TOO else 1
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UserError(f"{name} is too large; use {least} to {LARGEST}")
+        if not least <= value < math.inf:
+            raise UserError(f"{name}={value}; use {least} or more")
+
+
+def _check_conversion(config: ConfigDict) -> None:
+    """Refuse what cannot be converted."""
+    section = config.convert
+    if section.spread:
+        convert.check_by_layer(section.method, section.grouping)
+        if config.mesh.model > 1:
+            raise UserError("convert.spread=True goes with mesh.model=1 alone")
+    convert.check(
+        parent_config(config),
+        target_heads(config),
+        section.method,
+        section.space,
+        section.grouping,
+        section.renorm,
+    )
+
+
+def _check_fractions(config: ConfigDict) -> None:
+    if config.uptrain.alpha > 1:
+        raise UserError(f"uptrain.alpha={config.uptrain.alpha}; use a fraction from 0 to 1")
+    if config.convert.shrinkage > 1:
+        raise UserError(f"convert.shrinkage={config.convert.shrinkage}; use a value from 0 to 1")
+    if not 0 < config.evaluate.top_p <= 1:
+        raise UserError(f"evaluate.top_p={config.evaluate.top_p}; use more than 0 and at most 1")
+    for section in ("pretrain", "finetune"):
+        rate = config[section].dropout_rate
+        if rate >= 1:
+            raise UserError(f"{section}.dropout_rate={rate}; use a value in [0, 1)")
+
+
+def _check_batch(section: str, training: ConfigDict, layout: sharding.Layout, count: int) -> None:
+    size, parts = training.batch_size, training.num_microbatches
+    if size % parts:
+        raise UserError(
+            f"{section}.batch_size={size} does not split over num_microbatches={parts}; "
+            f"use a multiple of {parts}"
+        )
+    sharding.check_batch(f"{section}.batch_size", size, parts, layout, count)
+
+
+def _check_tasks(config: ConfigDict) -> None:
+    """Refuse unknown tasks under the key that names them, and files that will be missed."""
+    tuned = text.split_names(config.finetune.tasks)
+    for key, names in (("pretrain.task", (config.pretrain.task,)), ("finetune.tasks", tuned)):
+        for name in names:
+            if name not in tasks.names():
+                known = ", ".join(tasks.names())
+                raise UserError(f"{key}: task={name!r} is unknown; choose from {known}")
+    text.check(config)
+    split = config.evaluate.split
+    for name in tuned:
+        splits = getattr(tasks.get(name), "SPLITS", SPLITS)
+        if split not in splits:
+            known = " or ".join(splits)
+            raise UserError(f"evaluate.split={split!r}: {name} has no answers in it; use {known}")
+    if "files" in tuned and not config.files[split]:
+        raise UserError(f"files.{split} names no file, evaluate.split={split!r} needs one")
+
+
+def _check_vocabulary(config: ConfigDict) -> None:
+    size, least = config.model.vocab_size, tokenizer.SMALLEST
+    if config.text.vocabulary:
+        least = tokenizer.load(config.text.vocabulary).sentinel(0) + 1
+    if size < least:
+        raise UserError(f"model.vocab_size={size} is too small; use {least} or more")

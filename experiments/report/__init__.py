@@ -1,0 +1,1 @@
+"""From results.jsonl to report.md, report.html and figures."""

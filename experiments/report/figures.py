@@ -1,0 +1,174 @@
+"""Quality against time, loss over conversion, and time against KV heads.
+
+Drawn without pyplot: no global state, no display.
+"""
+
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from experiments.report import paper, plot
+from experiments.report.summary import Summary
+
+PAPER_STYLE = {  # place in the palette, label offset in points, alignment
+    "MHA-XXL": (0, (-8, -3), "right"),
+    "GQA-8-XXL": (1, (8, -3), "left"),
+    "MQA-XXL": (2, (8, -3), "left"),
+    "MHA-Large": (6, (8, -3), "left"),
+}
+
+
+def quality_against_time(summary: Summary, folder: Path) -> str | None:
+    """Draw score against time per sample, ours beside the paper's Figure 3, on separate axes.
+
+    Return the figure's name, None if no variant has both.
+    """
+    points = [
+        (i, summary.get(v, "benchmark", "sample_seconds"), summary.average(v))
+        for i, v in enumerate(summary.variants)
+    ]
+    points = [point for point in points if None not in point]
+    if not points:
+        return None
+    height = 3.3 + plot.legend_height(len(points))
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    ours, published = figure.subplots(1, 2)
+    for i, time, quality in points:
+        ours.errorbar(
+            time.value * 1e3,
+            quality.value,
+            xerr=plot.error_bar([time], 1e3),
+            yerr=plot.error_bar([quality]),
+            label=summary.title(summary.variants[i]),
+            linestyle="none",
+            elinewidth=0.8,
+            capsize=2,
+            **plot.style(i),
+        )
+    ours.set(title="Ours", xlabel="Time per sample (ms)", ylabel=score_name(summary))
+    ours.set_xlim(0, 1.08 * ours.get_xlim()[1])
+    _draw_published(published)
+    plot.tidy(ours, published)
+    plot.legend_below(figure, ours)
+    plot.save_all(figure, folder, "quality_time")
+    return "quality_time"
+
+
+def _draw_published(axes):
+    for model, (i, offset, alignment) in PAPER_STYLE.items():
+        seconds, average = paper.TABLE1[model][:2]
+        axes.plot(seconds, average, linestyle="none", **plot.style(i))
+        place = {"textcoords": "offset points", "fontsize": 8, "ha": alignment}
+        axes.annotate(model, (seconds, average), offset, **place)
+    axes.set(
+        title="Published: T5 on TPUv4",
+        xlabel="Time per sample (s)",
+        ylabel="Average of 7 tasks",
+        xlim=(0, 1.7),
+        ylim=(45.8, 47.4),
+    )
+
+
+def score_name(summary: Summary) -> str:
+    """Name the axis of the average score."""
+    count = len(summary.tasks)
+    if count != 1:
+        return f"Score: average of {count} tasks (%)"
+    task = summary.tasks[0]
+    found = (summary.headline(v, task) for v in summary.scored)
+    return f"Score: {task} ({next((e.unit for e in found if e), '%')})"
+
+
+def pretraining_loss(summary: Summary, folder: Path) -> str | None:
+    """Draw validation loss from the parent over conversion to the end of uptraining.
+
+    Return the figure's name, None if nothing was converted or more than can be told apart.
+    """
+    lines = {}
+    for i, variant in enumerate(summary.variants):
+        losses = summary.losses(variant)
+        if losses[1]:
+            lines[i] = [(x, loss) for x, loss in enumerate(losses) if loss]
+    if not 1 <= len(lines) <= plot.TOLD_APART:
+        return None
+    height = 3.0 + plot.legend_height(len(lines))
+    figure = Figure(figsize=(6.2, height), layout="constrained")
+    axes = figure.subplots()
+    for i, points in lines.items():
+        plot.line(axes, points, i, summary.title(summary.variants[i]))
+    axes.set_xticks(range(3), ["pretrained MHA", "converted", "uptrained"])
+    axes.set(xlim=(-0.2, 2.2), ylabel="Validation loss (nats per token)")
+    plot.tidy(axes)
+    plot.legend_below(figure, axes)
+    plot.save_all(figure, folder, "pretraining_loss")
+    return "pretraining_loss"
+
+
+def learning_curves(summary: Summary, folder: Path) -> str | None:
+    """Draw validation loss against steps, of pretraining and of each task's fine-tuning.
+
+    Return the figure's name, None if there is no curve.
+    """
+    panels = {}
+    for stage, task in (("pretrain", None), *(("finetune", task) for task in summary.tasks)):
+        curves = {i: summary.curve(v, stage, task) for i, v in enumerate(summary.variants)}
+        curves = {i: points for i, points in curves.items() if len(points) > 1}
+        if curves:
+            panels["pretraining" if task is None else task] = curves
+    if not panels:
+        return None
+    shown = sorted({i for curves in panels.values() for i in curves})
+    height = 2.8 + plot.legend_height(len(shown))
+    figure = Figure(figsize=(min(3.6 * len(panels), 10.8), height), layout="constrained")
+    several = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(several, panels.items(), strict=True):
+        for i, points in curves.items():
+            place = shown.index(i)
+            plot.line(axes, points, place, summary.title(summary.variants[i]), markersize=4)
+        axes.set(title=title, xlabel="Step")
+    several[0].set_ylabel("Validation loss (nats per token)")
+    plot.tidy(*several)
+    plot.legend_below(figure, *several)
+    plot.save_all(figure, folder, "learning_curves")
+    return "learning_curves"
+
+
+def time_by_groups(lines: dict[tuple[str, bool], list], path: str | os.PathLike) -> None:
+    """Draw seconds per sample against KV heads, beside the paper's Figure 6.
+
+    `lines` has, by label and whether it is at the largest batch, pairs of a number of KV heads and
+    a record with low and high.
+    """
+    height = 3.2 + plot.legend_height(len(lines))
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    ours, published = figure.subplots(1, 2)
+    labels = list(dict.fromkeys(label for label, _ in lines))
+    for (label, largest), points in lines.items():
+        heads, seconds = zip(*points, strict=True)
+        below = [s["value"] - s["low"] for s in seconds]
+        above = [s["high"] - s["value"] for s in seconds]
+        ours.errorbar(
+            heads,
+            [s["value"] for s in seconds],
+            yerr=[below, above],
+            label=f"{label}, largest batch" if largest else label,
+            markerfacecolor="white" if largest else None,
+            linestyle="--" if largest else "-",
+            elinewidth=0.8,
+            capsize=2,
+            **plot.style(labels.index(label)),
+        )
+    ours.set(title="This run", ylabel="Time per sample (s)", ylim=(0, None))
+    plot.kv_heads_axis(ours)
+    published_times(published)
+    plot.tidy(ours, published)
+    plot.legend_below(figure, ours)
+    plot.save(figure, path)
+
+
+def published_times(axes) -> None:
+    """Draw the paper's Figure 6."""
+    axes.plot(*zip(*paper.FIGURE6.items(), strict=True), **plot.style(6))
+    axes.set(title="Published: T5-XXL on TPUv4", ylabel="Time per sample (s)", ylim=(0, None))
+    plot.kv_heads_axis(axes)

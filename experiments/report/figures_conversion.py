@@ -1,0 +1,168 @@
+"""Loss by way of converting: along uptraining, at once, by calibration, and what is saved."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.graph import method_names
+from experiments.report import estimate, method_comparison, plot
+from experiments.report.summary import Summary, Variant
+from gqa.convert import calibration
+
+LOSS = "Loss (nats per token)"
+LONGER = "MHA, trained equally long"
+ALPHA_LABEL = "alpha (uptraining steps / pretraining steps)"
+
+
+def by_alpha(summary: Summary, folder: Path) -> str | None:
+    """Draw loss against alpha, a panel a network, a line a method; below, its distance to MHA's.
+
+    Return the figure's name, None unless something was uptrained to two alphas.
+    """
+    shapes = [s for s in method_comparison.shapes(summary, 1) if _uptrained(summary, s)]
+    if not shapes:
+        return None
+    names = list(dict.fromkeys(m for s in shapes for m in _uptrained(summary, s)))
+    figure = Figure(figsize=(7.2, 5.6 + plot.legend_height(len(names) + 1)), layout="constrained")
+    rows = figure.subplots(2, len(shapes), sharey="row", squeeze=False)
+    for shape, (above, below) in zip(shapes, rows.T, strict=True):
+        _draw_curves(summary, shape, names, above, below)
+        above.set(title=summary.sized(shape.network, shape))
+        below.set(xlabel=ALPHA_LABEL)
+        plot.ratio_axis(below.yaxis)
+        for axes in (above, below):
+            _alpha_axis(axes)
+    rows[0, 0].set(ylabel=LOSS)
+    rows[1, 0].set(ylabel="Above MHA trained equally long")
+    plot.tidy(*rows.flat)
+    plot.legend_below(figure, *rows[0])
+    plot.save_all(figure, folder, "alpha_loss")
+    return "alpha_loss"
+
+
+def _uptrained(summary: Summary, shape: Variant) -> list[str]:
+    found = method_comparison.methods(summary, shape)
+    return [m for m in found if len(method_comparison.curve(summary, shape, m)) > 2]
+
+
+def _draw_curves(summary, shape, names, above, below):
+    longer = method_comparison.curve(summary, shape.parent, "none")
+    for i, name in enumerate(names):
+        points = method_comparison.curve(summary, shape, name)
+        if len(points) < 3:
+            continue
+        plot.line(above, list(points.items()), i, name)
+        apart = {
+            alpha: estimate.apart(loss, longer[alpha])
+            for alpha, loss in points.items()
+            if alpha in longer
+        }
+        apart = [(alpha, e) for alpha, e in apart.items() if e and e.value > 0]
+        if apart:
+            plot.line(below, apart, i, name)
+    if len(longer) > 1:
+        at, losses = zip(*longer.items(), strict=True)
+        above.plot(at, [e.value for e in losses], "--", color="black", label=LONGER)
+
+
+def _alpha_axis(axes: Axes) -> None:
+    """Put 0 on a scale of ratios, beside the least alpha."""
+    alphas = sorted({float(x) for drawn in axes.lines for x in drawn.get_xdata()})
+    if len(alphas) > 1:
+        axes.set_xscale("symlog", linthresh=alphas[1], linscale=0.6)
+        axes.set_xticks(alphas, [f"{alpha:g}".removeprefix("0") or "0" for alpha in alphas])
+        axes.set_xlim(-alphas[1] / 4, alphas[-1] * 1.2)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.minorticks_off()
+
+
+def by_heads(summary: Summary, folder: Path) -> str | None:
+    """Draw what conversion alone does to the loss against KV heads, a line a method.
+
+    Return the figure's name, None unless two methods led to three numbers of KV heads.
+    """
+    lines = {}
+    for v in sorted(summary.converted):  # a set: in an order that is the same each time
+        found = method_comparison.damage(summary, v)
+        if v.grouped_alike and method_comparison.is_plain(v.method) and found and found.value > 0:
+            lines.setdefault(summary.sized(v.method, v), []).append((v.num_kv_heads, found))
+    lines = {name: points for name, points in lines.items() if len(points) > 2}
+    if len(lines) < 2:
+        return None
+    figure = Figure(figsize=(6.2, 3.8 + plot.legend_height(len(lines))), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(lines.items()):
+        plot.line(axes, points, i, name)
+    plot.kv_heads_axis(axes)
+    plot.ratio_axis(axes.yaxis)
+    axes.set(title="Converted, alpha 0", ylabel="Loss above the parent's (nats)")
+    plot.tidy(axes)
+    plot.legend_below(figure, axes)
+    plot.save_all(figure, folder, "damage")
+    return "damage"
+
+
+def by_saving(summary: Summary, folder: Path) -> str | None:
+    """Draw the alpha at which each method reaches the mean's loss of alpha 0.05.
+
+    Return the figure's name, None unless there is a method beside the mean that does.
+    """
+    found = {}
+    for shape in method_comparison.shapes(summary):
+        for method in method_comparison.methods(summary, shape):
+            saved = method_comparison.saved(summary, shape, method)
+            if saved and saved.alpha:
+                found.setdefault(shape, {})[method] = saved.alpha
+    found = {shape: alphas for shape, alphas in found.items() if len(alphas) > 1}
+    if not found:
+        return None
+    names = list(dict.fromkeys(name for alphas in found.values() for name in alphas))
+    height = 1.3 + 0.32 * len(names) + plot.legend_height(len(found))
+    figure = Figure(figsize=(6.2, height), layout="constrained")
+    axes = figure.subplots()
+    for i, (shape, alphas) in enumerate(found.items()):
+        shift = 0.4 * ((i + 0.5) / len(found) - 0.5)
+        points = [(names.index(name) + shift, e) for name, e in alphas.items()]
+        plot.marks(axes, points, i, summary.sized(shape.network, shape))
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set(
+        xlabel=f"alpha that reaches {method_comparison.REFERENCE}'s loss of alpha {method_comparison.ALPHA:g}"
+    )
+    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+    plot.tidy(axes)
+    plot.legend_below(figure, axes)
+    plot.save_all(figure, folder, "saved")
+    return "saved"
+
+
+def by_calibration(summary: Summary, folder: Path) -> str | None:
+    """Draw what conversion alone does to the loss against the tokens it was calibrated on.
+
+    Return the figure's name, None unless one method was calibrated on two amounts.
+    """
+    lines = {}
+    for v in summary.converted:
+        keys = method_names.keys(v.method)
+        asked = keys.pop("convert.calibration_tokens", calibration.TOKENS)
+        found = method_comparison.damage(summary, v)
+        if found and len(keys) == 2 and "convert.space" in keys and v.grouped_alike:
+            name = v.method.removesuffix(f"-{asked}")
+            label = summary.sized(f"{v.network} {name}", v)
+            if summary.get(v, "convert", "calibration_tokens").value:
+                lines.setdefault(label, []).append((asked, found))
+    lines = {name: sorted(points) for name, points in sorted(lines.items()) if len(points) > 1}
+    if not lines:
+        return None
+    figure = Figure(figsize=(6.2, 3.6 + plot.legend_height(len(lines))), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(lines.items()):
+        plot.line(axes, points, i, name)
+    plot.ratio_axis(axes.yaxis)
+    axes.set(xscale="log", xlabel="Calibration tokens", title="Converted, alpha 0")
+    axes.set(ylabel="Loss above the parent's (nats)")
+    plot.tidy(axes)
+    plot.legend_below(figure, axes)
+    plot.save_all(figure, folder, "calibration")
+    return "calibration"

@@ -1,0 +1,155 @@
+"""Quality against one setting at a time: conversion method, alpha, KV heads (Figures 4 to 6)."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from experiments.report import method_comparison, paper, plot
+from experiments.report.figures import published_times, score_name
+from experiments.report.summary import Summary, Variant
+
+LOSS = "Loss (nats per token)"
+
+
+def by_method(summary: Summary, folder: Path) -> str | None:
+    """Draw score by conversion method, one mark with its interval each, as the paper's Figure 4.
+
+    Return the figure's name, None unless two methods led to one network at one alpha.
+    """
+    groups = {}
+    for v in summary.variants:
+        if v.method != "none" and summary.average(v):
+            groups.setdefault(v._replace(method=""), {})[v.method] = summary.average(v)
+    groups = {key: scores for key, scores in groups.items() if len(scores) > 1}
+    if not groups:
+        return None
+    found = {method for scores in groups.values() for method in scores}
+    methods = method_comparison.in_order(found)
+    height = 1.2 + 0.45 * max(len(methods), 3) + plot.legend_height(len(groups))
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    ours, published = figure.subplots(1, 2)
+    for i, (key, scores) in enumerate(groups.items()):
+        shift = 0.5 * ((i + 0.5) / len(groups) - 0.5)
+        points = [(methods.index(m) + shift, e) for m, e in scores.items()]
+        plot.marks(ours, points, i, summary.sized(f"{key.network}, alpha {key.alpha:g}", key))
+    published.plot(list(paper.FIGURE4.values()), range(3), linestyle="none", **plot.style(6))
+    ours.set(title="Ours", xlabel=score_name(summary))
+    published.set(title="Published: T5-Large to MQA", xlabel="Average of 3 tasks", xlim=(55, 56))
+    for axes, names in ((ours, methods), (published, list(paper.FIGURE4))):
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+    plot.tidy(ours, published)
+    plot.legend_below(figure, ours)
+    plot.save_all(figure, folder, "methods")
+    return "methods"
+
+
+def by_alpha(summary: Summary, folder: Path) -> str | None:
+    """Draw score against alpha, a line for each network and method, as the paper's Figure 5.
+
+    Return the figure's name, None unless something was scored at two alphas.
+    """
+    lines = _alpha_lines(summary)
+    if not any(len(points) > 1 for points in lines.values()):
+        return None
+    figure = Figure(figsize=(7.2, 3.5), layout="constrained")
+    ours, published = figure.subplots(1, 2)
+    _draw_alpha_lines(summary, ours, lines)
+    _draw_published_alphas(published)
+    ours.set(title="Ours", ylabel=score_name(summary))
+    return _finish(figure, folder, "alpha", ours, published)
+
+
+def _alpha_lines(summary):
+    """Return, by variant without alpha, pairs of an alpha and the score there."""
+    lines = {}
+    for v in summary.variants:
+        if found := summary.average(v):
+            lines.setdefault(v._replace(alpha=-1.0), {})[v.alpha] = found
+    return {key: sorted(points.items()) for key, points in lines.items()}
+
+
+def _draw_alpha_lines(summary, axes, lines):
+    """A multi-head network that was not uptrained is a level to compare with, as in the paper."""
+    for i, (key, points) in enumerate(lines.items()):
+        name = key.network if key.method == "none" else f"{key.network} {key.method}"
+        label = summary.sized(name, key)
+        if len(points) > 1:
+            plot.line(axes, points, i, label)
+        elif key.shape == key.parent:
+            plot.level(axes, points[0][1], i, f"{label}, not uptrained")
+
+
+def _draw_published_alphas(axes):
+    for i, (name, points) in enumerate(paper.FIGURE5.items()):
+        alphas, scores = zip(*points.items(), strict=True)
+        axes.plot(alphas, scores, linestyle="--" if name == "MHA" else "-", **plot.style(i))
+        place = {"textcoords": "offset points", "fontsize": 8}
+        axes.annotate(name, (0.0, scores[0]), (0, 5) if name == "MHA" else (8, -9), **place)
+    axes.set(title="Published: T5-XXL on TPUv4", ylabel="Average of 3 tasks", ylim=(53.6, 58))
+
+
+def _finish(figure, folder, name, *several):
+    for axes in several:
+        axes.set_xlabel("alpha (uptraining steps / pretraining steps)")
+    plot.tidy(*several)
+    labels = several[0].get_legend_handles_labels()[1]
+    figure.set_figheight(figure.get_figheight() + plot.legend_height(len(labels)))
+    plot.legend_below(figure, several[0])
+    plot.save_all(figure, folder, name)
+    return name
+
+
+def by_groups(summary: Summary, folder: Path) -> str | None:
+    """Draw time, score and validation loss against KV heads, and the paper's Figure 6.
+
+    Return the figure's name, None unless three numbers of KV heads were timed or scored.
+    """
+    lines = {
+        "time": _group_lines(
+            summary,
+            lambda v: summary.get(v, "benchmark", "sample_seconds"),
+            lambda v: f"{v.size}: time, however converted",
+        ),
+        "score": _group_lines(summary, summary.average, lambda v: _way(summary, v)),
+        "loss": _group_lines(summary, summary.loss, lambda v: _way(summary, v)),
+    }
+    if not lines["time"] and not lines["score"]:
+        return None
+    labels = list(dict.fromkeys(label for found in lines.values() for label in found))
+    figure = Figure(figsize=(7.2, 5.8 + plot.legend_height(len(labels))), layout="constrained")
+    (time, published), (score, loss) = figure.subplots(2, 2)
+    for axes, found in zip((time, score, loss), lines.values(), strict=True):
+        for label, points in found.items():
+            plot.line(axes, points, labels.index(label), label)
+        if found:
+            plot.kv_heads_axis(axes)
+        else:
+            plot.note(axes, "not measured")
+    time.set(title="Ours", ylabel="Time per sample (s)", ylim=(0, None))
+    score.set(title="Ours, fine-tuned", ylabel=score_name(summary))
+    loss.set(title="Ours, before fine-tuning", ylabel=LOSS)
+    published_times(published)
+    plot.tidy(time, published, score, loss)
+    plot.legend_below(figure, time, score, loss)
+    plot.save_all(figure, folder, "groups")
+    return "groups"
+
+
+def _group_lines(summary, measure, label):
+    """Return, by label, pairs of a number of KV heads and what was measured there: 3 or more.
+
+    The multi-head parent begins every line.
+    """
+    lines = {}
+    for v in summary.scored:
+        if v.grouped_alike and v.shape != v.parent:
+            for point in (v.parent, v):
+                if found := measure(point):
+                    lines.setdefault(label(v), {})[point.num_kv_heads] = found
+    return {name: sorted(points.items()) for name, points in lines.items() if len(points) > 2}
+
+
+def _way(summary: Summary, v: Variant) -> str:
+    name = "from scratch" if v.method == "none" else f"{v.method}, alpha {v.alpha:g}"
+    return summary.sized(name, v)

@@ -1,0 +1,103 @@
+"""Ways of converting beside each other: what each does to the loss, and what uptraining it saves.
+
+All of it is the validation loss of the pretraining task, in nats per token. Two numbers are
+compared seed by seed: both came from the same multi-head parent and the same text.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from experiments.graph import method_names
+from experiments.report import estimate
+from experiments.report.estimate import Estimate
+from experiments.report.summary import Summary, Variant
+
+REFERENCE, ALPHA = "mean", 0.05  # the paper's method and what it recommends (section 3.3)
+ORDER = ("mean", "first", "random")  # the paper's first
+
+
+class Saved(NamedTuple):
+    """The alpha at which a method's loss is the reference's; None if one seed never gets there."""
+
+    alpha: Estimate | None
+    missed: int
+    seeds: int
+
+
+def shapes(summary: Summary, least: int = 2) -> list[Variant]:
+    """The grouped networks that `least` methods led to, the most KV heads first."""
+    found = {}
+    for v in summary.converted:
+        found.setdefault(v.shape, set()).add(v.method)
+    several = [shape for shape, methods in found.items() if len(methods) >= least]
+    return sorted(several, key=lambda v: (v.size, *(-K for K in v[2:5])))
+
+
+def methods(summary: Summary, shape: Variant) -> list[str]:
+    """The methods that led to a network, the paper's first."""
+    found = {v.method for v in summary.converted if v.shape == shape}
+    found |= {v.method for v in summary.trained if v.shape == shape and v.method != "none"}
+    return in_order(found)
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Names of methods, the paper's first."""
+    return sorted(methods, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
+
+
+def is_plain(method: str) -> bool:
+    """Whether a name is a method, in a space, its norm restored or not, and else as usual."""
+    return set(method_names.keys(method)) <= {"convert.method", "convert.space", "convert.renorm"}
+
+
+def curve(summary: Summary, shape: Variant, method: str) -> dict[float, Estimate]:
+    """Loss by alpha; alpha 0 is converted and nothing else."""
+    start = shape._replace(method=method, alpha=0.0)
+    alphas = {v.alpha for v in summary.trained if v._replace(alpha=0.0) == start} | {0.0}
+    found = {alpha: summary.loss(start._replace(alpha=alpha)) for alpha in sorted(alphas)}
+    return {alpha: loss for alpha, loss in found.items() if loss}
+
+
+def damage(summary: Summary, variant: Variant) -> Estimate | None:
+    """How far the loss is above that of the multi-head parent, not trained further."""
+    return estimate.apart(summary.loss(variant), summary.loss(variant.parent))
+
+
+def against_reference(summary: Summary, variant: Variant) -> Estimate | None:
+    """How far the loss is above that of the mean after 5% of uptraining."""
+    reference = summary.loss(variant._replace(method=REFERENCE, alpha=ALPHA))
+    return estimate.apart(summary.loss(variant), reference)
+
+
+def soonest(summary: Summary, shape: Variant, method: str) -> tuple[float, Estimate] | None:
+    """The least measured alpha that is better than the reference beyond the interval, and how."""
+    for alpha in curve(summary, shape, method):
+        found = against_reference(summary, shape._replace(method=method, alpha=alpha))
+        if found and found.high is not None and found.high < 0:
+            return alpha, found
+    return None
+
+
+def saved(summary: Summary, shape: Variant, method: str) -> Saved | None:
+    """The alpha at which a method reaches the mean's loss of alpha 0.05, between those measured."""
+    points = curve(summary, shape, method)
+    reference = summary.loss(shape._replace(method=REFERENCE, alpha=ALPHA))
+    if reference is None or len(points) < 2:
+        return None
+    seeds = set(reference.runs).intersection(*(e.runs for e in points.values()))
+    reached = {}
+    for seed in sorted(seeds):
+        losses = [(alpha, e.runs[seed].value) for alpha, e in points.items()]
+        reached[seed] = next(_crossings(losses, reference.runs[seed].value), None)
+    missed = sum(alpha is None for alpha in reached.values())
+    return Saved(None if missed or not seeds else estimate.of(reached, ""), missed, len(seeds))
+
+
+def _crossings(losses: list[tuple[float, float]], target: float) -> Iterator[float]:
+    """Where a line through (alpha, loss) comes down to the target, a straight one between two."""
+    if losses[0][1] <= target:
+        yield losses[0][0]
+    for (left, above), (right, below) in itertools.pairwise(losses):
+        if above > target >= below:
+            yield left + (right - left) * (above - target) / (above - below)

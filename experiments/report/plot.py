@@ -1,0 +1,124 @@
+"""What every figure shares: palette, marks with intervals, legends below, files."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from experiments.report.estimate import Estimate
+from gqa.runtime import atomic_files
+
+# Okabe and Ito's palette, told apart with any colour vision; markers differ too, for grey print.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+TOLD_APART = 2 * len(COLORS)  # lines of one figure at most
+FORMATS = ("png", "svg")
+LEGEND_COLUMNS = 2
+
+
+def style(i: int) -> dict[str, str]:
+    """Return color and marker of the `i`-th thing in a figure; hollow where colors come again."""
+    again, i = divmod(i, len(COLORS))
+    look = {"color": COLORS[i], "marker": MARKERS[(i + again) % len(MARKERS)]}
+    return look | ({"markerfacecolor": "white"} if again % 2 else {})
+
+
+def error_bar(estimates: list[Estimate], scale: float = 1.0) -> list[list[float]]:
+    """Return the lengths below and above, [2, n]; 0 where there is no interval."""
+    below = [0 if e.low is None else scale * max(e.value - e.low, 0) for e in estimates]
+    above = [0 if e.low is None else scale * max(e.high - e.value, 0) for e in estimates]
+    return [below, above]
+
+
+def line(axes: Axes, points: list[tuple[float, Estimate]], i: int, label: str, **more) -> None:
+    """Draw estimates against numbers, with their intervals."""
+    at, estimates = zip(*points, strict=True)
+    values = [e.value for e in estimates]
+    bars = {"yerr": error_bar(estimates), "elinewidth": 0.8, "capsize": 2}
+    more = {"linestyle": "--" if i // len(COLORS) % 2 else "-"} | more
+    axes.errorbar(at, values, label=label, **bars, **style(i), **more)
+
+
+def marks(axes: Axes, points: list[tuple[float, Estimate]], i: int, label: str) -> None:
+    """Draw estimates along x in rows, with their intervals."""
+    rows, estimates = zip(*points, strict=True)
+    bars = {"xerr": error_bar(estimates), "linestyle": "none", "elinewidth": 0.8, "capsize": 2}
+    axes.errorbar([e.value for e in estimates], rows, label=label, **bars, **style(i))
+
+
+def level(axes: Axes, estimate: Estimate, i: int, label: str) -> None:
+    """Draw one estimate over the whole width, with its interval as a band."""
+    color = COLORS[i % len(COLORS)]
+    axes.axhline(estimate.value, color=color, linestyle="--", label=label)
+    if estimate.low is not None:
+        axes.axhspan(estimate.low, estimate.high, color=color, alpha=0.12, linewidth=0)
+
+
+def note(axes: Axes, text: str) -> None:
+    """Say in the middle of empty axes why they are."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
+
+
+def kv_heads_axis(axes: Axes) -> None:
+    """Scale x by powers of two, with a tick at every number of KV heads that is drawn."""
+    heads = sorted({int(K) for drawn in axes.lines for K in drawn.get_xdata()})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(heads, [str(K) for K in heads])
+    axes.minorticks_off()
+    axes.set_xlabel("KV heads")
+
+
+def ratio_axis(axis: Axis) -> None:
+    """Scale by ratios, with plain numbers at 1, 2 and 5."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def legend_height(count: int) -> float:
+    """Return the inches that a legend of `count` entries takes."""
+    return 0.19 * -(-count // LEGEND_COLUMNS)
+
+
+def legend_below(figure: Figure, *several: Axes) -> None:
+    """Name what these axes show under the whole figure, where it can cover nothing."""
+    entries = {}
+    for axes in several:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        figure.legend(
+            entries.values(),
+            entries.keys(),
+            fontsize=8,
+            frameon=False,
+            loc="outside lower center",
+            ncols=min(LEGEND_COLUMNS, len(entries)),
+        )
+
+
+def tidy(*several: Axes) -> None:
+    """Leave only what is needed to read numbers off."""
+    for axes in several:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a picture whole; the same figure gives the same bytes: no date, no random names."""
+    kind = Path(path).suffix[1:]
+    metadata = {"Date": None} if kind == "svg" else {}
+    with atomic_files.writing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "gqa"}):
+        figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
+
+
+def save_all(figure: Figure, folder: Path, name: str) -> None:
+    """Write a figure once for the screen and once for print."""
+    for kind in FORMATS:
+        save(figure, folder / f"{name}.{kind}")

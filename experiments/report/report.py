@@ -1,0 +1,176 @@
+"""The report stage: results.jsonl -> report.md, report.html, figures, text for the terminal."""
+
+import os
+from pathlib import Path
+
+from experiments.report import (
+    conversion_section,
+    figures,
+    figures_conversion,
+    figures_sweep,
+    how_many_heads,
+    html_page,
+    learning_section,
+    paper,
+    tables,
+    variants_section,
+)
+from experiments.report.summary import Summary, variant_of
+from gqa.evaluation import results
+from gqa.runtime import atomic_files
+from gqa.runtime.errors import UserError
+
+STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
+TITLE = "Grouped-query attention: quality against cost"
+
+
+def run(results_path: str | os.PathLike, folder: str | os.PathLike, within: float = 1.0) -> str:
+    """Write `report.md`, `report.html` and the figures into `folder`.
+
+    Args:
+        within: how many points of the average score below MHA are near enough.
+
+    Returns the main table, and the answer if there is one, as plain text.
+    """
+    records = [r for r in results.read(results_path) if r["stage"] in STAGES]
+    if not records:
+        raise UserError(f"{results_path}: no results yet; run a stage before the report")
+    summary, folder = Summary(records), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = _draw(summary, folder)
+    sections = [
+        f"# {TITLE}",
+        how_many_heads.markdown(summary, within),
+        variants_section.section(summary),
+        *(f"![{ALT[name]}]({name}.png)\n\n{CAPTIONS[name]}" for name in drawn),
+        learning_section.baselines(summary),
+        learning_section.scores(summary),
+        learning_section.predictions(summary),
+        learning_section.conversion(summary),
+        conversion_section.section(summary),
+        _paper_section(),
+        _provenance_section(summary, records),
+    ]
+    text = "\n\n".join(filter(None, sections)) + "\n"
+    pictures = {f"{name}.png": (folder / f"{name}.svg").read_bytes() for name in drawn}
+    atomic_files.write(folder / "report.md", text)
+    atomic_files.write(folder / "report.html", html_page.page(TITLE, text, pictures))
+    table = tables.plain(*variants_section.table(summary))
+    return "\n\n".join(filter(None, [table, how_many_heads.plain(summary, within)]))
+
+
+def _draw(summary, folder):
+    """Draw what the results have the numbers for; return the figures' names."""
+    names = [
+        figures.quality_against_time(summary, folder),
+        figures_sweep.by_groups(summary, folder),
+        figures_sweep.by_alpha(summary, folder),
+        figures_conversion.by_alpha(summary, folder),
+        figures_conversion.by_saving(summary, folder),
+        figures_conversion.by_heads(summary, folder),
+        figures_conversion.by_calibration(summary, folder),
+        figures_sweep.by_method(summary, folder),
+        figures.pretraining_loss(summary, folder),
+        figures.learning_curves(summary, folder),
+    ]
+    return [name for name in names if name]
+
+
+ALT = {
+    "quality_time": "Quality against time per sample, ours and the paper's",
+    "groups": "Time, score and loss against KV heads, ours and the paper's",
+    "alpha": "Score against alpha, ours and the paper's",
+    "alpha_loss": "Validation loss against alpha",
+    "damage": "Loss above the parent's against KV heads",
+    "saved": "Alpha that reaches the mean's loss of alpha 0.05",
+    "calibration": "Loss above the parent's against calibration tokens",
+    "methods": "Score by conversion method, ours and the paper's",
+    "pretraining_loss": "Validation loss before and after conversion",
+    "learning_curves": "Validation loss against steps",
+}
+SCORE_BARS = "Bars: 95% intervals of each score, wider than those of the differences between them."
+SEED_BARS = "Bars: 95% intervals over seeds, where there are several."
+CAPTIONS = {
+    "quality_time": "As the paper's Figure 3. Vertical bars: 95% intervals. Horizontal bars: "
+    "quartiles of the timings.",
+    "groups": "As the paper's Figure 6, with quality beside it. Every line of scores and losses "
+    "begins at the MHA parent, which is not uptrained. Bars: 95% intervals; of times, quartiles.",
+    "alpha": f"As the paper's Figure 5. Alpha 0 is converted, then fine-tuned. {SCORE_BARS}",
+    "alpha_loss": "Validation loss of the pretraining task, of the converted (alpha 0) and the "
+    "uptrained networks; below, how far it is above that of the parent, trained on as long. "
+    f"{SEED_BARS}",
+    "damage": f"What conversion alone does to the validation loss. {SEED_BARS}",
+    "saved": f"Interpolated between the measured alphas, for every seed alone. {SEED_BARS}",
+    "calibration": f"What conversion alone does to the validation loss. {SEED_BARS}",
+    "methods": f"As the paper's Figure 4, whose points are T5-Large's at alpha 0.05. {SCORE_BARS}",
+    "pretraining_loss": f"Validation loss of the pretraining task. {SEED_BARS}",
+    "learning_curves": f"Validation loss while training. {SEED_BARS}",
+}
+
+
+def _paper_section():
+    rows = []
+    for model, values in paper.TABLE1.items():
+        time, average, *tasks = f"{values[0]:.2f}", *(f"{value:.1f}" for value in values[1:])
+        mark = " (*)" if abs(paper.recomputed_average(model) - values[1]) > 0.06 else ""
+        rows.append([model, time, average + mark, *tasks])
+    mean = paper.recomputed_average("MQA-XXL")
+    return "\n\n".join(
+        [
+            "## The paper's Table 1 (published: T5-XXL on TPUv4)",
+            tables.markdown(["model", *paper.COLUMNS], rows),
+            "Ainslie et al. 2023, arXiv:2305.13245; development sets, seconds per sample and chip. "
+            "Published numbers, not ours: other models, data and hardware, and not a target. "
+            f"(*) The mean of the seven MQA-XXL columns is {mean:.2f}, not the printed 46.6; the "
+            "other rows agree with theirs.",
+        ]
+    )
+
+
+SETTINGS = ("batch_size", "inputs_length", "targets_length")
+
+
+NAMED = 6  # variants of a run, until they are only counted
+
+
+def _provenance_section(summary, records):
+    header = ["run", "variants", "stages", "commit", "device", "last result (UTC)"]
+    groups = {}
+    for record in results.latest(records):
+        title = _title(summary, record)
+        key = record["run"], record["commit"], record["device"]
+        groups.setdefault(key, {}).setdefault(title, []).append(record)
+    rows = []
+    for (name, commit, device), by_title in groups.items():
+        group = [record for found in by_title.values() for record in found]
+        stages = ", ".join(dict.fromkeys(record["stage"] for record in group))
+        titles = "; ".join(by_title) if len(by_title) <= NAMED else f"{len(by_title)} of them"
+        rows.append([name, titles, stages, commit, device, max(r["time"] for r in group)])
+    parts = ["## Provenance", tables.markdown(header, rows), _settings(summary)]
+    for column, what in ((3, "commits"), (4, "devices")):
+        if len({row[column] for row in rows}) > 1:
+            parts.append(f"These numbers come from several {what}: compare across them with care.")
+    return "\n\n".join(filter(None, parts))
+
+
+def _title(summary, record):
+    """Name what was measured: a timing is of a network, however its weights were reached."""
+    variant = variant_of(record)
+    if record["stage"] == "benchmark":
+        return summary.sized(variant.network, variant)
+    return summary.title(variant)
+
+
+def _settings(summary):
+    """Say at which shapes the timings were taken."""
+    lines = {}
+    for variant in summary.variants:
+        found = [summary.get(variant, "benchmark", name) for name in SETTINGS]
+        if all(found):
+            networks = lines.setdefault(tuple(int(f.value) for f in found), {})
+            networks[summary.sized(variant.network, variant)] = None
+    return "\n".join(
+        f"- timed at batch {batch}, {inputs} input and {targets} target tokens: "
+        + "; ".join(networks)
+        for (batch, inputs, targets), networks in lines.items()
+    )

@@ -1,0 +1,210 @@
+"""Result records -> one estimate per variant, stage, task and metric."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from experiments.graph import method_names
+from experiments.report import estimate
+from experiments.report.estimate import Difference, Estimate
+from gqa.evaluation import results
+
+TASK_STAGES = ("finetune", "evaluate")  # the others' task is the pretraining text, or none
+
+
+class Variant(NamedTuple):
+    """What sets one row of the report apart from another; seeds are averaged over."""
+
+    size: str
+    num_heads: int
+    num_kv_heads: int
+    cross_num_kv_heads: int
+    encoder_num_kv_heads: int
+    method: str
+    alpha: float
+
+    @property
+    def label(self) -> str:
+        """Name the variant as the paper does, with how it was reached where it was converted."""
+        name = self.network
+        if self.method != "none":
+            name += f" {self.method}"
+        elif self.parent != self._replace(alpha=0.0):
+            name += " from scratch"
+        trained_further = self.method != "none" or self.alpha
+        return f"{name}, alpha {self.alpha:g}" if trained_further else name
+
+    @property
+    def network(self) -> str:
+        """Name the network alone, however its weights were reached."""
+        name = {self.num_heads: "MHA", 1: "MQA"}.get(self.num_kv_heads, f"GQA-{self.num_kv_heads}")
+        if self.cross_num_kv_heads != self.num_kv_heads:
+            name += f" cross-{self.cross_num_kv_heads}"
+        if self.encoder_num_kv_heads != self.num_heads:
+            name += f" encoder-{self.encoder_num_kv_heads}"
+        return name
+
+    @property
+    def shape(self) -> "Variant":
+        """The network alone, however its weights were reached."""
+        return self._replace(method="none", alpha=0.0)
+
+    @property
+    def timed(self) -> "Variant":
+        """What timings are kept under: the shape, and how it was found where layers differ."""
+        method = method_names.before_uptraining(self.method)
+        return self.shape._replace(method=method) if method_names.by_layer(method) else self.shape
+
+    @property
+    def grouped_alike(self) -> bool:
+        """Whether both decoder attentions have one number of KV heads, and the encoder all."""
+        whole_encoder = self.encoder_num_kv_heads == self.num_heads
+        return whole_encoder and self.cross_num_kv_heads == self.num_kv_heads
+
+    @property
+    def parent(self) -> "Variant":
+        """The multi-head model that this variant was converted from, or is compared with."""
+        return Variant(self.size, *[self.num_heads] * 4, method="none", alpha=0.0)
+
+
+class Summary:
+    """The estimates of a results file, by variant, stage, task and metric."""
+
+    def __init__(self, records: list[dict]):
+        by_seed, points = defaultdict(dict), defaultdict(lambda: defaultdict(dict))
+        self._predictions = defaultdict(list)
+        for record in _same_clock(results.latest(records)):
+            stage = record["stage"]
+            task = record["task"] if stage in TASK_STAGES else None
+            variant, seed = variant_of(record), record["variant"]["seed"]
+            if "step" in record:
+                points[variant, stage, task][record["step"]][seed] = record
+            elif "example" in record:
+                self._predictions[variant, task, seed].append(record)
+            else:
+                by_seed[variant, stage, task, record["metric"]][seed] = record
+        self._estimates = {key: estimate.over_seeds(found) for key, found in by_seed.items()}
+        self._curves = {
+            key: [(step, estimate.over_seeds(found)) for step, found in sorted(steps.items())]
+            for key, steps in points.items()
+        }
+        sizes = list(dict.fromkeys(key[0].size for key in by_seed))
+        self.trained = {v for v, stage, _, _ in by_seed if stage not in ("convert", "benchmark")}
+        self.converted = {v for v, stage, _, _ in by_seed if stage == "convert"}
+        self.variants = sorted(
+            self.trained | (self.converted - {v._replace(alpha=0.0) for v in self.trained}),
+            key=lambda v: (sizes.index(v.size), v != v.parent, *[-k for k in v[1:5]], *v[5:]),
+        )
+        self.tasks = list(dict.fromkeys(t for _, stage, t, _ in by_seed if stage == "evaluate"))
+
+    @property
+    def scored(self) -> list[Variant]:
+        """The variants that have a score in some task; all, if none has."""
+        found = [v for v in self.variants if any(self.headline(v, task) for task in self.tasks)]
+        return found or self.variants
+
+    def title(self, variant: Variant) -> str:
+        """Name a variant, with its size where the results hold several."""
+        return self.sized(variant.label, variant)
+
+    def sized(self, name: str, variant: Variant) -> str:
+        """Add the variant's size to `name` where the results hold several."""
+        several = len({v.size for v in self.variants}) > 1
+        return f"{name}, {variant.size}" if several else name
+
+    def get(self, variant: Variant, stage: str, metric: str, task=None) -> Estimate | None:
+        """Return one estimate, None where it was not measured."""
+        if stage == "convert":
+            method = method_names.before_uptraining(variant.method)
+            variant = variant._replace(alpha=0.0, method=method)
+        if stage == "benchmark":
+            variant = variant.timed
+        return self._estimates.get((variant, stage, task, metric))
+
+    def metrics(self, stage: str, task: str) -> list[str]:
+        """Return the names of all metrics that any variant has there."""
+        return list(dict.fromkeys(m for _, s, t, m in self._estimates if (s, t) == (stage, task)))
+
+    def curve(self, variant: Variant, stage: str, task=None) -> list[tuple[int, Estimate]]:
+        """Return the validation loss at each step where it was taken."""
+        return self._curves.get((variant, stage, task), [])
+
+    def predictions(self, variant: Variant, task: str) -> list[dict]:
+        """Return the records of the examples that are shown, those of the first seed."""
+        seeds = [s for v, t, s in self._predictions if (v, t) == (variant, task)]
+        return self._predictions[variant, task, min(seeds)] if seeds else []
+
+    def headline(self, variant: Variant, task: str) -> Estimate | None:
+        """Return the variant's score in one task."""
+        return self.get(variant, "evaluate", "headline", task)
+
+    def average(self, variant: Variant) -> Estimate | None:
+        """Average the headline over all tasks; None unless the variant has every one."""
+        scores = [self.headline(variant, task) for task in self.tasks]
+        if not scores or None in scores:
+            return None
+        return estimate.average(scores)
+
+    def against_parent(self, variant: Variant, task: str | None = None) -> Difference | None:
+        """Subtract the multi-head parent's score in one task, or its average over all."""
+        score = self.average if task is None else lambda v: self.headline(v, task)
+        own, parent = score(variant), score(variant.parent)
+        if own is None or parent is None or variant == variant.parent:
+            return None
+        return estimate.difference(own, parent)
+
+    def losses(self, variant: Variant) -> tuple[Estimate | None, ...]:
+        """Pretraining's validation loss: of the model it began as, converted, and uptrained.
+
+        A variant that was not converted began as itself; one that was, as its parent.
+        """
+        unconverted = variant.method == "none"
+        start = variant.shape if unconverted else variant.parent
+        stages = ((start, "pretrain"), (variant, "convert"), (variant, "uptrain"))
+        return tuple(self.get(v, stage, "validation_loss") for v, stage in stages)
+
+    def loss(self, variant: Variant) -> Estimate | None:
+        """Pretraining's validation loss of a variant as it is, before any fine-tuning."""
+        before, converted, uptrained = self.losses(variant)
+        if variant.alpha:
+            return uptrained
+        return before if variant.method == "none" else converted
+
+
+def variant_of(record: dict) -> Variant:
+    """Return the variant of the model that was measured; one conversion serves every alpha."""
+    variant = Variant(**{name: record["variant"][name] for name in Variant._fields})
+    if record["stage"] == "convert":
+        return variant._replace(alpha=0.0)
+    return variant
+
+
+def _same_clock(records: list[dict]) -> Iterator[dict]:
+    """Scale each timing by how its reference's latest differs from that of its own run.
+
+    A timing compares only with what took turns with it: a multi-head network, of size
+    `parent_size`, took `parent_value` beside it. That network is timed again beside every other,
+    on a machine that may be faster or slower by then.
+    """
+    references = {}
+    for record in records:
+        variant = variant_of(record)
+        if record["stage"] == "benchmark" and variant == variant.parent:
+            references[variant.size, record["metric"]] = record
+    for record in records:
+        scale = _clock(record, references)
+        if scale != 1:
+            scaled = {name: record[name] * scale for name in ("value", "low", "high")}
+            record = record | scaled
+        yield record
+
+
+def _clock(record, references, seen=()):
+    """Return the factor to the latest clock, along references that have references themselves."""
+    key = record.get("parent_size", record["variant"]["size"]), record["metric"]
+    if "parent_value" not in record or key not in references or key in seen:
+        return 1.0
+    latest = references[key]
+    if latest is record:
+        return 1.0
+    return latest["value"] * _clock(latest, references, (*seen, key)) / record["parent_value"]

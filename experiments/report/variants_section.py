@@ -1,0 +1,144 @@
+"""The report's main table: every variant's cost and quality, and its differences to MHA."""
+
+from experiments.report import tables
+from experiments.report.estimate import Difference, Estimate
+from experiments.report.summary import Summary, Variant
+from experiments.report.tables import DASH
+
+NO_DIFFERENCE = "none shown"
+COSTS = {
+    "parameters": ("num_params", tables.count),
+    "KV cache / sequence": ("kv_cache_bytes", tables.size),
+    "time / token": ("token_seconds", tables.seconds),
+    "prefill": ("prefill_seconds", tables.seconds),
+    "time / sample": ("sample_seconds", tables.seconds),
+}
+COST_NOTE = (
+    "In parentheses: against the MHA parent of the same size, as a ratio and in percent for cost, "
+    "in points and in percent for quality. Prefill and time per token are those of a whole batch; "
+    "time per sample is the batch's share. A network is timed once, however its weights were "
+    "reached, in turn with a multi-head one; if that one was timed more than once, the network's "
+    "times are their ratio to it in their own run, times its latest."
+)
+QUALITY_NOTE = (
+    "Brackets: 95% interval (bootstrap over test examples; with several seeds, the spread of their "
+    "mean is added in quadrature). Differences are of pairs: both scores over the same resampled "
+    "examples, and over the seeds that both have, so their intervals are narrower than those of "
+    f'the scores suggest. "{NO_DIFFERENCE}": the interval of the difference contains 0, so these '
+    "results show no difference. (u): scores without resampled examples in common, compared as if "
+    "independent."
+)
+
+
+def section(summary: Summary) -> str:
+    """Return the section as Markdown."""
+    parts = ["## Variants", tables.markdown(*table(summary)), COST_NOTE]
+    header, rows = _differences(summary)
+    if rows:
+        parts += ["### Difference to MHA, in points", tables.markdown(header, rows)]
+    return "\n\n".join([*parts, QUALITY_NOTE, _sample_sizes(summary)])
+
+
+def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the main table."""
+    columns = _quality_columns(summary)
+    header = ["variant", "KV heads", *COSTS, *columns, "seeds"]
+    rows = [
+        [
+            summary.title(variant),
+            _kv_heads(variant),
+            *[_cost(summary, variant, *cost) for cost in COSTS.values()],
+            *[_quality(summary, variant, task) for task in columns.values()],
+            _seeds(summary, variant),
+        ]
+        for variant in summary.scored
+    ]
+    return header, rows
+
+
+def _quality_columns(summary: Summary) -> dict[str, str | None]:
+    """Return task by title; None stands for the average of several."""
+    columns = {f"{task} ({_unit(summary, task)})": task for task in summary.tasks}
+    return columns | ({"average (%)": None} if len(columns) > 1 else {})
+
+
+def _unit(summary, task):
+    return next((s.unit for v in summary.scored if (s := summary.headline(v, task))), "%")
+
+
+def _kv_heads(variant):
+    if variant.cross_num_kv_heads == variant.num_kv_heads:
+        return str(variant.num_kv_heads)
+    return f"self {variant.num_kv_heads}, cross {variant.cross_num_kv_heads}"
+
+
+def _seeds(summary, variant):
+    scores = [summary.headline(variant, task) for task in summary.tasks]
+    counts = sorted({score.seeds for score in scores if score})
+    return "-".join(str(count) for count in counts) or DASH
+
+
+def _cost(summary, variant, metric, form):
+    """Return one cost with its ratio to the parent's: `256 KiB (0.50x, -50%)`."""
+    own = summary.get(variant, "benchmark", metric)
+    parent = summary.get(variant.parent, "benchmark", metric)
+    if own is None:
+        return DASH
+    if parent is None or variant.shape == variant.parent or not parent.value:
+        return form(own.value)
+    ratio = own.value / parent.value
+    return f"{form(own.value)} ({ratio:.2f}x, {_percent(ratio - 1)})"
+
+
+def _percent(change):
+    return f"{round(100 * change):+d}%"
+
+
+def _quality(summary: Summary, variant: Variant, task: str | None) -> str:
+    """Return one score with its interval and what it shows against the parent's."""
+    own = summary.average(variant) if task is None else summary.headline(variant, task)
+    found = summary.against_parent(variant, task)
+    if found is None:
+        return interval(own)
+    if not found.shown:
+        return f"{interval(own)} ({NO_DIFFERENCE})"
+    parent = own.value - found.value
+    relative = f", {_percent(found.value / parent)}" if parent else ""
+    return f"{interval(own)} ({found.value:+.1f}{relative})"
+
+
+def interval(score: Estimate | None) -> str:
+    """Return a score with its interval: `24.0 [22.5, 25.5]`."""
+    if score is None:
+        return DASH
+    if score.low is None:
+        return f"{score.value:.1f}"
+    return f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
+
+
+def signed(found: Difference | None) -> str:
+    """Return a difference with its interval: `-1.00 [-1.52, -0.48]`."""
+    if found is None:
+        return DASH
+    if found.low is None:
+        return f"{found.value:+.2f}"
+    unpaired = "" if found.paired else " (u)"
+    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{unpaired}"
+
+
+def _differences(summary):
+    columns = _quality_columns(summary)
+    rows = [
+        [summary.title(v), *[signed(summary.against_parent(v, t)) for t in columns.values()]]
+        for v in summary.scored
+    ]
+    return ["variant", *columns], [row for row in rows if {*row[1:]} - {DASH}]
+
+
+def _sample_sizes(summary):
+    parts = []
+    for task in summary.tasks:
+        scores = [summary.headline(v, task) for v in summary.scored]
+        counts = sorted({s.n for s in scores if s and s.n})
+        parts += [f"{task} {' or '.join(map(str, counts))}"] if counts else []
+    return f"Test examples: {', '.join(parts)}." if parts else "No task has been evaluated yet."

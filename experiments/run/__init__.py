@@ -1,0 +1,1 @@
+"""Where stages run: this machine, SLURM, one worker process for each folder."""

@@ -1,0 +1,255 @@
+"""Run a graph of stages on this machine, one at a time or several, and say what is left."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from experiments.graph.plan import Stage, ancestors
+from experiments.run import worker
+from experiments.run.process import USER_ERROR
+from experiments.stages.stage import read_done
+from gqa.runtime import hardware
+from gqa.runtime.distributed import is_several
+from gqa.runtime.errors import UserError
+
+POLL_SECONDS = 0.1
+ROOT = Path(__file__).parent.parent.parent
+WORKER = (sys.executable, "-m", "experiments.run.worker")  # and the folders of stages
+CHAIN = 16  # stages at most that one process does in turn: it starts and compiles once
+
+
+def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
+    """Do what is not done yet, `jobs` stages at a time.
+
+    A stage that fails takes only those that build on it along; of several processes, all.
+
+    Raises:
+        UserError: at the end, if any stage failed.
+    """
+    folders = {stage.key: worker.describe(stage, workdir) for stage in stages}
+    failed: dict[str, Exception] = {}
+    todo = []
+    for stage in stages:
+        if read_done(folders[stage.key]) is None:
+            todo.append(stage)
+        else:
+            print(f"{stage.label}: done before, in {folders[stage.key]}")
+            worker.run(folders[stage.key])  # publishes what a kill may have kept it from
+    if jobs == 1:
+        _one_by_one(todo, stages, workdir, failed)
+    else:
+        _several(todo, stages, workdir, jobs, failed)
+    if failed:
+        first = next(iter(failed.values()))
+        if len(failed) == 1:
+            raise first
+        raise UserError(f"{len(failed)} stages failed or build on one that did; the first: {first}")
+
+
+def _one_by_one(todo, stages, workdir, failed) -> None:
+    for i, stage in enumerate(todo):
+        if any(a.key in failed for a in ancestors(stage)):
+            failed[stage.key] = UserError("it builds on a stage that failed")
+            continue
+        _announce(stage, todo[i:], stages, workdir)
+        try:
+            worker.run(stage.folder(workdir))
+        except UserError as error:
+            if is_several():  # the others may know nothing of it, and wait in the middle of it
+                raise
+            failed[stage.key] = error
+            print(f"{stage.label}: failed: {error}", flush=True)
+
+
+class Running(NamedTuple):
+    """Stages in turn in a process of their own, its cores, and the file of its stderr."""
+
+    stages: dict[str, Stage]
+    process: subprocess.Popen
+    cores: frozenset[int]
+    errors: TextIO
+
+
+def _several(todo, stages, workdir, jobs, failed) -> None:
+    """Start stages as soon as what they build on is done and there is room for them."""
+    waiting = {stage.key: stage for stage in todo}
+    # Asked for again and again, so worked out once: keys are hashes.
+    above = {key: {a.key for a in ancestors(stage)[1:]} for key, stage in waiting.items()}
+    running: dict[str, Running] = {}  # by the key of each one's first stage
+    shares = _shares(jobs)
+    try:
+        while waiting or running:
+            for key in [key for key in waiting if above[key] & failed.keys()]:
+                failed[key] = UserError("it builds on a stage that failed")
+                del waiting[key]
+            while (key := _next(waiting, above, running, jobs)) is not None:
+                left = [*(waiting | _busy(running)).values()]
+                _announce(waiting[key], left, stages, workdir, jobs)
+                chain = _chain(key, waiting, above, _busy(running), jobs)
+                running[key] = _start(chain, workdir, shares.pop())
+                waiting = {k: stage for k, stage in waiting.items() if k not in chain}
+            for key in [key for key, each in running.items() if each.process.poll() is not None]:
+                ended = running.pop(key)
+                shares.append(ended.cores)
+                waiting = _end(ended, workdir, failed) | waiting
+            time.sleep(POLL_SECONDS)
+    finally:
+        for each in running.values():
+            each.process.terminate()
+        for each in running.values():
+            each.process.wait()
+            each.errors.close()
+
+
+def _next(waiting: dict, above: dict, running: dict[str, Running], jobs: int) -> str | None:
+    """The first stage that can be started."""
+    unfinished = waiting.keys() | _busy(running).keys()
+    ready = (key for key in waiting if not above[key] & unfinished)
+    return next((key for key in ready if _room(waiting[key], waiting, running, jobs)), None)
+
+
+def _busy(running: dict[str, Running]) -> dict[str, Stage]:
+    return {key: stage for each in running.values() for key, stage in each.stages.items()}
+
+
+def _end(ended: Running, workdir: Path, failed: dict[str, Exception]) -> dict[str, Stage]:
+    """What a process has left of its stages, without the one that failed."""
+    left = {k: s for k, s in ended.stages.items() if read_done(s.folder(workdir)) is None}
+    error = _outcome(ended)
+    if error is None and left:
+        error = RuntimeError("its process ended without a result")
+    if error is not None:
+        key = next(iter(left or ended.stages))
+        failed[key] = error
+        print(f"{ended.stages[key].label}: failed: {error}", flush=True)
+        left.pop(key, None)
+    return left
+
+
+def _room(stage: Stage, waiting: dict, running: dict, jobs: int) -> bool:
+    """Timings come last and alone: nothing builds on them, and they share with nothing."""
+    if stage.kind == "benchmark":
+        return not running and all(other.kind == "benchmark" for other in waiting.values())
+    return len(running) < jobs
+
+
+def _chain(key: str, waiting: dict, above: dict, busy: dict, jobs: int) -> dict[str, Stage]:
+    """The stage and others of its kind that can be started, first those of the same parents.
+
+    They are few enough that every job gets some. Pretraining is long and timings are alone.
+    """
+    kind = waiting[key].kind
+    if kind in ("pretrain", "benchmark"):
+        return {key: waiting[key]}
+    unfinished = waiting.keys() | busy.keys()
+    ready = [k for k, s in waiting.items() if s.kind == kind and not above[k] & unfinished]
+    ready.sort(key=lambda k: above[k] != above[key])
+    return {k: waiting[k] for k in ready[: min(CHAIN, -(-len(ready) // jobs))]}
+
+
+def _shares(jobs: int) -> list[frozenset[int]]:
+    """The cores of each job: threads of two processes on the same ones would wait for each other.
+
+    Empty where there are too few, or the system cannot keep a process on some.
+    """
+    cores = hardware.cores()
+    n = len(cores) if len(cores) >= jobs and hasattr(os, "sched_setaffinity") else 0
+    return [frozenset(cores[i * n // jobs : (i + 1) * n // jobs]) for i in range(jobs)]
+
+
+def _start(chain: dict[str, Stage], workdir: Path, cores: frozenset[int]) -> Running:
+    folders = [str(stage.folder(workdir).absolute()) for stage in chain.values()]
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read when the process has ended)
+    process = subprocess.Popen([*WORKER, *folders], cwd=ROOT, stderr=errors)
+    alone = next(iter(chain.values())).kind == "benchmark"
+    if cores and not alone:
+        os.sched_setaffinity(process.pid, cores)  # before it has any threads
+    return Running(chain, process, cores, errors)
+
+
+def _outcome(ended: Running) -> Exception | None:
+    """What went wrong, if anything did."""
+    with ended.errors as file:
+        file.seek(0)
+        lines = file.read().splitlines()
+    code = ended.process.returncode
+    said = [line for line in lines if line.startswith("error: ")]
+    if code == USER_ERROR and said:
+        return UserError(said[-1].removeprefix("error: "))
+    if code == 0:
+        return None
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    label = next(iter(ended.stages.values())).label
+    return RuntimeError(f"{label}: its process ended with status {code}")
+
+
+def _announce(stage, left, stages, workdir, jobs: int = 1) -> None:
+    print(f"{stage.label}: in {stage.folder(workdir)}; {remaining(left, stages, workdir, jobs)}")
+    sys.stdout.flush()
+
+
+def remaining(left: list[Stage], stages: list[Stage], workdir: Path, jobs: int = 1) -> str:
+    """How many stages are left and how long they take, reckoned from those that are done."""
+    rates = _rates(stages, workdir)
+    known = [rates[_pace(s)] * _work(s) for s in left if _pace(s) in rates]
+    text = f"{len(left)} of {len(stages)} stages left"
+    if known:
+        text += f", about {_duration(sum(known) / jobs)}"
+        if len(known) < len(left):
+            text += f" and {len(left) - len(known)} of a kind not timed yet"
+    return text
+
+
+def _rates(stages: Iterable[Stage], workdir: Path) -> dict[tuple, float]:
+    """Seconds per unit of work, by kind and size, of the stages done without an interruption."""
+    seconds, work = {}, {}
+    for stage in stages:
+        done = read_done(stage.folder(workdir))
+        if done and done["seconds"]:
+            pace = _pace(stage)
+            seconds[pace] = seconds.get(pace, 0.0) + done["seconds"]
+            work[pace] = work.get(pace, 0) + _work(stage)
+    return {pace: seconds[pace] / work[pace] for pace in seconds}
+
+
+def _pace(stage: Stage) -> tuple[str, str]:
+    kind = "pretrain" if stage.kind == "uptrain" else stage.kind  # the same steps
+    return "init" if "init" in stage.settings else kind, stage.variant["size"]
+
+
+def _work(stage: Stage) -> float:
+    """Steps where there are any."""
+    if stage.kind == "uptrain":
+        recipe = ancestors(stage)[-1].settings
+        return max(1, round(stage.settings["alpha"] * recipe["steps"]))
+    return 1 if "init" in stage.settings else stage.settings.get("steps", 1)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def describe(stages: list[Stage], workdir: Path) -> str:
+    """The graph, a line a stage: its state, what it builds on, where it is."""
+    number = {stage.key: i for i, stage in enumerate(stages, start=1)}
+    # Until the text is there, what its stages will be called is not known.
+    named = all(stage.settings.get("text", True) for stage in stages)
+    lines, left = [], []
+    for stage in stages:
+        folder = stage.folder(workdir)
+        done = read_done(folder) is not None
+        left += [] if done else [stage]
+        state = "done" if done else "begun" if (folder / "checkpoints").exists() else "to do"
+        after = ", ".join(str(number[parent.key]) for parent in stage.parents)
+        line = f"{number[stage.key]:4d}  {state:5s}  {stage.label}"
+        line += f", after {after}" if after else ""
+        lines.append(line + (f"  {folder.name}" if named else ""))
+    return "\n".join([*lines, remaining(left, stages, workdir)])

@@ -1,0 +1,1 @@
+"""The speed benchmark, beside other libraries and the ceilings of the machine."""

@@ -1,0 +1,1 @@
+"""One module for each stage, and what stages share."""

@@ -1,0 +1,109 @@
+"""Score a fine-tuned checkpoint on a held-out split; predictions are kept beside the scores."""
+
+import json
+from pathlib import Path
+
+from experiments.stages.stage import Job, Outcome, load_params, open_parent, record
+from experiments.workdir import write_whole
+from gqa.data import tasks
+from gqa.data.examples import Example
+from gqa.evaluation import metrics, scoring
+from gqa.inference import decoding
+from gqa.inference.generator import Generator
+from gqa.inference.step import Inference
+from gqa.runtime.sharding import choose
+from gqa.training import loop
+
+SHOWN = 10  # predictions in the report
+
+
+def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
+    """Settings: the config's section evaluate, and task. Lengths are the checkpoint's own."""
+    parent, task = open_parent(parents[0]), settings["task"]
+    params = load_params(parent, job)
+    recipe = parent.info["recipe"]
+    examples = job.text.examples(task, settings["split"])[: settings["examples"] or None]
+    pairs = job.text.pairs(examples)
+    train_examples = job.text.examples(task, "train")
+    shape = {key: recipe[key] for key in ("inputs_length", "targets_length")}
+    shape |= {"batch_size": settings["batch_size"], "shard": job.text.share}
+
+    lengths = recipe["inputs_length"], recipe["targets_length"]
+    layout = choose(parent.config, job.layout, job.mesh, settings["batch_size"], *lengths)
+    generator = Generator(
+        Inference(parent.config, settings["cache_dtype"], layout=layout),
+        _make_search(settings),
+        recipe["targets_length"],
+        mesh=job.mesh,
+    )
+    tokens = scoring.predict(
+        generator,
+        generator.prepare(params),
+        [inputs for inputs, _ in pairs],
+        inputs_length=recipe["inputs_length"],
+        batch_size=settings["batch_size"],
+        together=job.mesh.is_multi_process,
+    )
+    predictions = [job.text.tokenizer.decode(row) for row in tokens]
+    shown = _keep(folder / "predictions.jsonl", examples, predictions)
+    validation_loss = loop.make_validation(parent.config, job.mesh)
+    losses = scoring.losses(validation_loss, params, pairs, job.text.pairs(train_examples), **shape)
+    n = len(pairs)
+    records = [record(metric, value, "nats per token", n=n) for metric, value in losses.items()]
+    records += _scores(task, job, examples, predictions, train_examples)
+    for entry in records:
+        print(f"{name}: {entry['metric']} {entry['value']:.2f} {entry['unit']}")
+    return Outcome(records + shown)
+
+
+def _make_search(settings: dict) -> decoding.Search:
+    if settings["search"] == "beam":
+        return decoding.beam_search(settings["num_beams"], settings["alpha"])
+    if settings["search"] == "sample":
+        options = {key: settings[key] for key in ("temperature", "top_k", "top_p")}
+        return decoding.Sample(**options, seed=settings["variant"]["seed"])
+    return decoding.GREEDY
+
+
+def _keep(path: Path, examples: list[Example], predictions: list[str]) -> list[dict]:
+    """Write one JSON object an example, whole or not at all; records of the first few."""
+    rows = [
+        {"inputs": e.inputs, "targets": list(e.targets), "prediction": p}
+        for e, p in zip(examples, predictions, strict=True)
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_whole(path, "\n".join(lines) + "\n")
+    return [
+        record("prediction", len(row["prediction"]), "characters", example=i, **row)
+        for i, row in enumerate(rows[:SHOWN])
+    ]
+
+
+def _scores(
+    task: str,
+    job: Job,
+    examples: list[Example],
+    predictions: list[str],
+    train_examples: list[Example],
+) -> list[dict]:
+    """Every metric of the task; its headline again, also for two answers that need no model."""
+    options = job.text.options.get(task, {})
+    names, headline = tasks.scoring(task, **options)
+    references = [list(example.targets) for example in examples]
+    validation = [list(e.targets) for e in job.text.examples(task, "validation")]
+    targets = [example.targets[0] for example in train_examples]
+    constant = metrics.constant_answer(targets, headline, validation)
+    prefix = options.get("prefix") or getattr(tasks.get(task), "PREFIX", "")
+    sources = [example.inputs.removeprefix(prefix) for example in examples]
+    scored = {name: (name, predictions, "%") for name in names} | {
+        "headline": (headline, predictions, f"{headline} %"),
+        "constant_answer": (headline, [constant] * len(examples), f"{headline} %"),
+        "first_sentence": (headline, metrics.first_sentence(sources), f"{headline} %"),
+    }
+    records = []
+    for key, (metric, texts, unit) in scored.items():
+        number = metrics.score(metric, texts, references)._asdict()
+        if key != "headline":  # the one that the report compares
+            del number["replicates"]
+        records.append(record(key, unit=unit, **number))
+    return records

@@ -1,0 +1,232 @@
+"""From a config's names of tasks and files to token ids: corpus, vocabulary, examples."""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from gqa.data import batching, corpus, tasks, tokenizer
+from gqa.data.examples import SPLITS, Example
+from gqa.runtime.distributed import primary_first
+from gqa.runtime.errors import UserError
+
+REQUIREMENTS = Path(__file__).parent.parent.parent / "requirements.txt"
+VOCABULARY_TEXTS = 1_000_000  # the first so many make a vocabulary
+
+
+class Text(NamedTuple):
+    """A vocabulary, and where the tasks' texts come from.
+
+    `share` is which part of every batch this process reads, and of how many.
+    """
+
+    tokenizer: tokenizer.Tokenizer
+    corpus: corpus.Corpus | None
+    options: dict[str, dict]
+    folder: Path
+    share: tuple[int, int] = (0, 1)
+
+    def examples(self, task: str, split: str) -> Sequence:
+        """Examples of a task, or documents."""
+        return tasks.get(task).load(split, corpus=self.corpus, **self.options.get(task, {}))
+
+    def parts(self, task: str) -> list[tuple[Sequence, float]]:
+        """The same of the training split, in the parts of a mixture with their weights."""
+        return tasks.parts(task, corpus=self.corpus, **self.options.get(task, {}))
+
+    def ids(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, kept on disk."""
+        with primary_first("tokens"):
+            return batching.tokenize(texts, self.tokenizer, self.folder / "tokens")
+
+    def pairs(self, examples: list[Example]) -> list[batching.Pair]:
+        """Token ids of each example's inputs and first target."""
+        with primary_first("tokens"):
+            return batching.tokenize_examples(examples, self.tokenizer, self.folder / "tokens")
+
+    def source(self, task: str) -> str:
+        """A hash of what the task's text is made from: not of where that lies."""
+        return _source(task, self.corpus, self.options)
+
+    def metrics(self, task: str) -> list[str]:
+        """Names of the metrics that the task is scored by."""
+        return list(tasks.scoring(task, **self.options.get(task, {}))[0])
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Names of a comma-separated list."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def task_names(config: ConfigDict) -> tuple[str, ...]:
+    """Every task a config trains on, pretraining first."""
+    return (config.pretrain.task, *split_names(config.finetune.tasks))
+
+
+def settings(config: ConfigDict) -> dict:
+    """What `prepare` is to prepare, as JSON; paths are absolute."""
+    vocabulary = config.text.vocabulary
+    return {
+        "packages": list(_packages(config)),
+        "vocabulary": vocabulary and os.path.abspath(vocabulary),
+        "vocab_size": config.model.vocab_size,
+        "pretraining": config.pretrain.task,
+        "tasks": sorted(set(task_names(config))),
+        "options": {name: _options(config, name) for name in sorted(set(task_names(config)))},
+    }
+
+
+def _options(config: ConfigDict, task: str) -> dict:
+    """What a task is told, beside the split."""
+    if task in tasks.names() and "data_dir" in tasks.option_names(task):
+        return {"data_dir": config.text.data_dir and os.path.abspath(config.text.data_dir)}
+    if task not in ("files", "documents"):
+        return {}
+    section = config[task].to_dict()
+    for split in section.keys() & {*SPLITS}:
+        section[split] = ",".join(map(os.path.abspath, split_names(section[split])))
+    if "metrics" in section:
+        section["metrics"] = split_names(section["metrics"])
+    return section
+
+
+def lengths(finetune: ConfigDict, task: str) -> dict[str, int]:
+    """inputs_length and targets_length of a task: its own where the config's section has 0."""
+    own = getattr(tasks.get(task), "LENGTHS", tasks.LENGTHS)
+    keys = ("inputs_length", "targets_length")
+    return {key: finetune[key] or length for key, length in zip(keys, own, strict=True)}
+
+
+def check(config: ConfigDict) -> None:
+    """Refuse unknown tasks, unreadable files and packages that are not installed."""
+    wanted = settings(config)
+    for name in dict.fromkeys(task_names(config)):
+        for report in tasks.check(name, **wanted["options"][name]):
+            print(f"task {name}: {report}; left out")
+    for name in split_names(config.finetune.tasks):
+        if not hasattr(tasks.get(name), "METRICS"):
+            raise UserError(f"finetune.tasks: {name} has documents, not examples to fine-tune on")
+    if wanted["vocabulary"]:
+        tokenizer.load(wanted["vocabulary"])
+    if _needs_corpus(wanted):
+        corpus.distributions(wanted["packages"])
+    batching.span_lengths(config.pretrain.inputs_length)
+
+
+def _needs_corpus(wanted: dict) -> bool:
+    return any(map(tasks.needs_corpus, wanted["tasks"]))
+
+
+def _packages(config: ConfigDict) -> tuple[str, ...]:
+    """Names of the corpus packages; by default the pinned ones, the same on every machine."""
+    if config.text.packages:
+        return split_names(config.text.packages)
+    pins = [line for line in REQUIREMENTS.read_text().splitlines() if line[:1].isalpha()]
+    return tuple(pin.split("==")[0].split("[")[0] for pin in pins)
+
+
+def prepare(wanted: dict, workdir: Path) -> Text:
+    """Build, or read back, what the `settings` of a config name, in `workdir`/text."""
+    with primary_first("text"):
+        return _prepare(wanted, workdir)
+
+
+def _prepare(wanted: dict, workdir: Path) -> Text:
+    folder, options = workdir / "text", wanted["options"]
+    built = None
+    if _needs_corpus(wanted):
+        built = corpus.build(folder / "corpus", wanted["packages"])
+    text = Text(None, built, options, folder)
+    return text._replace(tokenizer=_vocabulary(wanted, text))
+
+
+def is_prepared(wanted: dict, workdir: Path) -> bool:
+    """Whether `prepare` would only read."""
+    folder, found = workdir / "text", None
+    if _needs_corpus(wanted):
+        found = corpus.find(folder / "corpus", wanted["packages"])
+        if found is None:
+            return False
+    source = _source(wanted["pretraining"], found, wanted["options"])
+    return bool(wanted["vocabulary"]) or _vocabulary_path(wanted, source, folder).exists()
+
+
+def _source(task: str, built: corpus.Corpus | None, options: dict[str, dict]) -> str:
+    if tasks.needs_corpus(task):
+        return built.manifest["sha256"]
+    return _hash(tasks.get(task).fingerprint(**options[task]))
+
+
+def _vocabulary(wanted: dict, text: Text) -> tokenizer.Tokenizer:
+    if wanted["vocabulary"]:
+        return tokenizer.load(wanted["vocabulary"])
+    task = wanted["pretraining"]
+    path = _vocabulary_path(wanted, text.source(task), text.folder)
+    if path.exists():
+        return tokenizer.load(path)
+    texts = text.examples(task, "train")[:VOCABULARY_TEXTS]
+    if isinstance(texts[0], Example):
+        texts = [part for example in texts for part in (example.inputs, *example.targets)]
+    return tokenizer.train(texts, wanted["vocab_size"], path)
+
+
+def _vocabulary_path(wanted: dict, source: str, folder: Path) -> Path:
+    key = _hash([source, wanted["vocab_size"], wanted["pretraining"]])
+    return folder / f"vocabulary-{key[:12]}.model"
+
+
+def _hash(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class Training(NamedTuple):
+    """Batches to train on, without end, and the same validation batches each time.
+
+    `lengths` are those of a batch: inputs_length and targets_length.
+    """
+
+    batches: object
+    lengths: dict[str, int]
+    validation: Callable[[], Iterator]
+    validation_size: int
+
+
+def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
+    """The data of a training stage: span corruption of documents, or examples as they are.
+
+    `recipe` is a config's section pretrain or finetune, as a dict.
+    """
+    shape = {name: recipe[name] for name in ("inputs_length", "targets_length")}
+    stream = {"batch_size": recipe["batch_size"], "seed": seed, "shard": text.share}
+    limit = recipe["validation_examples"]
+    train, weights = zip(*text.parts(task), strict=True)
+    validation = text.examples(task, "validation")
+    if isinstance(train[0][0], Example):
+        pairs = [text.pairs(part) for part in train]
+        batches = batching.seq2seq(
+            pairs, weights, **shape, **stream, pack=recipe.get("pack", False)
+        )
+        held_out = text.pairs(validation[:limit])
+    else:
+        shape["targets_length"] = batching.span_lengths(recipe["inputs_length"]).targets
+        first_sentinel = text.tokenizer.sentinel(0)
+        corruption = {"inputs_length": shape["inputs_length"], "first_sentinel": first_sentinel}
+        if isinstance(train[0], list):
+            tokens = [np.concatenate(text.ids(part)) for part in train]
+            batches = batching.pretrain(tokens, weights, **corruption, **stream)
+        else:
+            encode = text.tokenizer.encode
+            batches = batching.pretrain_stream(*train, encode, **corruption, **stream)
+        held_out = batching.corrupted(np.concatenate(text.ids(validation)), **corruption, seed=0)[
+            :limit
+        ]
+    evaluation = functools.partial(
+        batching.evaluation, held_out, **shape, batch_size=recipe["batch_size"], shard=text.share
+    )
+    return Training(batches, shape, evaluation, len(held_out))

@@ -1,0 +1,347 @@
+"""Checkpoints on disk: the only file that knows Orbax.
+
+A checkpoint is a step folder: `params` and `opt_state` as arrays, and JSON (config: the network and
+whatever its writer adds; data: the iterator's state; guard) in Orbax's own metadata. An unfinished
+save has another name and is never seen as a step. A seal (`gqa.seal`) is put on what is finished,
+and nothing is used before it was compared with it. Several processes save together and share the
+folder; what is not Orbax's is done by the primary, and the others learn from it what is there.
+
+A signal waits for Orbax to return: what is raised inside it comes out as an error of its own.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from gqa.checkpoints import checksums, pieces
+from gqa.checkpoints.checksums import Damaged
+from gqa.runtime import distributed, hardware, signals
+from gqa.runtime.errors import UserError, disk_full
+from gqa.runtime.sharding import local_bytes, share_copies
+
+__all__ = ["Checkpoints", "Damaged", "find", "load", "load_config", "set_aside"]
+
+ARRAYS = ("params", "opt_state")
+JSON = "_CHECKPOINT_METADATA"
+LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted", "*.tmp")
+
+
+class Checkpoints:
+    """The checkpoints of one training run.
+
+    Those with metrics are its result: the last `keep_last` and the best are kept. One without, from
+    a run that was interrupted, is there to go on from until the next one with metrics is saved.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 1, best: str = "validation_loss"):
+        self._folder, self._keep_last, self._best = folder.absolute(), keep_last, best
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._pending: Future | None = None
+        self._metrics = dict(_by_primary(self._open))
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        expected = kind is None or issubclass(kind, UserError) or not issubclass(kind, Exception)
+        if distributed.is_several() and not expected:
+            # It may come of another process's end: a save would wait for that process.
+            self._pool.shutdown(wait=False)
+            return
+        try:
+            if kind is None:
+                self.wait()
+            elif self._pending is not None:
+                self._pending.result()
+        finally:
+            self._pool.shutdown()
+
+    def _open(self) -> list[tuple[int, dict[str, float] | None]]:
+        """Tidy up after a kill; returns each step and its metrics."""
+        _clear(self._folder)
+        steps = _steps(self._folder)
+        # The kill may have come between the last save and its seal.
+        if steps and not checksums.is_sealed(steps[-1]):
+            checksums.write(steps[-1], None)
+        return [(int(step.name), checksums.metrics(step)) for step in steps]
+
+    def wait(self) -> None:
+        """Return when what was saved is finished and sealed; raises what went wrong with it."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+            distributed.wait_for_all("checkpoint saved")
+
+    @property
+    def latest(self) -> int | None:
+        """The last step saved, or None."""
+        self.wait()
+        return max(self._metrics, default=None)
+
+    @property
+    def measured(self) -> int | None:
+        """The last step saved with metrics, or None."""
+        self.wait()
+        return max(self._results(), default=None)
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest `best` metric, the later one if equal; or None."""
+        self.wait()
+        return self._find_best()
+
+    def path(self, step: int) -> Path:
+        """The folder of a step."""
+        return self._folder / str(step)
+
+    def metric(self, step: int) -> float:
+        """The `best` metric of a step saved with metrics."""
+        self.wait()
+        return self._metrics[step][self._best]
+
+    def save(
+        self, step: int, items: dict[str, Any], metrics: dict[str, float] | None = None
+    ) -> None:
+        """Start saving the items of a step; returns before the files are written.
+
+        Raises:
+            UserError: when the disk is full, here or in `wait`; earlier checkpoints stay.
+        """
+        self.wait()
+        path = self.path(step)
+        arrays = {name: value for name, value in items.items() if name in ARRAYS}
+        text = {name: value for name, value in items.items() if name not in ARRAYS}
+        if distributed.is_several():  # each may have made a copy of its own
+            arrays = share_copies(arrays)
+        with signals.deferred(), _full_disk_told(path):
+            response = ocp.save_checkpointables_async(path, arrays, custom_metadata=text)
+            self._pending = self._pool.submit(self._finish, step, response, metrics)
+
+    def write(self, step: int, source: pieces.Source, items: dict[str, Any]) -> None:
+        """Save a source's parameters without having them in memory, and the other items.
+
+        There are no metrics yet; returns when it is done.
+
+        Raises:
+            UserError: when the disk is full; earlier checkpoints stay.
+        """
+        self.wait()
+        path = self.path(step)
+        unfinished = path.with_name(f"{step}.tmp")
+        arrays = {name: value for name, value in items.items() if name in ARRAYS}
+        text = {name: value for name, value in items.items() if name not in ARRAYS}
+        arrays["params"] = pieces.placeholders(source)
+        with _full_disk_told(path):
+            with signals.deferred():
+                ocp.save_checkpointables(unfinished, arrays, custom_metadata=text)
+            if distributed.is_primary():
+                for name in source.chunks:
+                    pieces.write(source, name, unfinished / "params")
+                checksums.write(unfinished, None)
+                unfinished.rename(path)
+        distributed.wait_for_all("write")
+        self._metrics[step] = None
+
+    def measure(self, step: int, metrics: dict[str, float]) -> None:
+        """Give metrics to a step that was saved without."""
+        self.wait()
+        path = self.path(step)
+        with _full_disk_told(path):
+            if distributed.is_primary():
+                checksums.amend(path, metrics)
+        self._metrics[step] = metrics
+        self._tidy()
+
+    def discard_after(self, step: int | None) -> None:
+        """Delete what was saved after a step; all, if None."""
+        self.wait()
+        self._delete([s for s in self._metrics if step is None or s > step])
+
+    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """The items of a step, arrays placed as in `abstract`; None there loads JSON."""
+        self.wait()
+        return load(self.path(step), abstract)
+
+    def _finish(self, step: int, response: Any, metrics: dict[str, float] | None) -> None:
+        path = self.path(step)
+        with _full_disk_told(path):
+            response.result()
+            if distributed.is_primary():
+                checksums.write(path, metrics)
+        self._metrics[step] = metrics
+        self._tidy()
+
+    def _results(self) -> dict[int, dict[str, float]]:
+        return {step: values for step, values in self._metrics.items() if values is not None}
+
+    def _find_best(self) -> int | None:
+        results = self._results()
+        return min(results, key=lambda s: (results[s][self._best], -s), default=None)
+
+    def _tidy(self) -> None:
+        """Delete what is neither of the last, nor the best, nor the one to go on from."""
+        keep = {*sorted(self._results())[-self._keep_last :], self._find_best(), max(self._metrics)}
+        self._delete([step for step in self._metrics if step not in keep])
+
+    def _delete(self, steps: list[int]) -> None:
+        for step in steps:
+            if distributed.is_primary():
+                # By another name first: a kill leaves no half of a checkpoint.
+                _remove(self.path(step).rename(self._folder / f"{step}.deleted"))
+            del self._metrics[step]
+
+
+def find(path: str | Path) -> Path:
+    """The step folder that `path` means: itself, or the last step in it.
+
+    Raises:
+        UserError: if there is no finished checkpoint.
+    """
+    path = Path(path).absolute()
+    if (path / "params").is_dir():
+        return path
+    steps = _steps(path)
+    if not steps:
+        raise UserError(f"no checkpoint in {path}; name a step folder (with params/) or its parent")
+    return steps[-1]
+
+
+def load_config(path: str | Path) -> dict:
+    """The config (JSON) of a checkpoint.
+
+    Raises:
+        Damaged: when a file is not what was saved.
+    """
+    return load(path, {"config": None})["config"]
+
+
+def load(path: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Items of a checkpoint, e.g. only params, placed as in `abstract`; None there loads JSON.
+
+    Raises:
+        UserError: naming the first parameters that are missing, extra or of another shape.
+        Damaged: when a file is not what was saved.
+    """
+    step = find(path)
+    arrays = {name: tree for name, tree in abstract.items() if tree is not None}
+    _by_primary(lambda: checksums.verify(step, arrays))
+    names = [name for name in abstract if name not in arrays]
+    text = _read_json(step, names) if names else {}
+    for name, tree in arrays.items():
+        _check_shapes(step, name, tree)
+    nbytes = sum(map(local_bytes, jax.tree.leaves(arrays)))
+    hardware.check_memory(nbytes, f"checkpoint {step}")
+    with signals.deferred():
+        return text | (ocp.load_checkpointables(step, arrays) if arrays else {})
+
+
+def set_aside(step: Path) -> None:
+    """Rename a damaged step folder, and later ones, so that training goes on from before it.
+
+    Those are kept as `STEP.damaged` and `STEP.later`: a later one would bring a result that lacks
+    the damaged one. The primary does so; the others see it when they next ask it.
+    """
+    if not distributed.is_primary():
+        return
+    later = [path for path in _steps(step.parent) if int(path.name) > int(step.name)]
+    for path in reversed(later):
+        path.rename(_unused(path, "later"))
+    step.rename(_unused(step, "damaged"))
+
+
+def _unused(path: Path, suffix: str) -> Path:
+    names = [path.with_name(f"{path.name}.{suffix}")]
+    while names[-1].exists():
+        names.append(path.with_name(f"{path.name}.{suffix}-{len(names) + 1}"))
+    return names[-1]
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The finished checkpoints in a folder, in order."""
+    found = [p for p in folder.glob("*") if p.name.isdecimal() and (p / "params").is_dir()]
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a kill left of saving and deleting."""
+    for pattern in LEFTOVERS:
+        for path in folder.glob(pattern):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _by_primary(read: Callable[[], Any]) -> Any:
+    """As `distributed.by_primary`, where all processes also raise `Damaged` as the primary does."""
+
+    def tell() -> dict:
+        try:
+            return {"value": read()}
+        except Damaged as damaged:
+            return {"step": str(damaged.step), "fault": damaged.fault}
+
+    told = distributed.by_primary(tell)
+    if "fault" in told:
+        raise Damaged(Path(told["step"]), told["fault"])
+    return told["value"]
+
+
+@contextlib.contextmanager
+def _full_disk_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        raise UserError(
+            f"no space left on device while saving checkpoint {path}; free space and run the same "
+            "command again; earlier checkpoints are intact"
+        ) from error
+
+
+def _read_json(step: Path, names: list[str]) -> dict[str, dict]:
+    path = step / JSON
+    hardware.check_memory(path.stat().st_size, str(path))
+    try:
+        items = dict(json.loads(path.read_bytes())["custom_metadata"])
+    except (ValueError, KeyError, TypeError):
+        items = {}
+    for name in names:
+        if not isinstance(items.get(name), dict):
+            raise UserError(f"checkpoint {step} has no {name}; use one that this program saved")
+    return {name: items[name] for name in names}
+
+
+def _check_shapes(step: Path, item: str, expected: Any) -> None:
+    """Compare names and shapes before Orbax does: its message would not name the parameter."""
+    if not (step / item).is_dir():
+        raise UserError(f"checkpoint {step} has no {item}; use one that this program saved")
+    with signals.deferred():
+        have, want = _shapes(ocp.metadata(step, item).metadata), _shapes(expected)
+    lines = [f"- {n} {have[n]}" for n in have if want.get(n) != have[n]]
+    lines += [f"+ {n} {want[n]}" for n in want if have.get(n) != want[n]]
+    if lines:
+        more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
+        raise UserError(
+            f"checkpoint {step} does not fit the config (- is in it, + is expected): "
+            + ", ".join(lines[:6])
+            + more
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in leaves}

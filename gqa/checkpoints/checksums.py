@@ -1,0 +1,142 @@
+"""The seal of a checkpoint's folder: what its files are, so that damage is told and named.
+
+`checksums.json` in the folder has the size and SHA-256 of every other file, and what was measured
+of the checkpoint. It guards against accidents, not against somebody who can write there.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gqa.runtime.errors import UserError
+
+NAME = "checksums.json"
+
+
+class Damaged(UserError):
+    """A file of a checkpoint is not what was saved; `step` is the checkpoint's folder.
+
+    `remedy` is the flag that sets it aside.
+    """
+
+    remedy = "--config.checkpoint.on_damage=previous"
+
+    def __init__(self, step: Path, fault: str):
+        self.step, self.fault = step, fault
+        super().__init__(
+            f"checkpoint {step} is damaged: {fault}; {self.remedy} sets it aside and goes on from "
+            "the one before"
+        )
+
+
+def write(step: Path, metrics: dict[str, float] | None) -> None:
+    """Seal a complete checkpoint; `metrics` None when none were measured."""
+    files = _files(step)
+    _put(step, dict(zip(files, _digests(step, files), strict=True)), metrics)
+
+
+def amend(step: Path, metrics: dict[str, float]) -> None:
+    """Put metrics into the seal of a checkpoint that had none."""
+    _put(step, _read(step)["files"], metrics)
+
+
+def is_sealed(step: Path) -> bool:
+    """Whether there is a seal, intact or not."""
+    return (step / NAME).exists()
+
+
+def metrics(step: Path) -> dict[str, float] | None:
+    """What was measured of a checkpoint.
+
+    Raises:
+        Damaged: when the seal is.
+    """
+    return _read(step)["metrics"]
+
+
+def verify(step: Path, items: Iterable[str]) -> None:
+    """Compare the names and sizes of all files, and the contents of those of some items.
+
+    Args:
+        items: names of folders in `step`; the files beside them are always compared.
+
+    Raises:
+        Damaged: naming the first file, relative to `step`, that is missing, new or different.
+    """
+    sealed, found = _read(step)["files"], _files(step)
+    for name in sorted(sealed.keys() | found.keys()):
+        if name not in found:
+            raise Damaged(step, f"{name} is missing")
+        if name not in sealed:
+            raise Damaged(step, f"{name} was added")
+        if found[name] != sealed[name][0]:
+            raise Damaged(step, f"{name} has {found[name]} bytes instead of {sealed[name][0]}")
+    wanted = ("", *items)
+    names = [name for name in sealed if name.rpartition("/")[0].split("/")[0] in wanted]
+    for name, digest in zip(names, _digests(step, names), strict=True):
+        if digest != sealed[name]:
+            raise Damaged(step, f"the contents of {name} have changed")
+
+
+def _files(step: Path) -> dict[str, int]:
+    """Sizes of all files but the seal, by name relative to `step`."""
+    sizes = {}
+    for folder, folders, names in os.walk(step):
+        for name in folders + names:
+            path = Path(folder, name)
+            state, relative = path.lstat(), path.relative_to(step).as_posix()
+            # A link could lead out of the folder, and a pipe never end.
+            if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
+                raise Damaged(step, f"{relative} is neither a file nor a folder")
+            if stat.S_ISREG(state.st_mode) and relative != NAME:
+                sizes[relative] = state.st_size
+    return sizes
+
+
+def _digests(step: Path, names: Iterable[str]) -> list[list]:
+    """[size, SHA-256] of each file, read in threads."""
+
+    def digest(name: str) -> list:
+        try:
+            with open(step / name, "rb") as file:
+                return [
+                    os.fstat(file.fileno()).st_size,
+                    hashlib.file_digest(file, "sha256").hexdigest(),
+                ]
+        except OSError as error:
+            raise Damaged(step, f"{name}: {error.strerror}") from error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(digest, names))
+
+
+def _read(step: Path) -> dict:
+    path = step / NAME
+    if not path.is_file() or path.is_symlink():
+        raise Damaged(step, f"{NAME} is missing")
+    try:
+        seal = json.loads(path.read_bytes())
+        digest = seal.pop("sha256")
+        metrics = seal["metrics"]
+        intact = digest == _digest(seal) and isinstance(metrics, dict | None)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise Damaged(step, f"the contents of {NAME} have changed")
+    return seal
+
+
+def _put(step: Path, files: dict[str, list], metrics: dict[str, float] | None) -> None:
+    seal = {"metrics": metrics, "files": files}
+    # Beside the folder, so that a kill leaves no file in it that is not in the seal.
+    temporary = step.with_name(f"{step.name}.{NAME}.tmp")
+    temporary.write_text(json.dumps(seal | {"sha256": _digest(seal)}, indent=1))
+    os.replace(temporary, step / NAME)
+
+
+def _digest(seal: dict) -> str:
+    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()

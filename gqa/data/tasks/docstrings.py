@@ -1,0 +1,8 @@
+"""Pretraining text: docstrings and comments of the installed packages, one document per module."""
+
+from gqa.data.corpus import Corpus
+
+
+def load(split: str, *, corpus: Corpus) -> list[str]:
+    """Documents of one split, in a fixed order."""
+    return [row["text"] for row in corpus.rows("docstrings", split)]

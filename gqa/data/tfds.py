@@ -1,0 +1,182 @@
+"""Datasets that tensorflow-datasets (TFDS) prepared on disk, read without TensorFlow.
+
+A dataset is the folder DATA_DIR/NAME/VERSION in array_record format. What stands in its JSON files
+is not believed: features are TFDS's own, and files are those of the folder.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from gqa.data.examples import SPLITS, Example
+from gqa.runtime.errors import UserError
+
+CHARACTERS = 1 << 15  # of an input: 16 for each of 2048 tokens, the rest is never read
+LARGEST = 1 << 24  # bytes of a JSON file
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+CLASS_KEYS = ("pythonClassName", "python_class_name", "type", "proto_cls")
+FEATURES = "tensorflow_datasets.core.features."
+
+
+def task(
+    dataset: str,
+    example: Callable[[dict], Example],
+    prefix: str = "",
+    splits: Sequence[str] = SPLITS,
+):
+    """`load`, `check` and `fingerprint` of a task that makes an `example` of each row.
+
+    A row has str where the dataset has text. `prefix` is put before the inputs; examples that lack
+    inputs or a target are left out.
+    """
+
+    def load(split: str, *, corpus=None, data_dir: str = "") -> list[Example]:
+        del corpus  # for the tasks that read it
+        made = (example(row) for row in records(dataset, data_dir, split))
+        return [
+            Example((prefix + inputs)[:CHARACTERS], targets)
+            for inputs, targets in made
+            if inputs.strip() and targets[0].strip()
+        ]
+
+    def check(*, data_dir: str = "") -> list:
+        for split in splits:
+            try:
+                example(records(dataset, data_dir, split)[0])
+            except (LookupError, TypeError, AttributeError) as error:
+                folder = find(dataset, data_dir)
+                raise UserError(f"{folder}: not the features of {dataset}: {error}") from error
+        return []
+
+    def fingerprint(*, data_dir: str = "") -> list:
+        return describe(dataset, data_dir)
+
+    return load, check, fingerprint
+
+
+class Records(Sequence):
+    """Rows of one split, read as they are asked for."""
+
+    def __init__(self, source: Sequence, folder: Path):
+        self._source, self._folder = source, folder
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            return _decode(self._source[index])
+        except Exception as error:  # TFDS, array_record and protobuf have one of their own each
+            raise UserError(f"{self._folder}: record {index} is damaged: {error}") from error
+
+
+def _decode(value):
+    """Text features as str, in whatever they are nested."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if hasattr(value, "__iter__") and not isinstance(value, str):
+        return [_decode(item) for item in value]
+    return value
+
+
+def records(dataset: str, data_dir: str, split: str) -> Records:
+    """The rows of a split.
+
+    Raises:
+        UserError: naming the folder and, if it is not there, the command that prepares it.
+    """
+    folder = find(dataset, data_dir)
+    builder = _open(folder, dataset, data_dir)
+    known = builder.info.splits
+    name = "val" if split == "validation" and "val" in known else split  # as media_sum has it
+    if name not in known or not known[name].num_examples:
+        raise UserError(f"{folder}: no rows in split {split!r}; {_command(dataset, data_dir)}")
+    for instruction in known[name].file_instructions:
+        path = Path(os.path.abspath(instruction.filename))
+        if path.parent != folder or not path.is_file():
+            raise UserError(f"{folder}: {path} is not in it; {_command(dataset, data_dir)}")
+    try:
+        return Records(builder.as_data_source(name), folder)
+    except Exception as error:  # see Records
+        raise UserError(f"{folder}: split {name!r} is damaged: {error}") from error
+
+
+def describe(dataset: str, data_dir: str) -> list:
+    """What identifies a prepared dataset, not where it lies, as JSON."""
+    folder = find(dataset, data_dir)
+    splits = _open(folder, dataset, data_dir).info.splits
+    sizes = {name: [split.num_bytes, split.shard_lengths] for name, split in splits.items()}
+    return [dataset, folder.name, sizes]
+
+
+def find(dataset: str, data_dir: str) -> Path:
+    """The folder of the newest version that is there."""
+    parent = _root(data_dir) / dataset
+    versions = [
+        path
+        for path in (parent.iterdir() if parent.is_dir() else ())
+        if VERSION.fullmatch(path.name) and (path / "dataset_info.json").is_file()
+    ]
+    if not versions:
+        raise UserError(f"{parent}: not prepared; {_command(dataset, data_dir)}")
+    return max(versions, key=lambda path: tuple(map(int, path.name.split("."))))
+
+
+def _root(data_dir: str) -> Path:
+    return Path(os.path.abspath(data_dir or os.path.expanduser(tfds.core.constants.DATA_DIR)))
+
+
+def _command(dataset: str, data_dir: str) -> str:
+    """TFDS itself reads without TensorFlow, but prepares with it."""
+    return (
+        "where tensorflow and apache-beam are installed, run: "
+        f"tfds build {dataset} --data_dir={_root(data_dir)} --file_format=array_record"
+    )
+
+
+def _open(folder: Path, dataset: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    for name in _classes(_json(folder / "features.json")):
+        if not name.startswith(FEATURES):  # TFDS would import it
+            raise UserError(f"{folder / 'features.json'}: {name} is no feature of TFDS")
+    kept_as = _json(folder / "dataset_info.json").get("fileFormat", "tfrecord")
+    if kept_as != "array_record":
+        raise UserError(
+            f"{folder}: prepared as {kept_as}; {_command(dataset, data_dir)} --overwrite"
+        )
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # see Records
+        raise UserError(f"{folder}: not what TFDS writes: {error}") from error
+
+
+def _json(path: Path) -> dict:
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError("it is too large")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not what TFDS writes: {error}") from error
+    return value
+
+
+def _classes(value) -> Iterator[str]:
+    """Names of classes in features.json, of its present and its former layout."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _classes(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(item, str) and key in CLASS_KEYS:
+                yield item
+            else:
+                yield from _classes(item)

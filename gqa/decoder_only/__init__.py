@@ -1,0 +1,1 @@
+"""Llama-style checkpoints of Hugging Face, rewritten with fewer KV heads."""

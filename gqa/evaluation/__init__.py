@@ -1,0 +1,1 @@
+"""Scores, losses, timings, and the records they are kept in."""

@@ -1,0 +1,174 @@
+"""Scores of generated text against one or more references, with bootstrap intervals.
+
+Every metric is first a row of statistics per example, [n, s], and then a function of their sums.
+Resampling the rows is therefore enough for an interval, for corpus BLEU as much as for a mean.
+"""
+
+import re
+import string
+from collections import Counter
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
+from sacrebleu.metrics import BLEU
+
+from gqa.runtime.errors import UserError
+
+METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "exact_match", "f1")
+RESAMPLES = 1000
+REPLICATES = 200
+NGRAM_ORDER = 4
+
+_PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}\u2018\u2019\u00b4]")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_SENTENCE = re.compile(r".+?(?:[.!?](?=\s|$)|(?=\n\s*\n))", re.DOTALL)
+
+
+class Score(NamedTuple):
+    """A score in percent, its 95% bootstrap interval over the examples, and how many they are.
+
+    `replicates` are the score of the first resamples. Resample i of n examples is the same for
+    every score, so two scores of the same examples can be subtracted replicate by replicate.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    replicates: tuple[float, ...]
+
+
+def score(name: str, predictions: list[str], references: list[list[str]]) -> Score:
+    """Score `predictions` [n] against `references` [n][1 or more], in percent."""
+    if not predictions:
+        raise UserError(f"{name}: there are no predictions to score; the test set is empty")
+    statistics = _statistics(name, predictions, references)
+    n = len(statistics)
+    rng = np.random.default_rng(0)
+    resampled = [
+        _aggregate(name, statistics[rng.integers(n, size=n)].sum(0), n) for _ in range(RESAMPLES)
+    ]
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    value = _aggregate(name, statistics.sum(0), n)
+    replicates = tuple(round(value, 3) for value in resampled[:REPLICATES])
+    return Score(value, float(low), float(high), n, replicates)
+
+
+def _statistics(name, predictions, references):
+    """Return what `name` sums over examples, [n, s]."""
+    if name not in METRICS:
+        raise UserError(f"metric {name!r} is unknown; known: {', '.join(METRICS)}")
+    pairs = list(zip(predictions, references, strict=True))
+    if name == "bleu":
+        return np.array([_bleu_counts(*pair) for pair in pairs])
+    if name.startswith("rouge"):
+        scorer = RougeScorer([name], tokenizer=_CachedTokenizer(use_stemmer=True))
+        values = [scorer.score_multi(refs, text)[name].fmeasure for text, refs in pairs]
+    else:
+        compare = _exact_match if name == "exact_match" else _f1
+        values = [max(compare(text, reference) for reference in refs) for text, refs in pairs]
+    return np.array(values, dtype=np.float64)[:, None]
+
+
+def _aggregate(name, sums, n):
+    """Turn summed statistics [s] of `n` examples into percent."""
+    if name != "bleu":
+        return 100 * float(sums[0]) / n
+    sys_len, ref_len, *counts = sums.tolist()
+    correct, total = counts[:NGRAM_ORDER], counts[NGRAM_ORDER:]
+    return BLEU.compute_bleu(correct, total, sys_len, ref_len, smooth_method="exp").score
+
+
+# One sentence at a time, because corpus_score wants equally many references for every example.
+_SENTENCE_BLEU = BLEU(effective_order=True, max_ngram_order=NGRAM_ORDER)
+
+
+def _bleu_counts(text, references):
+    result = _SENTENCE_BLEU.sentence_score(text, references)
+    return [result.sys_len, result.ref_len, *result.counts, *result.totals]
+
+
+@lru_cache(maxsize=1 << 15)
+def _stemmed_words(text):
+    return DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
+class _CachedTokenizer(DefaultTokenizer):
+    """Stem a text once, however many ROUGE variants and candidates it is compared with."""
+
+    def tokenize(self, text):
+        return _stemmed_words(text)
+
+
+def _normalize(text):
+    """Lower case, without punctuation and articles, as TriviaQA's own evaluation has it.
+
+    Punctuation becomes a space, where SQuAD's deletes it: "well-known" is two words.
+    """
+    return _ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).split()
+
+
+def _exact_match(text, reference):
+    return float(_normalize(text) == _normalize(reference))
+
+
+def _f1(text, reference):
+    words, expected = _normalize(text), _normalize(reference)
+    if not words or not expected:
+        return float(words == expected)
+    overlap = (Counter(words) & Counter(expected)).total()
+    return 2 * overlap / (len(words) + len(expected))
+
+
+def constant_answer(
+    train_targets: list[str],
+    metric: str,
+    references: list[list[str]],
+    num_candidates: int = 200,
+    num_references: int = 200,
+) -> str:
+    """Return the one training target that scores best as the answer to every example.
+
+    `references` are the validation set's, an even sample of which is scored. Candidates are the
+    most frequent targets and those whose words are the most typical of all targets.
+    """
+    sample = references[:: -(-len(references) // num_references)]
+    counts = Counter(train_targets)
+    frequent = [target for target, _ in counts.most_common(num_candidates // 2)]
+    typical = sorted(counts, key=_typicality(counts), reverse=True)[: num_candidates // 2]
+
+    def value(candidate):
+        statistics = _statistics(metric, [candidate] * len(sample), sample)
+        return _aggregate(metric, statistics.sum(0), len(sample))
+
+    return max(dict.fromkeys(frequent + typical), key=value)
+
+
+def _typicality(counts):
+    """Return a key: the expected unigram F1 of a target against a target drawn from `counts`."""
+    words = {target: Counter(target.lower().split()) for target in counts}
+    total = counts.total()
+    # How many targets hold a word at least so many times: sums to the expected overlap.
+    holders = Counter()
+    for target, bag in words.items():
+        for word, times in bag.items():
+            for occurrence in range(times):
+                holders[word, occurrence] += counts[target]
+    mean_length = sum(words[target].total() * count for target, count in counts.items()) / total
+
+    def expected_f1(target):
+        bag = words[target]
+        overlap = sum(holders[w, i] for w, times in bag.items() for i in range(times)) / total
+        return 2 * overlap / (bag.total() + mean_length)
+
+    return expected_f1
+
+
+def first_sentence(inputs: list[str]) -> list[str]:
+    """Return the first sentence or paragraph of each text, whichever is shorter, on one line."""
+    found = [_SENTENCE.match(text.strip()) for text in inputs]
+    texts = [match[0] if match else text for match, text in zip(found, inputs, strict=True)]
+    return [" ".join(text.split()) for text in texts]

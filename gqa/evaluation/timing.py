@@ -1,0 +1,109 @@
+"""Seconds of prefill (encoder and cross K/V), of decoded tokens, and of what takes turns with them.
+
+A machine that others share is faster in one minute than in the next. So whatever is compared takes
+turns: one turn each, again and again, and numbers of the same turn belong together.
+"""
+
+import time
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gqa.inference.decoding import GREEDY
+from gqa.inference.generator import Generator
+from gqa.inference.step import Inference, Memory
+from gqa.model.config import Config
+from gqa.model.transformer import init_params
+
+Turn = Callable[[], dict[str, float]]  # does its work once; numbers by name
+Name = TypeVar("Name", bound=Hashable)
+
+ATTENTION_RUNS = 5  # of `attention` in a turn, since one takes only milliseconds
+
+
+def take_turns(turns: dict[Name, Turn], repetitions: int) -> dict[Name, dict[str, np.ndarray]]:
+    """What each turn measures, [repetitions] a number, after one turn each to warm up."""
+    for turn in turns.values():
+        turn()
+    rounds = [{name: turn() for name, turn in turns.items()} for _ in range(repetitions)]
+    return {
+        name: {number: np.array([r[name][number] for r in rounds]) for number in rounds[0][name]}
+        for name in turns
+    }
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until the result of `run` is there, and the result."""
+    begin = time.perf_counter()
+    result = jax.block_until_ready(run())
+    return time.perf_counter() - begin, result
+
+
+def generation(
+    net: Inference, weights: dict, inputs: Array, length: int, rows: int | None = None
+) -> Turn:
+    """Greedy decoding of inputs [B, S], `length` tokens forced, as seconds of its parts.
+
+    The parts are prefill, of `rows` rows at once (default all), decode, of all tokens, and
+    attention, which is that of one token to the inputs, in all layers and alone.
+    """
+    generator = Generator(net, GREEDY, length, stop=False)
+    queries = attention_queries(net, len(inputs))
+    attend = jax.jit(partial(attention, net))
+    rows = rows or len(inputs)
+
+    def prefill() -> Memory:
+        # A large batch goes in parts: the encoder needs more room than the memory it leaves.
+        parts = [
+            generator.prefill(weights, inputs[i : i + rows]) for i in range(0, len(inputs), rows)
+        ]
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+    def turn() -> dict[str, float]:
+        first, memory = timed(prefill)
+        alone = [timed(partial(attend, queries, memory))[0] for _ in range(ATTENTION_RUNS)]
+        rest, _ = timed(partial(generator.decode, weights, memory))
+        return {"prefill": first, "decode": rest, "attention": float(np.median(alone))}
+
+    return turn
+
+
+def attention_queries(net: Inference, batch_size: int) -> Array:
+    """One query a head and sequence, [B, 1, N, H]."""
+    shape = (batch_size, 1, net.config.num_heads, net.config.head_dim)
+    return jax.random.normal(jax.random.key(0), shape, net.config.dtype)
+
+
+def attention(net: Inference, queries: Array, memory: Memory) -> list[Array]:
+    """What a step's cross-attention does between its projections: one [B, 1, N, H] a layer."""
+    layers = zip(net.forms, memory.kv, strict=True)
+    return [form.attend_cross(queries, kv, memory.mask) for form, kv in layers]
+
+
+def measure(
+    configs: dict[Name, Config],
+    *,
+    batch_size: int,
+    inputs_length: int,
+    targets_length: int,
+    repetitions: int,
+) -> dict[Name, dict[str, np.ndarray]]:
+    """Time each network (random weights) on the same inputs; see `generation`."""
+    vocab = min(config.vocab_size for config in configs.values())
+    inputs = random_tokens(vocab, batch_size, inputs_length)
+    turns = {}
+    for name, config in configs.items():
+        net = Inference(config)
+        weights = jax.jit(net.prepare)(init_params(config, 0))
+        turns[name] = generation(net, weights, inputs, targets_length)
+    return take_turns(turns, repetitions)
+
+
+def random_tokens(vocab_size: int, batch_size: int, length: int, seed: int = 0) -> Array:
+    """Tokens [B, length] that are neither padding nor an end."""
+    return jax.random.randint(jax.random.key(seed), (batch_size, length), 3, vocab_size)

@@ -1,0 +1,129 @@
+"""What config.json says of a T5, and our config."""
+
+from gqa.model.config import Config
+from gqa.model.layers import GATED_GELU, RELU
+from gqa.runtime.errors import UserError
+
+ACTIVATIONS = {"relu": RELU, "gated-gelu": GATED_GELU}
+
+# What a file has where it says nothing: Transformers' defaults.
+DEFAULTS = {"t5": "relu", "mt5": "gated-gelu"}
+
+# What our network has as a constant: a file that says otherwise is refused.
+FIXED = {
+    "layer_norm_epsilon": 1e-6,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
+# Our name: theirs.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "d_model": "d_model",
+    "d_ff": "d_ff",
+    "num_heads": "num_heads",
+    "head_dim": "d_kv",
+    "num_encoder_layers": "num_layers",
+    "num_decoder_layers": "num_layers",
+}
+
+# KV heads, which Transformers' T5 does not know: a number, or in the decoder one for each layer.
+KV_HEADS = {
+    "num_kv_heads_decoder": "num_key_value_heads",
+    "num_kv_heads_cross": "cross_num_key_value_heads",
+    "num_kv_heads_encoder": "encoder_num_key_value_heads",
+}
+
+
+def to_config(hf_config: dict) -> Config:
+    """Our config of a config.json; keys that older files lack have Transformers' defaults.
+
+    Raises:
+        UserError: naming the key, for another network than ours.
+    """
+    if not isinstance(hf_config, dict):
+        raise UserError("not a JSON object with a model's settings")
+    kind = hf_config.get("model_type")
+    if kind == "umt5":
+        raise UserError(
+            "model_type='umt5' is not supported: it has a position bias in every layer, "
+            "our network one for all; use t5 or mt5"
+        )
+    if not isinstance(kind, str) or kind not in DEFAULTS:
+        raise UserError(f"model_type={kind!r} is not supported; use t5 or mt5")
+    for key, ours in FIXED.items():
+        if hf_config.get(key, ours) not in (ours, None):
+            raise UserError(f"{key}={hf_config[key]!r} is not supported; use {ours}")
+    activation = hf_config.get("feed_forward_proj", DEFAULTS[kind])
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        supported = ", ".join(ACTIVATIONS)
+        raise UserError(
+            f"feed_forward_proj={activation!r} is not supported; use one of {supported}"
+        )
+    sizes = {ours: _size(hf_config, key) for ours, key in SIZES.items()}
+    if hf_config.get("num_decoder_layers") is not None:
+        sizes["num_decoder_layers"] = _size(hf_config, "num_decoder_layers")
+    # Transformers 5 writes tie_word_embeddings=true for every T5 and this key for the scale.
+    tied = _flag(hf_config, "tie_word_embeddings", True)
+    scaled = _flag(hf_config, "scale_decoder_outputs", tied) and kind == "t5"
+    return Config(
+        **sizes,
+        **_kv_heads(hf_config, sizes["num_heads"]),
+        activation=ACTIVATIONS[activation],
+        tied_logits=scaled,
+        num_buckets=_size(hf_config, "relative_attention_num_buckets", 32),
+        max_distance=_size(hf_config, "relative_attention_max_distance", 128),
+    )
+
+
+def _kv_heads(hf_config: dict, heads: int) -> dict[str, int | tuple[int, ...]]:
+    return {ours: _size_or_sizes(hf_config, theirs, heads) for ours, theirs in KV_HEADS.items()}
+
+
+def _size_or_sizes(hf_config: dict, key: str, default: int) -> int | tuple[int, ...]:
+    """One number for all layers, or a list with one for each."""
+    value = hf_config.get(key)
+    if isinstance(value, list):
+        return tuple(_size({key: each}, key) for each in value)
+    return _size(hf_config, key, default)
+
+
+def _size(hf_config: dict, key: str, default: int | None = None) -> int:
+    value = hf_config.get(key, default)
+    if value is None:
+        raise UserError(f"config.json has no {key}")
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise UserError(f"{key}={value!r}; use a whole number, 1 or more and less than 2^31")
+    return value
+
+
+def _flag(hf_config: dict, key: str, default: bool) -> bool:
+    value = hf_config.get(key, default)
+    if not isinstance(value, bool):
+        raise UserError(f"{key}={value!r}; use true or false")
+    return value
+
+
+def from_config(config: Config) -> dict:
+    """What a config.json says of `config`; `to_config` is the way back."""
+    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    hf_config = FIXED | {
+        "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration"],
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "d_ff": config.d_ff,
+        "num_heads": config.num_heads,
+        "d_kv": config.head_dim,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "feed_forward_proj": activations[config.activation],
+        "tie_word_embeddings": config.tied_logits,
+        "relative_attention_num_buckets": config.num_buckets,
+        "relative_attention_max_distance": config.max_distance,
+        "dropout_rate": config.dropout_rate,
+    }
+    heads = {theirs: getattr(config, ours) for ours, theirs in KV_HEADS.items()}
+    grouped = set(heads.values()) != {config.num_heads}
+    return hf_config | (heads if grouped else {})

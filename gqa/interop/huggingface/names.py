@@ -1,0 +1,95 @@
+"""Our parameters' names, and how Transformers' tensors lie in them.
+
+Their linear layers keep weights as [outputs, inputs] with heads flattened, one tensor a layer; ours
+are [inputs, outputs] with a head axis, and the layers of a stack share one array.
+"""
+
+import math
+
+from gqa.model.config import Config
+from gqa.model.layers import RELU
+
+# Our name: theirs, which "decoder.block.3." or the like precedes and ".weight" ends.
+ENCODER_LAYER = {
+    "attention_norm/scale": "layer.0.layer_norm",
+    "attention/query": "layer.0.SelfAttention.q",
+    "attention/key": "layer.0.SelfAttention.k",
+    "attention/value": "layer.0.SelfAttention.v",
+    "attention/out": "layer.0.SelfAttention.o",
+    "mlp_norm/scale": "layer.1.layer_norm",
+    "mlp/wi_0": "layer.1.DenseReluDense.wi_0",
+    "mlp/wi_1": "layer.1.DenseReluDense.wi_1",
+    "mlp/wo": "layer.1.DenseReluDense.wo",
+}
+DECODER_LAYER = {
+    "self_attention_norm/scale": "layer.0.layer_norm",
+    "self_attention/query": "layer.0.SelfAttention.q",
+    "self_attention/key": "layer.0.SelfAttention.k",
+    "self_attention/value": "layer.0.SelfAttention.v",
+    "self_attention/out": "layer.0.SelfAttention.o",
+    "cross_attention_norm/scale": "layer.1.layer_norm",
+    "cross_attention/query": "layer.1.EncDecAttention.q",
+    "cross_attention/key": "layer.1.EncDecAttention.k",
+    "cross_attention/value": "layer.1.EncDecAttention.v",
+    "cross_attention/out": "layer.1.EncDecAttention.o",
+    "mlp_norm/scale": "layer.2.layer_norm",
+    "mlp/wi_0": "layer.2.DenseReluDense.wi_0",
+    "mlp/wi_1": "layer.2.DenseReluDense.wi_1",
+    "mlp/wo": "layer.2.DenseReluDense.wo",
+}
+LAYERS = {"encoder": ENCODER_LAYER, "decoder": DECODER_LAYER}
+OUTSIDE_LAYERS = {
+    "embedding": "shared",
+    "encoder/position_bias/table": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "encoder/norm/scale": "encoder.final_layer_norm",
+    "decoder/position_bias/table": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "decoder/norm/scale": "decoder.final_layer_norm",
+    "logits": "lm_head",
+}
+NOT_TRANSPOSED = ("embedding", "encoder/position_bias/table", "decoder/position_bias/table")
+
+EMBEDDING, LOGITS = "shared.weight", "lm_head.weight"
+# A file may repeat the embedding under these names; the last one only if the logits are tied.
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", LOGITS)
+# In the first T5 files, and read by nothing: cross-attention has no position bias.
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+def theirs(name: str, shape: tuple[int, ...], config: Config) -> list[str]:
+    """The tensors that one of our parameters is made of: one, or one a layer."""
+    stack, _, rest = name.partition("/layers/")
+    if not rest:
+        return [f"{OUTSIDE_LAYERS[name]}.weight"]
+    run, _, of_run = rest.partition("/")
+    first, rest = (int(run), of_run) if run.isdecimal() else (0, rest)
+    tensor = LAYERS[stack][rest]
+    if config.activation == RELU:
+        tensor = tensor.replace("wi_0", "wi")
+    return [f"{stack}.block.{first + i}.{tensor}.weight" for i in range(shape[0])]
+
+
+def is_stacked(name: str) -> bool:
+    """Whether a parameter has an axis of layers, the first."""
+    return "/layers/" in name
+
+
+def is_transposed(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor [outputs, inputs] is one of a parameter's layers, `shape`, turned."""
+    return len(shape) > 1 and name not in NOT_TRANSPOSED
+
+
+def their_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the tensor of one layer's `shape`."""
+    if not is_transposed(name, shape):
+        return shape
+    inputs = len(shape) - 1 if name.endswith("/out") else 1
+    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+
+
+def rows(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Where the rows of the tensor of one layer's `shape` are in it: an axis, and rows a place."""
+    if not is_transposed(name, shape):
+        return 0, 1
+    if name.endswith("/out"):
+        return len(shape) - 1, 1
+    return 1, math.prod(shape[2:])

@@ -1,0 +1,214 @@
+"""Folders of safetensors files, as Hugging Face keeps weights: read and written in pieces.
+
+A file is a length, a JSON header with each tensor's place, and the tensors' bytes. `safetensors`
+checks the header; what is read then is only what was asked for, so neither a file nor a large
+tensor is ever in memory as a whole.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from gqa.runtime import atomic_files
+from gqa.runtime.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+PIECE = 2**25  # bytes that are read or copied at a time
+
+
+class Tensor(NamedTuple):
+    """Where a tensor is; `dtype` is safetensors' name, `start` the offset of its bytes."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@contextlib.contextmanager
+def told_of(what: Path | str) -> Iterator[None]:
+    """Have a UserError say what it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+def check(name: str, shape: tuple[int, ...], expected: tuple[int, ...], dtype: str) -> None:
+    """Refuse a tensor of another shape, or whose dtype is no floating one of safetensors."""
+    if tuple(shape) != tuple(expected):
+        raise UserError(f"tensor {name} has shape {tuple(shape)}, expected {tuple(expected)}")
+    if dtype not in FLOATS:
+        raise UserError(f"tensor {name} has dtype {dtype}; use one of {', '.join(FLOATS)}")
+
+
+class Tensors:
+    """The tensors of a folder by name, in the order of their files.
+
+    Raises:
+        UserError: when a file cannot be read, naming it.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        index = self.folder / INDEX
+        self.path = index if index.exists() else self.folder / SINGLE
+        self._found = {}
+        for file, names in self._files().items():
+            found = _header(self.folder / file)
+            for name in names or found:
+                if name not in found:
+                    raise UserError(f"{self.folder / file}: tensor {name} of {INDEX} is not there")
+                self._found[name] = found[name]
+
+    def _files(self) -> dict[str, list[str]]:
+        """Names of the tensors wanted of each file; none named where there is no index."""
+        if self.path.name == SINGLE:
+            other = next(self.folder.glob("*.bin"), None)
+            if other and not self.path.exists():
+                raise UserError(f"{other}: not safetensors; save the model as {SINGLE} first")
+            return {SINGLE: []}
+        files = {}
+        places = read_json(self.path).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise UserError(f"{self.path}: weight_map names no tensor")
+        for name, file in places.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(f"{self.path}: {file!r} is not the name of a file")
+            files.setdefault(file, []).append(name)
+        return files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._found[name]
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> np.dtype:
+        """The dtype of a floating tensor that has to have this shape.
+
+        Raises:
+            UserError: naming the tensor that has not.
+        """
+        tensor = self._found[name]
+        check(name, tensor.shape, shape, tensor.dtype)
+        return np.dtype(FLOATS[tensor.dtype])
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
+        """A floating tensor, or `count` of its rows from `first`, in its own dtype."""
+        tensor = self._found[name]
+        dtype, (rows, *rest) = np.dtype(FLOATS[tensor.dtype]), tensor.shape
+        count = rows - first if count is None else count
+        row = math.prod(rest) * dtype.itemsize
+        with _open(self.folder / tensor.file) as file:
+            file.seek(tensor.start + first * row)
+            data = np.fromfile(file, np.uint8, count * row)
+        if data.size != count * row:
+            raise UserError(f"{self.folder / tensor.file}: ends inside tensor {name}")
+        return data.view(dtype).reshape(count, *rest)
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor of any dtype, some at a time."""
+        tensor = self._found[name]
+        with _open(self.folder / tensor.file) as file:
+            file.seek(tensor.start)
+            for done in range(0, tensor.nbytes, PIECE):
+                yield file.read(min(PIECE, tensor.nbytes - done))
+
+
+def write(
+    path: Path,
+    tensors: dict[str, tuple[str, tuple[int, ...], int]],
+    data: Callable[[str], Iterable[bytes | np.ndarray]],
+) -> int:
+    """Write a safetensors file under another name first; returns its size in bytes.
+
+    Args:
+        tensors: safetensors' dtype, shape and number of bytes of each.
+        data: of a name: its bytes or arrays, one after the other.
+    """
+    header, start = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape, nbytes) in tensors.items():
+        end = start + nbytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_files.writing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in tensors:
+            for piece in data(name):
+                file.write(piece if isinstance(piece, bytes) else _bytes(piece))
+        size = file.tell()
+        if size != 8 + len(text) + start:
+            raise ValueError(f"{path}: {size} bytes instead of {8 + len(text) + start}")
+    return size
+
+
+def write_index(folder: Path, files: dict[str, str], nbytes: int) -> None:
+    """Write the index: the file of every tensor, and the bytes of all."""
+    write_json(folder / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": files})
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write an object as readable JSON, whole."""
+    atomic_files.write(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: naming the file that cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "np"):  # compares sizes with the file's before it takes memory
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    with _open(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        place = (8 + length + start, end - start)
+        found[name] = Tensor(path.name, entry["dtype"], tuple(entry["shape"]), *place)
+    return found
+
+
+def _open(path: Path) -> Any:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

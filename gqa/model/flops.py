@@ -1,0 +1,44 @@
+"""Model FLOPs of the network, counted analytically; the letters are those of `gqa/model/attention.py`.
+
+A product of [M, N] by [N, K] is 2 M N K. Only products count: no embedding look-ups, norms,
+softmax, masks or optimizer, and nothing that rematerialisation computes twice. Shapes are those of
+the batch, so padding counts, and the two products of attention count in full, without a discount
+for what a causal mask hides. This is the convention of PaLM's MFU (Chowdhery et al., 2022,
+appendix B).
+"""
+
+from gqa.model.config import Config
+from gqa.model.layers import GATED_GELU
+
+
+def train_flops(config: Config, batch_size: int, inputs_length: int, targets_length: int) -> float:
+    """FLOPs of one training step: a backward pass has two products for each of a forward pass."""
+    return 3 * forward_flops(config, batch_size, inputs_length, targets_length)
+
+
+def forward_flops(
+    config: Config, batch_size: int, inputs_length: int, targets_length: int
+) -> float:
+    """FLOPs of the logits [B, T, V] of inputs [B, S] and targets [B, T], teacher forced."""
+    c, S, T = config, inputs_length, targets_length
+    attended = {"encoder": (S, S), "decoder": (T, T), "cross": (T, S)}
+    attention = sum(
+        _attention(c, K, *at) for name, at in attended.items() for K in c.kv_heads(name)
+    )
+    mlps = c.num_encoder_layers * _mlp(c, S) + c.num_decoder_layers * _mlp(c, T)
+    logits = 2 * T * c.d_model * c.vocab_size
+    return float(batch_size * (attention + mlps + logits))
+
+
+def _attention(config: Config, K: int, T: int, S: int) -> int:
+    """Projections of T queries and S keys and values, and the products between them."""
+    D, N, H = config.d_model, config.num_heads, config.head_dim
+    query_and_out = 2 * (2 * T * D * N * H)
+    key_and_value = 2 * (2 * S * D * K * H)
+    logits_and_sum = 2 * (2 * N * T * S * H)
+    return query_and_out + key_and_value + logits_and_sum
+
+
+def _mlp(config: Config, T: int) -> int:
+    kernels = 3 if config.activation == GATED_GELU else 2
+    return kernels * 2 * T * config.d_model * config.d_ff

@@ -1,0 +1,176 @@
+"""The parts of a T5 layer around attention. The letters are those of `gqa/model/attention.py`."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.nn.initializers import ones, variance_scaling
+
+from gqa.model import fused_attention
+from gqa.model.attention import Segments, attend, linear, make_mask
+from gqa.runtime.sharding import constrain, repeat_heads
+
+GATED_GELU, RELU = "gated_gelu", "relu"
+
+
+class Attention(nn.Module):
+    """Attention with its projections, by the backend's fused kernel or `attend`.
+
+    Parameters: query [D, N, H], key and value [D, K, H], out [N, H, D]; no biases.
+    """
+
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool
+    dropout_rate: float
+    dtype: jnp.dtype
+
+    def setup(self):
+        D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
+        # T5 leaves the logits unscaled and draws the query kernel sqrt(H) times smaller instead.
+        small = variance_scaling(1 / H, "fan_in", "normal", 0, (1, 2))
+        self.query = self.param("query", small, (D, N, H))
+        into = variance_scaling(1.0, "fan_in", "normal", 0, (1, 2))
+        self.key = self.param("key", into, (D, K, H))
+        self.value = self.param("value", into, (D, K, H))
+        self.out = self.param("out", variance_scaling(1.0, "fan_in", "normal", (0, 1)), (N, H, D))
+
+    def __call__(
+        self,
+        x: Array,
+        y: Array,
+        position_bias: Array | None,
+        segments: Segments | None,
+        train: bool,
+    ) -> Array:
+        """Attend from x [B, T, D] to y [B, S, D]; position_bias [1, N, T, S]."""
+        (B, T, D), S, N, H = x.shape, y.shape[1], self.num_heads, self.head_dim
+        q = constrain(self._heads(x, self.query), "batch", None, "heads", None)
+        k, v = (repeat_heads(self._heads(y, kernel)) for kernel in (self.key, self.value))
+        dropout = None
+        if train and self.dropout_rate > 0:
+            # One draw per key serves every query position, as in T5.
+            keep = 1 - self.dropout_rate
+            dropout = jax.random.bernoulli(self.make_rng("dropout"), keep, (B, N, 1, S)) / keep
+        out = fused_attention.fused_attention(
+            q,
+            k,
+            v,
+            position_bias=position_bias,
+            segments=segments,
+            causal=self.causal,
+            dropout=dropout,
+            backend=fused_attention.backend(),
+        )
+        if out is None:
+            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+            mask = make_mask(segments, self.causal, T, S)
+            out = attend(q, k, v, position_bias, mask, dropout)
+        return linear(out.reshape(B, T, N * H), self.out.astype(self.dtype).reshape(N * H, D))
+
+    def _heads(self, x: Array, kernel: Array) -> Array:
+        """[B, T, D] -> [B, T, heads, H] for a kernel [D, heads, H]."""
+        D, heads, H = kernel.shape
+        out = linear(x, kernel.astype(self.dtype).reshape(D, heads * H))
+        return out.reshape(*x.shape[:2], heads, H)
+
+
+class RMSNorm(nn.Module):
+    """Scale x [..., D] to unit mean square, in float32; no mean and no bias (T5)."""
+
+    dtype: jnp.dtype
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * jnp.expand_dims(scale, range(x.ndim - 1))).astype(self.dtype)
+
+
+class MLP(nn.Module):
+    """T5 1.1: (gelu(x wi_0) * (x wi_1)) wo. T5 1.0: relu(x wi_0) wo. Kernels [D, F] and [F, D]."""
+
+    d_ff: int
+    activation: str
+    dropout: Callable[..., nn.Module]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        D, F = x.shape[-1], self.d_ff
+        init = variance_scaling(1.0, "fan_in", "truncated_normal")
+
+        def project(name: str, y: Array, shape: tuple[int, int]) -> Array:
+            return linear(y, self.param(name, init, shape).astype(self.dtype))
+
+        hidden = project("wi_0", x, (D, F))
+        if self.activation == GATED_GELU:
+            hidden = jax.nn.gelu(hidden) * project("wi_1", x, (D, F))
+        else:
+            hidden = jax.nn.relu(hidden)
+        hidden = constrain(hidden, "batch", None, "mlp")
+        return project("wo", self.dropout()(hidden, deterministic=not train), (F, D))
+
+
+class RelativePositionBias(nn.Module):
+    """T5's learned bias per query head and distance bucket; one table [buckets, N] a stack."""
+
+    num_heads: int
+    num_buckets: int
+    max_distance: int
+    bidirectional: bool
+
+    def setup(self):
+        init = variance_scaling(1.0, "fan_avg", "uniform")
+        self.table = self.param("table", init, (self.num_buckets, self.num_heads))
+
+    def __call__(self, T: int, S: int) -> Array:
+        """The bias [1, N, T, S] of queries 0..T-1 and keys 0..S-1.
+
+        It is constant along diagonals, so T + S values are looked up and laid out by a reshape:
+        rows of M - 1 cut from a repeated row of M move on by one place each.
+        """
+        M = T + S
+        distance = (jnp.arange(M) + T) % M - T  # 0 .. S-1, then -T .. -1
+        values = self._lookup(distance)  # [N, M]
+        rows = jnp.tile(values, (1, T))[:, : T * (M - 1)].reshape(-1, T, M - 1)
+        return rows[None, :, :, :S]
+
+    def row(self, index: Array, S: int) -> Array:
+        """The bias [1, N, 1, S] of the one query at `index`."""
+        return self._lookup(jnp.arange(S) - index)[None, :, None, :]
+
+    def _lookup(self, distance: Array) -> Array:
+        bucket = relative_position_bucket(
+            distance, self.bidirectional, self.num_buckets, self.max_distance
+        )
+        return self.table.astype(jnp.float32)[bucket].T
+
+
+def relative_position_bucket(
+    distance: Array, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Array:
+    """Bucket of each distance (key position - query position), T5's rule.
+
+    Half of a direction's buckets hold one distance each, the other half grow logarithmically up to
+    `max_distance`, in float32. Distances ahead get buckets of their own if `bidirectional`, else 0.
+    """
+    bucket = jnp.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        bucket += (distance > 0) * num_buckets
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = num_buckets // 2
+    eps = jnp.finfo(jnp.float32).eps  # only keeps the unused logarithm of 0 finite
+    ratio = jnp.log(distance.astype(jnp.float32) / exact + eps)
+    ratio /= jnp.log(jnp.float32(max_distance / exact))
+    far = exact + (ratio * (num_buckets - exact)).astype(jnp.int32)
+    return bucket + jnp.where(distance < exact, distance, jnp.minimum(far, num_buckets - 1))

@@ -1,0 +1,1 @@
+"""What any program needs around the network: errors, files, signals, processes, hardware, sharding."""

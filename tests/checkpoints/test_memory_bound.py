@@ -1,0 +1,31 @@
+"""A long run takes no more memory, files and handles at its end than at its beginning."""
+
+import gc
+
+import psutil
+
+from tests.support import toy
+
+
+def test_memory_files_and_handles_are_flat(tmp_path):
+    """Of 2000 steps with 40 checkpoints, after 500 to warm up."""
+    process, seen = psutil.Process(), {}
+
+    def watch(step):
+        if step % 10 == 0:
+            gc.collect(0)
+            seen[step] = process.memory_info().rss, process.num_fds()
+
+    toy.fit(tmp_path, 2000, 50, alive=watch)
+    # The least of 500 steps: a checkpoint that is being saved has files of its own open.
+    early, late = (
+        [min(column) for column in zip(*(seen[s] for s in range(a, a + 501, 10)), strict=True)]
+        for a in (500, 1500)
+    )
+    assert seen[2000][0] < 1.02 * seen[500][0]
+    assert late[0] < 1.02 * early[0]
+    assert late[1] <= early[1] + 10  # a leak of one a checkpoint would be 20
+    kept = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert {"1950", "2000"} <= set(kept)
+    assert len(kept) <= 3  # the last two and the best
+    assert len(list((tmp_path / "events").iterdir())) == 1

@@ -1,0 +1,120 @@
+"""Kernels made run by run: what stays, what draws anew, dtypes, and the warning's threshold."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.test_absorb import moments_of
+
+from gqa.convert import SHRINKAGE, check, convert, needs_moments, spread
+from gqa.convert.attention_kernels import kernels_of
+from gqa.convert.calibration import ATTENTIONS
+from gqa.runtime.errors import UserError
+
+
+@pytest.fixture
+def params(tiny, random_params):
+    return random_params(tiny)
+
+
+def assert_equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("method", ["svd", "procrustes", "mean", "random"])
+def test_the_same_number_in_every_layer_is_the_identity(tiny, params, method):
+    new, config = convert(params, tiny, {"decoder": (4, 4)}, method, space="weight")
+    assert config == tiny
+    assert_equal(new, params)
+    # It needs no moments either, since nothing is weighed.
+    check(tiny, {"decoder": (4, 4), "cross": 4}, "svd", calibrated=False)
+    assert spread(params, tiny, 4, {"decoder": 2, "cross": 3}, moments=[]) == {}
+
+
+def test_an_attention_with_the_same_numbers_stays_beside_one_that_changes(tiny, params):
+    new, config = convert(params, tiny, {"decoder": (4, 4), "cross": (2, 2)}, "svd", space="weight")
+    other, same = convert(params, tiny, {"cross": 2}, "svd", space="weight")
+    assert config == same
+    assert_equal(new, other)
+
+
+def test_every_run_of_layers_draws_its_own_random_heads(tiny, random_params):
+    deep = dataclasses.replace(tiny, num_decoder_layers=3)
+    heads = {"decoder": (2, 2, 1), "cross": (1, 2, 2)}  # runs of one layer each
+    new, _ = convert(random_params(deep), deep, heads, "random")
+    layers = new["decoder"]["layers"]
+    assert sorted(layers) == ["0", "1", "2"]
+    one, other = (layers[run]["self_attention"]["key"] for run in ("0", "1"))
+    assert one.shape == other.shape == (1, 16, 2, 8)
+    assert (one != other).all()
+
+
+@pytest.mark.parametrize("method", ["mean", "svd", "random"])
+def test_parameters_keep_their_dtype(tiny, params, method):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    new, _ = convert(half, tiny, 2, method, space="weight")
+    assert {x.dtype for x in jax.tree.leaves(new)} == {np.dtype(jnp.bfloat16)}
+
+
+def of_condition(tiny, numbers):
+    """Moments with these condition numbers, by attention and layer; the others have 1."""
+    D = tiny.d_model
+
+    def moment(m):
+        C = np.diag(np.geomspace(1, numbers.get(m[:2], 1.0), D))
+        return m._replace(keys=C, queries=np.eye(D))
+
+    return [moment(m) for m in moments_of(tiny)]
+
+
+def test_only_moments_worse_than_a_billion_are_warned_of_and_the_worst_is_named(tiny, params):
+    numbers = {("decoder", 0): 5e9, ("cross", 1): 7e12, ("cross", 0): 2e9}
+    with pytest.warns(UserWarning, match="layer 1 of attention 'cross' have condition number 7e"):
+        convert(params, tiny, 2, "procrustes", moments=of_condition(tiny, numbers))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(params, tiny, 2, "procrustes", moments=of_condition(tiny, {("cross", 1): 5e8}))
+
+
+def test_defaults_are_logits_and_a_shrinkage_of_a_hundredth(tiny, params):
+    moments = moments_of(tiny)
+    found = convert(params, tiny, 2, "svd", moments=moments)[0]
+    assert_equal(
+        found, convert(params, tiny, 2, "svd", moments=moments, space="logit", shrinkage=0.01)[0]
+    )
+    assert SHRINKAGE == 0.01
+    assert needs_moments("svd")
+    with pytest.raises(UserError, match="method='svd' weighs heads"):
+        check(tiny, {"cross": 2}, "svd", calibrated=False)
+    for keys in ({"shrinkage": 0.0}, {"space": "activation"}):
+        other = convert(params, tiny, 2, "svd", moments=moments, **keys)[0]
+        one, two = (kernels_of(p, "cross")["key"] for p in (found, other))
+        assert np.abs(one - two).max() > 1e-3
+
+
+def test_heads_are_as_large_as_those_of_their_own_group_after_regrouping(tiny, params):
+    sizes = jnp.asarray([1.0, 5.0, 2.0, 9.0]).reshape(1, 1, 4, 1)
+    layers = params["decoder"]["layers"]
+    cross = layers["cross_attention"]
+    cross = cross | {side: cross[side] * sizes for side in ("key", "value")}
+    layers = layers | {"cross_attention": cross}
+    params = params | {"decoder": params["decoder"] | {"layers": layers}}
+    new, _ = convert(params, tiny, {"cross": 2}, "mean", grouping="strided", renorm=True)
+    for side in ("key", "value"):
+        before = np.linalg.norm(np.asarray(cross[side]), axis=(1, 3))  # [L, 4]
+        after = np.linalg.norm(np.asarray(kernels_of(new, "cross")[side]), axis=(1, 3))
+        expected = np.stack([before[:, [0, 2]].mean(1), before[:, [1, 3]].mean(1)], 1)
+        np.testing.assert_allclose(after, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_only_the_attention_that_was_named_changes(tiny, params, name):
+    new, config = convert(params, tiny, {name: 2}, "svd", moments=moments_of(tiny))
+    fields = {n: getattr(config, f"num_kv_heads_{n}") for n in ATTENTIONS}
+    assert fields == dict.fromkeys(ATTENTIONS, 4) | {name: 2}
+    for other in ATTENTIONS:
+        if other != name:
+            assert_equal(kernels_of(new, other), kernels_of(params, other))

@@ -1,0 +1,164 @@
+"""Moments are those of what the network's own attentions read, padding apart."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gqa.convert import grouping
+from gqa.convert.calibration import ATTENTIONS, moments
+from gqa.model.attention import Segments
+from gqa.model.transformer import Decoder, Encoder, shift_right
+
+ALL = ("encoder", "decoder", "cross")
+
+
+@pytest.fixture
+def params(tiny, random_params):
+    return random_params(tiny)
+
+
+@pytest.fixture
+def packed():
+    """One row of two examples and some padding."""
+    inputs = np.array([[5, 6, 7, 1, 9, 8, 1, 0]], np.int32)
+    targets = np.array([[3, 4, 1, 12, 1, 0]], np.int32)
+    return {
+        "inputs": inputs,
+        "targets": targets,
+        "inputs_segments": np.array([[1, 1, 1, 1, 2, 2, 2, 0]], np.int32),
+        "targets_segments": np.array([[1, 1, 1, 2, 2, 0]], np.int32),
+        "targets_positions": np.array([[0, 1, 2, 0, 1, 0]], np.int32),
+    }
+
+
+def unpack(packed):
+    """The same two examples, a row each."""
+    inputs, targets = np.zeros((2, 8), np.int32), np.zeros((2, 6), np.int32)
+    inputs[0, :4], inputs[1, :3] = packed["inputs"][0, :4], packed["inputs"][0, 4:7]
+    targets[0, :3], targets[1, :2] = packed["targets"][0, :3], packed["targets"][0, 3:5]
+    return {"inputs": inputs, "targets": targets}
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one[:2] + one[4:] == other[:2] + other[4:]
+        np.testing.assert_allclose(one.keys, other.keys, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(one.queries, other.queries, rtol=1e-4, atol=1e-5)
+
+
+def test_they_come_layer_by_layer_in_the_networks_order(tiny, params, batch):
+    found = list(moments(params, tiny, [batch], ALL))
+    assert [m[:2] for m in found] == [
+        *(("encoder", 0), ("encoder", 1)),
+        *(("decoder", 0), ("cross", 0), ("decoder", 1), ("cross", 1)),
+    ]
+    assert [(m.num_keys, m.num_queries) for m in found[:4]] == [
+        *((15, 15), (15, 15)),
+        *((11, 11), (15, 11)),
+    ]
+    assert {m.keys.dtype for m in found} == {np.dtype(np.float64)}
+    assert_same(moments(params, tiny, [batch]), found[2:])
+
+
+def test_they_do_not_depend_on_the_order_of_heads(tiny, params, batch):
+    rng = np.random.default_rng(0)
+    L, N = tiny.num_decoder_layers, tiny.num_heads
+    own = np.tile(rng.permutation(N), (L, 1))  # the layers share a bias
+    orders = {"decoder": own, "cross": np.stack([rng.permutation(N) for _ in range(L)])}
+    permuted = grouping.permuted(params, orders)
+    assert_same(moments(permuted, tiny, [batch], ALL), moments(params, tiny, [batch], ALL))
+
+
+def cut(params, config, name, layer):
+    """A stack that ends with what attention `name` of `layer` reads: that norm is its last one."""
+    stack, attention = ATTENTIONS[name]
+    layers = jax.tree.map(lambda x: x[: layer + 1], params[stack]["layers"])
+    outs = {"encoder": ["attention"], "decoder": ["self_attention", "cross_attention"]}[stack]
+    for skipped in outs[outs.index(attention) :]:
+        out = layers[skipped]["out"]
+        layers = layers | {skipped: layers[skipped] | {"out": out.at[layer].set(0)}}
+    layers = layers | {"mlp": layers["mlp"] | {"wo": layers["mlp"]["wo"].at[layer].set(0)}}
+    norm = {"scale": layers[f"{attention}_norm"]["scale"][layer]}
+    config = dataclasses.replace(config, **{f"num_{stack}_layers": layer + 1})
+    return {"params": params[stack] | {"layers": layers, "norm": norm}}, config
+
+
+def mean(x, real):
+    x = np.asarray(x, np.float64)[real]
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize(("layer", "length"), [(0, 7), (1, 7), (1, 40)])
+def test_they_are_of_what_the_attentions_read(tiny, params, batch, layer, length):
+    """With 40 positions distances leave the exact buckets, where the stacks' rules differ."""
+    if length > 7:
+        rng = np.random.default_rng(1)
+        batch = {name: rng.integers(1, 32, (2, length), dtype=np.int32) for name in batch}
+        batch["inputs"][1, length // 2 :] = batch["targets"][0, length - 3 :] = 0
+    found = {m[:2]: m for m in moments(params, tiny, [batch], ALL)}
+    source, target = (batch["inputs"] > 0).astype(np.int32), batch["targets"] > 0
+    embed = params["embedding"]
+    previous = shift_right(jnp.asarray(batch["targets"]))
+    segments = Segments(source, source, False)
+    encoded = Encoder(tiny).apply(
+        {"params": params["encoder"]}, embed[batch["inputs"]], segments, False
+    )
+    expected = mean(encoded, source > 0)
+    np.testing.assert_allclose(found["cross", layer].keys, expected, rtol=1e-4, atol=1e-5)
+
+    variables, config = cut(params, tiny, "encoder", layer)
+    x = Encoder(config).apply(variables, embed[batch["inputs"]], segments, False)
+    expected = mean(x, source > 0)
+    np.testing.assert_allclose(found["encoder", layer].keys, expected, rtol=1e-4, atol=1e-5)
+    cross = Segments(np.ones_like(batch["targets"]), source, False)
+    for name in ("decoder", "cross"):
+        variables, config = cut(params, tiny, name, layer)
+        x = Decoder(config).apply(variables, embed[previous], encoded, None, cross, False)
+        expected, moment = mean(x, target), found[name, layer]
+        np.testing.assert_allclose(moment.queries, expected, rtol=1e-4, atol=1e-5)
+        assert (moment.keys is moment.queries) == (name == "decoder")
+
+
+def test_packed_rows_give_what_their_examples_give(tiny, params, packed):
+    assert_same(
+        moments(params, tiny, [packed], ALL), list(moments(params, tiny, [unpack(packed)], ALL))
+    )
+
+
+def test_batches_add_up(tiny, params, batch):
+    halves = [{name: rows[i : i + 1] for name, rows in batch.items()} for i in (0, 1)]
+    assert_same(moments(params, tiny, halves), list(moments(params, tiny, [batch])))
+
+
+def test_what_is_sent_back_is_what_the_batches_go_on_through(tiny, params, batch):
+    """Each moment is that of the network with the layers before it converted, at full width."""
+    walk = moments(params, tiny, [batch], ALL)
+    converted, sent = params, None
+    for index in range(6):
+        moment = walk.send(sent)
+        expected = list(moments(converted, tiny, [batch], ALL))[index]
+        assert_same([moment], [expected])
+        stack, attention = ATTENTIONS[moment.attention]
+        kernels = converted[stack]["layers"][attention]
+        sent = {side: kernel[moment.layer] for side, kernel in kernels.items()}
+        sent |= {side: sent[side][:, ::2] for side in ("key", "value")}  # 2 heads of 4
+        wide = {side: sent[side][:, np.array([0, 0, 1, 1])] for side in ("key", "value")}
+        new = {
+            side: kernel.at[moment.layer].set((sent | wide)[side])
+            for side, kernel in kernels.items()
+        }
+        layers = converted[stack]["layers"] | {attention: new}
+        converted = converted | {stack: converted[stack] | {"layers": layers}}
+    with pytest.raises(StopIteration):
+        walk.send(sent)
+
+
+def test_padding_alone_gives_zeros(tiny, params, batch):
+    nothing = {name: np.zeros_like(rows) for name, rows in batch.items()}
+    for moment in moments(params, tiny, [nothing]):
+        assert moment.num_keys == moment.num_queries == 0
+        assert not moment.keys.any()
+        assert not moment.queries.any()

@@ -1,0 +1,237 @@
+"""KV heads that differ by layer: the same functions, layer by layer, and where the cache goes."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from tests.test_absorb import moments_of
+
+from experiments.stages import benchmark
+from gqa import kv_cache
+from gqa.convert import calibration, convert, layer_budget, spread
+from gqa.convert.optimizer_state import convert_state
+from gqa.interop import huggingface
+from gqa.model.config import Config
+from gqa.model.transformer import Transformer, count_params, cut, each_layer, init_params
+from gqa.runtime.errors import UserError
+from gqa.training import loop, optimizer
+
+HEADS = {"decoder": (4, 2, 2), "cross": (1, 4, 4)}
+METHODS = ("mean", "first", "random", "medoid", "svd", "procrustes")
+
+
+@pytest.fixture
+def deep(tiny) -> Config:
+    return dataclasses.replace(tiny, num_decoder_layers=3)
+
+
+@pytest.fixture
+def mixed(deep) -> Config:
+    return dataclasses.replace(
+        deep, num_kv_heads_decoder=HEADS["decoder"], num_kv_heads_cross=HEADS["cross"]
+    )
+
+
+def moments(config):
+    """Those of two layers, the second twice."""
+    found = moments_of(config)
+    return [*found, *(m._replace(layer=2) for m in found if m.layer and m.attention != "encoder")]
+
+
+def repeated(params, config):
+    """Parameters of the multi-head network that is the same function."""
+    layers = [
+        layer
+        | {
+            attention: layer[attention]
+            | {
+                side: np.repeat(layer[attention][side], config.num_heads // K, axis=1)
+                for side in ("key", "value")
+                for K in [layer[attention][side].shape[1]]
+            }
+            for attention in ("self_attention", "cross_attention")
+        }
+        for layer in each_layer(params["decoder"])
+    ]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *layers)
+    return params | {"decoder": params["decoder"] | {"layers": stacked}}
+
+
+def test_a_config_says_where_layers_are_alike(deep, mixed):
+    assert mixed.runs == {0: 1, 1: 2}
+    assert deep.runs == {0: 3}
+    assert mixed.kv_heads("cross") == (1, 4, 4)
+    assert mixed.at_layer(2) == dataclasses.replace(deep, num_kv_heads_decoder=2)
+    assert Config(**json.loads(json.dumps(mixed.__dict__))) == mixed
+    assert dataclasses.replace(mixed, num_kv_heads_decoder=(2, 2, 2)).num_kv_heads_decoder == 2
+    for heads, message in {
+        (4, 2): "has 2 numbers for 3 decoder layers",
+        (4, 3, 1): "num_kv_heads_decoder=3 does not divide the 4 heads",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(mixed, num_kv_heads_decoder=heads)
+    with pytest.raises(UserError, match="num_kv_heads_encoder"):
+        dataclasses.replace(mixed, num_kv_heads_encoder=(4, 2))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_network_is_the_multi_head_one_with_repeated_heads(
+    deep, mixed, random_params, batch, remat
+):
+    params = random_params(mixed)
+    mixed = dataclasses.replace(mixed, remat=remat)
+    found = Transformer(mixed).apply({"params": params}, batch)
+    expected = Transformer(deep).apply({"params": repeated(params, mixed)}, batch)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_layer_is_converted_as_if_all_had_its_number(deep, random_params, method):
+    params = random_params(deep)
+    new, config = convert(params, deep, HEADS, method, 3, moments=moments(deep), renorm=True)
+    assert (config.num_kv_heads_decoder, config.num_kv_heads_cross) == tuple(HEADS.values())
+    expected = {
+        K: list(
+            each_layer(
+                convert(params, deep, K, method, 3, moments=moments(deep), renorm=True)[0][
+                    "decoder"
+                ]
+            )
+        )
+        for K in (1, 2, 4)
+    }
+    for i, layer in enumerate(each_layer(new["decoder"])):
+        for name, heads in (("self", "decoder"), ("cross", "cross")):
+            K, attention = HEADS[heads][i], f"{name}_attention"
+            if method == "random" and i and K < 4:  # drawn anew for each run
+                assert layer[attention]["key"].shape == (16, K, 8)
+                continue
+            for side, kernel in layer[attention].items():
+                np.testing.assert_allclose(
+                    kernel, expected[K][i][attention][side], atol=1e-6, err_msg=f"{i} {side}"
+                )
+
+
+def test_the_optimizers_state_follows(deep, random_params):
+    params = random_params(deep)
+    grads = jax.tree.map(np.sign, params)
+    _, state = optimizer.adafactor().update(grads, optimizer.adafactor().init(params), params)
+    new, config = convert(params, deep, HEADS)
+    mapped = convert_state(cut(state, config), cut(params, config), new, "map")
+    fresh = optimizer.adafactor().init(new)
+    assert jax.tree.map(np.shape, mapped) == jax.tree.map(np.shape, fresh)
+    two, _ = convert(params, deep, 2)
+    expected = convert_state(state, params, two, "map")["decoder"]["layers"]
+    found = mapped["decoder"]["layers"]["1"]["self_attention"]["key"][0].v
+    np.testing.assert_array_equal(found, expected["self_attention"]["key"][0].v[1:])
+
+
+def test_moments_of_a_mixed_network_are_those_of_the_repeated_one(
+    deep, mixed, random_params, batch
+):
+    params = random_params(mixed)
+    one = list(calibration.moments(params, mixed, [batch]))
+    other = list(calibration.moments(repeated(params, mixed), deep, [batch]))
+    for a, b in zip(one, other, strict=True):
+        assert (a.attention, a.layer) == (b.attention, b.layer)
+        np.testing.assert_allclose(a.keys, b.keys, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_are_sums_over_layers(mixed):
+    # 2 of keys and values, 3 sequences, heads of 8, 4 bytes
+    assert kv_cache.kv_cache_bytes(mixed, 3, 10, 5) == 2 * 3 * 8 * 4 * (8 * 5 + 9 * 10)
+    assert count_params(mixed) == count_params(
+        dataclasses.replace(mixed, num_kv_heads_decoder=4, num_kv_heads_cross=4)
+    ) - 2 * 16 * 8 * (2 + 2 + 3)
+
+
+def test_hugging_face_keeps_the_numbers(mixed, deep, random_params, tmp_path):
+    params = random_params(mixed)
+    huggingface.save(params, mixed, tmp_path / "grouped")
+    loaded, config = huggingface.load(tmp_path / "grouped")
+    assert config == dataclasses.replace(mixed, dropout_rate=config.dropout_rate)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    huggingface.save(params, mixed, tmp_path / "expanded", expand=True)
+    wide, config = huggingface.load(tmp_path / "expanded")
+    assert config == dataclasses.replace(deep, dropout_rate=config.dropout_rate)
+    jax.tree.map(np.testing.assert_array_equal, wide, repeated(params, mixed))
+
+
+@pytest.mark.parametrize("settings", [{"grouping": "strided"}, {"method": "fuse"}])
+def test_what_takes_one_number_says_so(deep, random_params, settings):
+    with pytest.raises(UserError, match="KV heads by layer do not go with convert"):
+        convert(random_params(deep), deep, HEADS, **settings)
+
+
+def test_a_mixed_network_is_not_converted_again(mixed, random_params):
+    with pytest.raises(UserError, match="KV heads differ by layer already"):
+        convert(random_params(mixed), mixed, 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_other_heads_lose_less_in_the_same_cache(seed):
+    rng = np.random.default_rng(seed)
+    items = [("decoder", 0), ("decoder", 1), ("cross", 0), ("cross", 1)]
+    lost = {
+        item: dict(zip((1, 2, 4), np.sort(rng.random(3))[::-1] * (1, 1, 0), strict=True))
+        for item in items
+    }
+    heads, lengths = {"decoder": 2, "cross": 2}, {"decoder": 3, "cross": 5}
+
+    def cost(choice):
+        return sum(lengths[name] * K for (name, _), K in zip(items, choice, strict=True))
+
+    def loss(choice):
+        return sum(lost[item][K] for item, K in zip(items, choice, strict=True))
+
+    found = layer_budget.spread(lost, heads, lengths)
+    chosen = (*found["decoder"], *found["cross"])
+    fitting = [c for c in itertools.product((1, 2, 4), repeat=4) if cost(c) <= cost((2,) * 4)]
+    assert cost(chosen) <= cost((2,) * 4)
+    assert loss(chosen) == pytest.approx(min(map(loss, fitting)))
+
+
+def test_heads_that_are_alike_give_theirs_to_others(deep, random_params):
+    """The first layer's heads are one head: it is left one, and the others share what it saves."""
+    params = random_params(deep)
+    for attention in ("self_attention", "cross_attention"):
+        kernels = dict(params["decoder"]["layers"][attention])
+        for side in ("key", "value"):
+            kernel = np.array(kernels[side])
+            kernel[0] = kernel[0, :, :1]
+            kernels[side] = kernel
+        layers = params["decoder"]["layers"] | {attention: kernels}
+        params = params | {"decoder": params["decoder"] | {"layers": layers}}
+    found = spread(params, deep, 2, {"decoder": 4, "cross": 4}, moments=moments(deep))
+    assert found["decoder"][0] == found["cross"][0] == 1
+    heads = [*found["decoder"], *found["cross"]]
+    assert sum(heads) <= 12
+    assert max(heads) == 4
+
+
+def test_it_is_timed_as_its_checkpoint_has_it(mixed, monkeypatch, capsys):
+    """The stage takes the KV heads from the checkpoint that it builds on."""
+    monkeypatch.setattr(benchmark, "open_parent", lambda path: {"here": mixed_parent}[path])
+    mixed_parent = type("Parent", (), {"config": mixed})
+    variant = {"size": "tiny", "method": "svd-spread"}
+    settings = {"batch_size": 2, "inputs_length": 8, "targets_length": 3, "repetitions": 2}
+    settings["networks"] = [[variant, None]]
+    outcome = benchmark.run("timed", settings, None, ["here"], None)
+    found = {entry["metric"]: entry["value"] for entry in outcome.records}
+    assert found["kv_cache_bytes"] == kv_cache.kv_cache_bytes(mixed, 1, 8, 3)
+    assert found["num_params"] == count_params(mixed)
+    assert "4/2/2 KV heads" in capsys.readouterr().out
+
+
+def test_a_training_step_runs(mixed, batch):
+    state = loop.init(mixed, 0)
+    step = loop.make_step(loop.make_loss(mixed, 0.0), optimizer.constant(0.1), 0)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[2] < losses[0]
+    assert jax.tree.map(np.shape, state.params) == jax.tree.map(np.shape, init_params(mixed, 0))

@@ -1,0 +1,253 @@
+"""The paper's datasets, as TFDS itself prepares them: what its builders declare is what is read."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import tensorflow_datasets.summarization  # the builders are found once imported
+import tensorflow_datasets.text
+import tensorflow_datasets.translate
+
+from gqa.data import batching, tasks
+from gqa.data import tfds as tfds_data
+from gqa.data.examples import SPLITS, Example
+from gqa.runtime.errors import UserError
+
+PAGE = {"doc_source": "", "filename": "", "title": ""}
+RESULT = {"description": "", "filename": "", "rank": 1, "title": "", "url": ""}
+DIALOGUE = {"program": "", "date": "", "url": "", "summary": "They talk.", "utt": ["Hi.", "Ä!"]}
+
+
+def c4_row(i):
+    named = {"content-length": "9", "content-type": "text/plain", "timestamp": "", "url": str(i)}
+    return named | {"text": " ".join(f"w{i}" for _ in range(1 + i % 5))}
+
+
+def trivia_row(i):
+    answer = dict.fromkeys(
+        ["matched_wiki_entity_name", "normalized_matched_wiki_entity_name", "type"], ""
+    ) | {"value": "Bonn", "aliases": ["Bonn", "Bonna"], "normalized_value": "bonn"}
+    return {
+        "question": "Where?",
+        "question_id": str(i),
+        "question_source": "",
+        "entity_pages": [PAGE | {"wiki_context": "One."}, PAGE | {"wiki_context": "Two."}],
+        "search_results": [RESULT | {"search_context": "Three."}] if i else [],
+        "answer": answer | {"normalized_aliases": ["bonn", "bonna"]},
+    }
+
+
+def paper_row(i):
+    return {"article": "x" * 40_000 if i else "Text.", "abstract": "Short.", "section_names": ""}
+
+
+SUMMARY = ("rouge1", "rouge2", "rougeL")
+# Name in TFDS; its rows; the first example they give; lengths and headline of the paper.
+DATASETS = {
+    "cnn_dailymail": (
+        "cnn_dailymail",
+        lambda i: {"article": "Ä.\nB.", "highlights": "A .\nB .", "publisher": "", "id": str(i)},
+        Example("summarize: Ä.\nB.", ("A .\nB .",)),
+        ((512, 256), SUMMARY, "rouge1"),
+    ),
+    "arxiv": (
+        "scientific_papers/arxiv",
+        paper_row,
+        Example("summarize: Text.", ("Short.",)),
+        ((2048, 512), SUMMARY, "rouge1"),
+    ),
+    "pubmed": (
+        "scientific_papers/pubmed",
+        paper_row,
+        Example("summarize: Text.", ("Short.",)),
+        ((2048, 512), SUMMARY, "rouge1"),
+    ),
+    "media_sum": (
+        "media_sum",
+        lambda i: DIALOGUE | {"id": str(i), "speaker": [] if i else ["A", "B"]},
+        Example("summarize: A: Hi.\nB: Ä!", ("They talk.",)),
+        ((2048, 512), SUMMARY, "rouge1"),
+    ),
+    "multi_news": (
+        "multi_news",
+        lambda i: {"document": "One. ||||| Two." if i < 2 else " ", "summary": "All."},
+        Example("summarize: One. ||||| Two.", ("All.",)),
+        ((2048, 512), SUMMARY, "rouge1"),
+    ),
+    "wmt14_en_de": (
+        "wmt14_translate/de-en",
+        lambda i: {"de": "Tür", "en": "door"},
+        Example("translate English to German: door", ("Tür",)),
+        ((512, 256), ("bleu",), "bleu"),
+    ),
+    "trivia_qa": (
+        "trivia_qa/rc",
+        trivia_row,
+        Example("question: Where? context: One. Two.", ("Bonn", "Bonna")),
+        ((2048, 32), ("f1", "exact_match"), "f1"),
+    ),
+    "c4": ("c4/en", c4_row, "w0", ((512, 256), None, None)),
+}
+
+
+def prepare(data_dir, name, row, size=3, splits=SPLITS, file_format="array_record"):
+    """What `tfds build` does, with rows of ours in place of what is downloaded."""
+    builder = tfds.builder(name, data_dir=data_dir, file_format=file_format)
+    builder._split_generators = lambda *_: {
+        split: ((i, row(i)) for i in range(size)) for split in splits
+    }
+    builder.MANUAL_DOWNLOAD_INSTRUCTIONS = None
+    builder.download_and_prepare()
+    return builder
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """All of them with three rows a split."""
+    folder = tmp_path_factory.mktemp("tfds")
+    splits = {"media_sum": ("train", "val", "test"), "c4": ("train", "validation")}
+    for task, (name, row, _, _) in DATASETS.items():
+        prepare(folder, name, row, splits=splits.get(task, SPLITS))
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_each_is_read_as_the_paper_has_it(data_dir, name):
+    _, _, example, (lengths, metrics, headline) = DATASETS[name]
+    task = tasks.get(name)
+    assert tasks.check(name, data_dir=data_dir) == []
+    for split in getattr(task, "SPLITS", SPLITS):
+        found = list(task.load(split, data_dir=data_dir))
+        assert example in found
+        assert len(found) == (2 if name == "multi_news" else 3)  # one has no text
+    if metrics:
+        assert tasks.scoring(name) == (metrics, headline)
+    assert getattr(task, "LENGTHS", tasks.LENGTHS) == lengths
+    assert not tasks.needs_corpus(name)
+    assert "tensorflow" not in sys.modules
+
+
+def test_inputs_are_cut_where_nothing_more_is_read(data_dir):
+    lengths = {
+        len(example.inputs) for example in tasks.get("arxiv").load("test", data_dir=data_dir)
+    }
+    assert max(lengths) == tfds_data.CHARACTERS
+    inputs = {example.inputs for example in tasks.get("media_sum").load("test", data_dir=data_dir)}
+    assert "summarize: Hi.\nÄ!" in inputs
+    inputs = {example.inputs for example in tasks.get("trivia_qa").load("train", data_dir=data_dir)}
+    assert "question: Where? context: One. Two. Three." in inputs
+
+
+def test_trivia_qa_has_no_answers_for_its_test_split():
+    assert tasks.get("trivia_qa").SPLITS == ("train", "validation")
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_what_is_missing_is_told_with_the_command_that_prepares_it(tmp_path, name):
+    command = rf"run: tfds build {DATASETS[name][0]} --data_dir={tmp_path} --file_format=array_rec"
+    with pytest.raises(UserError, match=f"{DATASETS[name][0]}: not prepared; .*{command}"):
+        tasks.check(name, data_dir=str(tmp_path))
+
+
+def test_the_newest_version_is_read_and_known_again(data_dir, tmp_path):
+    parent = tmp_path / "multi_news"
+    shutil.copytree(f"{data_dir}/multi_news", parent)
+    for version in ("2.0.0", "10.0.0", "11.0.0.incomplete"):
+        shutil.copytree(parent / "2.1.0", parent / version)
+    (parent / "12.0.0").mkdir()
+    assert tfds_data.find("multi_news", str(tmp_path)).name == "10.0.0"
+    shutil.rmtree(parent / "10.0.0")
+    assert tfds_data.find("multi_news", str(tmp_path)).name == "2.1.0"
+    fingerprint = tasks.get("multi_news").fingerprint
+    assert fingerprint(data_dir=str(tmp_path)) == fingerprint(data_dir=data_dir)
+    json.dumps(fingerprint(data_dir=data_dir))
+    assert fingerprint(data_dir=data_dir) != tasks.get("arxiv").fingerprint(data_dir=data_dir)
+
+
+def use(name, data_dir):
+    tasks.check(name, data_dir=data_dir)
+    tasks.get(name).load("train", data_dir=data_dir)
+
+
+def change(path, old, new):
+    content = path.read_text()
+    assert old in content
+    path.write_text(content.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        (
+            "dataset_info.json",
+            '"array_record"',
+            '"tfrecord"',
+            "prepared as tfrecord; .* --overwrite",
+        ),
+        ("dataset_info.json", '"name": "validation"', '"name": "dev"', "no rows in split 'valid"),
+        ("dataset_info.json", "{DATASET}-{SPLIT}", "../x/{DATASET}-{SPLIT}", "x/.* is not in it"),
+        ("dataset_info.json", "{DATASET}-{SPLIT}", "/x/{DATASET}-{SPLIT}", "is not in it"),
+        ("dataset_info.json", '"splits"', '"slits"', "not what TFDS writes"),
+        ("dataset_info.json", "{", "[", "dataset_info.json: not what TFDS writes"),
+        ("dataset_info.json", '"3"', '"4"', "damaged"),
+        (
+            "features.json",
+            "tensorflow_datasets.core.features.text",
+            "os.text",
+            "os.text.* no feature",
+        ),
+        ("features.json", "text_feature.Text", "text_feature.Txt", "not what TFDS writes"),
+        ("features.json", '"document"', '"text"', "not the features of multi_news: 'document'"),
+        ("features.json", "{", "{" * 9, "features.json: not what TFDS writes"),
+    ],
+)
+def test_metadata_that_leads_elsewhere_is_refused(data_dir, tmp_path, file, old, new, message):
+    shutil.copytree(f"{data_dir}/multi_news", tmp_path / "multi_news")
+    shutil.copytree(f"{data_dir}/multi_news/2.1.0", tmp_path / "multi_news" / "x")
+    change(tmp_path / "multi_news" / "2.1.0" / file, old, new)
+    with pytest.raises(UserError, match=message):
+        use("multi_news", str(tmp_path))
+
+
+def test_missing_and_damaged_records_are_refused(data_dir, tmp_path):
+    shutil.copytree(f"{data_dir}/multi_news", tmp_path / "multi_news")
+    (path,) = (tmp_path / "multi_news" / "2.1.0").glob("*train*")
+    content = path.read_bytes()
+    for damaged in (b"", content[:100], bytes(len(content)), content[:-200]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"multi_news/2\.1\.0: .*damaged"):
+            tasks.get("multi_news").load("train", data_dir=str(tmp_path))
+    path.unlink()
+    with pytest.raises(
+        UserError, match=r"multi_news-train.* is not in it; .* tfds build multi_new"
+    ):
+        tasks.check("multi_news", data_dir=str(tmp_path))
+
+
+def test_c4_is_read_as_it_is_needed(tmp_path, monkeypatch):
+    prepare(tmp_path, "c4/en", c4_row, size=40, splits=("train", "validation"))
+    reads = []
+    get = tfds_data.Records.__getitem__
+    monkeypatch.setattr(
+        tfds_data.Records, "__getitem__", lambda self, i: reads.append(i) or get(self, i)
+    )
+    documents = tasks.get("c4").load("train", data_dir=str(tmp_path))
+    assert len(documents) == 40
+    assert not reads
+    assert list(documents[:3]) == [documents[i] for i in range(3)]
+    monkeypatch.setattr(tasks.get("c4"), "VALIDATION", 7)
+    assert len(tasks.get("c4").load("validation", data_dir=str(tmp_path))) == 7
+
+    def encode(text):
+        return [100 + int(word[1:]) for word in text.split()]
+
+    options = {"inputs_length": 43, "batch_size": 2, "seed": 3, "first_sentinel": 32099}
+    batch = next(batching.pretrain_stream(documents, encode, **options))
+    for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True):
+        words = batching.restore(inputs, targets, 32099)
+        assert len(words) == 47
+        assert set(words) <= set(range(100, 140))
+    assert np.unique(batch["inputs"]).size > 5

@@ -1,0 +1,111 @@
+"""Text survives the tokenizer, and ids stand where T5 has them."""
+
+import pathlib
+
+import pytest
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from gqa.data import batching, tokenizer
+from gqa.data.tokenizer import EOS, NUM_SENTINELS, PAD, UNK
+from gqa.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def source():
+    return pathlib.Path(batching.__file__).read_text()
+
+
+@pytest.fixture(scope="module")
+def model(source, tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocabulary") / "spiece.model"
+    tokenizer.train([source], 520, path)
+    return path
+
+
+def test_text_and_code_survive_encoding(model):
+    text = "def f(x: int) -> dict: return {'a': [x ** 2], \"b\": ~x % 3} # größer 日本 \U0001f600"
+    ids = tokenizer.load(model).encode(text)
+    assert UNK not in ids
+    assert tokenizer.load(model).decode(ids) == text
+
+
+def test_newlines_read_as_spaces(model):
+    loaded = tokenizer.load(model)
+    assert loaded.encode("one\n\n    two") == loaded.encode("one two")
+
+
+def test_ids_are_laid_out_as_in_t5(model):
+    loaded = tokenizer.load(model)
+    assert loaded.num_pieces == 520 - NUM_SENTINELS
+    assert [loaded.sentinel(k) for k in (0, 1, 99)] == [519, 518, 420]
+    assert loaded.vocab_size == 640  # 520 rounded up to a multiple of 128
+    with pytest.raises(ValueError, match="sentinel 100"):
+        loaded.sentinel(100)
+
+
+def test_sentinels_inside_the_model_are_not_added_twice(model):
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
+    for k in reversed(range(NUM_SENTINELS)):
+        proto.pieces.add(piece=f"▁<extra_id_{k}>", score=0.0)
+    inside = tokenizer.Tokenizer(proto.SerializeToString())
+    behind = tokenizer.load(model)
+    assert inside.sentinel(0) == behind.sentinel(0)
+    assert inside.vocab_size == behind.vocab_size
+    assert inside.decode([inside.sentinel(7)]) == "<extra_id_7>"
+
+
+def test_decode_stops_at_eos_and_names_sentinels(model):
+    loaded = tokenizer.load(model)
+    a, b = loaded.encode("batch"), loaded.encode("length")
+    ids = [*a, loaded.sentinel(0), *b, loaded.sentinel(12), PAD, EOS, *b]
+    assert loaded.decode(ids) == "batch <extra_id_0> length <extra_id_12>"
+    assert loaded.decode([*a, loaded.vocab_size - 1]) == "batch"  # a padding row of the embedding
+
+
+def test_batches_encode_as_single_texts_do(model, source):
+    loaded = tokenizer.load(model)
+    lines = source.splitlines()
+    assert loaded.encode_batch(lines) == [loaded.encode(line) for line in lines]
+
+
+def test_training_is_deterministic_and_reads_long_lines(model, source, tmp_path):
+    tokenizer.train([source], 520, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == model.read_bytes()
+    # One line beyond SentencePiece's limit is all there is to learn from.
+    one_line = tokenizer.train([" ".join(source.split())], 520, tmp_path / "one_line")
+    assert len(one_line.encode("span corruption")) < len("span corruption")
+
+
+def test_mistakes_are_named(model, source, tmp_path):
+    with pytest.raises(UserError, match=r"vocab_size=100000 .* at most \d+$"):
+        tokenizer.train([source], 100_000, tmp_path / "large")
+    with pytest.raises(UserError, match=r"vocab_size=120 is too small: use at least 454"):
+        tokenizer.train([source], 120, tmp_path / "small")
+    with pytest.raises(UserError, match="missing: No such file"):
+        tokenizer.load(tmp_path / "missing")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        tokenizer.load(tmp_path / "text")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(source.splitlines()),
+        model_prefix=str(tmp_path / "llama"),
+        vocab_size=300,
+        minloglevel=2,
+    )
+    with pytest.raises(UserError, match="T5 needs"):
+        tokenizer.load(tmp_path / "llama.model")
+
+
+def test_all_of_a_long_line_is_learned_from(tmp_path):
+    """A word that stands only behind the first thousand characters of a line becomes a piece."""
+    line = " ".join(["red green blue"] * 100 + ["xylophone quartz"] * 100)
+    vocabulary = tokenizer.train([line], 458, tmp_path / "spiece.model")
+    assert line.index("xylophone") > 1000
+    assert len(vocabulary.encode("xylophone")) <= 3
+
+
+def test_other_models_have_other_hashes(model, tmp_path):
+    other = tokenizer.train(["another text to learn from"], 455, tmp_path / "other")
+    assert other.hash != tokenizer.load(model).hash
+    assert tokenizer.load(tmp_path / "other").hash == other.hash

@@ -1,0 +1,216 @@
+"""Stages are keyed by what determines them, and by nothing else."""
+
+import json
+
+import pytest
+
+from configs import base
+from experiments.graph.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
+from experiments.stages.text import Text
+
+
+class Prepared(Text):
+    """A text that is known by name only."""
+
+    def source(self, task):
+        return f"source of {task}"
+
+    def metrics(self, task):
+        return ["rougeL"]
+
+
+class Vocabulary:
+    """Known by its hash."""
+
+    hash = "pieces"
+
+
+PREPARED = Prepared(Vocabulary(), None, {}, None)
+
+
+def stages(prepared=PREPARED, kv_heads=8, reference=None, **overrides):
+    config = base.get_config("nano", kv_heads=kv_heads)
+    config.update_from_flattened_dict(overrides)
+    return plan(config, prepared, reference)
+
+
+def keys(**settings):
+    return {stage.label: stage.key for stage in stages(**settings)}
+
+
+def test_every_stage_comes_after_what_it_builds_on():
+    seen = set()
+    for stage in stages():
+        assert {parent.key for parent in stage.parents} <= seen
+        seen.add(stage.key)
+    assert len(seen) == 12
+
+
+def test_variants_share_the_multi_head_parent():
+    grouped, single = keys(), keys(kv_heads=1)
+    assert len(grouped) == 12
+    shared = {label for label in grouped if grouped[label] == single.get(label)}
+    assert shared == {label for label in grouped if "16 KV heads" in label}
+    assert len(shared) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"pretrain.steps": 9}, {"benchmark"}),
+        ({"seed": 1}, {"benchmark"}),
+        ({"uptrain.alpha": 0.5}, {"pretrain", "convert", "benchmark"}),
+        ({"finetune.steps": 9}, {"pretrain", "convert", "uptrain", "benchmark"}),
+        ({"evaluate.examples": 9}, {"pretrain", "convert", "uptrain", "finetune", "benchmark"}),
+        ({"benchmark.batch_size": 9}, {"pretrain", "convert", "uptrain", "finetune", "evaluate"}),
+        (
+            {"checkpoint.keep_last": 9, "name": "other", "report.within": 3.0},
+            {"pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark"},
+        ),
+    ],
+)
+def test_a_setting_changes_the_stages_it_determines(change, kept):
+    def by_kind(planned):
+        return {kind: {s.key for s in planned if s.kind == kind} for kind in kinds}
+
+    kinds = {stage.kind for stage in stages()}
+    before, after = by_kind(stages()), by_kind(stages(**change))
+    assert {kind for kind in kinds if before[kind] & after[kind]} - {"finetune", "evaluate"} == (
+        kept - {"finetune", "evaluate"}
+    )
+    assert {kind for kind in kinds if before[kind] == after[kind]} == kept
+
+
+def test_a_text_changes_the_stages_that_read_it():
+    class Other(Prepared):
+        def source(self, task):
+            return "other" if task == "parameter_qa" else super().source(task)
+
+    before, after = keys(), keys(prepared=Other(*PREPARED))
+    changed = {label for label in before if before[label] != after[label]}
+    assert changed
+    assert all("parameter_qa" in label for label in changed)
+    vocabulary = type("Finer", (), {"hash": "other pieces"})
+    changed = keys(prepared=PREPARED._replace(tokenizer=vocabulary)).items() - before.items()
+    assert len(changed) == 11  # all but the benchmark
+
+
+def test_what_is_not_converted_is_uptrained_from_the_parent():
+    kinds = {stage.kind for stage in stages(kv_heads=16, **{"uptrain.alpha": 0.0})}
+    assert kinds == {"pretrain", "finetune", "evaluate", "benchmark"}
+    (uptrained,) = [s for s in stages(kv_heads=16) if s.kind == "uptrain"]
+    assert [parent.kind for parent in uptrained.parents] == ["pretrain"]
+    assert uptrained.variant["method"] == "none"
+    assert uptrained.variant["alpha"] == 0.05
+    other = stages(kv_heads=16, **{"convert.method": "first"})
+    assert uptrained.key in {stage.key for stage in other}  # a method that does nothing is none
+
+
+def test_conversions_have_names_and_only_the_settings_that_matter():
+    def converted(**settings):
+        planned = stages(**{f"convert.{key}": value for key, value in settings.items()})
+        return next(stage for stage in planned if stage.kind == "convert")
+
+    assert converted().variant["method"] == "mean"
+    assert converted().key == converted(space="weight", calibration_tokens=9).key
+    assert converted(method="svd").variant["method"] == "svd-logit"
+    assert converted(method="svd").key != converted(method="svd", calibration_tokens=9).key
+    weights = converted(method="svd", space="weight")
+    assert weights.key == converted(method="svd", space="weight", calibration_tokens=9).key
+    named = converted(grouping="act_cos", renorm=True)
+    assert named.variant["method"] == "mean-act_cos-renorm"
+    assert "calibration_tokens" in named.settings
+
+
+@pytest.mark.parametrize(
+    ("where", "heads"), [("self", (8, 16)), ("cross", (16, 8)), ("both", (8, 8))]
+)
+def test_self_or_cross_attention_can_be_converted_alone(where, heads):
+    (converted,) = [s for s in stages(**{"convert.where": where}) if s.kind == "convert"]
+    own, cross = heads
+    assert converted.settings["num_kv_heads"] == {"encoder": 16, "decoder": own, "cross": cross}
+    numbers = dict(zip(("num_kv_heads_decoder", "num_kv_heads_cross"), heads, strict=True))
+    same = stages(**{f"convert.{key}": K for key, K in numbers.items()})
+    assert converted.key in {stage.key for stage in same}
+
+
+def test_times_depend_on_shapes_alone():
+    def benchmark(**settings):
+        return next(s for s in stages(**settings) if s.kind == "benchmark")
+
+    changes = {"uptrain.alpha": 0.5, "convert.method": "first", "seed": 3}
+    assert benchmark().key == benchmark(**changes).key != benchmark(kv_heads=1).key
+    assert benchmark().parents == ()
+    variants = [variant for variant, _ in benchmark().settings["networks"]]
+    assert [v["num_kv_heads"] for v in variants] == [16, 8]
+    alone = benchmark(kv_heads=16, **{"uptrain.alpha": 0.0})
+    assert len(alone.settings["networks"]) == 1
+    other = benchmark(kv_heads=16, reference=base.get_config("mini"))
+    assert [v["size"] for v, _ in other.settings["networks"]] == ["mini", "nano"]
+
+
+def test_merged_plans_have_each_stage_once():
+    grouped, single = stages(), stages(kv_heads=1)
+    merged = merge([grouped, single])
+    assert len(merged) == len({stage.key for stage in merged}) == 12 + 12 - 5
+    assert {stage.key for stage in merged} == {s.key for s in (*grouped, *single)}
+    assert merged[:12] == grouped
+
+
+def test_ancestors_go_back_to_the_parent():
+    scored = next(s for s in stages() if s.kind == "evaluate" and "16 KV" not in s.label)
+    kinds = [stage.kind for stage in ancestors(scored)]
+    assert kinds == ["evaluate", "finetune", "uptrain", "convert", "pretrain"]
+
+
+def test_a_checkpoint_of_anyones_can_be_scored(tmp_path):
+    config = base.get_config("nano")
+    stage = evaluate_checkpoint(config, tmp_path, {"seed": 1}, "parameter_qa")
+    assert stage.settings["checkpoint"] == str(tmp_path)
+    assert not stage.parents
+
+
+def test_what_a_stage_is_can_be_written_down():
+    for stage in stages():
+        again = json.loads(json.dumps([stage.settings, stage.setup]))
+        assert again[1]["run"] == "gqa8-nano"
+        assert again[0]["variant"]["num_heads"] == 16
+
+
+def test_a_key_is_of_kind_settings_and_parents_and_not_of_the_setup():
+    root = Stage("pretrain", {"x": 1}, (), {})
+    other = root._replace(settings={"x": 2})
+    child = Stage("convert", {"x": 1}, (root,), {})
+    different = [
+        root,
+        other,
+        root._replace(kind="convert"),
+        child,
+        child._replace(parents=(other,)),
+        child._replace(parents=(child,)),
+    ]
+    assert len({stage.key for stage in different}) == len(different)
+    assert root.key == root._replace(setup={"run": "another"}).key
+
+
+def test_every_stage_that_draws_has_the_seed_of_the_config():
+    found = stages(seed=7)
+    drawing = [s for s in found if s.kind in ("pretrain", "convert", "finetune")]
+    assert {s.settings["seed"] for s in drawing} == {7}
+    assert {s.variant["seed"] for s in found if s.kind != "benchmark"} == {7}
+
+
+def test_uptraining_and_scores_are_told_all_that_determines_them():
+    (plain,) = [s for s in stages() if s.kind == "uptrain"]
+    (near,) = [s for s in stages(**{"uptrain.beta": 0.5}) if s.kind == "uptrain"]
+    assert (plain.settings["beta"], near.settings["beta"]) == (0.0, 0.5)
+    assert near.variant["method"] == "mean-kl0.5"
+    assert all(s.settings["metrics"] == ["rougeL"] for s in stages() if s.kind == "evaluate")
+    sources = {s.settings["text"] for s in stages() if s.kind == "finetune"}
+    assert sources == {"source of parameter_qa", "source of docstring_summary"}
+
+
+def test_results_name_the_heads_of_each_attention():
+    (converted,) = [s for s in stages(**{"convert.where": "cross"}) if s.kind == "convert"]
+    assert converted.variant["num_kv_heads"] == 16
+    assert converted.variant["cross_num_kv_heads"] == 8

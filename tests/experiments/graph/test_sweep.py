@@ -1,0 +1,135 @@
+"""A sweep config stands for every combination of its grids' lists."""
+
+import dataclasses
+import importlib
+
+import pytest
+
+from configs import base
+from configs.sweeps import grid
+from experiments.graph import sweep
+from experiments.graph.plan import merge, parent_config, plan
+from gqa.convert import METHODS
+from gqa.runtime.errors import UserError
+
+
+def get(name, arg=""):
+    return importlib.import_module(f"configs.sweeps.{name}").get_config(arg)
+
+
+def points(config):
+    return [
+        (
+            point.size,
+            point.convert.num_kv_heads_decoder,
+            point.convert.method,
+            point.uptrain.alpha,
+            point.seed,
+            point.finetune.tasks,
+        )
+        for point in sweep.expand(config)
+    ]
+
+
+BOTH = "parameter_qa,docstring_summary"
+
+
+def test_a_config_without_a_sweep_stands_for_itself():
+    config = base.get_config("nano")
+    assert sweep.expand(config) == [config]
+
+
+def test_a_grid_is_every_combination():
+    config = grid.sweep("x", "nano", a={"kv_heads": (8, 1), "alphas": (0.0, 0.1), "seeds": (0, 7)})
+    expected = [
+        ("nano", K, "mean", alpha, seed, BOTH)
+        for K in (8, 1)
+        for alpha in (0.0, 0.1)
+        for seed in (0, 7)
+    ]
+    assert points(config) == expected
+    assert all("sweep" not in point for point in sweep.expand(config))
+    assert {point.name for point in sweep.expand(config)} == {"x-nano"}
+
+
+def test_groups_has_every_divisor():
+    assert [p[1] for p in points(get("groups"))] == [8, 4, 2, 1]
+    assert [p[1] for p in points(get("groups", "base"))] == [6, 4, 3, 2, 1]
+    config = get("groups")
+    config.sweep.groups.kv_heads = (4,)
+    config.sweep.groups.tasks = "parameter_qa"
+    assert points(config) == [("nano", 4, "mean", 0.05, 0, "parameter_qa")]
+
+
+def test_alpha_has_the_papers_lines():
+    found = points(get("alpha"))
+    assert len(found) == 15
+    assert {p[1] for p in found} == {16, 8, 1}
+    assert {p[3] for p in found} == {0.0, 0.01, 0.02, 0.05, 0.1}
+    stages = merge(plan(point, None) for point in sweep.expand(get("alpha")))
+    assert sum(s.kind == "pretrain" for s in stages) == 1
+    assert sum(s.kind == "convert" for s in stages) == 2  # MHA stays as it is
+    assert sum(s.kind == "uptrain" for s in stages) == 12  # none of no steps
+
+
+def test_conversion_has_every_method_of_the_paper():
+    found = points(get("conversion"))
+    scored = [p for p in found if p[5]]
+    for method in ("mean", "first", "random"):
+        assert {p[4] for p in scored if p[1:4] == (1, method, 0.05)} == {0, 1, 2}
+    ours = {p[2] for p in found}
+    assert ours == set(METHODS)
+    curve = {p[3] for p in found if p[1:3] == (4, "svd")}
+    assert curve == {0, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1}
+
+
+def test_table1_has_two_sizes():
+    found = [p[:4] for p in points(get("table1", "xxl"))]
+    assert found == [
+        ("xxl", 8, "mean", 0.05),
+        ("xxl", 1, "mean", 0.05),
+        ("large", 16, "mean", 0.0),
+    ]
+    with pytest.raises(UserError, match="size='small' has no smaller one; use one of nano, mini"):
+        get("table1", "small")
+
+
+def test_another_size_has_its_own_recipe_and_what_the_user_changed():
+    config = get("table1", "mini")
+    config.finetune.steps = 7
+    config.model.remat = "full"
+    large, _, small = sweep.expand(config)
+    assert (large.size, small.size) == ("mini", "nano")
+    assert large.finetune.steps == small.finetune.steps == 7
+    assert large.model.remat == small.model.remat == "full"
+    assert small.pretrain.steps == base.get_config("nano").pretrain.steps != large.pretrain.steps
+    expected = dataclasses.replace(parent_config(base.get_config("nano")), remat="full")
+    assert parent_config(small) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("methods", "", "sweep.alpha.methods is empty"),
+        ("seeds", (), r"sweep.alpha.seeds=\(\); use numbers such as 0,1"),
+        ("seeds", (0.5,), r"sweep.alpha.seeds=\(0.5,\)"),
+        ("kv_heads", ("x",), r"sweep.alpha.kv_heads=\('x',\)"),
+        ("kv_heads", (True,), r"sweep.alpha.kv_heads=\(True,\)"),
+        ("alphas", (None,), r"sweep.alpha.alphas=\(None,\); use numbers such as 0.05,0.1"),
+        ("sizes", "nano,medium", "size='medium'; use one of"),
+    ],
+)
+def test_what_cannot_vary_is_refused(key, value, message):
+    config = get("alpha")
+    config.sweep.alpha[key] = value
+    with pytest.raises(UserError, match=message):
+        sweep.expand(config)
+
+
+def test_attentions_are_converted_as_the_grid_says():
+    config = grid.sweep("x", "nano", a={"kv_heads": (8, 0), "where": "self,cross"})
+    found = [
+        (p.convert.where, p.convert.num_kv_heads_decoder, p.convert.num_kv_heads_cross)
+        for p in sweep.expand(config)
+    ]
+    assert sorted(found) == [("cross", 8, 8), ("cross", 16, 16), ("self", 8, 8), ("self", 16, 16)]

@@ -1,0 +1,238 @@
+"""A stage is run from its folder: once, by one process, and published whole."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import workdir
+from experiments.graph.plan import Stage
+from experiments.run import worker
+from experiments.stages.stage import Job, Outcome, finish, read_done, record
+from experiments.workdir import lock, write_whole
+from gqa.checkpoints import checkpoint
+from gqa.evaluation import results
+from gqa.runtime import sharding
+from gqa.runtime.errors import UserError
+
+HEADS = {"num_kv_heads": 8, "cross_num_kv_heads": 8}
+VARIANT = {"size": "nano", **HEADS, "method": "none", "alpha": 0.0, "seed": 0}
+SETUP = {"run": "r", "text": {}}
+PLANNED = Stage("pretrain", {"variant": VARIANT}, (), SETUP)
+ORIGIN = {"commit": "c", "device": "d", "time": "t"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A described stage whose work is two numbers, counted in the file `runs`."""
+
+    def outcome(folder, what):
+        with open(tmp_path / "runs", "a") as file:
+            file.write(what["label"] + "\n")
+        return Outcome([record("a", 1.0, "s"), record("b", 2.0, "s")])
+
+    monkeypatch.setattr(worker, "_outcome", outcome)
+    return worker.describe(PLANNED, tmp_path)
+
+
+def published(folder):
+    return [r["metric"] for r in results.read(folder.parent.parent / "results.jsonl")]
+
+
+def test_a_stage_is_done_once_and_published_once(folder, tmp_path):
+    for _ in range(2):
+        worker.run(folder)
+    assert (tmp_path / "runs").read_text().count("\n") == 1
+    assert published(folder) == ["a", "b"]
+    (line, _) = results.read(tmp_path / "results.jsonl")
+    assert line["run"] == "r"
+    assert line["stage_key"] == PLANNED.key
+    assert line["variant"] == VARIANT
+    assert read_done(folder)["seconds"] >= 0
+
+
+def test_what_a_kill_kept_from_being_published_is_published_later(folder, tmp_path):
+    finish(folder, Outcome([record("a", 1.0, "s"), record("b", 2.0, "s")]), ORIGIN, 1.0)
+    worker.run(folder)
+    assert published(folder) == ["a", "b"]
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text(lines[0])
+    worker.run(folder)
+    assert published(folder) == ["a", "a", "b"]  # `results.latest` takes the last of each
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stage_that_was_interrupted_has_no_duration(folder):
+    (folder / "checkpoints").mkdir()
+    worker.run(folder)
+    assert read_done(folder)["seconds"] is None
+
+
+def hold(path, ready, leave):
+    with lock(path, "it"):
+        ready.set()
+        leave.wait()
+
+
+def test_a_lock_is_for_one_process_and_goes_with_it(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, leave = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "lock", ready, leave))
+    other.start()
+    ready.wait()
+    message = f"runs is in use by process {other.pid} on .*; wait for it, stop it, or use another"
+    with pytest.raises(UserError, match=message), lock(tmp_path / "lock", "runs"):
+        pass
+    other.kill()
+    other.join()
+    with lock(tmp_path / "lock", "runs"):
+        assert str(os.getpid()) in (tmp_path / "lock").read_text()
+
+
+def test_two_processes_do_not_share_a_stage(folder):
+    with lock(folder / "lock", "x"), pytest.raises(UserError, match=r"stage in .* is in use"):
+        worker.run(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"kind": "launch", "parents": []}', '{"kind": "convert", "parents": ["../x"]}'],
+)
+def test_only_a_stage_is_run(folder, text):
+    (folder / "stage.json").write_text(text)
+    with pytest.raises(UserError, match=r"stage.json: not the description of a stage"):
+        worker.run(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"records": []}', "\xff"])
+def test_a_damaged_result_is_named(folder, text):
+    (folder / "done.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"done.json is damaged; remove it"):
+        worker.run(folder)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, "before")
+    monkeypatch.setattr(
+        workdir.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    with pytest.raises(OSError, match="full"):
+        write_whole(path, "after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_parent_that_is_not_finished_is_named(tmp_path):
+    parent = tmp_path / "stages" / "pretrain-1"
+    parent.mkdir(parents=True)
+    with pytest.raises(UserError, match="pretrain-1 is not finished"):
+        worker._result(parent)
+    finish(parent, Outcome([], "../../elsewhere/12"), ORIGIN, 1.0)
+    assert worker._result(parent) == parent / "checkpoints" / "12"
+
+
+def parents_of(checkpoints):
+    return [path.parent.parent for path in checkpoints]
+
+
+class Module:
+    """Stands for a stage's module: needs its parent's checkpoint, and its own, undamaged."""
+
+    def __init__(self, *damaged):
+        self.damaged, self.done = list(damaged), []
+
+    def run(self, label, settings, folder, parents, job):
+        self.done.append(folder.name.partition("-")[0])
+        for step in [d for d in self.damaged if d.parent.parent in (folder, *parents_of(parents))]:
+            self.damaged.remove(step)
+            raise checkpoint.Damaged(step, "x is missing")
+        (folder / "checkpoints" / "4" / "params").mkdir(parents=True, exist_ok=True)
+        return Outcome([record("a", 1.0, "s")], "4")
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    """A function of on_damage: the folders of a finished parent and of a child that is not."""
+
+    def make(on_damage):
+        setup = SETUP | {"checkpoint": {"keep_last": 1, "on_damage": on_damage}}
+        parent = PLANNED._replace(setup=setup)
+        child = Stage("uptrain", {"variant": VARIANT, "alpha": 0.1}, (parent,), setup)
+        folders = [worker.describe(stage, tmp_path) for stage in (parent, child)]
+        for folder in folders:
+            for step in "246":
+                (folder / "checkpoints" / step / "params").mkdir(parents=True)
+        finish(folders[0], Outcome([record("a", 1.0, "s")], "4"), ORIGIN, 1.0)
+        return folders
+
+    def use(module):
+        monkeypatch.setattr(worker.importlib, "import_module", lambda _: module)
+        monkeypatch.setattr(worker, "_job", lambda *_: Job(tmp_path, None, sharding.make_mesh(), 1))
+        return module
+
+    make.use = use
+    return make
+
+
+def test_damage_stops_a_stage_unless_the_user_said_otherwise(family):
+    _, child = family("stop")
+    module = family.use(Module(child / "checkpoints" / "4"))
+    with pytest.raises(checkpoint.Damaged, match="on_damage=previous sets it aside"):
+        worker.run(child)
+    assert module.done == ["uptrain"]
+    assert {p.name for p in (child / "checkpoints").iterdir()} == {"2", "4", "6"}
+
+
+def test_a_stage_goes_on_from_before_the_damage(family):
+    _, child = family("previous")
+    module = family.use(Module(child / "checkpoints" / "4"))
+    worker.run(child)
+    assert module.done == ["uptrain", "uptrain"]
+    names = {p.name for p in (child / "checkpoints").iterdir()}
+    assert names == {"2", "4.damaged", "6.later", "4"}
+    assert read_done(child)["checkpoint"] == "4"
+
+
+def test_a_damaged_parent_is_done_again_first(family):
+    parent, child = family("previous")
+    module = family.use(Module(parent / "checkpoints" / "4"))
+    worker.run(child)
+    assert module.done == ["uptrain", "pretrain", "uptrain"]
+    assert (parent / "checkpoints" / "4.damaged").exists()
+    assert read_done(parent)["seconds"] is None  # not of all of it
+
+
+def test_what_others_left_is_not_set_aside(family, tmp_path):
+    _, child = family("previous")
+    theirs = tmp_path / "theirs" / "checkpoints" / "4"
+    theirs.mkdir(parents=True)
+
+    class Foreign(Module):
+        def run(self, *_):
+            raise checkpoint.Damaged(theirs, "x is missing")
+
+    family.use(Foreign())
+    with pytest.raises(checkpoint.Damaged):
+        worker.run(child)
+    assert theirs.exists()
+
+
+def test_the_process_says_what_is_wrong_in_one_line(tmp_path):
+    root = Path(worker.__file__).parent.parent
+    command = [sys.executable, "-m", "experiments.run.worker", str(tmp_path / "stages" / "x")]
+    for argv in (command, command[:-1]):
+        done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_what_is_written_down_is_what_was_planned(folder):
+    what = json.loads((folder / "stage.json").read_text())
+    assert what["settings"] == PLANNED.settings
+    assert what["setup"] == SETUP

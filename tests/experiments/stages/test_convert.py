@@ -1,0 +1,77 @@
+"""Conversions of one parent have what was measured of it in common."""
+
+import numpy as np
+import pytest
+
+from experiments.stages import convert
+from experiments.stages.stage import Parent
+from gqa.convert import calibration
+
+SETTINGS = {"method": "svd", "space": "logit", "grouping": "contiguous", "sequential": False}
+BOTH = ("decoder", "cross")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """How often moments were measured, one entry a time; nothing is kept before or after."""
+    times = []
+    measure = calibration.moments
+
+    def counted(*args):
+        times.append(args)
+        return measure(*args)
+
+    monkeypatch.setattr(calibration, "moments", counted)
+    convert._kept.cache_clear()
+    yield times
+    convert._kept.cache_clear()
+
+
+@pytest.fixture
+def calibrated(tiny, random_params, batch, tmp_path):
+    """`convert._calibrated` of a parent; `path` says of which."""
+
+    def of(path="1", settings=SETTINGS, attentions=BOTH, batches=1):
+        parent = Parent(tmp_path / path, tiny, {})
+        given = (random_params(tiny), settings, attentions, [batch] * batches)
+        return convert._calibrated(parent, *given)
+
+    return of
+
+
+def test_they_are_measured_once(measured, calibrated):
+    moments, seconds = calibrated()
+    assert seconds == 0.0  # it is this stage's own time
+    once = list(moments())
+    assert [m[:2] for m in moments()] == [m[:2] for m in once]
+    again, seconds = calibrated(settings=SETTINGS | {"grouping": "act_cos"})
+    assert seconds > 0.0
+    for one, other in zip(again(), once, strict=True):
+        np.testing.assert_array_equal(one.keys, other.keys)
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize("other", [{"path": "2"}, {"attentions": ("cross",)}, {"batches": 2}])
+def test_others_are_measured_anew(measured, calibrated, other):
+    for changes in ({}, other, {}):
+        moments, seconds = calibrated(**changes)
+        assert seconds == 0.0
+        assert {m.attention for m in moments()} == {*changes.get("attentions", BOTH)}
+    assert len(measured) == 3
+
+
+def test_those_of_a_large_network_are_not_kept(measured, calibrated, monkeypatch):
+    monkeypatch.setattr(convert, "KEPT", 0)
+    moments, _ = calibrated()
+    assert measured == []
+    for _ in range(2):
+        assert next(iter(moments())).layer == 0
+    assert len(measured) == 2
+
+
+def test_sequential_conversion_takes_its_own(measured, calibrated):
+    calibrated(settings=SETTINGS | {"sequential": True})
+    calibrated(batches=0)
+    assert measured == []
+    calibrated(settings=SETTINGS | {"sequential": True, "grouping": "act_cos"})
+    assert len(measured) == 1

@@ -1,0 +1,169 @@
+"""A checkpoint of Hugging Face or T5X takes the place of pretraining."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from experiments.graph import plan
+from experiments.run import local
+from experiments.stages import initial_checkpoint
+from gqa.checkpoints import checkpoint
+from gqa.data import tokenizer
+from gqa.interop import huggingface
+from gqa.model.layers import RELU
+from gqa.runtime.errors import UserError
+from gqa.runtime.sharding import make_mesh
+from gqa.training import loop, optimizer
+from tests import test_t5x
+from tests.support import jobs
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 123, 4))) for _ in range(400)]
+    path = tmp_path_factory.mktemp("vocabulary") / "spiece.model"
+    tokenizer.train([" ".join(words[i : i + 8]) for i in range(0, 400, 8)] * 5, 512, path)
+    return path
+
+
+@pytest.fixture
+def network(tiny, random_params):
+    """T5 1.0 with 4 heads."""
+    config = dataclasses.replace(tiny, vocab_size=512, activation=RELU, tied_logits=True)
+    return jax.tree.map(lambda x: 0.2 * x, random_params(config)), config
+
+
+@pytest.fixture
+def folder(network, vocabulary, tmp_path):
+    huggingface.save(*network, tmp_path / "t5-tiny", vocabulary=vocabulary)
+    return tmp_path / "t5-tiny"
+
+
+def config_of(folder, arg="", kv_heads=None, **more):
+    config = base.get_config(arg, kv_heads)
+    config.init.huggingface = str(folder)
+    for key, value in more.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config
+
+
+def test_the_job_goes_on_from_it(folder, network, tmp_path):
+    params, config = network
+    settings = {k: v for k, v in jobs.TINY.items() if not k.startswith("model.")}
+    del settings["convert.num_kv_heads_encoder"]
+    settings |= {"init.huggingface": folder, "finetune.tasks": "docstring_summary"}
+    told = jobs.launch(tmp_path / "runs", settings, "--stage=uptrain")
+    assert f"pretrain (t5-tiny, 4 KV heads, seed 0): {folder}, validation loss" in told
+    found = {p.name.split("-")[0]: p for p in (tmp_path / "runs" / "stages").iterdir()}
+    assert found.keys() == {"pretrain", "convert", "uptrain"}
+    path = found["pretrain"] / "checkpoints"
+    assert [p.name for p in path.iterdir()] == ["6"]  # as many steps as pretrain.steps
+    saved = checkpoint.load_config(path)
+    assert saved["model"] == config.__dict__
+    state = loop.abstract(config, make_mesh())
+    shapes = {"params": state.params, "opt_state": state.opt_state}
+    arrays = checkpoint.load(path, shapes)
+    jax.tree.map(np.testing.assert_array_equal, arrays["params"], params)
+    fresh = optimizer.adafactor().init(params)
+    jax.tree.map(np.testing.assert_array_equal, arrays["opt_state"], fresh)
+    uptrained = found["uptrain"] / "checkpoints"
+    assert max(p.name for p in uptrained.iterdir()) == "9"  # and half of them more
+    done = json.loads((found["pretrain"] / "done.json").read_text())
+    assert [r["value"] for r in done["records"] if r["metric"] == "steps"] == [0]
+    assert "validation loss" not in jobs.launch(tmp_path / "runs", settings, "--stage=uptrain")
+
+
+def test_sizes_and_vocabulary_are_the_checkpoints(folder, network):
+    config = config_of(folder, kv_heads=2)
+    ours = initial_checkpoint.adopted(config)
+    assert plan.parent_config(ours) == network[1]
+    assert plan.target_heads(ours) == {"encoder": 4, "decoder": 2, "cross": 2}
+    assert ours.text.vocabulary == str(folder / "spiece.model")
+    assert ours.size == "t5-tiny"
+    assert config.model.num_heads == 16  # not changed itself
+    assert initial_checkpoint.adopted(config_of("")) == config_of("")
+    assert plan.target_heads(initial_checkpoint.adopted(config_of(folder)))["decoder"] == 4
+    own = initial_checkpoint.adopted(config_of(folder, text__vocabulary="mine"))
+    assert own.text.vocabulary == "mine"
+
+
+def test_t5_of_a_named_size_may_be_of_another_family(tiny, random_params, tmp_path):
+    sizes = base.get_config("small").model
+    names = {"d_model", "d_ff", "num_heads", "head_dim"}
+    heads = dict.fromkeys(("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross"), 6)
+    more = {k: sizes[k] for k in names} | {"activation": RELU, "tied_logits": True} | heads
+    config = dataclasses.replace(tiny, **more, num_encoder_layers=8, num_decoder_layers=8)
+    huggingface.save(random_params(config), config, tmp_path, vocabulary=__file__)
+    ours = initial_checkpoint.adopted(config_of(tmp_path, "small"))
+    assert (ours.size, ours.model.vocab_size, ours.model.activation) == ("small", 32, RELU)
+
+
+@pytest.mark.parametrize(
+    ("arg", "more", "message"),
+    [
+        (
+            "small",
+            {},
+            r"model\.d_ff=1024 contradicts .*, which has 24; use --config\.model\.d_ff=24",
+        ),
+        ("", {"model__d_ff": 48}, r"model\.d_ff=48 contradicts .*, which has 24; use --conf"),
+        ("", {"model__vocab_size": 1024}, r"model\.vocab_size=1024 contradicts .*, which has 512"),
+        ("", {"init__t5x": "x"}, r"init\.huggingface and init\.t5x are both set; use one"),
+        ("", {"init__huggingface": "/none"}, r"/none/config\.json: No such file"),
+    ],
+)
+def test_what_contradicts_it_is_refused(folder, arg, more, message):
+    with pytest.raises(UserError, match=message):
+        initial_checkpoint.adopted(config_of(folder, arg, **more))
+
+
+def test_a_key_that_agrees_is_no_conflict(folder):
+    assert initial_checkpoint.adopted(config_of(folder, model__d_ff=24)).model.d_ff == 24
+
+
+def test_a_grouped_network_or_no_vocabulary_is_refused(folder, network, random_params, tmp_path):
+    grouped = dataclasses.replace(network[1], num_kv_heads_cross=2)
+    huggingface.save(random_params(grouped), grouped, tmp_path / "grouped")
+    with pytest.raises(UserError, match=r"grouped has grouped attention; init\.\* takes a multi"):
+        initial_checkpoint.adopted(config_of(tmp_path / "grouped"))
+    (folder / "spiece.model").unlink()
+    with pytest.raises(UserError, match=r"spiece\.model is missing; set text\.vocabulary"):
+        initial_checkpoint.adopted(config_of(folder))
+
+
+def test_t5x_is_taken_too(network, vocabulary, tmp_path):
+    test_t5x.write(tmp_path / "a", test_t5x.their_arrays(*network))
+    config = base.get_config()
+    config.init.t5x, config.text.vocabulary = str(tmp_path / "a"), str(vocabulary)
+    ours = initial_checkpoint.adopted(config)
+    assert plan.parent_config(ours) == network[1]
+    settings = initial_checkpoint.identity(ours)
+    assert initial_checkpoint.open_source(settings).config == network[1]
+    other = dataclasses.replace(network[1], d_ff=8)
+    with pytest.raises(UserError, match=r"model\.d_ff=8 contradicts .*a, which has 24"):
+        initial_checkpoint.check_network(settings, network[1], other)
+
+
+def test_its_time_tells_nothing_of_training_steps(folder):
+    """`pretrain.steps` were not done here."""
+    stages = plan.plan(initial_checkpoint.adopted(config_of(folder, kv_heads=2)), None)
+    by_kind = {stage.kind: stage for stage in stages}
+    assert local._pace(by_kind["pretrain"]) != local._pace(by_kind["uptrain"])
+    assert local._work(by_kind["pretrain"]) == 1
+
+
+def test_a_stage_is_told_by_the_contents(folder, network):
+    def key():
+        return plan.plan(initial_checkpoint.adopted(config_of(folder)), None)[0].key
+
+    before = key()
+    assert before == key()
+    assert before != plan.plan(base.get_config(), None)[0].key
+    params = jax.tree.map(lambda x: 2 * x, network[0])
+    huggingface.save(params, network[1], folder)
+    assert before != key()

@@ -1,0 +1,103 @@
+"""What a stage reads is checked, and a damaged checkpoint costs no more than was wished."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from experiments.graph.plan import parent_config
+from experiments.stages import pretrain, stage
+from gqa.checkpoints.checkpoint import Checkpoints
+from gqa.runtime.errors import UserError
+
+RECIPE = {
+    **dict.fromkeys(("steps", "batch_size", "num_microbatches", "every", "seed"), 2),
+    **dict.fromkeys(("inputs_length", "targets_length", "validation_examples"), 8),
+    **dict.fromkeys(("z_loss", "dropout_rate"), 0),
+    "task": "docstrings",
+    "warmup": 1,
+}
+
+
+@pytest.fixture
+def info(tiny):
+    model = dataclasses.asdict(tiny)
+    return {"model": model, "vocabulary": "a hash", "recipe": RECIPE, "variant": {"seed": 0}}
+
+
+def save(folder, info):
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, {"params": {"w": jnp.zeros(1)}, "config": info}, {"validation_loss": 1})
+    return folder
+
+
+def test_what_a_checkpoint_says_of_itself_is_read(info, tiny, tmp_path):
+    parent = stage.open_parent(save(tmp_path, info | {"task": "parameter_qa"}))
+    assert parent.config == tiny
+    assert parent.path == tmp_path / "1"
+    assert parent.info["task"] == "parameter_qa"
+
+
+def changed(info, path, value):
+    """`info` with another value at a path like model.d_model; None takes the key out."""
+    key, _, rest = path.partition(".")
+    if rest:
+        return info | {key: changed(info[key], rest, value)}
+    without = {k: v for k, v in info.items() if k != key}
+    return without if value is None else without | {key: value}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ("model", None, "config.model is missing"),
+        ("vocabulary", 3, "config.vocabulary is 3 instead of a value of type str"),
+        ("more", {}, "config.more is unknown"),
+        ("model.d_model", None, "config.model.d_model is missing"),
+        ("model.d_model", "16", "config.model.d_model is '16' instead of a value of type int"),
+        ("model.d_model", True, "config.model.d_model is True instead of a value of type int"),
+        ("model.tied_logits", 1, "config.model.tied_logits is 1 instead of a value of type bool"),
+        ("model.dropout_rate", [], r"config.model.dropout_rate is \[\] instead of"),
+        ("model.layers", 2, "config.model.layers is unknown"),
+        ("model.num_kv_heads_cross", 3, "model.num_kv_heads_cross=3 does not divide the 4 heads"),
+        ("model.num_heads", 10**12, "config.model.num_heads is 1000000000000; use 1 to 10000000"),
+        ("model.d_model", 0, "config.model.d_model is 0; use 1 to 10000000"),
+        ("recipe.steps", 1.5, "config.recipe.steps is 1.5 instead of a value of type int"),
+        ("recipe.task", None, "config.recipe.task is missing"),
+    ],
+)
+def test_what_it_says_wrong_is_named(info, tmp_path, path, value, problem):
+    save(tmp_path, changed(info, path, value))
+    with pytest.raises(UserError, match=problem):
+        stage.open_parent(tmp_path)
+
+
+def test_a_network_that_no_memory_holds_is_refused_before_any_compute(tmp_path):
+    config = base.get_config("xxl")
+    config.model.num_decoder_layers = 10_000
+    settings = config.pretrain.to_dict() | {"model": parent_config(config).__dict__, "seed": 0}
+    with pytest.raises(UserError, match=r"^training a network of [\d,]+ parameters takes .* GiB"):
+        pretrain.run("pretrain", settings, tmp_path, [], None)
+
+
+@pytest.mark.parametrize("load", [stage.load_params, stage.load_state])
+def test_a_checkpoint_of_another_vocabulary_is_refused(info, tmp_path, load):
+    parent = stage.open_parent(save(tmp_path / "1", info))
+    text = SimpleNamespace(tokenizer=SimpleNamespace(hash="another hash"), folder=tmp_path / "text")
+    with pytest.raises(UserError, match=r"trained with another vocabulary .* text in .*text; use"):
+        load(parent, SimpleNamespace(text=text))
+
+
+def test_what_finish_wrote_is_read_and_half_of_it_refused(tmp_path):
+    assert stage.read_done(tmp_path) is None
+    outcome = stage.Outcome([stage.record("steps", 3, "steps", n=2)], "3")
+    done = stage.finish(tmp_path, outcome, {"commit": "abc"}, 1.5)
+    assert stage.read_done(tmp_path) == done
+    assert done["records"] == [{"metric": "steps", "value": 3, "unit": "steps", "n": 2}]
+    assert (done["checkpoint"], done["seconds"]) == ("3", 1.5)
+    for content in ("{}", '{"records": []}', "[]", "{"):
+        (tmp_path / stage.DONE).write_text(content)
+        with pytest.raises(UserError, match=r"done\.json is damaged; remove it"):
+            stage.read_done(tmp_path)

@@ -1,0 +1,166 @@
+"""From a config's names to batches: the user's files and the paper's datasets."""
+
+import json
+
+import numpy as np
+import pytest
+from test_prepared import DATASETS, c4_row, prepare
+
+from configs import base
+from experiments.graph import plan, validate
+from experiments.stages import text
+from gqa.data import tokenizer
+from gqa.runtime.errors import UserError
+
+ROWS = [{"q": f"frage {i}", "answers": {"text": [f"antwort {i}", "x"]}} for i in range(150)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A place with files, text and a vocabulary, and the paths as they are typed in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts").mkdir()
+    for i in range(3):
+        write(tmp_path / "parts" / f"{i}.jsonl", ROWS[50 * i : 50 * i + 50])
+    paragraphs = [" ".join(f"w{i * k % 97}" for k in range(60)) for i in range(60)]
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
+    tokenizer.train([*paragraphs, *map(str, ROWS)], 500, tmp_path / "small.model")
+    return tmp_path
+
+
+def make_config(size="nano", **changes):
+    config = base.get_config(size)
+    changes = {"model.vocab_size": 4096, "text.vocabulary": "small.model"} | {
+        name.replace("__", "."): value for name, value in changes.items()
+    }
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def own(**changes):
+    files = {"train": "parts/[01].jsonl", "validation": "parts/2.jsonl", "test": "parts"}
+    files |= {"source": "frage: {q}", "target": "answers.text", "prefix": "qa ", "metrics": "f1"}
+    documents = {"train": "text.txt", "validation": "text.txt"}
+    options = {f"files.{key}": value for key, value in files.items()}
+    options |= {f"documents.{key}": value for key, value in documents.items()}
+    options |= {"finetune.tasks": "files", "pretrain.task": "documents"}
+    return make_config(**options | changes)
+
+
+def test_own_files_and_text_become_batches(folder):
+    config = own(**{"pretrain.inputs_length": 43, "finetune.inputs_length": 20})
+    validate.check_text(config)
+    prepared = text.prepare(text.settings(config), folder / "work")
+    assert prepared.corpus is None
+    assert [len(prepared.examples("files", s)) for s in ("train", "validation", "test")] == [
+        100,
+        50,
+        150,
+    ]
+    first = prepared.examples("files", "train")[0]
+    assert first == ("qa frage: frage 0", ("antwort 0", "x"))
+    assert prepared.metrics("files") == ["f1"]
+    recipe = config.finetune.to_dict()
+    tuning = text.training(prepared, "files", recipe, seed=0)
+    assert next(tuning.batches)["inputs"].shape == (8, 20)
+    assert tuning.validation_size == 50
+    pretraining = text.training(prepared, "documents", config.pretrain.to_dict(), seed=0)
+    assert next(pretraining.batches)["inputs"].shape == (8, 43)
+
+
+def test_bad_rows_are_told_and_many_refused(folder, capsys):
+    write(folder / "b.jsonl", [*ROWS, {"q": 3}])
+    validate.check_text(own(**{"files.train": "b.jsonl"}))
+    said = capsys.readouterr().out
+    assert said.startswith(f"task files: 1 of 151 rows are bad: {folder}/b.jsonl:151: ")
+    write(folder / "c.jsonl", [*ROWS, {"q": 3}, *[{"a": i} for i in range(5)]])
+    with pytest.raises(UserError, match=r"6 of 156 rows are bad: .*c\.jsonl:151: .*at most 1%"):
+        validate.check_text(own(**{"files.test": "c.jsonl"}))
+
+
+def test_a_mixture_is_trained_on_by_its_weights(folder):
+    config = own(**{"files.train": "parts/0.jsonl@3,parts/1.jsonl@1", "finetune.pack": False})
+    prepared = text.prepare(text.settings(config), folder / "work")
+    batches = text.training(prepared, "files", config.finetune.to_dict(), seed=0).batches
+    rows = np.concatenate([next(batches)["inputs"] for _ in range(20)])
+    read = [int(prepared.tokenizer.decode(row).split()[-1]) for row in rows]
+    assert np.mean(np.array(read) < 50) == pytest.approx(0.75, abs=0.01)
+    other = own(**{"files.train": "parts/0.jsonl@2,parts/1.jsonl@1"})
+    other = text.prepare(text.settings(other), folder / "work")
+    assert prepared.source("files") != other.source("files")
+    assert prepared.source("documents") == other.source("documents")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"documents.train": ""}, "task documents needs train=PATH and validation=PATH"),
+        ({"documents.validation": "none"}, "none: file name must end in"),
+        ({"documents.train": "text.txt@1"}, None),
+        ({"documents.train": "parts"}, "no column 'text'; this row has q, answers"),
+        ({"files.train": "z*"}, r"z\*: matches no file"),
+        ({"files.train": "parts@2,text.txt"}, "for all of them or none"),
+        ({"files.target": "answers.start"}, "no column 'answers.start'"),
+        ({"finetune.tasks": "documents"}, "finetune.tasks: documents has documents, not examples"),
+        (
+            {"finetune.tasks": "trivia_qa", "text.data_dir": "."},
+            "trivia_qa/rc: not prepared; .* run",
+        ),
+        ({"finetune.tasks": "c4", "text.data_dir": "."}, "c4/en: not prepared; .* run: tfds build"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(folder, changes, message):
+    if message is None:
+        validate.check_text(own(**changes))
+    else:
+        with pytest.raises(UserError, match=message):
+            validate.check_text(own(**changes))
+
+
+def test_an_answerless_split_is_refused(folder):
+    name, row, _, _ = DATASETS["trivia_qa"]
+    prepare(folder / "tfds", name, row)
+    options = {"finetune.tasks": "trivia_qa", "text.data_dir": "tfds"}
+    validate.check_text(own(**options, **{"evaluate.split": "validation"}))
+    with pytest.raises(
+        UserError, match=r"evaluate\.split='test': trivia_qa has no answers in it; use"
+    ):
+        validate.check_text(own(**options))
+
+
+def test_c4_is_trained_on_as_a_stream(folder):
+    prepare(folder / "tfds", "c4/en", c4_row, size=40, splits=("train", "validation"))
+    options = {"pretrain.task": "c4", "text.data_dir": "tfds", "pretrain.inputs_length": 43}
+    config = own(**options)
+    validate.check_text(config)
+    wanted = text.settings(config)
+    prepared = text.prepare(wanted, folder / "work")
+    assert len(prepared.source("c4")) == 64
+    made = text.training(prepared, "c4", config.pretrain.to_dict(), seed=0)
+    assert next(made.batches)["inputs"].shape == (8, 43)
+    assert made.validation_size > 0
+    config.text.vocabulary, config.model.vocab_size = "", 460
+    text.prepare(text.settings(config), folder / "work")  # a vocabulary of the documents
+
+
+def test_large_sizes_have_the_lengths_of_the_paper():
+    config = make_config(
+        "large", **{"finetune.tasks": "trivia_qa,arxiv,cnn_dailymail,parameter_qa"}
+    )
+    found = {s.task: s.settings for s in plan.plan(config, None) if s.kind == "finetune"}
+    lengths = {task: (s["inputs_length"], s["targets_length"]) for task, s in found.items()}
+    assert lengths.pop("trivia_qa") == (2048, 32)
+    assert lengths.pop("arxiv") == (2048, 512)
+    assert set(lengths.values()) == {(512, 256)}
+    config.finetune.inputs_length = 99
+    found = [s.settings for s in plan.plan(config, None) if s.kind == "finetune"]
+    assert {s["inputs_length"] for s in found} == {99}
+    assert {s["targets_length"] for s in found} == {32, 512, 256}
+    small = make_config("nano", **{"finetune.tasks": "trivia_qa"})
+    found = [s.settings for s in plan.plan(small, None) if s.kind == "finetune"]
+    assert {(s["inputs_length"], s["targets_length"]) for s in found} == {(128, 48)}

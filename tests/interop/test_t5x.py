@@ -1,0 +1,157 @@
+"""T5X checkpoints, written here with TensorStore as T5X does, become the parameters they hold."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+import tensorstore
+from flax.traverse_util import flatten_dict
+
+from gqa.checkpoints import checkpoint, pieces
+from gqa.interop import t5x
+from gqa.model.layers import RELU
+from gqa.runtime.errors import UserError
+
+NAMES = {
+    "attention_norm": "pre_attention_layer_norm",
+    "self_attention_norm": "pre_self_attention_layer_norm",
+    "cross_attention_norm": "pre_cross_attention_layer_norm",
+    "mlp_norm": "pre_mlp_layer_norm",
+    "cross_attention": "encoder_decoder_attention",
+}
+
+
+def their_arrays(params, config, scanned=None, flat=True):
+    """T5X's arrays by name: `scanned` names the folder of scanned layers, if any."""
+    arrays = {
+        "token_embedder.embedding": params["embedding"],
+        "encoder.encoder_norm.scale": params["encoder"]["norm"]["scale"],
+        "decoder.decoder_norm.scale": params["decoder"]["norm"]["scale"],
+    }
+    if "logits" in params:
+        arrays["decoder.logits_dense.kernel"] = params["logits"]
+    for stack in ("encoder", "decoder"):
+        arrays[f"{stack}.relpos_bias.rel_embedding"] = params[stack]["position_bias"]["table"].T
+        for path, leaf in flatten_dict(params[stack]["layers"]).items():
+            module, name = path
+            module = NAMES.get(module, module)
+            name = name if name == "scale" else f"{name}.kernel"
+            if config.activation == RELU:
+                name = name.replace("wi_0", "wi")
+            layers = [np.asarray(x) for x in leaf]
+            if flat and name.split(".")[0] in ("query", "key", "value"):
+                layers = [x.reshape(len(x), -1) for x in layers]
+            elif flat and name == "out.kernel":
+                layers = [x.reshape(-1, x.shape[-1]) for x in layers]
+            if scanned:
+                where = scanned.format(stack)
+                arrays[f"{stack}.{where}.{module}.{name}"] = np.stack(layers, 1)
+            else:
+                for i, x in enumerate(layers):
+                    arrays[f"{stack}.layers_{i}.{module}.{name}"] = x
+    return {name: np.asarray(x) for name, x in arrays.items()}
+
+
+def write(folder, arrays, ocdbt=False, dtype="float32"):
+    """Each array in chunks, compressed by gzip, as T5X writes it; beside it what is not read."""
+    folder.mkdir(parents=True)
+    for name, x in (arrays | {"!state.param_states.decoder.v": np.zeros((2, 2))}).items():
+        name = name[1:] if name.startswith("!") else f"target.{name}"
+        store = {"driver": "file", "path": f"{folder}/{name}/"}
+        if ocdbt:
+            store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+        spec = {"driver": "zarr", "kvstore": store, "context": {"file_io_sync": False}}
+        spec["metadata"] = {
+            "shape": x.shape,
+            "chunks": [max(1, math.ceil(n / 2)) for n in x.shape],
+            "dtype": "<f4" if dtype == "float32" else dtype,
+            "compressor": {"id": "gzip"},
+        }
+        tensorstore.open(spec, create=True).result().write(x.astype(dtype)).result()
+
+
+@pytest.fixture
+def network(tiny, random_params):
+    config = dataclasses.replace(tiny, num_encoder_layers=3)
+    return random_params(config), config
+
+
+def check_equal(params, expected):
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize(
+    ("scanned", "flat", "ocdbt"),
+    [(None, True, False), (None, False, True), ("layers", False, False), ("{}", True, True)],
+)
+def test_a_checkpoint_is_read_in_each_layout(network, tmp_path, scanned, flat, ocdbt):
+    params, config = network
+    write(tmp_path / "checkpoint_900", {}, ocdbt)
+    folder = tmp_path / "checkpoint_1000"
+    folder = folder / "state" if ocdbt else folder
+    write(folder, their_arrays(params, config, scanned, flat), ocdbt)
+    source = t5x.open_folder(tmp_path)
+    assert source.config == config
+    check_equal(pieces.collect(source), params)
+
+
+def test_t5_1_0_and_bfloat16_are_read(network, random_params, tmp_path):
+    config = dataclasses.replace(network[1], activation=RELU, tied_logits=True)
+    params = random_params(config)
+    write(tmp_path / "a", their_arrays(params, config))
+    assert t5x.open_folder(tmp_path / "a").config == config
+    write(tmp_path / "b", their_arrays(params, config), dtype="bfloat16")
+    source = t5x.open_folder(tmp_path / "b")
+    check_equal(
+        pieces.collect(source),
+        jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params),
+    )
+
+
+def test_a_checkpoint_of_ours_is_written_from_it(network, tmp_path):
+    params, config = network
+    write(tmp_path / "a", their_arrays(params, config, "layers", flat=False))
+    with checkpoint.Checkpoints(tmp_path / "b") as checkpoints:
+        checkpoints.write(1, t5x.open_folder(tmp_path / "a"), {"config": {}})
+    check_equal(checkpoint.load(tmp_path / "b", {"params": params})["params"], params)
+
+
+def test_a_position_bias_in_each_layer_must_be_the_same(network, tmp_path):
+    params, config = network
+    arrays = their_arrays(params, config, "layers")
+    for stack in ("encoder", "decoder"):
+        table = arrays.pop(f"{stack}.relpos_bias.rel_embedding")
+        layers = getattr(config, f"num_{stack}_layers")
+        name = f"{stack}.layers.relative_posemb.rel_embedding"
+        arrays[name] = np.stack([table] * layers, 1)
+    write(tmp_path / "a", arrays)
+    check_equal(pieces.collect(t5x.open_folder(tmp_path / "a")), params)
+    arrays[name][0, 1, 0] += 1
+    write(tmp_path / "b", arrays)
+    with pytest.raises(UserError, match=rf"b: array target\.{name} differs from layer to layer"):
+        t5x.open_folder(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("decoder.layers_1.mlp.wo.kernel", None, "is missing"),
+        ("token_embedder.embedding", None, "is missing"),
+        ("decoder.layers_1.self_attention.q_norm.scale", (3,), r"is not one of T5's \(1 in all\)"),
+        ("decoder.layers_0.mlp.wo.kernel", (24, 17), r"has shape \(24, 17\), expected 384 numbers"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_named(network, tmp_path, name, shape, message):
+    arrays = their_arrays(*network)
+    arrays.pop(name, None)
+    arrays |= {name: np.zeros(shape)} if shape else {}
+    write(tmp_path / "a", arrays)
+    with pytest.raises(UserError, match=rf"a: array target\.{name} {message}"):
+        t5x.open_folder(tmp_path / "a")
+
+
+def test_a_folder_of_something_else_is_told(tmp_path):
+    with pytest.raises(UserError, match="no T5X checkpoint; it would have folders target"):
+        t5x.open_folder(tmp_path / "nothing")

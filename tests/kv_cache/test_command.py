@@ -1,0 +1,162 @@
+"""The cache of known decoders, by worked examples."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import gqa
+from gqa.kv_cache import __main__ as command
+from gqa.kv_cache.presets import PRESETS, Decoder, find
+from gqa.model.config import Config
+from gqa.runtime.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def table(capsys, *arguments):
+    """The printed rows by KV heads, and the last line."""
+    command.main(["", *arguments])
+    lines = capsys.readouterr().out.splitlines()
+    return {line.split()[0]: line.split()[1:] for line in lines[2:-1]}, lines[-1]
+
+
+def test_8_heads_of_1000_tokens_are_16000_vectors_a_layer(capsys, tmp_path):
+    """A key and a value for each head and token; one head keeps an eighth."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"n_layer": 6, "n_head": 8, "n_embd": 512}))
+    rows, _ = table(capsys, str(path), "--length=1000")
+    assert rows["8*"][0] == "16,000"
+    assert rows["1"][0] == "2,000"
+
+
+def test_llama_2_70b_keeps_8_times_less_than_multi_head(capsys):
+    """64 query heads, 8 KV heads: 320 KiB a token in 16 bits, 2.5 MiB with 64."""
+    rows, answer = table(capsys, "llama-2-70b", "--length=4096", "--batch=4", "--memory=40")
+    assert rows["8*"] == ["65,536", "1.25", "GiB", "5.00", "GiB", "1/8", "32"]
+    assert rows["64"] == ["524,288", "10.00", "GiB", "40.00", "GiB", "1/1", "4"]
+    assert answer == "8 KV heads: 8 times less cache than 64; 32 sequences in 40 GiB instead of 4"
+    assert command.cache_bytes(PRESETS["Llama-2-70B"], 8, 1, 0, 2) == 320 * 2**10
+
+
+def test_llama_2_7b_gains_a_factor_of_4_at_8_heads(capsys):
+    """Multi-head: 512 KiB a token, 2 GiB for 4096 tokens."""
+    rows, answer = table(capsys, "Llama-2-7B", "--length=4096", "--memory=16.5")
+    assert rows["32*"][1:3] == ["2.00", "GiB"]
+    assert answer == "8 KV heads: 4 times less cache than 32; 33 sequences in 16.5 GiB instead of 8"
+
+
+def test_t5_xxl_keeps_inputs_too_and_agrees_with_the_library(capsys):
+    arguments = ("T5-XXL", "--length=512", "--inputs-length=2048")
+    rows, answer = table(capsys, *arguments)
+    assert rows["64*"][1:3] == ["960.00", "MiB"]
+    assert answer == "8 KV heads: 8 times less cache than 64"
+    heads = dict.fromkeys(
+        ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross"), 64
+    )
+    config = Config(32128, 4096, 10240, 64, 64, 24, 24, **heads)
+    for dtype in ("float32", "bfloat16"):
+        ours = command.cache_bytes(PRESETS["T5-XXL"], 64, 512, 2048, jnp.dtype(dtype).itemsize)
+        assert ours == gqa.kv_cache_bytes(config, 1, 2048, 512, dtype)
+
+
+@pytest.mark.parametrize(
+    ("config", "decoder"),
+    [
+        ({"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 64}, (2, 8, 8, 8)),
+        (
+            {
+                "num_hidden_layers": 2,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 2,
+                "head_dim": 5,
+                "sliding_window": 9,
+                "use_sliding_window": False,
+            },
+            (2, 8, 2, 5),
+        ),
+        ({"n_layer": 3, "n_head": 4, "n_embd": 8, "multi_query": True}, (3, 4, 1, 2)),
+        (
+            {"text_config": {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8}},
+            (2, 2, 2, 4),
+        ),
+        (
+            {"model_type": "mt5", "num_layers": 4, "num_heads": 2, "d_model": 8, "d_kv": 3},
+            (4, 2, 2, 3, True),
+        ),
+        (
+            {
+                "is_encoder_decoder": True,
+                "decoder_layers": 4,
+                "decoder_attention_heads": 2,
+                "d_model": 8,
+            },
+            (4, 2, 2, 4, True),
+        ),
+    ],
+)
+def test_what_config_json_says(tmp_path, config, decoder):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert find(str(tmp_path)) == Decoder(*decoder)
+
+
+def test_a_window_bounds_the_cache(capsys, tmp_path):
+    config = {"n_layer": 2, "n_head": 4, "n_embd": 32, "sliding_window": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rows, _ = table(capsys, str(tmp_path), "--length=1000")
+    assert rows["4*"][0] == "800"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpt-5"], "'gpt-5' is no config.json; use one, or one of T5-small, "),
+        (["T5-XL", "--batch=0"], "--batch=0; use more than 0"),
+        (["T5-XL", "--memory=nan"], "--memory=nan; use more than 0"),
+        (["T5-XL", "--dtype=float7"], "--dtype=float7; use one of float32, "),
+        (["T5-XL", "--length=x"], "argument --length: invalid int value: 'x'"),
+        (["T5-XL", "--heads=2"], "unrecognized arguments: --heads=2"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(UserError) as error:
+        command.main(["", *arguments])
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"kv_lora_rank": 512}, "kv_lora_rank=512: its cache is not one of keys and values"),
+        (
+            {
+                "n_head": 8,
+                "n_embd": 64,
+                "n_layer": 2,
+                "sliding_window": 4,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "layer_types: only some layers have the sliding_window",
+        ),
+        ({"n_head": "8"}, "n_head='8'; use a whole number"),
+        ({"n_head": 8, "n_embd": 64}, "none of num_decoder_layers, .* is there"),
+        ({"n_head": 8, "n_embd": 64, "num_kv_heads": 3}, "num_key_value_heads=3 does not divide"),
+    ],
+)
+def test_a_config_json_that_says_something_else_is_refused(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"config\.json: {message}"):
+        find(str(tmp_path))
+
+
+def test_the_command_prints_nothing_else():
+    line = [sys.executable, "-m", "gqa.kv_cache", "Mistral-7B"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("8 KV heads: 4 times less cache than 32\n")
+    done = subprocess.run([*line, "--dtype=x"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --dtype=x; use one of " + ", ".join(command.DTYPES) + "\n"

@@ -1,0 +1,56 @@
+"""What one process says of itself, and which others it is told of."""
+
+import jax
+import pytest
+
+from gqa.runtime import distributed
+from gqa.runtime.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("address", "count", "index", "joined"),
+    [
+        (None, None, None, None),
+        (None, "1", "0", None),  # a single process needs nobody
+        ("host:1", "1", "0", None),
+        ("host:1", None, None, None),
+        ("host:1", "2", "0", (2, 0)),
+        ("host:1", "12", "11", (12, 11)),
+        ("host:1", "2", "1", (2, 1)),
+    ],
+)
+def test_the_environment_says_who_is_joined(monkeypatch, address, count, index, joined):
+    for name, value in zip(distributed.GIVEN, (address, count, index), strict=True):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    found = distributed._given()
+    if joined is None:
+        assert found is None
+        return
+    assert (found["num_processes"], found["process_id"]) == joined
+    assert found["coordinator_address"] == address
+    assert found["cluster_detection_method"] == "deactivate"
+
+
+def test_a_single_process_is_the_primary_and_waits_for_nobody():
+    assert distributed.is_primary()
+    assert not distributed.is_several()
+    distributed.wait_for_all("nothing")
+    assert distributed.by_primary(lambda: 7) == 7
+    assert distributed.maximum(5) == 5
+    state = {"position": 3}
+    assert distributed.joined(state) is state
+    with distributed.primary_first("nothing"):
+        pass
+
+
+def test_a_process_takes_its_own_part(monkeypatch):
+    states = {"processes": [{"position": n} for n in (4, 5, 6)]}
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for index in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        assert distributed.own(states) == {"position": 4 + index}
+        assert distributed.own({"position": 1}) == {"position": 1}
+    for count in (1, 2, 4):
+        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        with pytest.raises(UserError, match=rf"^3 processes each .* not with {count}$"):
+            distributed.own(states)

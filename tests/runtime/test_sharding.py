@@ -1,0 +1,85 @@
+"""Several devices give the numbers of one; batches that do not split are refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gqa.runtime import sharding
+from gqa.runtime.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = """
+import sys
+import jax, numpy as np
+from gqa.inference import generator
+from gqa.training import optimizer, loop
+from gqa.runtime import sharding
+from gqa.inference.decoding import Beam, Sample
+from gqa.inference.step import Inference
+from gqa.model.config import Config
+from tests.toy import replicated
+heads = {f"num_kv_heads_{n}": k for n, k in (("encoder", 4), ("decoder", 2), ("cross", 2))}
+config = Config(32, 8, 8, 4, 4, 1, 1, **heads, dropout_rate=0.1)
+mesh = sharding.make_mesh()
+rng = np.random.default_rng(0)
+lengths = {"inputs": 6, "targets": 5}
+batch = {n: rng.integers(3, 32, (16, t), dtype=np.int32) for n, t in lengths.items()}
+batch["targets"][:7, 2:] = 0  # the devices have different numbers of real tokens
+step = loop.make_step(loop.make_loss(config, 1e-4), optimizer.constant(1e-2), 0, num_microbatches=2)
+state = replicated(loop.init(config, 0), mesh)
+for _ in range(3):
+    state, metrics = step(state, sharding.place(batch, mesh))
+leaves = jax.tree.leaves(state.params)
+assert all(len(leaf.sharding.device_set) == jax.device_count() for leaf in leaves)
+split = jax.ShapeDtypeStruct((16, 3), np.float32, sharding=sharding.batch_sharding(mesh))
+assert sharding.local_bytes(split) == 16 * 3 * 4
+assert sharding.local_bytes(leaves[0]) == leaves[0].nbytes * jax.device_count()
+# Tokens are not compared after training: its last bits may decide between two of them.
+params = replicated(loop.init(config, 0).params, mesh)
+generator.SHORTEST, generator.EVERY = 8, 4  # rows are left out, caches grow
+texts = {}
+for name, search in (("sample", Sample(temperature=1.5)), ("beam", Beam(2, 0.6))):
+    generator = generator.Generator(Inference(config), search, 20, mesh=mesh)
+    texts[name] = generator(generator.prepare(params), batch["inputs"])
+np.savez(sys.argv[1], *leaves, loss=metrics["loss"], **texts)
+"""
+
+
+def train_on(devices, path):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    subprocess.run([sys.executable, "-c", SCRIPT, str(path)], env=environment, check=True)
+    return np.load(path)
+
+
+def test_eight_devices_train_and_generate_as_one(tmp_path):
+    one, eight = (train_on(n, tmp_path / f"{n}.npz") for n in (1, 8))
+    assert len(one.files) > 10
+    for name in one.files:
+        np.testing.assert_allclose(eight[name], one[name], atol=2e-5, err_msg=name)
+
+
+def test_a_batch_is_placed_as_it_is():
+    mesh = sharding.make_mesh()
+    rows = np.arange(12, dtype=np.int32).reshape(4, 3)
+    placed = sharding.place({"inputs": rows}, mesh)["inputs"]
+    assert isinstance(placed, jax.Array)
+    np.testing.assert_array_equal(placed, rows)
+
+
+@pytest.mark.parametrize("batch_size", [0, 6, 9])
+def test_a_batch_that_does_not_split_is_refused(batch_size):
+    unit = 4 * jax.device_count()
+    sharding.check_batch("pretrain.batch_size", 2 * unit, 4)
+    with pytest.raises(UserError, match=f"pretrain.batch_size={batch_size} .* multiple of {unit}"):
+        sharding.check_batch("pretrain.batch_size", batch_size, 4)

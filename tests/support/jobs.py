@@ -1,0 +1,120 @@
+"""Whole jobs in processes of their own, and what they leave: for the tests and the soak script."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gqa.checkpoints import checkpoint
+from gqa.model.config import Config
+from gqa.runtime import sharding
+from gqa.training import loop
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = {
+    "model.d_model": 16,
+    "model.d_ff": 16,
+    "model.num_heads": 4,
+    "model.head_dim": 4,
+    "model.num_encoder_layers": 1,
+    "model.num_decoder_layers": 1,
+    "model.vocab_size": 512,
+    "text.packages": "absl-py,opt_einsum,optax,rich",
+    "pretrain.steps": 6,
+    "pretrain.every": 2,
+    "pretrain.validation_examples": 8,
+    "uptrain.alpha": 0.5,
+    "convert.num_kv_heads_encoder": 4,
+    "convert.num_kv_heads_decoder": 2,
+    "convert.num_kv_heads_cross": 2,
+    "finetune.tasks": "docstring_summary,files",
+    "finetune.steps": 4,
+    "finetune.every": 2,
+    "finetune.validation_examples": 8,
+    "evaluate.examples": 8,
+    "evaluate.batch_size": 8,
+    "benchmark.inputs_length": 16,
+    "benchmark.targets_length": 4,
+    "benchmark.repetitions": 2,
+}
+for section in ("pretrain", "finetune"):
+    TINY |= {f"{section}.batch_size": 4, f"{section}.num_microbatches": 2}
+    TINY |= {f"{section}.inputs_length": 32, f"{section}.targets_length": 11}
+# What one job compiled another finds, where the test copies WORKDIR/compiled.
+ENVIRONMENT = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+# The job in a process of its own, which then says whether TensorFlow or PyTorch came along.
+SCRIPT = """
+import sys
+import launch
+from gqa.runtime import signals
+signals.install()
+status = launch.main(sys.argv)
+assert not {name.split(".")[0] for name in sys.modules} & {"tensorflow", "torch"}
+sys.exit(status)
+"""
+
+
+def command(workdir, settings, *more, config="configs/gqa8.py"):
+    """The command line of a job with `settings` of its config."""
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    script = [sys.executable, "-c", SCRIPT, f"--config={config}", f"--workdir={workdir}"]
+    return [*script, *overrides, *more]
+
+
+def launch(workdir, settings, *more, config="configs/gqa8.py", status=0):
+    """Run the job to its end; returns what it printed, on stderr if it is to fail."""
+    done = subprocess.run(
+        command(workdir, settings, *more, config=config),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr if status else done.stdout
+
+
+def outputs(workdir, like=None):
+    """Every stage's checkpoint arrays and timeless numbers, by its folder.
+
+    Args:
+        like: another workdir whose stages are the ones to take.
+    """
+    found = {}
+    for folder in sorted(((like or workdir) / "stages").iterdir()):
+        folder = workdir / "stages" / folder.name
+        done = json.loads((folder / "done.json").read_text())
+        if folder.name.startswith("benchmark"):
+            found[folder.name] = [r["metric"] for r in done["records"]]
+        else:
+            found[folder.name] = [r for r in done["records"] if r["unit"] != "s"]
+        if done["checkpoint"]:
+            path = folder / "checkpoints" / done["checkpoint"]
+            config = Config(**checkpoint.load_config(path)["model"])
+            shapes = loop.abstract(config, sharding.make_mesh())._asdict() | {"data": None}
+            del shapes["step"]
+            arrays = checkpoint.load(path, shapes)
+            leaves = jax.tree_util.tree_leaves_with_path(arrays)
+            found |= {f"{folder.name}{jax.tree_util.keystr(p)}": x for p, x in leaves}
+    return found
+
+
+def differences(found, expected):
+    """The names of what two `outputs` do not share to the last bit."""
+
+    def same(a, b):
+        return np.array_equal(a, b) if hasattr(a, "shape") else a == b
+
+    names = [*expected, *(found.keys() - expected.keys())]
+    return [
+        n for n in names if n not in found or n not in expected or not same(found[n], expected[n])
+    ]

@@ -1,0 +1,102 @@
+"""The guard over the losses: when a loss is a spike, what the mean is, and when training ends."""
+
+import math
+
+import pytest
+
+from gqa.training.divergence import NEW, Diverged, Guard, Mishap, Settings
+
+
+def fed(losses, **settings):
+    """A guard that has seen these losses, none of them a spike."""
+    guard = Guard(Settings(**settings))
+    for step, loss in enumerate(losses, start=1):
+        guard.look(step, loss, {})
+    return guard
+
+
+def is_spike(guard, loss):
+    """Whether a guard that has seen what `guard` has would refuse the loss."""
+    copy = Guard(guard._settings)
+    copy.set_state(guard.get_state())
+    try:
+        copy.look(1000, loss, {})
+    except Mishap:
+        return True
+    return False
+
+
+def test_no_loss_is_a_spike_before_twenty_steps():
+    assert not is_spike(fed([1.0] * 19), 100.0)
+    assert is_spike(fed([1.0] * 20), 100.0)
+
+
+def test_a_spike_is_more_than_the_setting_above_the_mean():
+    guard = fed([1.0] * 30, spike=2.0)
+    assert not is_spike(guard, 2.9)
+    assert not is_spike(guard, 3.0)  # exactly 2 above
+    assert is_spike(guard, 3.1)
+    assert not is_spike(fed([1.0] * 30, spike=0.0), 1e9)
+    assert is_spike(fed([1.0] * 30), 4.1)  # the default is 3
+    assert not is_spike(fed([1.0] * 30), 3.9)
+
+
+def test_a_loss_that_falls_is_no_spike():
+    guard = fed([10.0] * 30)
+    assert not is_spike(guard, 0.0)
+    assert not is_spike(guard, -50.0)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("count", [0, 30])
+def test_a_loss_that_is_not_finite_is_refused_at_any_step_and_leaves_the_mean(loss, count):
+    guard = fed([1.0] * count, spike=0.0)
+    before = guard.get_state()
+    with pytest.raises(Mishap) as caught:
+        guard.look(7, loss, {"position": 8})
+    assert (caught.value.step, caught.value.position) == (7, {"position": 8})
+    assert caught.value.what == f"the loss is {loss}"
+    assert guard.get_state() == before
+
+
+def test_a_spike_leaves_the_mean_and_says_how_far_it_is_above():
+    guard = fed([1.0] * 25)
+    before = guard.get_state()
+    with pytest.raises(Mishap, match=r"the loss is 6\.000, 5\.000 above its mean of 1\.000"):
+        guard.look(26, 6.0, {})
+    assert guard.get_state() == before
+
+
+def test_the_mean_is_exact_for_a_hundred_steps_and_then_forgets():
+    losses = [float(i % 7) for i in range(100)]
+    guard = fed(losses, spike=0.0)
+    assert guard.get_state()["mean"] == pytest.approx(sum(losses) / 100)
+    assert guard.get_state()["count"] == 100
+    # From here on each new loss weighs one hundredth: 50 steps of 1 after 150 of 0.
+    guard = fed([0.0] * 150 + [1.0] * 50, spike=0.0)
+    assert guard.get_state()["mean"] == pytest.approx(1 - 0.99**50)
+
+
+def test_a_state_that_is_restored_decides_alike():
+    guard = fed([2.0] * 20)
+    guard.rollbacks = 2
+    other = Guard(guard._settings)
+    other.set_state(guard.get_state())
+    assert other.get_state() == guard.get_state()
+    assert other.rollbacks == 2
+    assert is_spike(other, 6.0)
+    assert Guard(Settings()).get_state() == NEW == {"count": 0, "mean": 0.0, "rollbacks": 0}
+
+
+def test_rollbacks_are_allowed_as_often_as_the_setting_says(capsys):
+    mishap = Mishap(9, "the loss is nan", {})
+    guard = Guard(Settings(on_nan="rollback", max_rollbacks=2))
+    for count in (1, 2):
+        guard.roll_back("run", mishap, "checkpoint 6")
+        assert guard.rollbacks == count
+        assert f"rollback {count} to checkpoint 6" in capsys.readouterr().out
+    with pytest.raises(Diverged, match="run: the loss is nan at step 9, after 2 rollbacks"):
+        guard.roll_back("run", mishap, "checkpoint 6")
+    with pytest.raises(Diverged, match=r"checkpoint 6: --config\.train\.on_nan=rollback"):
+        Guard(Settings()).roll_back("run", mishap, "checkpoint 6")
+    assert Settings().max_rollbacks == 3
