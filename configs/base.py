@@ -115,11 +115,13 @@ def _convert(heads: int, kv_heads: int) -> ConfigDict:
     convert.sequential = False  # measure each layer in the network as converted so far
     # KV heads by layer: a cache as large as with the numbers below everywhere (at the benchmark's
     # lengths), more of it for the layers in which svd would have to discard more.
-    convert.spread = False
-    convert.where = "both"  # of the decoder's attentions that are converted: or self, cross
+    convert.per_layer_budget = False
+    convert.where = (
+        "both"  # the decoder's attentions that are converted: self_attention, cross_attention, both
+    )
     convert.num_kv_heads_encoder = heads  # the paper leaves the encoder multi-head
-    convert.num_kv_heads_decoder = kv_heads
-    convert.num_kv_heads_cross = kv_heads
+    convert.num_kv_heads_self_attention = kv_heads
+    convert.num_kv_heads_cross_attention = kv_heads
     convert.optimizer = "map"  # or reset: what becomes of Adafactor's moments
     return convert
 
@@ -145,7 +147,7 @@ def _train() -> ConfigDict:
     train = ConfigDict()
     # At a loss that is not finite or a spike: stop, or rollback to the last checkpoint and skip the
     # batches since.
-    train.on_nan = "stop"
+    train.on_divergence = "stop"
     train.max_rollbacks = 3  # of one stage
     train.spike = 3.0  # nats per token above the running mean of the loss; 0: never
     return train
@@ -180,8 +182,8 @@ def _evaluate() -> ConfigDict:
     evaluate.examples = 0  # the first so many; 0: all
     evaluate.batch_size = 64
     evaluate.search = "greedy"  # greedy, beam, sample
-    evaluate.num_beams = 4  # beam: with T5's length penalty ((5 + tokens) / 6) ** alpha
-    evaluate.alpha = 0.6
+    evaluate.num_beams = 4  # beam: with T5's length penalty ((5 + tokens) / 6) ** length_penalty
+    evaluate.length_penalty = 0.6
     evaluate.temperature = 1.0  # sample: 0 is greedy
     evaluate.top_k = 0  # of so many most likely tokens; 0: all
     evaluate.top_p = 1.0  # of the most likely tokens that have this probability together

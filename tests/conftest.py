@@ -51,8 +51,8 @@ def tiny() -> Config:
         num_encoder_layers=2,
         num_decoder_layers=2,
         num_kv_heads_encoder=4,
-        num_kv_heads_decoder=4,
-        num_kv_heads_cross=4,
+        num_kv_heads_self_attention=4,
+        num_kv_heads_cross_attention=4,
     )
 
 

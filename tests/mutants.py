@@ -102,9 +102,8 @@ def main(argv: list[str]) -> int:
 
     killed = len(tried) - len(survivors)
     score = killed / max(len(tried), 1)
-    print(
-        f"{killed} of {len(tried)} mutants killed ({score:.1%}); {len(mutants) - len(tried)} equivalent"
-    )
+    equivalent = len(mutants) - len(tried)
+    print(f"{killed} of {len(tried)} mutants killed ({score:.1%}); {equivalent} equivalent")
     return 0 if score >= REQUIRED_SCORE else 1
 
 

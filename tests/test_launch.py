@@ -41,7 +41,10 @@ def run(capsys, tmp_path, monkeypatch):
         ((GQA8, "--workdri=x"), "workdri"),
         ((GQA8, "extra"), "unexpected argument 'extra'"),
         (("--config=configs/gqa8.py:medium",), "size='medium'; use one of pico, nano, mini, small"),
-        (("--config=configs/gqa8.py:small",), "num_kv_heads_decoder=8 .* use one of 1, 2, 3, 6"),
+        (
+            ("--config=configs/gqa8.py:small",),
+            "num_kv_heads_self_attention=8 .* use one of 1, 2, 3, 6",
+        ),
         (
             ("--config=configs/gqa.py:kv_heads=3",),
             "=3 does not divide .* use one of 1, 2, 4, 8, 16",
@@ -54,7 +57,10 @@ def run(capsys, tmp_path, monkeypatch):
         ((GQA8, "--config.evaluate.top_p=0"), "evaluate.top_p=0.0; use more than 0 and at most 1"),
         ((GQA8, "--config.evaluate.top_k=-1"), "evaluate.top_k=-1; use 0 or more"),
         ((GQA8, "--config.evaluate.num_beams=0"), "evaluate.num_beams=0; use 1 or more"),
-        ((GQA8, "--config.evaluate.alpha=-1"), "evaluate.alpha=-1.0; use 0 or more"),
+        (
+            (GQA8, "--config.evaluate.length_penalty=-1"),
+            "evaluate.length_penalty=-1.0; use 0 or more",
+        ),
         (
             (GQA8, "--config.evaluate.cache_dtype=float16"),
             "evaluate.cache_dtype='float16'; use one of nothing, float32, bfloat16",
@@ -83,7 +89,7 @@ def run(capsys, tmp_path, monkeypatch):
         ((GQA8, "--workdir=README.md"), "--workdir=README.md: "),
         ((GQA8, "--config.finetune.tasks=squad"), "task='squad' is unknown; choose from"),
         (
-            (GQA8, "--config.convert.method=fuse", "--config.convert.spread=True"),
+            (GQA8, "--config.convert.method=fuse", "--config.convert.per_layer_budget=True"),
             "KV heads by layer do not go with convert.method='fuse'",
         ),
         ((GQA8, "--config.finetune.tasks=docstrings"), "docstrings has documents"),

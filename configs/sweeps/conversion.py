@@ -26,7 +26,7 @@ def get_config(arg: str = ""):
     )
     calibration = "svd-logit-1024,svd-logit-8192,svd-logit-524288"
     others = "svd-logit-sequential,svd-activation-sequential,svd-logit-shrink0,svd-logit-shrink0.1"
-    budget = "mean-spread,svd-logit-spread"
+    budget = "mean-per_layer_budget,svd-logit-per_layer_budget"
     tuned = {"seeds": SEEDS, "tasks": "docstring_summary"}
     return sweep(
         "conversion",

@@ -18,7 +18,7 @@ def sweep(name: str, arg: str, **grids: dict) -> ConfigDict:
         axes = config.sweep[grid] = ConfigDict()
         axes.kv_heads = ()  # decoder self- and cross-attention; 0: multi-head; (): all that divide
         axes.alphas = (config.uptrain.alpha,)
-        axes.where = "both"  # or self, cross: the attentions that are converted
+        axes.where = "both"  # or self_attention, cross_attention: what is converted
         # Comma-separated, as are where, tasks and sizes. A method may be followed by what departs
         # from the base config: svd-activation, mean-strided-renorm, svd-8192 (calibration tokens),
         # svd-sequential, svd-shrink0.1, mean-kl1 (uptrain.beta).

@@ -77,13 +77,13 @@ def run(config: ConfigDict, workdir: Path, kind: str | None) -> None:
 
 
 def _kv_heads(config: ConfigDict) -> tuple[int, ...]:
-    return tuple(config.aot.kv_heads) or (config.convert.num_kv_heads_decoder,)
+    return tuple(config.aot.kv_heads) or (config.convert.num_kv_heads_self_attention,)
 
 
 def _network(config: ConfigDict, K: int) -> Config:
     """Multi-head but for K KV heads in decoder self- and cross-attention."""
     heads = dict.fromkeys((f"num_kv_heads_{name}" for name in ATTENTIONS), config.model.num_heads)
-    grouped = dict.fromkeys(("num_kv_heads_decoder", "num_kv_heads_cross"), K)
+    grouped = dict.fromkeys(("num_kv_heads_self_attention", "num_kv_heads_cross_attention"), K)
     return Config(**config.model, **(heads | grouped))
 
 
@@ -140,7 +140,7 @@ def _fits(target: Target, compiled: Compiled) -> bool:
 
 
 def _say(config: ConfigDict, point: Point) -> None:
-    K, gib = point.net.config.num_kv_heads_decoder, point.step.peak / 2**30
+    K, gib = point.net.config.num_kv_heads_self_attention, point.step.peak / 2**30
     print(
         f"{config.aot.target}: {K} KV heads, batch {point.batch_size}: {gib:.1f} GiB a chip, "
         f"compiled in {point.step.seconds:.0f} s",
@@ -168,7 +168,7 @@ def _records(config: ConfigDict, target: Target, point: Point, batch: str) -> li
     numbers["sample_seconds"] = roofline.sample_seconds(
         numbers["prefill_seconds"], R, numbers["step_seconds"], T, B, n
     )
-    K = net.config.num_kv_heads_decoder
+    K = net.config.num_kv_heads_self_attention
     about = {"num_kv_heads": K, "batch": batch, "batch_size": B, "layout": net.layout.kv_heads}
     return _variant_records(config, target.name, about, numbers)
 

@@ -11,7 +11,7 @@ from gqa import convert
 from gqa.convert import calibration
 from gqa.runtime.errors import UserError
 
-FLAGS = ("renorm", "sequential", "spread")
+FLAGS = ("renorm", "sequential", "per_layer_budget")
 RATES = {"shrink": "convert.shrinkage", "kl": "uptrain.beta"}
 
 
@@ -40,7 +40,7 @@ def before_uptraining(method: str) -> str:
 
 def by_layer(method: str) -> bool:
     """Whether KV heads were spread over layers, so that times depend on how."""
-    return "spread" in method.split("-")
+    return "per_layer_budget" in method.split("-")
 
 
 def keys(text: str) -> dict[str, Any]:

@@ -28,7 +28,11 @@ from gqa.model.config import Config
 
 KINDS = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
 # Which of the decoder's attentions convert.where has converted; the others stay multi-head.
-WHERE = {"self": ("decoder",), "cross": ("cross",), "both": ("decoder", "cross")}
+WHERE = {
+    "self_attention": ("self_attention",),
+    "cross_attention": ("cross_attention",),
+    "both": ("self_attention", "cross_attention"),
+}
 
 
 class Stage(NamedTuple):
@@ -75,7 +79,7 @@ class Stage(NamedTuple):
 
     def _words(self) -> list[str]:
         variant = self.variant
-        K, cross = variant["num_kv_heads"], variant["cross_num_kv_heads"]
+        K, cross = variant["num_kv_heads"], variant["num_kv_heads_cross_attention"]
         words = [variant["size"], f"{K} KV heads", *([f"cross {cross}"] if cross != K else [])]
         if variant["method"] != "none":
             words.append(variant["method"])
@@ -165,9 +169,11 @@ def _conversion(config: ConfigDict) -> dict[str, Any]:
         settings["calibration_tokens"] = section.calibration_tokens
     if convert.needs_moments(section.method, section.space):
         settings |= {key: section[key] for key in ("sequential", "shrinkage")}
-    if section.spread:
-        lengths = {"decoder": "targets_length", "cross": "inputs_length"}
-        settings["spread"] = {name: config.benchmark[key] for name, key in lengths.items()}
+    if section.per_layer_budget:
+        lengths = {"self_attention": "targets_length", "cross_attention": "inputs_length"}
+        settings["per_layer_budget"] = {
+            name: config.benchmark[key] for name, key in lengths.items()
+        }
         settings["space"] = section.space
         if section.space != "weight":
             settings |= {key: section[key] for key in ("calibration_tokens", "shrinkage")}
@@ -195,9 +201,9 @@ def _benchmark(config: ConfigDict, reference: ConfigDict, leaf: Stage, plan_stag
     variant, parents = leaf.variant, ()
     shape = {"method": "none", "alpha": 0.0, "seed": 0}
     heads = {
-        "num_kv_heads_decoder": variant["num_kv_heads"],
-        "num_kv_heads_cross": variant["cross_num_kv_heads"],
-        "num_kv_heads_encoder": variant["encoder_num_kv_heads"],
+        "num_kv_heads_self_attention": variant["num_kv_heads"],
+        "num_kv_heads_cross_attention": variant["num_kv_heads_cross_attention"],
+        "num_kv_heads_encoder": variant["num_kv_heads_encoder"],
     }
     multi_head = dict.fromkeys(convert.ATTENTIONS, reference.model.num_heads)
     networks = [
@@ -240,9 +246,9 @@ def _variant(config: ConfigDict, heads: dict[str, int], method: str, alpha: floa
     return {
         "size": config.size,
         "num_heads": config.model.num_heads,
-        "num_kv_heads": heads["decoder"],
-        "cross_num_kv_heads": heads["cross"],
-        "encoder_num_kv_heads": heads["encoder"],
+        "num_kv_heads": heads["self_attention"],
+        "num_kv_heads_cross_attention": heads["cross_attention"],
+        "num_kv_heads_encoder": heads["encoder"],
         "method": method,
         "alpha": alpha,
         "seed": config.seed,

@@ -30,7 +30,7 @@ CHOICES = {
     "evaluate.search": ("greedy", "beam", "sample"),
     "evaluate.cache_dtype": ("", "float32", "bfloat16"),
     "checkpoint.on_damage": ("stop", "previous"),
-    "train.on_nan": ("stop", "rollback"),
+    "train.on_divergence": ("stop", "rollback"),
     "wandb.mode": progress.MODES,
 }
 
@@ -98,10 +98,10 @@ def check_numbers(config: ConfigDict) -> None:
 def _check_conversion(config: ConfigDict) -> None:
     """Refuse what cannot be converted."""
     section = config.convert
-    if section.spread:
+    if section.per_layer_budget:
         convert.check_by_layer(section.method, section.grouping)
         if config.mesh.model > 1:
-            raise UserError("convert.spread=True goes with mesh.model=1 alone")
+            raise UserError("convert.per_layer_budget=True goes with mesh.model=1 alone")
     convert.check(
         parent_config(config),
         target_heads(config),

@@ -14,8 +14,9 @@ NOTE = (
 )
 SAVED_NOTE = (
     f"Reaches: the alpha at which the loss is that of `{method_comparison.REFERENCE}` after alpha "
-    f"{method_comparison.ALPHA:g}, interpolated between the measured ones, for every seed alone. Better "
-    "from: the least measured alpha whose loss is lower beyond the interval, and by how much."
+    f"{method_comparison.ALPHA:g}, interpolated between the measured ones, for every seed alone. "
+    "Better from: the least measured alpha whose loss is lower beyond the interval, and by how "
+    "much."
 )
 
 

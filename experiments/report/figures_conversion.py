@@ -127,9 +127,8 @@ def by_saving(summary: Summary, folder: Path) -> str | None:
         plot.marks(axes, points, i, summary.sized(shape.network, shape))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set(
-        xlabel=f"alpha that reaches {method_comparison.REFERENCE}'s loss of alpha {method_comparison.ALPHA:g}"
-    )
+    reference, alpha = method_comparison.REFERENCE, method_comparison.ALPHA
+    axes.set(xlabel=f"alpha that reaches {reference}'s loss of alpha {alpha:g}")
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     plot.tidy(axes)
     plot.legend_below(figure, axes)

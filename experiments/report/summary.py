@@ -18,8 +18,8 @@ class Variant(NamedTuple):
     size: str
     num_heads: int
     num_kv_heads: int
-    cross_num_kv_heads: int
-    encoder_num_kv_heads: int
+    num_kv_heads_cross_attention: int
+    num_kv_heads_encoder: int
     method: str
     alpha: float
 
@@ -38,10 +38,10 @@ class Variant(NamedTuple):
     def network(self) -> str:
         """Name the network alone, however its weights were reached."""
         name = {self.num_heads: "MHA", 1: "MQA"}.get(self.num_kv_heads, f"GQA-{self.num_kv_heads}")
-        if self.cross_num_kv_heads != self.num_kv_heads:
-            name += f" cross-{self.cross_num_kv_heads}"
-        if self.encoder_num_kv_heads != self.num_heads:
-            name += f" encoder-{self.encoder_num_kv_heads}"
+        if self.num_kv_heads_cross_attention != self.num_kv_heads:
+            name += f" cross-{self.num_kv_heads_cross_attention}"
+        if self.num_kv_heads_encoder != self.num_heads:
+            name += f" encoder-{self.num_kv_heads_encoder}"
         return name
 
     @property
@@ -58,8 +58,8 @@ class Variant(NamedTuple):
     @property
     def grouped_alike(self) -> bool:
         """Whether both decoder attentions have one number of KV heads, and the encoder all."""
-        whole_encoder = self.encoder_num_kv_heads == self.num_heads
-        return whole_encoder and self.cross_num_kv_heads == self.num_kv_heads
+        whole_encoder = self.num_kv_heads_encoder == self.num_heads
+        return whole_encoder and self.num_kv_heads_cross_attention == self.num_kv_heads
 
     @property
     def parent(self) -> "Variant":

@@ -67,9 +67,9 @@ def _unit(summary, task):
 
 
 def _kv_heads(variant):
-    if variant.cross_num_kv_heads == variant.num_kv_heads:
+    if variant.num_kv_heads_cross_attention == variant.num_kv_heads:
         return str(variant.num_kv_heads)
-    return f"self {variant.num_kv_heads}, cross {variant.cross_num_kv_heads}"
+    return f"self {variant.num_kv_heads}, cross {variant.num_kv_heads_cross_attention}"
 
 
 def _seeds(summary, variant):

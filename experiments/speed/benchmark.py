@@ -101,7 +101,7 @@ def _nets(config: ConfigDict) -> dict[int, Inference]:
     """The networks to time, by their KV heads in decoder self- and cross-attention."""
     parent, N = _multi_head(config.model), config.model.num_heads
     wanted = config.benchmark.kv_heads or [K for K in range(N, 0, -1) if N % K == 0]
-    heads = ("num_kv_heads_decoder", "num_kv_heads_cross")
+    heads = ("num_kv_heads_self_attention", "num_kv_heads_cross_attention")
     return {K: Inference(dataclasses.replace(parent, **dict.fromkeys(heads, K))) for K in wanted}
 
 
@@ -224,8 +224,8 @@ def _generation_records(
 
 def _variant(size: str, N: int, S: int, T: int, entry: Entry, batch: str) -> dict:
     """What a record says of whom and at which shape it was measured."""
-    heads = {"num_kv_heads": entry.num_kv_heads, "cross_num_kv_heads": entry.num_kv_heads}
-    network = {"size": size, "num_heads": N, **heads, "encoder_num_kv_heads": N}
+    heads = {"num_kv_heads": entry.num_kv_heads, "num_kv_heads_cross_attention": entry.num_kv_heads}
+    network = {"size": size, "num_heads": N, **heads, "num_kv_heads_encoder": N}
     shape = {"batch_size": entry.batch_size, "inputs_length": S, "targets_length": T}
     made = {"method": "none", "alpha": 0.0, "seed": 0}
     return network | made | shape | {"system": entry.system, "batch": batch}

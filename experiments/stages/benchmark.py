@@ -74,5 +74,5 @@ def _line(config: Config, entries: list[dict]) -> str:
 
 
 def _heads(config: Config) -> str:
-    own = config.num_kv_heads_decoder
+    own = config.num_kv_heads_self_attention
     return "/".join(map(str, own)) if isinstance(own, tuple) else str(own)

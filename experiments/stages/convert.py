@@ -13,13 +13,13 @@ from experiments.stages.text import Training, training
 from gqa import convert
 from gqa.checkpoints import checkpoint
 from gqa.convert import calibration, grouping
-from gqa.convert.calibration import Moment
+from gqa.convert.calibration import InputCovariance
 from gqa.convert.optimizer_state import convert_state
 from gqa.model import transformer
 from gqa.model.config import Config
 from gqa.training import loop
 
-KEPT = 2**30  # bytes of moments, at most, that stay for the next stage of the same parent
+KEPT = 2**30  # bytes of input_covariances, at most, that stay for the next stage of the same parent
 
 
 def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
@@ -31,11 +31,11 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     heads = {n: K for n, K in settings["num_kv_heads"].items() if parent.config.num_heads > K}
     begun = time.monotonic()
     batches, tokens = _batches(data, settings.get("calibration_tokens", 0))
-    moments, earlier = _calibrated(parent, state.params, settings, tuple(heads), batches)
-    found = moments() if settings["grouping"] in convert.MEASURED else None
+    input_covariances, earlier = _calibrated(parent, state.params, settings, tuple(heads), batches)
+    found = input_covariances() if settings["grouping"] in convert.MEASURED else None
     orders = convert.orders(state.params, heads, settings["grouping"], settings["seed"], found)
     regrouped = grouping.permuted(state.params, orders)
-    params, config = _convert(regrouped, parent.config, settings, heads, batches, moments)
+    params, config = _convert(regrouped, parent.config, settings, heads, batches, input_covariances)
     jax.block_until_ready(params)
     seconds = time.monotonic() - begun + earlier
     opt_state = grouping.permuted_moments(state.opt_state, state.params, orders)
@@ -73,7 +73,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
 def _by_layer(name: str, config: Config, settings: dict) -> list[dict]:
     """The KV heads of each layer, where they were spread."""
     records = []
-    for attention in settings.get("spread", ()):
+    for attention in settings.get("per_layer_budget", ()):
         heads = config.kv_heads(attention)
         print(f"{name}: KV heads by layer of {attention}: {' '.join(map(str, heads))}")
         records += [record(f"kv_heads_{attention}_{i}", K, "KV heads") for i, K in enumerate(heads)]
@@ -82,27 +82,27 @@ def _by_layer(name: str, config: Config, settings: dict) -> list[dict]:
 
 def _calibrated(
     parent: Parent, params: dict, settings: dict, attentions: tuple[str, ...], batches: list[dict]
-) -> tuple[Callable[[], Iterable[Moment]], float]:
-    """What gives the parent's moments, and the seconds an earlier stage took to measure them.
+) -> tuple[Callable[[], Iterable[InputCovariance]], float]:
+    """What gives the parent's covariances, and the seconds an earlier stage took to measure them.
 
     They do not depend on the order of heads, and the stages that a process does in turn have them
     in common. Those of a large network are measured wherever they are wanted, a layer at a time.
     """
     config = parent.config
-    measure = partial(calibration.moments, params, config, batches, attentions)
-    whole = settings["grouping"] in convert.MEASURED or "spread" in settings
+    measure = partial(calibration.input_covariances, params, config, batches, attentions)
+    whole = settings["grouping"] in convert.MEASURED or "per_layer_budget" in settings
     as_converted = settings.get("sequential") and not whole
     matrices = config.num_encoder_layers + 2 * config.num_decoder_layers
     if not batches or as_converted or matrices * 8 * config.d_model**2 > KEPT:
         return measure, 0.0
     kept = _kept(parent.path, len(batches), attentions)
     if kept:
-        moments, seconds = kept[0]
-        return lambda: moments, seconds
+        input_covariances, seconds = kept[0]
+        return lambda: input_covariances, seconds
     begun = time.monotonic()
-    moments = list(measure())
-    kept.append((moments, time.monotonic() - begun))
-    return lambda: moments, 0.0
+    input_covariances = list(measure())
+    kept.append((input_covariances, time.monotonic() - begun))
+    return lambda: input_covariances, 0.0
 
 
 @lru_cache(maxsize=1)
@@ -118,18 +118,20 @@ def _convert(
     settings: dict,
     heads: dict[str, int],
     batches: list[dict],
-    moments: Callable[[], Iterable[Moment]],
+    input_covariances: Callable[[], Iterable[InputCovariance]],
 ) -> tuple[dict, Config]:
     """Converted parameters and their config, of parameters whose heads are in that order."""
     s = settings
     weigh = {"space": s.get("space", "weight"), "shrinkage": s.get("shrinkage", 0.0)}
     measured = weigh["space"] != "weight"
-    if "spread" in s:
-        found = moments() if measured else None
-        heads = convert.spread(params, config, heads, s["spread"], moments=found, **weigh)
+    if "per_layer_budget" in s:
+        found = input_covariances() if measured else None
+        heads = convert.per_layer_kv_heads(
+            params, config, heads, s["per_layer_budget"], input_covariances=found, **weigh
+        )
     given = {"batches": batches} if s.get("sequential") else {}
     if measured and not given:
-        given = {"moments": moments()}
+        given = {"input_covariances": input_covariances()}
     more = given | weigh | {"renorm": s["renorm"]}
     return convert.convert(params, config, heads, s["method"], s["seed"], **more)
 

@@ -58,7 +58,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
 
 def _make_search(settings: dict) -> decoding.Search:
     if settings["search"] == "beam":
-        return decoding.beam_search(settings["num_beams"], settings["alpha"])
+        return decoding.beam_search(settings["num_beams"], settings["length_penalty"])
     if settings["search"] == "sample":
         options = {key: settings[key] for key in ("temperature", "top_k", "top_p")}
         return decoding.Sample(**options, seed=settings["variant"]["seed"])

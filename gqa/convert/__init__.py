@@ -19,7 +19,7 @@ import numpy as np
 
 from gqa.convert import assemble, calibration, closed_form, layer_budget, learned, pooling
 from gqa.convert.attention_kernels import kernels_of
-from gqa.convert.calibration import ATTENTIONS, Moment
+from gqa.convert.calibration import ATTENTIONS, InputCovariance
 from gqa.convert.closed_form import SPACES
 from gqa.convert.grouping import GROUPINGS, MEASURED, orders, permuted
 from gqa.model.config import Config, check_kv_heads
@@ -31,7 +31,7 @@ ABSORBING = closed_form.METHODS
 CLOSED = (*pooling.METHODS, *ABSORBING)  # those that need no training
 METHODS = (*CLOSED, *learned.METHODS)
 
-SHRINKAGE = 0.01  # of moments, where nothing else is asked for
+SHRINKAGE = 0.01  # of input_covariances, where nothing else is asked for
 
 
 def convert(
@@ -41,7 +41,7 @@ def convert(
     method: str = "mean",
     seed: int = 0,
     *,
-    moments: Iterable[Moment] | None = None,
+    input_covariances: Iterable[InputCovariance] | None = None,
     batches: Sequence[dict] | None = None,
     space: str = "logit",
     grouping: str = "contiguous",
@@ -52,39 +52,43 @@ def convert(
 
     Args:
         num_kv_heads: for decoder self- and cross-attention (the paper leaves the encoder alone), or
-            a number for each of "encoder", "decoder" and "cross" that is to change; for the latter
-            two also a number for each layer, such as `spread` gives.
+            a number for each of "encoder", "self_attention" and "cross_attention" that is to
+            change; for the latter
+            two also a number for each layer, such as `per_layer_kv_heads` gives.
         method: one of METHODS. "weighted" and "fuse" give what their training starts from.
         seed: of what draws: method and grouping.
-        moments: what `gqa.calibrate.moments(params, config, ...)` yields, for `needs_moments`.
-        batches: calibration batches to take the moments from instead, layer by layer, each of the
+        input_covariances: what `gqa.convert.calibration.input_covariances(params, config, ...)`
+            yields, for `needs_input_covariances`.
+        batches: calibration batches to take the covariances from instead, layer by layer, each of
+            the
             network as converted so far, so that later layers make up for earlier ones.
         space: what svd keeps best: the kernels ("weight"), keys and values ("activation"), or
             logits and outputs ("logit"); procrustes aligns kernels, or else keys and values.
         grouping: one of GROUPINGS.
         renorm: scale each new key and value block to the mean Frobenius norm of its members.
-        shrinkage: of moments towards a multiple of the identity, in [0, 1].
+        shrinkage: of input_covariances towards a multiple of the identity, in [0, 1].
 
     Raises:
-        UserError: for an unknown name, moments that are missing, or a number that does not divide
+        UserError: for an unknown name, covariances that are missing, or a number that does not
+            divide
             the heads that are there.
     """
     heads = _by_name(num_kv_heads)
-    calibrated = moments is not None or batches is not None
+    calibrated = input_covariances is not None or batches is not None
     check(config, heads, method, space, grouping, renorm, calibrated)
     new_config = dataclasses.replace(config, **{_field(name): K for name, K in heads.items()})
     fewer = _fewer(config, heads)
     if not fewer:
         return params, new_config
     if grouping in MEASURED:
-        if moments is None:
-            moments = calibration.moments(params, config, batches, tuple(fewer))
-        moments = list(moments)
-    params = permuted(params, orders(params, fewer, grouping, seed, moments))
+        if input_covariances is None:
+            input_covariances = calibration.input_covariances(params, config, batches, tuple(fewer))
+        input_covariances = list(input_covariances)
+    params = permuted(params, orders(params, fewer, grouping, seed, input_covariances))
     if method in learned.METHODS:
         return learned.fold(learned.expand(params, fewer, method)), new_config
     if method in closed_form.METHODS:
-        walk = _walk(params, config, fewer, space, moments, batches)
+        walk = _walk(params, config, fewer, space, input_covariances, batches)
         made = assemble.absorbed(params, new_config, fewer, walk, method, space, shrinkage)
     else:
         made = assemble.pooled(params, new_config, fewer, method, seed)
@@ -104,13 +108,13 @@ def check(
 ) -> None:
     """Raise the UserError that `convert` would, without touching parameters.
 
-    `calibrated` says that moments or batches will be there.
+    `calibrated` says that input_covariances or batches will be there.
     """
     choices = {"method": (method, METHODS), "space": (space, SPACES)}
     for key, (value, known) in (choices | {"grouping": (grouping, GROUPINGS)}).items():
         if value not in known:
             raise UserError(f"convert.{key}={value!r}; use one of {', '.join(known)}")
-    if len(config.runs) > 1:
+    if len(config.layer_groups) > 1:
         raise UserError("KV heads differ by layer already; convert the network they were made of")
     for name, value in num_kv_heads.items():
         if name not in ATTENTIONS:
@@ -121,7 +125,11 @@ def check(
         raise UserError(f"convert.renorm does not go with convert.method={method!r}, which learns")
     if any(isinstance(value, tuple) for value in num_kv_heads.values()):
         check_by_layer(method, grouping)
-    if needs_moments(method, space, grouping) and _fewer(config, num_kv_heads) and not calibrated:
+    if (
+        needs_input_covariances(method, space, grouping)
+        and _fewer(config, num_kv_heads)
+        and not calibrated
+    ):
         what = f"method={method!r}" if grouping not in MEASURED else f"grouping={grouping!r}"
         raise UserError(
             f"convert.{what} weighs heads by activations: set convert.calibration_tokens above 0"
@@ -139,18 +147,20 @@ def check_by_layer(method: str, grouping: str) -> None:
         )
 
 
-def needs_moments(method: str, space: str = "logit", grouping: str = "contiguous") -> bool:
+def needs_input_covariances(
+    method: str, space: str = "logit", grouping: str = "contiguous"
+) -> bool:
     """Whether a conversion takes calibration batches."""
     return (method in closed_form.METHODS and space != "weight") or grouping in MEASURED
 
 
-def spread(
+def per_layer_kv_heads(
     params: dict,
     config: Config,
     num_kv_heads: int | dict[str, int],
     lengths: dict[str, int],
     *,
-    moments: Iterable[Moment] | None = None,
+    input_covariances: Iterable[InputCovariance] | None = None,
     space: str = "logit",
     shrinkage: float = SHRINKAGE,
 ) -> dict[str, tuple[int, ...]]:
@@ -158,22 +168,23 @@ def spread(
 
     Args:
         num_kv_heads: as in `convert`, one number an attention.
-        lengths: positions that the cache holds, of "decoder" (targets) and "cross" (inputs).
-        moments, space, shrinkage: as in `convert`; what a layer loses is what svd would.
+        lengths: positions that the cache holds, of "self_attention" (targets) and
+            "cross_attention" (inputs).
+        input_covariances, space, shrinkage: as in `convert`; what a layer loses is what svd would.
     """
     heads = _by_name(num_kv_heads)
-    check(config, heads, "svd", space, calibrated=moments is not None)
+    check(config, heads, "svd", space, calibrated=input_covariances is not None)
     fewer = _fewer(config, heads)
     lost = {}
-    for moment in _walk(params, config, fewer, space, moments, None):
-        name, layer = moment.attention, moment.layer
+    for covariance in _walk(params, config, fewer, space, input_covariances, None):
+        name, layer = covariance.attention, covariance.layer
         if name in fewer:
             kernels = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
             lost[name, layer] = {
-                K: closed_form.discarded(kernels, K, space, moment, shrinkage)
+                K: closed_form.discarded(kernels, K, space, covariance, shrinkage)
                 for K in divisors(kernels["key"].shape[1])
             }
-    return layer_budget.spread(lost, fewer, lengths)
+    return layer_budget.allocate(lost, fewer, lengths)
 
 
 def query_scale(old: dict, new: dict) -> dict[str, np.ndarray]:
@@ -202,7 +213,7 @@ def _field(name: str) -> str:
 def _by_name(num_kv_heads: int | dict) -> dict[str, int | tuple[int, ...]]:
     """For each attention that is to change; a number alone is both of the decoder's."""
     if isinstance(num_kv_heads, int):
-        return {"decoder": num_kv_heads, "cross": num_kv_heads}
+        return {"self_attention": num_kv_heads, "cross_attention": num_kv_heads}
     return num_kv_heads
 
 
@@ -221,13 +232,17 @@ def _walk(
     config: Config,
     fewer: dict[str, int],
     space: str,
-    moments: Iterable[Moment] | None,
+    input_covariances: Iterable[InputCovariance] | None,
     batches: Sequence[dict] | None,
-) -> Generator[Moment, dict | None, None]:
-    """The moments in the order that layers are to be converted in; without any, `keys` is None."""
+) -> Generator[InputCovariance, dict | None, None]:
+    """The covariances in the order that layers are to be converted in; without any, `keys` is
+    None.
+    """
     if space == "weight":
         layers = {name: len(kernels_of(params, name)["key"]) for name in fewer}
-        return (Moment(n, i, None, None, 0, 0) for n, L in layers.items() for i in range(L))
+        return (
+            InputCovariance(n, i, None, None, 0, 0) for n, L in layers.items() for i in range(L)
+        )
     if batches is not None:
-        return calibration.moments(params, config, batches, tuple(fewer))
-    return (moment for moment in moments)
+        return calibration.input_covariances(params, config, batches, tuple(fewer))
+    return (covariance for covariance in input_covariances)

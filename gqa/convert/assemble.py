@@ -23,7 +23,7 @@ Made = dict[str, dict[int, dict]]
 
 def _runs(config: Config, name: str) -> dict[int, tuple[slice, int]]:
     """By the first layer of each run: its layers, and their KV heads in attention `name`."""
-    runs = {0: config.num_encoder_layers} if name == "encoder" else config.runs
+    runs = {0: config.num_encoder_layers} if name == "encoder" else config.layer_groups
     heads = config.kv_heads(name)
     return {first: (slice(first, first + length), heads[first]) for first, length in runs.items()}
 
@@ -85,8 +85,8 @@ def absorbed(
     new = None
     with contextlib.suppress(StopIteration):
         while True:
-            moment = walk.send(new)
-            name, layer = moment.attention, moment.layer
+            covariance = walk.send(new)
+            name, layer = covariance.attention, covariance.layer
             if name not in fewer:
                 new = None
                 continue
@@ -94,7 +94,7 @@ def absorbed(
             new, K = kernels, config.kv_heads(name)[layer]
             if new["key"].shape[1] != K:
                 new, conditions[name, layer] = closed_form.layer(
-                    kernels, K, method, space, moment, shrinkage
+                    kernels, K, method, space, covariance, shrinkage
                 )
             found[name][layer] = new
     _warn(conditions)
@@ -106,7 +106,7 @@ def _in_runs(params: dict, config: Config, name: str, made: dict[int, dict]) -> 
     kernels = kernels_of(params, name)
     L = len(kernels["key"])
     if len(made) != L:
-        raise ValueError(f"moments of {len(made)} layers of {L} for {name}")
+        raise ValueError(f"covariances of {len(made)} layers of {L} for {name}")
 
     def stacked(layers: slice) -> dict:
         return {
@@ -118,11 +118,12 @@ def _in_runs(params: dict, config: Config, name: str, made: dict[int, dict]) -> 
 
 
 def _warn(conditions: dict[tuple[str, int], float]) -> None:
-    """Say once how bad the worst moments were; the weights are finite all the same."""
+    """Say once how bad the worst covariances were; the weights are finite all the same."""
     (name, layer), worst = max(conditions.items(), key=lambda item: item[1])
     if worst > ILL_CONDITIONED:
         warnings.warn(
-            f"moments of layer {layer} of attention {name!r} have condition number {worst:.2g}: "
+            f"covariances of layer {layer} of attention {name!r} have condition number "
+            f"{worst:.2g}: "
             "directions or heads without any signal; raise convert.calibration_tokens",
             stacklevel=3,
         )

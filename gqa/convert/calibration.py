@@ -26,13 +26,13 @@ TOKENS = 65_536  # to calibrate on, where nothing else is asked for
 # The attentions of the network and where their kernels are in the tree.
 ATTENTIONS = {
     "encoder": ("encoder", "attention"),
-    "decoder": ("decoder", "self_attention"),
-    "cross": ("decoder", "cross_attention"),
+    "self_attention": ("decoder", "self_attention"),
+    "cross_attention": ("decoder", "cross_attention"),
 }
 
 
-class Moment(NamedTuple):
-    """What one attention ("encoder", "decoder" or "cross") of one layer reads.
+class InputCovariance(NamedTuple):
+    """What one attention ("encoder", "self_attention" or "cross_attention") of one layer reads.
 
     keys [D, D] is the mean of x x' over the tokens x that its keys and values are made of, queries
     [D, D] over those of its queries; both float64, over `num_keys` and `num_queries` tokens.
@@ -54,20 +54,20 @@ class _Rows(NamedTuple):
     shared: tuple
 
 
-def moments(
+def input_covariances(
     params: dict,
     config: Config,
     batches: Iterable[dict[str, np.ndarray]],
-    attentions: Sequence[str] = ("decoder", "cross"),
-) -> Generator[Moment, dict | None, None]:
-    """Yield the `Moment` of each of `attentions`, layer by layer; padding does not count.
+    attentions: Sequence[str] = ("self_attention", "cross_attention"),
+) -> Generator[InputCovariance, dict | None, None]:
+    """Yield the `InputCovariance` of each of `attentions`, layer by layer; padding does not count.
 
     The activations of all batches are held on the host, [tokens, D] of them, and one layer's
-    moments at a time. `list(moments(...))` keeps all, to convert with more than once.
+    covariances at a time. `list(input_covariances(...))` keeps all, to convert with more than once.
 
     A caller that converts as it goes may `send` the new kernels of the attention it was just given
     (a dict of arrays, keys and values [D, K, H] for any K that divides the heads): the batches then
-    go on through these, and what follows are the moments of the network as converted so far.
+    go on through these, and what follows are the covariances of the network as converted so far.
     """
     batches = list(batches)
     sources = [_source(batch) for batch in batches]
@@ -80,7 +80,9 @@ def moments(
     rows = yield from _stack("encoder", params, config, rows, attentions, None)
     norm = RMSNorm(jnp.dtype(config.dtype))
     encoded = [norm.apply({"params": params["encoder"]["norm"]}, r.x) for r in rows]
-    memory = second_moment(encoded, [r.real for r in rows]) if "cross" in attentions else None
+    memory = (
+        second_moment(encoded, [r.real for r in rows]) if "cross_attention" in attentions else None
+    )
 
     rows, bias = [], cache(partial(_bias, params["decoder"], config, False))
     for batch, source, y in zip(batches, sources, encoded, strict=True):
@@ -106,7 +108,9 @@ def _bias(stack: dict, config: Config, bidirectional: bool, length: int) -> Arra
 
 
 def _stack(stack: str, params: dict, config: Config, rows: list[_Rows], attentions, memory):
-    """Send rows through all layers of a stack; yields moments, returns the rows that come out."""
+    """Send rows through all layers of a stack; yields covariances, returns the rows that come
+    out.
+    """
     for index, layer in enumerate(each_layer(params[stack])):
         own = config.at_layer(index) if stack == "decoder" else config
         rows = yield from _layer(stack, layer, own, rows, attentions, memory, index)
@@ -123,8 +127,8 @@ def _layer(stack, layer: dict, config: Config, rows: list[_Rows], attentions, me
         results = results or [_run(module, config, layer, r.x, r.shared) for r in rows]
         normed = [captured[f"{attention}_norm"] for _, captured in results]
         queries, count = second_moment(normed, [r.real for r in rows])
-        keys, num_keys = memory if name == "cross" else (queries, count)
-        new = yield Moment(name, index, keys, queries, num_keys, count)
+        keys, num_keys = memory if name == "cross_attention" else (queries, count)
+        new = yield InputCovariance(name, index, keys, queries, num_keys, count)
         if new is not None:
             layer = layer | {attention: _repeated(new, layer[attention])}
             results = None

@@ -13,7 +13,7 @@ a time: `heads` [G, D, H], `partners` [G, P, D, H], where P query heads share a 
 
 import numpy as np
 
-from gqa.convert.calibration import Moment
+from gqa.convert.calibration import InputCovariance
 
 METHODS = ("svd", "procrustes")
 SPACES = ("weight", "activation", "logit")
@@ -23,16 +23,22 @@ ROUNDS, TOLERANCE = 100, 1e-10  # of the generalised Procrustes iteration; relat
 
 
 def layer(
-    kernels: dict, num_groups: int, method: str, space: str, moment: Moment, shrinkage: float
+    kernels: dict,
+    num_groups: int,
+    method: str,
+    space: str,
+    covariance: InputCovariance,
+    shrinkage: float,
 ) -> tuple[dict, float]:
     """One layer's kernels, query [D, N, H], key, value [D, K, H], out [N, H, D], with fewer heads.
 
-    Without moments (`moment.keys` is None), or with zeros, inputs count as white. Returns float32
-    kernels and the largest condition number among the moments of inputs and of heads' partners.
+    Without covariances (`covariance.keys` is None), or with zeros, inputs count as white. Returns
+    float32
+    kernels and the largest condition number among the covariances of inputs and of heads' partners.
     """
-    conditions = [] if moment.keys is None else [condition(moment.keys)]
+    conditions = [] if covariance.keys is None else [condition(covariance.keys)]
     new, partners = {}, {}
-    for name, groups in _groups(kernels, num_groups, moment, shrinkage).items():
+    for name, groups in _groups(kernels, num_groups, covariance, shrinkage).items():
         pooled = [pool(heads, partner, method, space, *C) for heads, partner, *C in groups]
         new[name] = np.stack([head for head, _, _ in pooled], axis=1)
         partners[name] = np.concatenate([p.reshape(-1, *p.shape[2:]) for _, p, _ in pooled])
@@ -43,11 +49,11 @@ def layer(
 
 
 def discarded(
-    kernels: dict, num_groups: int, space: str, moment: Moment, shrinkage: float
+    kernels: dict, num_groups: int, space: str, covariance: InputCovariance, shrinkage: float
 ) -> float:
     """The share of the energy of one layer's keys that svd cannot keep, plus that of its values."""
     total = 0.0
-    for groups in _groups(kernels, num_groups, moment, shrinkage).values():
+    for groups in _groups(kernels, num_groups, covariance, shrinkage).values():
         lost = whole = 0.0
         for heads, partner, C, C_partner in groups:
             root, _, _ = _roots_in(space, partner, C_partner)
@@ -57,11 +63,13 @@ def discarded(
     return float(total)
 
 
-def _groups(kernels: dict, num_groups: int, moment: Moment, shrinkage: float) -> dict[str, list]:
-    """Of keys and of values: each group's heads, partners, and the moments C and C_partner."""
+def _groups(
+    kernels: dict, num_groups: int, covariance: InputCovariance, shrinkage: float
+) -> dict[str, list]:
+    """Of keys and of values: each group's heads, partners, and the covariances C and C_partner."""
     C, C_query = None, None
-    if moment.keys is not None:
-        C, C_query = shrunk(moment.keys, shrinkage), shrunk(moment.queries, shrinkage)
+    if covariance.keys is not None:
+        C, C_query = shrunk(covariance.keys, shrinkage), shrunk(covariance.queries, shrinkage)
     query, out = (np.asarray(kernels[name], np.float64) for name in ("query", "out"))
     partners = {"key": (query.transpose(1, 0, 2), C_query), "value": (out.transpose(0, 2, 1), None)}
     found = {}
@@ -77,7 +85,7 @@ def _groups(kernels: dict, num_groups: int, moment: Moment, shrinkage: float) ->
 def pool(heads, partners, method: str, space: str, C, C_partner):
     """A group's head [D, H], its partners, and the condition number of what had to be inverted.
 
-    C and C_partner [D, D] are the moments of the inputs of both; None is the identity.
+    C and C_partner [D, D] are the covariances of the inputs of both; None is the identity.
     """
     G = len(heads)
     gram = gram_matrix(heads, C)
@@ -99,7 +107,7 @@ def pool(heads, partners, method: str, space: str, C, C_partner):
 def _roots_in(space: str, partners: np.ndarray, C_partner: np.ndarray | None):
     """What weighs the columns of a group's heads: `roots` of what their partners give, or ones."""
     if space == "logit":
-        return roots(partner_moments(partners, C_partner))
+        return roots(partner_covariances(partners, C_partner))
     G, *_, H = partners.shape
     same = np.broadcast_to(np.eye(H), (G, H, H))
     return same, same, 1.0
@@ -112,8 +120,8 @@ def gram_matrix(heads: np.ndarray, C: np.ndarray | None) -> np.ndarray:
     return (flat.T @ (flat if C is None else C @ flat)).reshape(G, H, G, H)
 
 
-def partner_moments(partners: np.ndarray, C: np.ndarray | None) -> np.ndarray:
-    """Second moments [G, H, H] of what partners [G, P, D, H] give for inputs with moments C."""
+def partner_covariances(partners: np.ndarray, C: np.ndarray | None) -> np.ndarray:
+    """Second moments [G, H, H] of what partners [G, P, D, H] give for inputs with covariances C."""
     right = partners if C is None else C @ partners
     return (partners.swapaxes(2, 3) @ right).sum(1)
 
@@ -121,7 +129,7 @@ def partner_moments(partners: np.ndarray, C: np.ndarray | None) -> np.ndarray:
 def svd(gram: np.ndarray, root: np.ndarray) -> np.ndarray:
     """Top H right singular vectors of the heads side by side, head h times root_h: [G, H, H].
 
-    They are eigenvectors of the Gram matrix, so neither a root of the moments is taken nor a
+    They are eigenvectors of the Gram matrix, so neither a root of the covariances is taken nor a
     matrix with a row a token. They are turned so that the first head's block is symmetric: nearest
     to leaving that head as it is.
     """
@@ -160,27 +168,27 @@ def polar(x: np.ndarray) -> np.ndarray:
     return U @ Vh
 
 
-def roots(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Symmetric roots of moments [G, H, H], their inverses, and the largest condition number.
+def roots(covariances: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Symmetric roots of covariances [G, H, H], their inverses, and the largest condition number.
 
     Small eigenvalues are raised to FLOOR of the group's largest; if all are zero, to one.
     """
-    values, vectors = np.linalg.eigh(moments)
-    worst = max(condition(m) for m in moments)
+    values, vectors = np.linalg.eigh(covariances)
+    worst = max(condition(m) for m in covariances)
     root = np.sqrt(np.maximum(values, FLOOR * values.max() if values.max() > 0 else 1.0))
     left, right = vectors, vectors.swapaxes(1, 2)
     return (left * root[:, None]) @ right, (left / root[:, None]) @ right, worst
 
 
-def condition(moments: np.ndarray) -> float:
+def condition(covariances: np.ndarray) -> float:
     """Largest by smallest eigenvalue of [n, n]; infinite when the smallest is not positive."""
-    values = np.linalg.eigvalsh(moments)
+    values = np.linalg.eigvalsh(covariances)
     return float(values[-1] / values[0]) if values[0] > 0 else np.inf
 
 
-def shrunk(moments: np.ndarray, shrinkage: float) -> np.ndarray | None:
+def shrunk(covariances: np.ndarray, shrinkage: float) -> np.ndarray | None:
     """Moments [D, D] drawn to the multiple of the identity with their trace; None if all zero."""
-    scale = np.trace(moments) / len(moments)
+    scale = np.trace(covariances) / len(covariances)
     if scale <= 0:
         return None
-    return (1 - shrinkage) * moments + shrinkage * scale * np.eye(len(moments))
+    return (1 - shrinkage) * covariances + shrinkage * scale * np.eye(len(covariances))

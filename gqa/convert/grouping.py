@@ -14,11 +14,11 @@ from jax import Array
 
 from gqa.convert import closed_form
 from gqa.convert.attention_kernels import at, kernels_of, replaced
-from gqa.convert.calibration import ATTENTIONS, Moment
+from gqa.convert.calibration import ATTENTIONS, InputCovariance
 from gqa.convert.optimizer_state import permute_heads
 
 GROUPINGS = ("contiguous", "strided", "random", "weight_cos", "act_cos", "act_aligned")
-MEASURED = ("act_cos", "act_aligned")  # these need moments
+MEASURED = ("act_cos", "act_aligned")  # these need input_covariances
 
 RESTARTS = 8  # of the search, from random groups; the first start is from neighbours
 
@@ -28,7 +28,7 @@ def orders(
     num_kv_heads: dict[str, int],
     grouping: str,
     seed: int = 0,
-    moments: Iterable[Moment] | None = None,
+    input_covariances: Iterable[InputCovariance] | None = None,
 ) -> dict[str, np.ndarray]:
     """The order [L, N] of each attention's KV heads that makes those neighbours that are to share.
 
@@ -37,18 +37,22 @@ def orders(
         grouping: one of GROUPINGS. Strided puts heads n, n + K, n + 2K, .. together; the last three
             look for equal groups of large total similarity, keys' and values' cosines added.
         seed: of "random" and of the search.
-        moments: of `gqa.calibrate`, for those in MEASURED.
+        input_covariances: of `gqa.calibrate`, for those in MEASURED.
     """
     if grouping == "contiguous":
         return {}
     old = {name: kernels_of(params, name)["key"].shape for name in num_kv_heads}
     fewer = {name: K for name, K in num_kv_heads.items() if old[name][2] > K}
-    alike = {} if grouping in ("strided", "random") else _alike(params, fewer, grouping, moments)
+    alike = (
+        {}
+        if grouping in ("strided", "random")
+        else _alike(params, fewer, grouping, input_covariances)
+    )
     found = {}
     for name, K in fewer.items():
         L, _, N, _ = old[name]
         rng = np.random.default_rng([seed, list(ATTENTIONS).index(name)])
-        times = L if name == "cross" else 1
+        times = L if name == "cross_attention" else 1
         if grouping == "strided":
             rows = [np.arange(N).reshape(-1, K).T.reshape(-1)]
         elif grouping == "random":
@@ -96,7 +100,7 @@ def _moves_of(params: dict, name: str, order: np.ndarray) -> dict[tuple, tuple[i
     queries = (order[:, :, None] * P + np.arange(P)).reshape(L, K * P)
     moves = {"query": (2, queries), "key": (2, order), "value": (2, order), "out": (1, queries)}
     moves = {(stack, "layers", attention, kernel): move for kernel, move in moves.items()}
-    if name == "cross":
+    if name == "cross_attention":
         return moves
     if (order != order[0]).any():
         raise ValueError(f"the layers of {name} self-attention share a bias: permute them alike")
@@ -112,11 +116,11 @@ def _take(leaf: Array, index: np.ndarray, axis: int) -> Array:
     return jnp.take_along_axis(leaf, jnp.asarray(index.reshape(shape)), axis=axis)
 
 
-def _alike(params: dict, fewer: dict, grouping: str, moments) -> dict[str, np.ndarray]:
+def _alike(params: dict, fewer: dict, grouping: str, input_covariances) -> dict[str, np.ndarray]:
     """Similarities [L, N, N] of the heads of each attention that is to have fewer."""
     found = {name: {} for name in fewer}
     if grouping in MEASURED:
-        for m in moments:
+        for m in input_covariances:
             if m.attention in fewer:
                 kernels = kernels_of(params, m.attention)
                 aligned = grouping == "act_aligned"

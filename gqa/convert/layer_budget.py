@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 
-def spread(
+def allocate(
     discarded: dict[tuple[str, int], dict[int, float]],
     num_kv_heads: dict[str, int],
     lengths: dict[str, int],

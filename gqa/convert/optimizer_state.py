@@ -1,4 +1,4 @@
-"""The state of Adafactor for a converted network: moments of shared heads, and heads in another order."""
+"""Adafactor's state for a converted network: moments of shared heads, heads in another order."""
 
 from functools import partial
 

@@ -1,7 +1,8 @@
 """`results.jsonl`: every number a run produces, one JSON object a line, written once.
 
 A record has the keys run, stage, task, variant, metric, value, unit, low, high, n, commit, device
-and time. `variant` is {size, num_heads, num_kv_heads, cross_num_kv_heads, encoder_num_kv_heads,
+and time. `variant` is {size, num_heads, num_kv_heads, num_kv_heads_cross_attention,
+num_kv_heads_encoder,
 method, alpha, seed}; task, low, high and n are null where they mean nothing. A point of a learning
 curve has its step, too; an example that was predicted its number, and the texts.
 """

@@ -1,1 +1,1 @@
-"""Generation: one decoding step, its two layouts of weights and caches, search, batches of texts."""
+"""Generation: one decoding step, its two layouts of weights and caches, search, whole texts."""

@@ -59,7 +59,7 @@ class Apart:
     def memory(self, layer: dict, encoded: Array, rows: int) -> KV:
         """Keys and values of encoded [B, S, D]."""
         del rows
-        K = self.config.num_kv_heads_cross
+        K = self.config.num_kv_heads_cross_attention
         encoded = self._place(encoded, K)  # every device has all rows: each projects its own
         if self.fused:
             kernels = layer["cross_key"], layer["cross_value"]
@@ -71,7 +71,7 @@ class Apart:
 
     def cache(self, rows: int, length: int, dtype: str) -> KV:
         """Zeros for `length` positions of so many rows of the batch."""
-        K, H = self._kept(self.config.num_kv_heads_decoder), self.config.head_dim
+        K, H = self._kept(self.config.num_kv_heads_self_attention), self.config.head_dim
         return jnp.zeros((rows, K, H, length), dtype), jnp.zeros((rows, K, length, H), dtype)
 
     def rows(self, cache: KV) -> int:
@@ -88,7 +88,7 @@ class Apart:
 
     def own_heads(self, layer: dict, x: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values [B, R, heads, H] of x [B, R, D]."""
-        K = self.config.num_kv_heads_decoder
+        K = self.config.num_kv_heads_self_attention
         k, v = (
             self._place(_heads(x, layer[f"self_{kind}"]), K, None, "kv_heads")
             for kind in ("key", "value")
@@ -97,7 +97,9 @@ class Apart:
 
     def cross_heads(self, layer: dict, x: Array) -> Array:
         """Queries [B, R, N, H] of x [B, R, D]."""
-        return self._queries(_query(x, layer["cross_query"]), self.config.num_kv_heads_cross)
+        return self._queries(
+            _query(x, layer["cross_query"]), self.config.num_kv_heads_cross_attention
+        )
 
     def out(self, kernel: Array, x: Array) -> Array:
         """[B, R, N, H] -> [B, R, D]."""
@@ -116,12 +118,12 @@ class Apart:
         """q [B, R, N, H] to the cache of B * R rows, bias [1, N, 1, S]: [B, R, N, H]."""
         B, R, N, H = q.shape
         out = _attend(q.reshape(B * R, 1, N, H), *kv, bias).reshape(q.shape)
-        return self._queries(out, self.config.num_kv_heads_decoder)
+        return self._queries(out, self.config.num_kv_heads_self_attention)
 
     def attend_cross(self, q: Array, kv: KV, mask: Array) -> Array:
         """q [B, R, N, H] to keys and values of B inputs, mask [B, 1, 1, S]: [B, R, N, H]."""
         out = _attend_fused(q, *kv, mask) if self.fused else _attend(q, *kv, mask)
-        return self._queries(out, self.config.num_kv_heads_cross)
+        return self._queries(out, self.config.num_kv_heads_cross_attention)
 
     def mlp(self, layer: dict, x: Array) -> Array:
         """[B, R, D] -> [B, R, D]."""

@@ -77,7 +77,7 @@ class Joined:
     def cache(self, rows: int, length: int, dtype: str) -> KV:
         """Zeros for `length` positions of so many rows of the batch, or up to a block more."""
         c = self.config
-        K, H = c.num_kv_heads_decoder, c.head_dim
+        K, H = c.num_kv_heads_self_attention, c.head_dim
         block = self._block(length, c.num_heads // K)
         C = -(-length // block)
         lead = (rows * K, C) if C > 1 else (rows * K,)
@@ -89,7 +89,7 @@ class Joined:
 
     def rows(self, cache: KV) -> int:
         """Rows of the batch that a cache is of."""
-        return len(cache[0]) // self.config.num_kv_heads_decoder
+        return len(cache[0]) // self.config.num_kv_heads_self_attention
 
     def room(self, cache: KV) -> int:
         """Positions that a cache holds."""
@@ -105,7 +105,7 @@ class Joined:
     def own_heads(self, layer: dict, x: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values [B, R, heads, H] of x [B, R, D]."""
         c = self.config
-        N, K, H = c.num_heads, c.num_kv_heads_decoder, c.head_dim
+        N, K, H = c.num_heads, c.num_kv_heads_self_attention, c.head_dim
         heads = project(x, layer["qkv"], (N + 2 * K) * H).reshape(*x.shape[:2], N + 2 * K, H)
         return tuple(jnp.split(heads, (N, N + K), axis=2))
 

@@ -131,7 +131,7 @@ class Beams(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Beam:
-    """Beam search as in T5: a text of n tokens scores log-probability / ((5 + n) / 6) ** alpha.
+    """Beam search as in T5: a text of n tokens scores log-probability / ((5 + n) / 6) ** length_penalty.
 
     A text's end counts among its n tokens (Wu et al., 2016, section 7; T5X's decoding.py). Of the
     2R best continuations those that end compete for the best text, R of the others go on. An
@@ -139,7 +139,7 @@ class Beam:
     """
 
     num_beams: int
-    alpha: float
+    length_penalty: float
 
     def start(self, numbers: Array, length: int) -> Beams:
         B, R = len(numbers), self.num_beams
@@ -182,7 +182,7 @@ class Beam:
         return places // each, _take(tokens.reshape(B, R * each), places), scores
 
     def _penalty(self, length: Array | int) -> Array:
-        return ((5 + length) / 6) ** self.alpha
+        return ((5 + length) / 6) ** self.length_penalty
 
     def outputs(self, rows: Beams) -> Array:
         """The best texts [B, length], 0 behind their end; where none ended, the best so far."""
@@ -194,9 +194,9 @@ class Beam:
 Search = Sample | Beam
 
 
-def beam_search(num_beams: int, alpha: float) -> Search:
+def beam_search(num_beams: int, length_penalty: float) -> Search:
     """`Beam`, or greedy search for one beam, which T5's rules would let go on behind its end."""
-    return Beam(num_beams, alpha) if num_beams > 1 else GREEDY
+    return Beam(num_beams, length_penalty) if num_beams > 1 else GREEDY
 
 
 def _arg_max(x: Array) -> Array:

@@ -111,7 +111,9 @@ class Inference:
     def prefill(self, weights: dict, inputs: Array, num_beams: int = 1) -> Memory:
         """Encode inputs [B, S], 0 being padding, and take each layer's keys and values of it."""
         encoded = self._encode(weights, inputs)
-        rows = [num_beams * self.config.num_heads // K for K in self.config.kv_heads("cross")]
+        rows = [
+            num_beams * self.config.num_heads // K for K in self.config.kv_heads("cross_attention")
+        ]
         fill = self._fill(inputs.shape[1], rows)  # as more padding
         encoded = jnp.pad(encoded, ((0, 0), (0, fill), (0, 0)))
         mask = as_bias(jnp.pad(inputs, ((0, 0), (0, fill))) > 0)[:, None, None, :]
@@ -147,7 +149,7 @@ class Inference:
         There is room for `length` positions, and up to a block's more.
         """
         rows, c = batch_size * num_beams, self.config
-        length += self._fill(length, [c.num_heads // K for K in c.kv_heads("decoder")])
+        length += self._fill(length, [c.num_heads // K for K in c.kv_heads("self_attention")])
         return [form.cache(rows, length, self.cache_dtype) for form in self.forms]
 
     def room(self, cache: list[KV]) -> int:

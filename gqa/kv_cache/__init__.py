@@ -20,7 +20,7 @@ def kv_cache_bytes(
     Self-attention keeps `targets_length` positions, cross-attention `inputs_length`; both keep a
     key and a value of H numbers a KV head and layer. `dtype` defaults to the config's activations.
     """
-    own, cross = (sum(config.kv_heads(name)) for name in ("decoder", "cross"))
+    own, cross = (sum(config.kv_heads(name)) for name in ("self_attention", "cross_attention"))
     numbers = 2 * batch_size * (own * targets_length + cross * inputs_length) * config.head_dim
     return numbers * jnp.dtype(dtype or config.dtype).itemsize
 

@@ -32,8 +32,8 @@ class Config:
     num_encoder_layers: int
     num_decoder_layers: int
     num_kv_heads_encoder: int
-    num_kv_heads_decoder: int | tuple[int, ...]
-    num_kv_heads_cross: int | tuple[int, ...]
+    num_kv_heads_self_attention: int | tuple[int, ...]
+    num_kv_heads_cross_attention: int | tuple[int, ...]
     activation: str = GATED_GELU
     tied_logits: bool = False
     num_buckets: int = 32
@@ -85,18 +85,22 @@ class Config:
 
     def at_layer(self, index: int) -> "Config":
         """The config as decoder layer `index` has it: with one number for each attention."""
-        heads = {name: self.kv_heads(name)[index] for name in ("decoder", "cross")}
+        heads = {name: self.kv_heads(name)[index] for name in ("self_attention", "cross_attention")}
         return dataclasses.replace(self, **{f"num_kv_heads_{n}": K for n, K in heads.items()})
 
     @property
-    def runs(self) -> dict[int, int]:
+    def layer_groups(self) -> dict[int, int]:
         """Decoder layers in a row that are alike, and scanned: the first of each run, and how many.
 
         There is one run unless KV heads are given a layer.
         """
-        if isinstance(self.num_kv_heads_decoder, int) and isinstance(self.num_kv_heads_cross, int):
+        if isinstance(self.num_kv_heads_self_attention, int) and isinstance(
+            self.num_kv_heads_cross_attention, int
+        ):
             return {0: self.num_decoder_layers}
-        heads = list(zip(self.kv_heads("decoder"), self.kv_heads("cross"), strict=True))
+        heads = list(
+            zip(self.kv_heads("self_attention"), self.kv_heads("cross_attention"), strict=True)
+        )
         starts = [i for i, K in enumerate(heads) if i == 0 or heads[i - 1] != K]
         ends = [*starts[1:], len(heads)]
         return {first: end - first for first, end in zip(starts, ends, strict=True)}

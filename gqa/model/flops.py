@@ -1,4 +1,4 @@
-"""Model FLOPs of the network, counted analytically; the letters are those of `gqa/model/attention.py`.
+"""Model FLOPs of the network, counted analytically, in the letters of `gqa/model/attention.py`.
 
 A product of [M, N] by [N, K] is 2 M N K. Only products count: no embedding look-ups, norms,
 softmax, masks or optimizer, and nothing that rematerialisation computes twice. Shapes are those of
@@ -21,7 +21,7 @@ def forward_flops(
 ) -> float:
     """FLOPs of the logits [B, T, V] of inputs [B, S] and targets [B, T], teacher forced."""
     c, S, T = config, inputs_length, targets_length
-    attended = {"encoder": (S, S), "decoder": (T, T), "cross": (T, S)}
+    attended = {"encoder": (S, S), "self_attention": (T, T), "cross_attention": (T, S)}
     attention = sum(
         _attention(c, K, *at) for name, at in attended.items() for K in c.kv_heads(name)
     )

@@ -79,8 +79,8 @@ class DecoderLayer(nn.Module):
         c = self.config
         self.self_attention_norm, self.cross_attention_norm = _norm(c), _norm(c)
         self.mlp_norm = _norm(c)
-        self.self_attention = _attention(c, c.num_kv_heads_decoder, causal=True)
-        self.cross_attention = _attention(c, c.num_kv_heads_cross)
+        self.self_attention = _attention(c, c.num_kv_heads_self_attention, causal=True)
+        self.cross_attention = _attention(c, c.num_kv_heads_cross_attention)
         self.mlp = _mlp(c)
         self.dropout = _dropout(c)
 
@@ -115,7 +115,7 @@ def _layers(
     return scanned(config, train, name=name)
 
 
-class Runs(nn.Module):
+class LayerGroups(nn.Module):
     """Decoder layers whose KV heads differ: a scan for each run of equal ones."""
 
     config: Config
@@ -124,7 +124,7 @@ class Runs(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *shared) -> tuple[Array, None]:
         c = self.config
-        for first, length in c.runs.items():
+        for first, length in c.layer_groups.items():
             run = _layers(DecoderLayer, c.at_layer(first), self.train, length, str(first))
             x, _ = run(x, *shared)
         return x, None
@@ -150,10 +150,10 @@ class Decoder(nn.Module):
         c, T = self.config, x.shape[1]
         position_bias = _position_bias(c, bidirectional=False, name="position_bias")(T, T)
         x = _dropout(c)(x, deterministic=not train)
-        if len(c.runs) == 1:
+        if len(c.layer_groups) == 1:
             layers = _layers(DecoderLayer, c, train, c.num_decoder_layers)
         else:
-            layers = Runs(c, train, name="layers")
+            layers = LayerGroups(c, train, name="layers")
         x, _ = layers(x, encoded, position_bias, segments, cross_segments)
         return _dropout(c)(_norm(c, name="norm")(x), deterministic=not train)
 
@@ -213,13 +213,13 @@ def shift_right(targets: Array, positions: Array | None = None) -> Array:
 
 def cut(tree: dict, config: Config) -> dict:
     """A tree like parameters whose decoder layers are one stack, with one for each of its runs."""
-    if len(config.runs) == 1:
+    if len(config.layer_groups) == 1:
         return tree
 
     def part(first: int, length: int) -> dict:
         return jax.tree.map(lambda x: x[first : first + length], tree["decoder"]["layers"])
 
-    runs = {str(first): part(first, length) for first, length in config.runs.items()}
+    runs = {str(first): part(first, length) for first, length in config.layer_groups.items()}
     return tree | {"decoder": tree["decoder"] | {"layers": runs}}
 
 

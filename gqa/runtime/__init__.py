@@ -1,1 +1,1 @@
-"""What any program needs around the network: errors, files, signals, processes, hardware, sharding."""
+"""What any program needs around the network: errors, files, signals, hardware, sharding."""

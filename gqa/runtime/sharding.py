@@ -131,7 +131,7 @@ def _odd_sizes(config: Any, model: int) -> str:
     for name in ("num_heads", "d_ff", "vocab_size"):
         if getattr(config, name) % model:
             return f"model.{name}={getattr(config, name)}"
-    for name in ("encoder", "decoder", "cross"):
+    for name in ("encoder", "self_attention", "cross_attention"):
         for K in config.kv_heads(name):
             if K % model and model % K:
                 return f"num_kv_heads_{name}={K}, nor is it a multiple"
@@ -180,7 +180,7 @@ def check_batch(
 
 def check_rows(name: str, batch_size: int, config: Any, layout: Layout, count: int) -> None:
     """Raise a UserError unless a cache that is split by its rows splits over `count` devices."""
-    heads = (*config.kv_heads("decoder"), *config.kv_heads("cross"))
+    heads = (*config.kv_heads("self_attention"), *config.kv_heads("cross_attention"))
     fewer = any(K % layout.model for K in heads)
     if layout.kv_heads == "batch" and fewer and batch_size % count:
         raise UserError(
@@ -281,9 +281,9 @@ def cache_sharding(config: Any, mesh: Mesh, layout: Layout, fused: bool = False)
     def kv(K: int, *before: None) -> NamedSharding:
         return on("rows") if by_rows(K, layout) else on("batch", *before, "kv_heads")
 
-    own = [kv(K) for K in config.kv_heads("decoder")]
-    cross = [kv(K, *[None] * fused) for K in config.kv_heads("cross")]
-    some = any(by_rows(K, layout) for K in config.kv_heads("cross"))
+    own = [kv(K) for K in config.kv_heads("self_attention")]
+    cross = [kv(K, *[None] * fused) for K in config.kv_heads("cross_attention")]
+    some = any(by_rows(K, layout) for K in config.kv_heads("cross_attention"))
     return Caches(own, cross, on("rows" if some else "batch"))
 
 
@@ -303,7 +303,7 @@ def choose(
     if layout.kv_heads != "auto":
         return layout
     replicate = batch = 0.0
-    lengths = {"cross": inputs_length, "decoder": length}
+    lengths = {"cross_attention": inputs_length, "self_attention": length}
     pairs = [(K, lengths[name]) for name in lengths for K in config.kv_heads(name)]
     for K, positions in pairs:
         moved = bytes_moved(K, config.num_heads, config.head_dim, positions, layout.model)

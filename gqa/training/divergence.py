@@ -13,7 +13,7 @@ LEAST = 20  # steps before it says anything
 class Settings(NamedTuple):
     """The config's section `train`."""
 
-    on_nan: str = "stop"  # or rollback: to the last checkpoint, without the batches since
+    on_divergence: str = "stop"  # or rollback: to the last checkpoint, without the batches since
     max_rollbacks: int = 3
     spike: float = 3.0  # nats per token above the running mean; 0: never
 
@@ -21,7 +21,7 @@ class Settings(NamedTuple):
 class Diverged(UserError):
     """Training stopped at a loss that cannot be gone on from; `remedy` is the flag that can."""
 
-    remedy = "--config.train.on_nan=rollback"
+    remedy = "--config.train.on_divergence=rollback"
 
 
 class Mishap(Exception):
@@ -70,7 +70,7 @@ class Guard:
             Diverged: when the settings do not allow it, or not once more.
         """
         what = f"{name}: {mishap.what} at step {mishap.step}"
-        if self._settings.on_nan != "rollback":
+        if self._settings.on_divergence != "rollback":
             raise Diverged(
                 f"{what}; the last good checkpoint is {last_good}: {Diverged.remedy} goes on from "
                 "it, skipping the batches since"

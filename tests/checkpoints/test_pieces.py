@@ -25,7 +25,7 @@ from gqa.runtime.sharding import make_mesh
 from gqa.training import loop, optimizer
 
 ROOT = Path(__file__).parent.parent.parent
-HEADS = ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross")
+HEADS = ("num_kv_heads_encoder", "num_kv_heads_self_attention", "num_kv_heads_cross_attention")
 LARGE = Config(32128, 2048, 5120, 32, 64, 12, 12, **dict.fromkeys(HEADS, 32))
 SMALL = Config(16384, 512, 1024, 8, 64, 8, 8, **dict.fromkeys(HEADS, 8))
 
@@ -108,7 +108,9 @@ def test_more_than_4_gib_take_twice_the_largest_tensor_and_one_gib(tmp_path):
 def folder(tiny, random_params, tmp_path, monkeypatch):
     """A checkpoint whose blocks are smaller than its tensors."""
     monkeypatch.setattr(safetensors_files, "PIECE", 700)
-    config = dataclasses.replace(tiny, num_kv_heads_decoder=2, num_kv_heads_cross=1)
+    config = dataclasses.replace(
+        tiny, num_kv_heads_self_attention=2, num_kv_heads_cross_attention=1
+    )
     huggingface.save(random_params(config), config, tmp_path / "hf")
     return tmp_path / "hf", random_params(config), config
 
@@ -174,7 +176,7 @@ def test_a_checkpoint_becomes_a_folder_of_hugging_face(folder, tmp_path):
     assert back_config == config
     jax.tree.map(np.testing.assert_array_equal, back, params)
     save.main(["", step, str(tmp_path / "b"), "--expand"])
-    assert huggingface.read_config(tmp_path / "b").num_kv_heads_cross == config.num_heads
+    assert huggingface.read_config(tmp_path / "b").num_kv_heads_cross_attention == config.num_heads
     with pytest.raises(UserError, match="its config has no network"):
         save.main(["", str(tmp_path / "c"), str(tmp_path / "d")])
     tokenizer.train(["some words to learn from"] * 20, 455, tmp_path / "x.model")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from gqa.convert import grouping
-from gqa.convert.calibration import ATTENTIONS, moments
+from gqa.convert.calibration import ATTENTIONS, input_covariances
 from gqa.model.attention import Segments
 from gqa.model.transformer import Decoder, Encoder, shift_right
 
-ALL = ("encoder", "decoder", "cross")
+ALL = ("encoder", "self_attention", "cross_attention")
 
 
 @pytest.fixture
@@ -50,26 +50,37 @@ def assert_same(found, expected):
 
 
 def test_they_come_layer_by_layer_in_the_networks_order(tiny, params, batch):
-    found = list(moments(params, tiny, [batch], ALL))
+    found = list(input_covariances(params, tiny, [batch], ALL))
     assert [m[:2] for m in found] == [
         *(("encoder", 0), ("encoder", 1)),
-        *(("decoder", 0), ("cross", 0), ("decoder", 1), ("cross", 1)),
+        *(
+            ("self_attention", 0),
+            ("cross_attention", 0),
+            ("self_attention", 1),
+            ("cross_attention", 1),
+        ),
     ]
     assert [(m.num_keys, m.num_queries) for m in found[:4]] == [
         *((15, 15), (15, 15)),
         *((11, 11), (15, 11)),
     ]
     assert {m.keys.dtype for m in found} == {np.dtype(np.float64)}
-    assert_same(moments(params, tiny, [batch]), found[2:])
+    assert_same(input_covariances(params, tiny, [batch]), found[2:])
 
 
 def test_they_do_not_depend_on_the_order_of_heads(tiny, params, batch):
     rng = np.random.default_rng(0)
     L, N = tiny.num_decoder_layers, tiny.num_heads
     own = np.tile(rng.permutation(N), (L, 1))  # the layers share a bias
-    orders = {"decoder": own, "cross": np.stack([rng.permutation(N) for _ in range(L)])}
+    orders = {
+        "self_attention": own,
+        "cross_attention": np.stack([rng.permutation(N) for _ in range(L)]),
+    }
     permuted = grouping.permuted(params, orders)
-    assert_same(moments(permuted, tiny, [batch], ALL), moments(params, tiny, [batch], ALL))
+    assert_same(
+        input_covariances(permuted, tiny, [batch], ALL),
+        input_covariances(params, tiny, [batch], ALL),
+    )
 
 
 def cut(params, config, name, layer):
@@ -98,7 +109,7 @@ def test_they_are_of_what_the_attentions_read(tiny, params, batch, layer, length
         rng = np.random.default_rng(1)
         batch = {name: rng.integers(1, 32, (2, length), dtype=np.int32) for name in batch}
         batch["inputs"][1, length // 2 :] = batch["targets"][0, length - 3 :] = 0
-    found = {m[:2]: m for m in moments(params, tiny, [batch], ALL)}
+    found = {m[:2]: m for m in input_covariances(params, tiny, [batch], ALL)}
     source, target = (batch["inputs"] > 0).astype(np.int32), batch["targets"] > 0
     embed = params["embedding"]
     previous = shift_right(jnp.asarray(batch["targets"]))
@@ -107,47 +118,50 @@ def test_they_are_of_what_the_attentions_read(tiny, params, batch, layer, length
         {"params": params["encoder"]}, embed[batch["inputs"]], segments, False
     )
     expected = mean(encoded, source > 0)
-    np.testing.assert_allclose(found["cross", layer].keys, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["cross_attention", layer].keys, expected, rtol=1e-4, atol=1e-5)
 
     variables, config = cut(params, tiny, "encoder", layer)
     x = Encoder(config).apply(variables, embed[batch["inputs"]], segments, False)
     expected = mean(x, source > 0)
     np.testing.assert_allclose(found["encoder", layer].keys, expected, rtol=1e-4, atol=1e-5)
     cross = Segments(np.ones_like(batch["targets"]), source, False)
-    for name in ("decoder", "cross"):
+    for name in ("self_attention", "cross_attention"):
         variables, config = cut(params, tiny, name, layer)
         x = Decoder(config).apply(variables, embed[previous], encoded, None, cross, False)
-        expected, moment = mean(x, target), found[name, layer]
-        np.testing.assert_allclose(moment.queries, expected, rtol=1e-4, atol=1e-5)
-        assert (moment.keys is moment.queries) == (name == "decoder")
+        expected, covariance = mean(x, target), found[name, layer]
+        np.testing.assert_allclose(covariance.queries, expected, rtol=1e-4, atol=1e-5)
+        assert (covariance.keys is covariance.queries) == (name == "self_attention")
 
 
 def test_packed_rows_give_what_their_examples_give(tiny, params, packed):
     assert_same(
-        moments(params, tiny, [packed], ALL), list(moments(params, tiny, [unpack(packed)], ALL))
+        input_covariances(params, tiny, [packed], ALL),
+        list(input_covariances(params, tiny, [unpack(packed)], ALL)),
     )
 
 
 def test_batches_add_up(tiny, params, batch):
     halves = [{name: rows[i : i + 1] for name, rows in batch.items()} for i in (0, 1)]
-    assert_same(moments(params, tiny, halves), list(moments(params, tiny, [batch])))
+    assert_same(
+        input_covariances(params, tiny, halves), list(input_covariances(params, tiny, [batch]))
+    )
 
 
 def test_what_is_sent_back_is_what_the_batches_go_on_through(tiny, params, batch):
-    """Each moment is that of the network with the layers before it converted, at full width."""
-    walk = moments(params, tiny, [batch], ALL)
+    """Each covariance is that of the network with the layers before it converted, at full width."""
+    walk = input_covariances(params, tiny, [batch], ALL)
     converted, sent = params, None
     for index in range(6):
-        moment = walk.send(sent)
-        expected = list(moments(converted, tiny, [batch], ALL))[index]
-        assert_same([moment], [expected])
-        stack, attention = ATTENTIONS[moment.attention]
+        covariance = walk.send(sent)
+        expected = list(input_covariances(converted, tiny, [batch], ALL))[index]
+        assert_same([covariance], [expected])
+        stack, attention = ATTENTIONS[covariance.attention]
         kernels = converted[stack]["layers"][attention]
-        sent = {side: kernel[moment.layer] for side, kernel in kernels.items()}
+        sent = {side: kernel[covariance.layer] for side, kernel in kernels.items()}
         sent |= {side: sent[side][:, ::2] for side in ("key", "value")}  # 2 heads of 4
         wide = {side: sent[side][:, np.array([0, 0, 1, 1])] for side in ("key", "value")}
         new = {
-            side: kernel.at[moment.layer].set((sent | wide)[side])
+            side: kernel.at[covariance.layer].set((sent | wide)[side])
             for side, kernel in kernels.items()
         }
         layers = converted[stack]["layers"] | {attention: new}
@@ -158,7 +172,7 @@ def test_what_is_sent_back_is_what_the_batches_go_on_through(tiny, params, batch
 
 def test_padding_alone_gives_zeros(tiny, params, batch):
     nothing = {name: np.zeros_like(rows) for name, rows in batch.items()}
-    for moment in moments(params, tiny, [nothing]):
-        assert moment.num_keys == moment.num_queries == 0
-        assert not moment.keys.any()
-        assert not moment.queries.any()
+    for covariance in input_covariances(params, tiny, [nothing]):
+        assert covariance.num_keys == covariance.num_queries == 0
+        assert not covariance.keys.any()
+        assert not covariance.queries.any()

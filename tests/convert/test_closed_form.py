@@ -11,23 +11,23 @@ from hypothesis import strategies as st
 
 from gqa.convert import closed_form, convert
 from gqa.convert.attention_kernels import kernels_of, with_kernels
-from gqa.convert.calibration import ATTENTIONS, Moment
+from gqa.convert.calibration import ATTENTIONS, InputCovariance
 from gqa.model.transformer import Transformer
 
 SPACES = closed_form.SPACES
 
 
 def spread(rng, size):
-    """Second moments [size, size] of inputs that move more along some directions."""
+    """Second covariances [size, size] of inputs that move more along some directions."""
     x = rng.normal(size=(3 * size, size)) * np.geomspace(0.1, 3, size)
     return x.T @ x / len(x)
 
 
-def moments_of(config):
+def covariances_of(config):
     rng = np.random.default_rng(1)
     D = config.d_model
     return [
-        Moment(name, layer, spread(rng, D), spread(rng, D), 100, 100)
+        InputCovariance(name, layer, spread(rng, D), spread(rng, D), 100, 100)
         for name in ATTENTIONS
         for layer in range(2)
     ]
@@ -55,25 +55,32 @@ def logits(params, config, batch):
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_rotated_and_invertible_copies_convert_without_loss(tiny, random_params, batch, name):
-    moments = moments_of(tiny)
+    covariances = covariances_of(tiny)
     for invertible, method in ((False, "procrustes"), (False, "svd"), (True, "svd")):
         params = copies(random_params(tiny), name, invertible)
         before = logits(params, tiny, batch)
         for space in SPACES:
-            new, config = convert(params, tiny, {name: 2}, method, moments=moments, space=space)
+            new, config = convert(
+                params, tiny, {name: 2}, method, input_covariances=covariances, space=space
+            )
             after = logits(new, config, batch)
             np.testing.assert_allclose(after, before, atol=5e-4, err_msg=f"{method} {space}")
-    lossy = convert(params, tiny, {name: 2}, "procrustes", moments=moments)[0]
+    lossy = convert(params, tiny, {name: 2}, "procrustes", input_covariances=covariances)[0]
     after = logits(lossy, config, batch)
     assert np.abs(after - before).max() > 1e-2
 
 
 def test_a_grouped_parent_loses_nothing_either(tiny, random_params, batch):
     """Its heads have several queries each; so 4 heads become 1 in two steps."""
-    params, moments = copies(random_params(tiny), "cross", True, groups=1), moments_of(tiny)
+    params, covariances = (
+        copies(random_params(tiny), "cross_attention", True, groups=1),
+        covariances_of(tiny),
+    )
     before = logits(params, tiny, batch)
-    new, config = convert(params, tiny, {"cross": 2}, "svd", moments=moments)
-    new, config = convert(new, config, {"cross": 1}, "svd", moments=moments)
+    new, config = convert(
+        params, tiny, {"cross_attention": 2}, "svd", input_covariances=covariances
+    )
+    new, config = convert(new, config, {"cross_attention": 1}, "svd", input_covariances=covariances)
     np.testing.assert_allclose(logits(new, config, batch), before, atol=1e-3)
 
 

@@ -14,7 +14,7 @@ from gqa.convert import (
     calibration,
     check,
     convert,
-    needs_moments,
+    needs_input_covariances,
     orders,
     permuted,
     query_scale,
@@ -36,7 +36,7 @@ def logits(params, config, batch):
     return Transformer(config).apply({"params": params}, batch)
 
 
-def some_moments(layers=2, d_model=16):
+def some_covariances(layers=2, d_model=16):
     """Moments of correlated inputs, without running a network."""
     rng = np.random.default_rng(5)
 
@@ -45,7 +45,7 @@ def some_moments(layers=2, d_model=16):
         return x.T @ x / len(x)
 
     return [
-        calibration.Moment(name, layer, draw(), draw(), 60, 60)
+        calibration.InputCovariance(name, layer, draw(), draw(), 60, 60)
         for name in ATTENTIONS
         for layer in range(layers)
     ]
@@ -83,27 +83,32 @@ def test_identical_heads_convert_without_loss(tiny, random_params, batch, name, 
     for method in LOSSLESS:
         for renorm in (False, True) if method not in ("weighted", "fuse") else (False,):
             new, config = convert(
-                tied, tiny, {name: groups}, method, moments=some_moments(), renorm=renorm
+                tied,
+                tiny,
+                {name: groups},
+                method,
+                input_covariances=some_covariances(),
+                renorm=renorm,
             )
             after = logits(new, config, batch)
             np.testing.assert_allclose(after, before, atol=2e-4, err_msg=method)
 
 
 def test_mean_and_first_take_neighbouring_heads(tiny, params):
-    old = kernels(params, "cross")["value"]
-    new = kernels(convert(params, tiny, 2, "mean")[0], "cross")["value"]
+    old = kernels(params, "cross_attention")["value"]
+    new = kernels(convert(params, tiny, 2, "mean")[0], "cross_attention")["value"]
     np.testing.assert_allclose(new[:, :, 1], (old[:, :, 2] + old[:, :, 3]) / 2, atol=1e-6)
-    new = kernels(convert(params, tiny, 2, "first")[0], "cross")["value"]
+    new = kernels(convert(params, tiny, 2, "first")[0], "cross_attention")["value"]
     np.testing.assert_array_equal(new[:, :, 1], old[:, :, 2])
 
 
 def test_random_draws_from_the_initialiser_by_seed(tiny, params):
     draws = [convert(params, tiny, 2, "random", seed)[0] for seed in (0, 0, 1)]
-    first, again, other = (kernels(p, "decoder") for p in draws)
+    first, again, other = (kernels(p, "self_attention") for p in draws)
     np.testing.assert_array_equal(first["key"], again["key"])
     assert (first["key"] != other["key"]).all()
     assert (first["key"] != first["value"]).all()
-    assert (first["key"] != kernels(draws[0], "cross")["key"]).all()
+    assert (first["key"] != kernels(draws[0], "cross_attention")["key"]).all()
     assert (first["key"][0] != first["key"][1]).all()
     std = tiny.d_model**-0.5
     assert 0.8 * std < float(first["key"].std()) < 1.2 * std
@@ -111,8 +116,8 @@ def test_random_draws_from_the_initialiser_by_seed(tiny, params):
 
 def test_only_decoder_keys_and_values_change_by_default(tiny, params):
     new, config = convert(params, tiny, 1)
-    assert (config.num_kv_heads_encoder, config.num_kv_heads_decoder) == (4, 1)
-    assert config.num_kv_heads_cross == 1
+    assert (config.num_kv_heads_encoder, config.num_kv_heads_self_attention) == (4, 1)
+    assert config.num_kv_heads_cross_attention == 1
     changed = jax.tree_util.tree_leaves_with_path(
         jax.tree.map(lambda a, b: a.shape != b.shape or bool((a != b).any()), new, params)
     )
@@ -136,14 +141,14 @@ def test_select_takes_whole_heads(tiny, params):
     """Keys and values of one head; the medoid is nearest to the others, the largest is largest."""
     kernel = np.zeros((2, 16, 4, 8), np.float32)
     kernel[:, 0, :, 0] = [[5, 1, 2, -3], [1, 2, -4, 3]]  # heads of both layers
-    cross = kernels(params, "cross")
+    cross = kernels(params, "cross_attention")
     cross["key"], cross["value"] = jnp.asarray(kernel), jnp.asarray(2 * kernel)
     for method, chosen in {"largest": [5, -4], "medoid": [1, 1]}.items():
-        new = kernels(convert(params, tiny, 1, method)[0], "cross")
+        new = kernels(convert(params, tiny, 1, method)[0], "cross_attention")
         np.testing.assert_array_equal(new["key"][:, 0, 0, 0], chosen)
         np.testing.assert_array_equal(new["value"][:, 0, 0, 0], 2 * np.array(chosen))
     cross["value"] = cross["value"].at[:, 0, 3, 0].set(100)
-    new = kernels(convert(params, tiny, 1, "largest")[0], "cross")
+    new = kernels(convert(params, tiny, 1, "largest")[0], "cross_attention")
     np.testing.assert_array_equal(new["key"][:, 0, 0, 0], [-3, 3])
 
 
@@ -152,10 +157,10 @@ def test_renorm_gives_the_members_mean_norm(tiny, params):
         norms = np.linalg.norm(np.asarray(kernel), axis=(1, 3))
         return norms.reshape(len(norms), groups, -1).mean(2)
 
-    old = kernels(params, "decoder")
+    old = kernels(params, "self_attention")
     for method in ("mean", "procrustes"):
         plain, scaled = (
-            kernels(convert(params, tiny, 2, method, space="weight", renorm=r)[0], "decoder")
+            kernels(convert(params, tiny, 2, method, space="weight", renorm=r)[0], "self_attention")
             for r in (False, True)
         )
         for side in ("key", "value"):
@@ -166,34 +171,44 @@ def test_renorm_gives_the_members_mean_norm(tiny, params):
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_grouping_composes_with_every_method(tiny, random_params, grouping):
     """It is another order of heads, then the method on neighbours."""
-    params, moments = random_params(tiny), some_moments()
-    heads = {"encoder": 2, "decoder": 2, "cross": 1}
-    moved = permuted(params, orders(params, heads, grouping, 3, moments))
+    params, covariances = random_params(tiny), some_covariances()
+    heads = {"encoder": 2, "self_attention": 2, "cross_attention": 1}
+    moved = permuted(params, orders(params, heads, grouping, 3, covariances))
     for method in ("mean", "random", "medoid", "svd"):
-        one = convert(params, tiny, heads, method, 3, grouping=grouping, moments=moments)[0]
-        other = convert(moved, tiny, heads, method, 3, moments=moments)[0]
+        one = convert(
+            params, tiny, heads, method, 3, grouping=grouping, input_covariances=covariances
+        )[0]
+        other = convert(moved, tiny, heads, method, 3, input_covariances=covariances)[0]
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_seed_gives_the_same_again(tiny, random_params, method):
     draws = [
-        convert(random_params(tiny), tiny, 2, method, s, grouping="random", moments=some_moments())
+        convert(
+            random_params(tiny),
+            tiny,
+            2,
+            method,
+            s,
+            grouping="random",
+            input_covariances=some_covariances(),
+        )
         for s in (4, 4, 5)
     ]
     jax.tree.map(np.testing.assert_array_equal, draws[0][0], draws[1][0])
-    first, other = (kernels(draw[0], "cross")["key"] for draw in (draws[0], draws[2]))
+    first, other = (kernels(draw[0], "cross_attention")["key"] for draw in (draws[0], draws[2]))
     assert not np.allclose(first, other)
 
 
 def test_batches_convert_layer_by_layer(tiny, random_params, batch):
-    """The first layer's attention is as with moments of the parent; what follows is not."""
+    """The first layer's attention is as with covariances of the parent; what follows is not."""
     params = random_params(tiny)
-    moments = list(calibration.moments(params, tiny, [batch], ALL))
+    covariances = list(calibration.input_covariances(params, tiny, [batch], ALL))
     heads = dict.fromkeys(ATTENTIONS, 2)
     # Few tokens: the warning is about what the next test tests.
     with pytest.warns(UserWarning, match="condition number"):
-        parallel, config = convert(params, tiny, heads, "svd", moments=moments)
+        parallel, config = convert(params, tiny, heads, "svd", input_covariances=covariances)
     with pytest.warns(UserWarning, match="condition number"):
         sequential, same = convert(params, tiny, heads, "svd", batches=[batch])
     assert config == same
@@ -201,23 +216,23 @@ def test_batches_convert_layer_by_layer(tiny, random_params, batch):
     one, other = (kernels(p, "encoder")["key"] for p in (parallel, sequential))
     np.testing.assert_allclose(one[0], other[0], atol=1e-5)
     assert np.abs(one[1] - other[1]).max() > 0.01
-    one, other = (kernels(p, "decoder")["key"] for p in (parallel, sequential))
+    one, other = (kernels(p, "self_attention")["key"] for p in (parallel, sequential))
     np.testing.assert_allclose(one[0], other[0], atol=1e-5)  # reads embeddings
-    one, other = (kernels(p, "cross")["key"] for p in (parallel, sequential))
+    one, other = (kernels(p, "cross_attention")["key"] for p in (parallel, sequential))
     assert np.abs(one[0] - other[0]).max() > 0.01
 
 
 def test_batches_go_with_a_grouping_by_activations(tiny, random_params, batch):
-    params = tie(random_params(tiny), "decoder", 4)
+    params = tie(random_params(tiny), "self_attention", 4)
     order = np.array([0, 2, 1, 3])  # heads 0 and 2, and 1 and 3, are copies
-    decoder = kernels(params, "decoder")
+    decoder = kernels(params, "self_attention")
     for side in ("key", "value"):
-        decoder[side] = tie(params, "decoder", 2)["decoder"]["layers"]["self_attention"][side][
-            :, :, order
-        ]
+        decoder[side] = tie(params, "self_attention", 2)["decoder"]["layers"]["self_attention"][
+            side
+        ][:, :, order]
     with pytest.warns(UserWarning, match="condition number"):
         new, config = convert(
-            params, tiny, {"decoder": 2}, "svd", batches=[batch], grouping="act_cos"
+            params, tiny, {"self_attention": 2}, "svd", batches=[batch], grouping="act_cos"
         )
     np.testing.assert_allclose(logits(new, config, batch), logits(params, tiny, batch), atol=2e-4)
 
@@ -226,13 +241,13 @@ def of_rank(rank):
     """Moments that only `rank` tokens have made."""
     x = np.random.default_rng(6).normal(size=(rank, 16))
     C = x.T @ x / max(rank, 1)
-    return [m._replace(keys=C, queries=C) for m in some_moments()]
+    return [m._replace(keys=C, queries=C) for m in some_covariances()]
 
 
 def without(params, heads):
     """Parameters whose `heads` ask for nothing and add nothing, in the decoder."""
     params = jax.tree.map(lambda x: x, params)
-    for name in ("decoder", "cross"):
+    for name in ("self_attention", "cross_attention"):
         kernel = kernels(params, name)
         kernel["query"] = kernel["query"].at[:, :, heads].set(0)
         kernel["out"] = kernel["out"].at[:, heads].set(0)
@@ -257,7 +272,9 @@ def test_degenerate_moments_warn_and_give_finite_weights(
     """No token, fewer than dimensions, dead heads."""
     params = without(random_params(tiny), np.array(dead, int))
     with pytest.warns(UserWarning, match=r"attention '\w+' have condition number (inf|\d\S+):"):
-        new, config = convert(params, tiny, 2, method, moments=of_rank(rank), shrinkage=shrinkage)
+        new, config = convert(
+            params, tiny, 2, method, input_covariances=of_rank(rank), shrinkage=shrinkage
+        )
     assert np.isfinite(logits(new, config, batch)).all()
     if shrinkage:
         assert max(x.max() for x in query_scale(params, new).values()) < 10
@@ -265,19 +282,21 @@ def test_degenerate_moments_warn_and_give_finite_weights(
 
 def test_query_scale_is_of_root_mean_squares(tiny, params):
     new = jax.tree.map(lambda x: x, params)
-    cross = kernels(new, "cross")
+    cross = kernels(new, "cross_attention")
     cross["query"] = cross["query"] * jnp.array([2.0, 3.0]).reshape(2, 1, 1, 1)
     scale = query_scale(params, new)
-    np.testing.assert_allclose(scale["cross"], [2, 3], rtol=1e-6)
-    np.testing.assert_array_equal(scale["decoder"], [1, 1])
+    np.testing.assert_allclose(scale["cross_attention"], [2, 3], rtol=1e-6)
+    np.testing.assert_array_equal(scale["self_attention"], [1, 1])
     every = np.arange(4)
-    np.testing.assert_array_equal(query_scale(without(params, every), new)["cross"], [1, 1])
+    np.testing.assert_array_equal(
+        query_scale(without(params, every), new)["cross_attention"], [1, 1]
+    )
 
 
 def test_svd_keeps_the_size_of_keys(tiny, random_params):
     params = random_params(tiny)
-    new = convert(params, tiny, 1, "svd", moments=some_moments())[0]
-    for name in ("decoder", "cross"):
+    new = convert(params, tiny, 1, "svd", input_covariances=some_covariances())[0]
+    for name in ("self_attention", "cross_attention"):
         for side in ("key", "value"):
             old = np.linalg.norm(np.asarray(kernels(params, name)[side]), axis=(1, 3)).mean(1)
             found = np.linalg.norm(np.asarray(kernels(new, name)[side]), axis=(1, 3))[:, 0]
@@ -295,30 +314,34 @@ def test_svd_keeps_the_size_of_keys(tiny, random_params):
         (("first", "logit", "weight_cos"), False),
     ],
 )
-def test_what_needs_moments_says_so(tiny, params, arguments, needed):
-    assert needs_moments(*arguments) == needed
+def test_what_needs_input_covariances_says_so(tiny, params, arguments, needed):
+    assert needs_input_covariances(*arguments) == needed
     keys = dict(zip(("method", "space", "grouping"), arguments, strict=False))
-    check(tiny, {"decoder": 2}, **keys)
-    check(tiny, {"decoder": 4}, **keys, calibrated=False)
+    check(tiny, {"self_attention": 2}, **keys)
+    check(tiny, {"self_attention": 4}, **keys, calibrated=False)
     if needed:
         with pytest.raises(UserError, match=r"^convert\..*set convert.calibration_tokens above 0$"):
             convert(params, tiny, 2, **keys)
 
 
 def test_moments_of_other_layers_are_refused(tiny, params):
-    moments = [m for m in some_moments() if m.attention != "cross"]
-    with pytest.raises(ValueError, match="moments of 0 layers of 2 for cross"):
-        convert(params, tiny, 2, "svd", moments=moments)
+    covariances = [m for m in some_covariances() if m.attention != "cross_attention"]
+    with pytest.raises(ValueError, match="covariances of 0 layers of 2 for cross"):
+        convert(params, tiny, 2, "svd", input_covariances=covariances)
 
 
 @pytest.mark.parametrize(
     ("num_kv_heads", "method", "message"),
     [
-        (3, "mean", "num_kv_heads_decoder=3 does not divide the 4 heads .* use one of 1, 2, 4"),
-        (0, "mean", "num_kv_heads_decoder=0 does not divide"),
+        (
+            3,
+            "mean",
+            "num_kv_heads_self_attention=3 does not divide the 4 heads .* use one of 1, 2, 4",
+        ),
+        (0, "mean", "num_kv_heads_self_attention=0 does not divide"),
         (2, "median", "convert.method='median'; use one of mean, first, random"),
         (2, "svd", "convert.method='svd' weighs"),
-        ({"self": 2}, "mean", "no attention 'self'.*encoder, decoder, cross"),
+        ({"self": 2}, "mean", "no attention 'self'.*encoder, self_attention, cross_attention"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(tiny, params, num_kv_heads, method, message):

@@ -10,7 +10,7 @@ import pytest
 
 from gqa.convert import convert
 from gqa.convert.attention_kernels import kernels_of, with_kernels
-from gqa.convert.calibration import ATTENTIONS, Moment
+from gqa.convert.calibration import ATTENTIONS, InputCovariance
 from gqa.convert.grouping import GROUPINGS, orders, permuted, search, similarity
 from gqa.model.attention import grouped_query_attention
 from gqa.model.transformer import Transformer
@@ -21,19 +21,22 @@ def logits(params, config, batch):
     return Transformer(config).apply({"params": params}, batch)
 
 
-def moments():
+def input_covariances():
     rng = np.random.default_rng(5)
     x = rng.normal(size=(6, 60, 16)) * np.geomspace(0.1, 3, 16)
     C = x.swapaxes(1, 2) @ x / 60
     names = itertools.product(ATTENTIONS, range(2))
-    return [Moment(*name, matrix, matrix, 60, 60) for name, matrix in zip(names, C, strict=True)]
+    return [
+        InputCovariance(*name, matrix, matrix, 60, 60)
+        for name, matrix in zip(names, C, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_regrouping_leaves_the_logits(tiny, random_params, batch, grouping):
     params = random_params(tiny)
     heads = dict.fromkeys(ATTENTIONS, 2)
-    new = permuted(params, orders(params, heads, grouping, 1, moments()))
+    new = permuted(params, orders(params, heads, grouping, 1, input_covariances()))
     np.testing.assert_allclose(logits(new, tiny, batch), logits(params, tiny, batch), atol=2e-4)
     moved = [
         bool((kernels_of(new, name)["key"] != kernels_of(params, name)["key"]).any())
@@ -49,16 +52,16 @@ def test_a_grouped_parents_queries_move_with_their_head(tiny, random_params, bat
         new = permuted(new, {name: np.array([[1, 0]] * 2)})
     np.testing.assert_allclose(logits(new, config, batch), logits(params, config, batch), atol=2e-4)
     assert (
-        kernels_of(new, "cross")["query"][:, :, :2]
-        == kernels_of(params, "cross")["query"][:, :, 2:]
+        kernels_of(new, "cross_attention")["query"][:, :, :2]
+        == kernels_of(params, "cross_attention")["query"][:, :, 2:]
     ).all()
 
 
 def test_layers_that_share_a_bias_move_alike(tiny, random_params):
     order = np.array([[0, 1, 2, 3], [1, 0, 2, 3]])
-    permuted(random_params(tiny), {"cross": order})
+    permuted(random_params(tiny), {"cross_attention": order})
     with pytest.raises(ValueError, match="share a bias"):
-        permuted(random_params(tiny), {"decoder": order})
+        permuted(random_params(tiny), {"self_attention": order})
 
 
 def test_conversion_is_that_of_an_index_map(tiny, random_params):
@@ -87,7 +90,7 @@ def test_conversion_is_that_of_an_index_map(tiny, random_params):
         found = outputs(kernels_of(new, name), table[:, order], 1)
         np.testing.assert_allclose(found, outputs(mapped, table, 1), rtol=1e-4, atol=1e-4)
         stack = ATTENTIONS[name][0]
-        columns = order if name != "cross" else np.arange(4)
+        columns = order if name != "cross_attention" else np.arange(4)
         np.testing.assert_array_equal(
             new[stack]["position_bias"]["table"],
             params[stack]["position_bias"]["table"][:, columns],
@@ -116,7 +119,7 @@ def alike_in_pairs(params, name, turned):
 )
 def test_heads_that_are_alike_share_a_group(tiny, random_params, name, grouping, turned):
     params = alike_in_pairs(random_params(tiny), name, turned)
-    new = permuted(params, orders(params, {name: 2}, grouping, 0, moments()))
+    new = permuted(params, orders(params, {name: 2}, grouping, 0, input_covariances()))
     order = np.array([0, 3, 1, 2])
     np.testing.assert_array_equal(
         kernels_of(new, name)["key"], kernels_of(params, name)["key"][:, :, order]
@@ -124,7 +127,9 @@ def test_heads_that_are_alike_share_a_group(tiny, random_params, name, grouping,
 
 
 def test_rotations_hide_likeness_from_plain_cosines(tiny, random_params):
-    kernels = kernels_of(alike_in_pairs(random_params(tiny), "cross", turned=True), "cross")
+    kernels = kernels_of(
+        alike_in_pairs(random_params(tiny), "cross_attention", turned=True), "cross_attention"
+    )
     plain, aligned = (similarity(kernels, 0, None, aligned) for aligned in (False, True))
     assert plain[0, 3] < 1 < 1.8 < aligned[0, 3] <= 2
     np.testing.assert_allclose(plain.diagonal(), 2)
@@ -133,15 +138,15 @@ def test_rotations_hide_likeness_from_plain_cosines(tiny, random_params):
 
 def test_layers_of_cross_attention_are_grouped_apart(tiny, random_params):
     params = random_params(tiny)
-    new = permuted(params, orders(params, {"cross": 2, "decoder": 2}, "random", 2))
+    new = permuted(params, orders(params, {"cross_attention": 2, "self_attention": 2}, "random", 2))
     found = {}
-    for name in ("cross", "decoder"):
+    for name in ("cross_attention", "self_attention"):
         old, moved = (np.array(kernels_of(p, name)["key"][:, 0, :, 0]) for p in (params, new))
         found[name] = [
             np.argmax(o[:, None] == m, axis=0).tolist() for o, m in zip(old, moved, strict=True)
         ]
-    assert found["cross"][0] != found["cross"][1]
-    assert found["decoder"][0] == found["decoder"][1]
+    assert found["cross_attention"][0] != found["cross_attention"][1]
+    assert found["self_attention"][0] == found["self_attention"][1]
 
 
 @pytest.mark.parametrize("seed", range(5))

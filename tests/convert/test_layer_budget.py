@@ -7,19 +7,19 @@ import json
 import jax
 import numpy as np
 import pytest
-from tests.test_absorb import moments_of
 
 from experiments.stages import benchmark
 from gqa import kv_cache
-from gqa.convert import calibration, convert, layer_budget, spread
+from gqa.convert import calibration, convert, layer_budget, per_layer_kv_heads
 from gqa.convert.optimizer_state import convert_state
 from gqa.interop import huggingface
 from gqa.model.config import Config
 from gqa.model.transformer import Transformer, count_params, cut, each_layer, init_params
 from gqa.runtime.errors import UserError
 from gqa.training import loop, optimizer
+from tests.convert.test_closed_form import covariances_of
 
-HEADS = {"decoder": (4, 2, 2), "cross": (1, 4, 4)}
+HEADS = {"self_attention": (4, 2, 2), "cross_attention": (1, 4, 4)}
 METHODS = ("mean", "first", "random", "medoid", "svd", "procrustes")
 
 
@@ -31,13 +31,15 @@ def deep(tiny) -> Config:
 @pytest.fixture
 def mixed(deep) -> Config:
     return dataclasses.replace(
-        deep, num_kv_heads_decoder=HEADS["decoder"], num_kv_heads_cross=HEADS["cross"]
+        deep,
+        num_kv_heads_self_attention=HEADS["self_attention"],
+        num_kv_heads_cross_attention=HEADS["cross_attention"],
     )
 
 
-def moments(config):
+def input_covariances(config):
     """Those of two layers, the second twice."""
-    found = moments_of(config)
+    found = covariances_of(config)
     return [*found, *(m._replace(layer=2) for m in found if m.layer and m.attention != "encoder")]
 
 
@@ -61,18 +63,23 @@ def repeated(params, config):
 
 
 def test_a_config_says_where_layers_are_alike(deep, mixed):
-    assert mixed.runs == {0: 1, 1: 2}
-    assert deep.runs == {0: 3}
-    assert mixed.kv_heads("cross") == (1, 4, 4)
-    assert mixed.at_layer(2) == dataclasses.replace(deep, num_kv_heads_decoder=2)
+    assert mixed.layer_groups == {0: 1, 1: 2}
+    assert deep.layer_groups == {0: 3}
+    assert mixed.kv_heads("cross_attention") == (1, 4, 4)
+    assert mixed.at_layer(2) == dataclasses.replace(deep, num_kv_heads_self_attention=2)
     assert Config(**json.loads(json.dumps(mixed.__dict__))) == mixed
-    assert dataclasses.replace(mixed, num_kv_heads_decoder=(2, 2, 2)).num_kv_heads_decoder == 2
+    assert (
+        dataclasses.replace(
+            mixed, num_kv_heads_self_attention=(2, 2, 2)
+        ).num_kv_heads_self_attention
+        == 2
+    )
     for heads, message in {
         (4, 2): "has 2 numbers for 3 decoder layers",
-        (4, 3, 1): "num_kv_heads_decoder=3 does not divide the 4 heads",
+        (4, 3, 1): "num_kv_heads_self_attention=3 does not divide the 4 heads",
     }.items():
         with pytest.raises(UserError, match=message):
-            dataclasses.replace(mixed, num_kv_heads_decoder=heads)
+            dataclasses.replace(mixed, num_kv_heads_self_attention=heads)
     with pytest.raises(UserError, match="num_kv_heads_encoder"):
         dataclasses.replace(mixed, num_kv_heads_encoder=(4, 2))
 
@@ -91,21 +98,31 @@ def test_the_network_is_the_multi_head_one_with_repeated_heads(
 @pytest.mark.parametrize("method", METHODS)
 def test_each_layer_is_converted_as_if_all_had_its_number(deep, random_params, method):
     params = random_params(deep)
-    new, config = convert(params, deep, HEADS, method, 3, moments=moments(deep), renorm=True)
-    assert (config.num_kv_heads_decoder, config.num_kv_heads_cross) == tuple(HEADS.values())
+    new, config = convert(
+        params, deep, HEADS, method, 3, input_covariances=input_covariances(deep), renorm=True
+    )
+    assert (config.num_kv_heads_self_attention, config.num_kv_heads_cross_attention) == tuple(
+        HEADS.values()
+    )
     expected = {
         K: list(
             each_layer(
-                convert(params, deep, K, method, 3, moments=moments(deep), renorm=True)[0][
-                    "decoder"
-                ]
+                convert(
+                    params,
+                    deep,
+                    K,
+                    method,
+                    3,
+                    input_covariances=input_covariances(deep),
+                    renorm=True,
+                )[0]["decoder"]
             )
         )
         for K in (1, 2, 4)
     }
     for i, layer in enumerate(each_layer(new["decoder"])):
-        for name, heads in (("self", "decoder"), ("cross", "cross")):
-            K, attention = HEADS[heads][i], f"{name}_attention"
+        for attention in ("self_attention", "cross_attention"):
+            K = HEADS[attention][i]
             if method == "random" and i and K < 4:  # drawn anew for each run
                 assert layer[attention]["key"].shape == (16, K, 8)
                 continue
@@ -133,8 +150,8 @@ def test_moments_of_a_mixed_network_are_those_of_the_repeated_one(
     deep, mixed, random_params, batch
 ):
     params = random_params(mixed)
-    one = list(calibration.moments(params, mixed, [batch]))
-    other = list(calibration.moments(repeated(params, mixed), deep, [batch]))
+    one = list(calibration.input_covariances(params, mixed, [batch]))
+    other = list(calibration.input_covariances(repeated(params, mixed), deep, [batch]))
     for a, b in zip(one, other, strict=True):
         assert (a.attention, a.layer) == (b.attention, b.layer)
         np.testing.assert_allclose(a.keys, b.keys, rtol=1e-4, atol=1e-4)
@@ -144,7 +161,7 @@ def test_sizes_are_sums_over_layers(mixed):
     # 2 of keys and values, 3 sequences, heads of 8, 4 bytes
     assert kv_cache.kv_cache_bytes(mixed, 3, 10, 5) == 2 * 3 * 8 * 4 * (8 * 5 + 9 * 10)
     assert count_params(mixed) == count_params(
-        dataclasses.replace(mixed, num_kv_heads_decoder=4, num_kv_heads_cross=4)
+        dataclasses.replace(mixed, num_kv_heads_self_attention=4, num_kv_heads_cross_attention=4)
     ) - 2 * 16 * 8 * (2 + 2 + 3)
 
 
@@ -174,12 +191,20 @@ def test_a_mixed_network_is_not_converted_again(mixed, random_params):
 @pytest.mark.parametrize("seed", range(4))
 def test_no_other_heads_lose_less_in_the_same_cache(seed):
     rng = np.random.default_rng(seed)
-    items = [("decoder", 0), ("decoder", 1), ("cross", 0), ("cross", 1)]
+    items = [
+        ("self_attention", 0),
+        ("self_attention", 1),
+        ("cross_attention", 0),
+        ("cross_attention", 1),
+    ]
     lost = {
         item: dict(zip((1, 2, 4), np.sort(rng.random(3))[::-1] * (1, 1, 0), strict=True))
         for item in items
     }
-    heads, lengths = {"decoder": 2, "cross": 2}, {"decoder": 3, "cross": 5}
+    heads, lengths = (
+        {"self_attention": 2, "cross_attention": 2},
+        {"self_attention": 3, "cross_attention": 5},
+    )
 
     def cost(choice):
         return sum(lengths[name] * K for (name, _), K in zip(items, choice, strict=True))
@@ -187,8 +212,8 @@ def test_no_other_heads_lose_less_in_the_same_cache(seed):
     def loss(choice):
         return sum(lost[item][K] for item, K in zip(items, choice, strict=True))
 
-    found = layer_budget.spread(lost, heads, lengths)
-    chosen = (*found["decoder"], *found["cross"])
+    found = layer_budget.allocate(lost, heads, lengths)
+    chosen = (*found["self_attention"], *found["cross_attention"])
     fitting = [c for c in itertools.product((1, 2, 4), repeat=4) if cost(c) <= cost((2,) * 4)]
     assert cost(chosen) <= cost((2,) * 4)
     assert loss(chosen) == pytest.approx(min(map(loss, fitting)))
@@ -205,9 +230,15 @@ def test_heads_that_are_alike_give_theirs_to_others(deep, random_params):
             kernels[side] = kernel
         layers = params["decoder"]["layers"] | {attention: kernels}
         params = params | {"decoder": params["decoder"] | {"layers": layers}}
-    found = spread(params, deep, 2, {"decoder": 4, "cross": 4}, moments=moments(deep))
-    assert found["decoder"][0] == found["cross"][0] == 1
-    heads = [*found["decoder"], *found["cross"]]
+    found = per_layer_kv_heads(
+        params,
+        deep,
+        2,
+        {"self_attention": 4, "cross_attention": 4},
+        input_covariances=input_covariances(deep),
+    )
+    assert found["self_attention"][0] == found["cross_attention"][0] == 1
+    heads = [*found["self_attention"], *found["cross_attention"]]
     assert sum(heads) <= 12
     assert max(heads) == 4
 
@@ -216,7 +247,7 @@ def test_it_is_timed_as_its_checkpoint_has_it(mixed, monkeypatch, capsys):
     """The stage takes the KV heads from the checkpoint that it builds on."""
     monkeypatch.setattr(benchmark, "open_parent", lambda path: {"here": mixed_parent}[path])
     mixed_parent = type("Parent", (), {"config": mixed})
-    variant = {"size": "tiny", "method": "svd-spread"}
+    variant = {"size": "tiny", "method": "svd-per_layer_budget"}
     settings = {"batch_size": 2, "inputs_length": 8, "targets_length": 3, "repetitions": 2}
     settings["networks"] = [[variant, None]]
     outcome = benchmark.run("timed", settings, None, ["here"], None)

@@ -13,7 +13,7 @@ from gqa.convert.attention_kernels import kernels_of
 from gqa.convert.learned import METHODS, blend, expand, fold, pull, without_pools
 from gqa.model.transformer import Transformer
 
-HEADS = {"decoder": 2, "cross": 1}
+HEADS = {"self_attention": 2, "cross_attention": 1}
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def params(tiny, random_params):
 
 
 def grouped(tiny):
-    return dataclasses.replace(tiny, num_kv_heads_decoder=2, num_kv_heads_cross=1)
+    return dataclasses.replace(tiny, num_kv_heads_self_attention=2, num_kv_heads_cross_attention=1)
 
 
 def assert_close(one, other):
@@ -45,14 +45,14 @@ def test_they_start_as_the_mean(tiny, params, method):
     tree = expand(params, HEADS, method)
     assert_close(fold(tree), convert(params, tiny, HEADS, "mean")[0])
     shape = {"weighted": (2, 2, 2), "fuse": (2, 2, 2, 2)}[method]
-    assert kernels_of(tree, "decoder")["key_pool"].shape == shape
+    assert kernels_of(tree, "self_attention")["key_pool"].shape == shape
     assert "key_pool" not in kernels_of(tree, "encoder")
 
 
 def test_weights_are_per_head_and_side(params):
     tree = drawn(expand(params, HEADS, "weighted"))
-    plain = kernels_of(fold(tree), "decoder")
-    kernels = kernels_of(tree, "decoder")
+    plain = kernels_of(fold(tree), "self_attention")
+    kernels = kernels_of(tree, "self_attention")
     for side in ("key", "value"):
         weights = kernels[f"{side}_pool"]
         expected = sum(weights[1, 1, g] * kernels[side][1, :, 2 + g] for g in range(2))
@@ -73,7 +73,7 @@ def test_fusion_draws_mixtures_together(params):
     tree = drawn(expand(params, HEADS, "fuse"))
 
     def apart(progress):
-        keys = kernels_of(blend(tree, progress), "cross")["key"]
+        keys = kernels_of(blend(tree, progress), "cross_attention")["key"]
         return float(jnp.square(keys - keys.mean(2, keepdims=True)).sum())
 
     distances = [apart(progress) for progress in (0.0, 0.2, 0.4, 0.5, 1.0)]

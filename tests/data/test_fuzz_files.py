@@ -8,12 +8,12 @@ import os
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import test_fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gqa.data import tasks, tokenizer
 from gqa.data.examples import SPLITS
+from tests.experiments import test_fuzz_configs as test_fuzz
 
 stubs, workdir = test_fuzz.stubs, test_fuzz.workdir  # fixtures
 once, run = test_fuzz.once, test_fuzz.run

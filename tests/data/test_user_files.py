@@ -4,10 +4,10 @@ import json
 import os
 
 import pytest
-from test_formats import write_arrow
 
 from gqa.data import user_files
 from gqa.runtime.errors import UserError
+from tests.data.test_file_formats import write_arrow
 
 
 @pytest.fixture

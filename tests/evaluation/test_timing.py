@@ -29,7 +29,7 @@ def test_all_take_turns_after_one_to_warm_up(repetitions):
 
 
 def test_every_network_is_timed_every_time(tiny):
-    configs = {"mha": tiny, "mqa": dataclasses.replace(tiny, num_kv_heads_decoder=1)}
+    configs = {"mha": tiny, "mqa": dataclasses.replace(tiny, num_kv_heads_self_attention=1)}
     shape = {"batch_size": 2, "inputs_length": 8, "targets_length": 5}
     measured = timing.measure(configs, **shape, repetitions=3)
     assert measured.keys() == configs.keys()
@@ -76,7 +76,7 @@ def test_a_batch_in_parts_is_the_batch(tiny, monkeypatch):
 
 def test_attention_alone_is_that_of_every_layer(tiny):
     """Values that are constants of their layer are what attention to them gives."""
-    net = Inference(dataclasses.replace(tiny, num_kv_heads_cross=2))
+    net = Inference(dataclasses.replace(tiny, num_kv_heads_cross_attention=2))
     weights = jax.eval_shape(lambda: net.prepare(init_params(net.config, 0)))
     memory = jax.eval_shape(net.prefill, weights, jnp.ones((3, 8), jnp.int32))
     memory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory)

@@ -57,8 +57,8 @@ WRONG = {
     "dropout_rate": ["1", "1.0001", "7"],
     "num_microbatches": ["3", "5", "16"],
     "num_kv_heads_encoder": ["3", "32"],
-    "num_kv_heads_decoder": ["5", "32"],
-    "num_kv_heads_cross": ["7", "17"],
+    "num_kv_heads_self_attention": ["5", "32"],
+    "num_kv_heads_cross_attention": ["7", "17"],
     "model.num_heads": ["3", "24"],
     "model.vocab_size": ["1", "453"],
     "pretrain.inputs_length": ["1", "3", "1810", "2147483647"],
@@ -211,7 +211,7 @@ def right_settings(draw):
     divisors = st.sampled_from([K for K in range(1, N + 1) if N % K == 0])
     for name in convert.ATTENTIONS:
         found[f"convert.num_kv_heads_{name}"] = draw(divisors)
-    if "convert.spread" in found:
+    if "convert.per_layer_budget" in found:
         found["convert.grouping"] = "contiguous"
     return found
 
@@ -320,7 +320,7 @@ CONFIGS = {
     "configs/gqa.py:nano,colour=red": "colour",
     "configs/gqa.py:=": "'='",
     "configs/gqa8.py:nano:mini": "nano:mini",
-    "configs/gqa8.py:base": "num_kv_heads_decoder=8",
+    "configs/gqa8.py:base": "num_kv_heads_self_attention=8",
     "README.md": "README.md",
     "LICENSE": "LICENSE",
     "configs": "configs",

@@ -17,7 +17,11 @@ from gqa.evaluation import results
 from tests.support.jobs import ENVIRONMENT, ROOT, TINY, command, differences, launch, outputs
 
 # What a sweep sets itself.
-ONE_POINT = ("uptrain.alpha", "convert.num_kv_heads_decoder", "convert.num_kv_heads_cross")
+ONE_POINT = (
+    "uptrain.alpha",
+    "convert.num_kv_heads_self_attention",
+    "convert.num_kv_heads_cross_attention",
+)
 
 
 @pytest.fixture(scope="module")

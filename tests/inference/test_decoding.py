@@ -10,7 +10,7 @@ import pytest
 
 from gqa.inference.decoding import EOS, GREEDY, NO_EOS, Beam, Sample, advance, beam_search
 
-BEAM = Beam(num_beams=3, alpha=0.6)
+BEAM = Beam(num_beams=3, length_penalty=0.6)
 
 
 def scripted(script):
@@ -122,7 +122,7 @@ def test_examples_do_not_know_of_each_other(search):
 def test_enough_beams_find_the_best_of_all_texts(alpha):
     B, V, length = 60, 4, 4
     step, table, empty = language(B, V, length)
-    search = Beam(num_beams=54, alpha=alpha)  # as many as the last position's 27 * 4 need
+    search = Beam(num_beams=54, length_penalty=alpha)  # as many as the last position's 27 * 4 need
     rows, _ = run(step, search, empty(54), B, length)
     others = [token for token in range(V) if token != EOS]
     endings = [(*text, EOS) for n in range(length) for text in itertools.product(others, repeat=n)]
@@ -163,13 +163,15 @@ def test_beam_search_is_that_of_t5(search):
     step, table, empty = language(B, V, length, seed=1)
     rows, _ = run(step, search, empty(search.num_beams), B, length)
     found = [strip(row) for row in search.outputs(rows)]
-    assert found == [t5_beam_search(t, search.num_beams, search.alpha, length) for t in table]
+    assert found == [
+        t5_beam_search(t, search.num_beams, search.length_penalty, length) for t in table
+    ]
     greedy = [strip(row) for row in texts(step, GREEDY, empty(1), B, length)]
     assert sum(one != other for one, other in zip(found, greedy, strict=True)) > 5
     assert not rows.ended.all()  # some found no end, or none that is safe
     scores = [log_probability(t, text) for t, text in zip(table, found, strict=True)]
     lengths = np.array([len(text) for text in found])
-    scores /= ((5 + lengths) / 6) ** search.alpha
+    scores /= ((5 + lengths) / 6) ** search.length_penalty
     has_ended = np.array([EOS in text for text in found])
     np.testing.assert_allclose(rows.best_score[has_ended], scores[has_ended], rtol=1e-5)
 

@@ -23,7 +23,7 @@ from gqa.runtime import sharding
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "t5_search.npz"
 HAVE_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-SEARCHES = {"greedy": GREEDY, "beam": Beam(num_beams=4, alpha=0.0)}
+SEARCHES = {"greedy": GREEDY, "beam": Beam(num_beams=4, length_penalty=0.0)}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_golden_texts_tell_the_searches_apart(golden):
 @pytest.mark.skipif(not HAVE_TORCH, reason="needs torch and transformers")
 @pytest.mark.parametrize("name", SEARCHES)
 def test_texts_are_those_of_transformers_live(golden, trained, name):
-    import make_golden
+    from tests import make_golden
 
     model = make_golden.search_model(golden["config"])
     weights = {n: make_golden.torch.tensor(x).float() for n, x in golden["weights"].items()}
@@ -78,7 +78,7 @@ def shapes(monkeypatch):
 
     def traced(self, weights, rows, cache, memory, begin, end):
         shapes.append((len(memory.mask), self.net.room(cache)))
-        each = self.search.num_beams * self.net.config.num_kv_heads_decoder
+        each = self.search.num_beams * self.net.config.num_kv_heads_self_attention
         assert len(cache[0][0]) == len(rows.ended) * each
         return advance(self, weights, rows, cache, memory, begin, end)
 
@@ -151,7 +151,10 @@ def test_a_text_is_cut_at_its_length_and_goes_no_further(
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 def test_greedy_is_the_arg_max_of_teacher_forcing(tiny, batch, random_params, num_kv_heads):
-    heads = {"num_kv_heads_decoder": num_kv_heads, "num_kv_heads_cross": num_kv_heads}
+    heads = {
+        "num_kv_heads_self_attention": num_kv_heads,
+        "num_kv_heads_cross_attention": num_kv_heads,
+    }
     config = dataclasses.replace(tiny, **heads)
     params, inputs = random_params(config), batch["inputs"]
     # Embeddings apart from each other, so that the model does not repeat one token.
@@ -172,7 +175,7 @@ def teacher_forced(params, config, inputs, targets):
 
 def test_beams_score_what_teacher_forcing_gives_their_texts(tiny, batch, random_params):
     """So each text was continued on its own keys and values, wherever its beam has been."""
-    config = dataclasses.replace(tiny, num_kv_heads_decoder=2)
+    config = dataclasses.replace(tiny, num_kv_heads_self_attention=2)
     params, net = random_params(config), Inference(config)
     B, R, length = 2, 3, 9
     search, inputs = Beam(R, 0.6), jnp.array(batch["inputs"])

@@ -18,7 +18,9 @@ LENGTH = 7
 
 
 def config_of(tiny, K, **version):
-    return dataclasses.replace(tiny, num_kv_heads_decoder=K, num_kv_heads_cross=K, **version)
+    return dataclasses.replace(
+        tiny, num_kv_heads_self_attention=K, num_kv_heads_cross_attention=K, **version
+    )
 
 
 def teacher_forced(params, config, inputs, targets):
@@ -107,7 +109,9 @@ def test_the_backend_decides_the_cache(tiny):
         assert net.cache_dtype == dtype
         leaves = jax.tree.leaves(jax.eval_shape(lambda net=net: net.init_cache(2, 3, 5)))
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
-        heads = tiny.num_kv_heads_decoder if backend == "cpu" else 1  # else an axis of their own
+        heads = (
+            tiny.num_kv_heads_self_attention if backend == "cpu" else 1
+        )  # else an axis of their own
         assert {leaf.shape[0] for leaf in leaves} == {6 * heads}
 
 

@@ -53,7 +53,7 @@ def golden(version, folder):
 
 def live(version, folder):
     """Another random model than the golden one, saved by Transformers and read by us."""
-    import make_golden
+    from tests import make_golden
 
     model = make_golden.build_model(version, seed=7)
     model.save_pretrained(folder)
@@ -155,7 +155,9 @@ def test_state_dict_and_from_config_are_the_way_back(version):
 @pytest.mark.parametrize("version", ["t5_1_0", "t5_1_1"])
 def test_a_grouped_network_is_saved_and_read_back(version, expand, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "SHARD", 20_000)
-    params, config = convert(*golden(version, None)[:2], {"decoder": 2, "cross": 1})
+    params, config = convert(
+        *golden(version, None)[:2], {"self_attention": 2, "cross_attention": 1}
+    )
     (tmp_path / "mine.model").write_bytes(b"pieces")
     huggingface.save(params, config, tmp_path / "a", expand, tmp_path / "mine.model")
     said = json.loads((tmp_path / "a" / "config.json").read_text())
@@ -165,7 +167,9 @@ def test_a_grouped_network_is_saved_and_read_back(version, expand, tmp_path, mon
     back, back_config = load(tmp_path / "a")
     if expand:
         _, _, inputs, targets, _ = golden(version, None)
-        assert back_config.num_kv_heads_decoder == back_config.num_kv_heads_cross == 4
+        assert (
+            back_config.num_kv_heads_self_attention == back_config.num_kv_heads_cross_attention == 4
+        )
         ours = apply(params, config, inputs, targets)
         assert max_relative_error(apply(back, back_config, inputs, targets), ours) < 1e-5
     else:
@@ -177,8 +181,9 @@ def test_a_grouped_network_is_saved_and_read_back(version, expand, tmp_path, mon
 @pytest.mark.parametrize("version", ["t5_1_0", "t5_1_1"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_transformers_runs_what_is_saved(version, kv_heads, tmp_path):
-    import make_golden
     import transformers
+
+    from tests import make_golden
 
     _, _, inputs, targets, _ = golden(version, None)
     params, config = convert(*golden(version, None)[:2], kv_heads)
@@ -191,9 +196,10 @@ def test_transformers_runs_what_is_saved(version, kv_heads, tmp_path):
 @pytest.mark.skipif(not HAVE_TORCH, reason="compares with torch and transformers")
 @pytest.mark.parametrize("own_logits", [False, True])
 def test_mt5_never_scales_its_logits(own_logits, tmp_path):
-    import make_golden
     import torch
     import transformers
+
+    from tests import make_golden
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_heads": 4}

@@ -55,7 +55,7 @@ def test_t5_xxl_keeps_inputs_too_and_agrees_with_the_library(capsys):
     assert rows["64*"][1:3] == ["960.00", "MiB"]
     assert answer == "8 KV heads: 8 times less cache than 64"
     heads = dict.fromkeys(
-        ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross"), 64
+        ("num_kv_heads_encoder", "num_kv_heads_self_attention", "num_kv_heads_cross_attention"), 64
     )
     config = Config(32128, 4096, 10240, 64, 64, 24, 24, **heads)
     for dtype in ("float32", "bfloat16"):

@@ -16,7 +16,7 @@ from gqa.model.layers import RELU
 
 
 def grouped(config, decoder, cross, **more):
-    heads = {"num_kv_heads_decoder": decoder, "num_kv_heads_cross": cross}
+    heads = {"num_kv_heads_self_attention": decoder, "num_kv_heads_cross_attention": cross}
     return dataclasses.replace(config, **heads, **more)
 
 
@@ -82,9 +82,11 @@ def test_a_stated_dtype_overrides_the_config(tiny):
 
 def test_t5_xxl_at_the_papers_lengths_needs_a_gib_a_sequence():
     heads = dict.fromkeys(
-        ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross"), 64
+        ("num_kv_heads_encoder", "num_kv_heads_self_attention", "num_kv_heads_cross_attention"), 64
     )
     xxl = Config(32128, 4096, 10240, 64, 64, 24, 24, **heads, dtype="bfloat16")
     assert gqa.kv_cache_bytes(xxl, 1, 2048, 512) == 960 * 2**20
-    grouped = dataclasses.replace(xxl, num_kv_heads_decoder=8, num_kv_heads_cross=8)
+    grouped = dataclasses.replace(
+        xxl, num_kv_heads_self_attention=8, num_kv_heads_cross_attention=8
+    )
     assert gqa.kv_cache_bytes(grouped, 1, 2048, 512) == 120 * 2**20

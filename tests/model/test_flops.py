@@ -12,8 +12,10 @@ from gqa.training import loss
 
 VARIANTS = {
     "mha": {},
-    "gqa": {"num_kv_heads_decoder": 2, "num_kv_heads_cross": 1},
-    "mqa": {f"num_kv_heads_{where}": 1 for where in ("encoder", "decoder", "cross")},
+    "gqa": {"num_kv_heads_self_attention": 2, "num_kv_heads_cross_attention": 1},
+    "mqa": {
+        f"num_kv_heads_{where}": 1 for where in ("encoder", "self_attention", "cross_attention")
+    },
     "t5_1_0": {"activation": "relu", "tied_logits": True},
     "depths": {"num_encoder_layers": 3, "num_decoder_layers": 1},
 }

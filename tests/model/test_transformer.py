@@ -15,7 +15,7 @@ from gqa.model.layers import Attention
 from gqa.model.transformer import Transformer, count_params, shift_right
 from gqa.runtime.errors import UserError
 
-KV_HEADS = ("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross")
+KV_HEADS = ("num_kv_heads_encoder", "num_kv_heads_self_attention", "num_kv_heads_cross_attention")
 
 
 def replace(config, encoder=4, decoder=4, cross=4, **settings):
@@ -68,8 +68,8 @@ def test_parameter_counts_are_those_of_t5(size, num_kv_heads, count):
         num_encoder_layers=layers,
         num_decoder_layers=layers,
         num_kv_heads_encoder=num_heads,
-        num_kv_heads_decoder=num_kv_heads,
-        num_kv_heads_cross=num_kv_heads,
+        num_kv_heads_self_attention=num_kv_heads,
+        num_kv_heads_cross_attention=num_kv_heads,
     )
     assert count_params(config) == count
 
@@ -97,8 +97,8 @@ def test_a_wrong_head_count_is_refused(tiny, name, value):
         ({"num_heads": -4}, "num_heads is not a size"),
         ({"num_encoder_layers": 2**31}, "num_encoder_layers is not a size"),
         ({"num_decoder_layers": None}, "num_decoder_layers=None; use a whole number"),
-        ({"num_kv_heads_cross": "4"}, "num_kv_heads_cross=4 does not divide"),
-        ({"num_kv_heads_cross": 4.0}, "num_kv_heads_cross=4.0 does not divide"),
+        ({"num_kv_heads_cross_attention": "4"}, "num_kv_heads_cross_attention=4 does not divide"),
+        ({"num_kv_heads_cross_attention": 4.0}, "num_kv_heads_cross_attention=4.0 does not divide"),
         ({"tied_logits": 1}, "tied_logits=1; use true or false"),
         ({"activation": ["relu"]}, "activation=.'relu'.; use a name"),
         ({"num_buckets": 3}, "num_buckets=3; use 4 or more"),

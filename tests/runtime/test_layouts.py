@@ -41,7 +41,8 @@ batch["targets"][:7, 2:] = 0
 
 
 def network(K):
-    heads = {f"num_kv_heads_{n}": k for n, k in (("encoder", 8), ("decoder", K), ("cross", K))}
+    counts = {"encoder": 8, "self_attention": K, "cross_attention": K}
+    heads = {f"num_kv_heads_{name}": count for name, count in counts.items()}
     return Config(128, 128, 136, 8, 16, 1, 1, **heads, dropout_rate=0.1)
 
 
@@ -137,7 +138,7 @@ def test_every_layout_gives_the_numbers_of_one_device(tmp_path):
 
 def config_of(encoder=8, decoder=2, cross=2, **sizes):
     heads = {"num_kv_heads_encoder": encoder}
-    heads |= {"num_kv_heads_decoder": decoder, "num_kv_heads_cross": cross}
+    heads |= {"num_kv_heads_self_attention": decoder, "num_kv_heads_cross_attention": cross}
     shape = {"vocab_size": 512, "d_model": 128, "d_ff": 256, "num_heads": 8, "head_dim": 64}
     layers = {"num_encoder_layers": 2, "num_decoder_layers": 2}
     return Config(**(shape | sizes), **layers, **heads)
@@ -149,7 +150,11 @@ def config_of(encoder=8, decoder=2, cross=2, **sizes):
         (Layout(model=3), {}, "mesh.model=3 .* use one of 1, 2, 4, 8"),
         (Layout(model=8), {"d_ff": 252}, "model.d_ff=252; use one of 1, 2, 4"),
         (Layout(model=0), {}, "mesh.model=0 "),
-        (Layout(model=2), {"num_heads": 9, "decoder": 3, "encoder": 9, "cross": 3}, "num_heads=9"),
+        (
+            Layout(model=2),
+            {"num_heads": 9, "decoder": 3, "encoder": 9, "cross": 3},
+            "num_heads=9",
+        ),
         (Layout(slices=3), {}, "mesh.slices=3 .* use one of 1, 2, 4, 8"),
         (Layout(fsdp=True), {"d_model": 100}, "model.d_model=100 .* mesh.model=2, 4, 8"),
         (Layout(kv_heads="tile"), {}, "mesh.kv_heads='tile'; use one of auto, replicate, batch"),

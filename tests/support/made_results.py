@@ -10,8 +10,12 @@ REPLICATES /= REPLICATES.std(1, ddof=1, keepdims=True)
 
 
 def variant(num_kv_heads, method="mean", alpha=0.05, seed=0, size="nano"):
-    heads = {"num_heads": 16, "num_kv_heads": num_kv_heads, "cross_num_kv_heads": num_kv_heads}
-    settings = {"encoder_num_kv_heads": 16, "method": method, "alpha": alpha, "seed": seed}
+    heads = {
+        "num_heads": 16,
+        "num_kv_heads": num_kv_heads,
+        "num_kv_heads_cross_attention": num_kv_heads,
+    }
+    settings = {"num_kv_heads_encoder": 16, "method": method, "alpha": alpha, "seed": seed}
     return {"size": size} | heads | settings
 
 

@@ -91,7 +91,10 @@ def run(body: str, folder: Path, count: int = 2, devices: int = 1) -> list[str]:
     return printed
 
 
-HEADS = {f"num_kv_heads_{name}": k for name, k in (("encoder", 4), ("decoder", 1), ("cross", 2))}
+HEADS = {
+    f"num_kv_heads_{name}": k
+    for name, k in (("encoder", 4), ("self_attention", 1), ("cross_attention", 2))
+}
 CONFIG = Config(32, 128, 128, 4, 32, 2, 1, **HEADS, dropout_rate=0.3)  # moments are factored
 EVERY = 2
 

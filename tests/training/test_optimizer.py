@@ -145,7 +145,10 @@ def test_mapped_moments_are_those_of_the_groups_whichever_side_is_larger(D):
 @pytest.mark.parametrize(
     "orders",
     [
-        {"decoder": [[*range(1, 16), 0]] * 2, "cross": [[*range(15, -1, -1)], [*range(16)]]},
+        {
+            "self_attention": [[*range(1, 16), 0]] * 2,
+            "cross_attention": [[*range(15, -1, -1)], [*range(16)]],
+        },
         {"encoder": [[*range(8, 16), *range(8)]] * 2},
     ],
 )

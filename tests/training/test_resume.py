@@ -154,7 +154,7 @@ def test_rollbacks_of_a_run_that_was_ended_are_the_same(tmp_path, end, poison, a
 def test_a_run_that_a_nan_stopped_goes_on_with_rollback(tmp_path):
     with pytest.raises(Diverged, match=r"^toy: the loss is nan at step 5; .*/checkpoints/3: ") as e:
         toy.fit(tmp_path / "parts", 8, 3, poison={5: NAN})
-    assert e.value.remedy == "--config.train.on_nan=rollback"
+    assert e.value.remedy == "--config.train.on_divergence=rollback"
     assert e.value.remedy in str(e.value)
     assert toy.fit(tmp_path / "parts", 8, 3, poison={5: NAN}, settings=ROLLBACK) == 1
     toy.fit(tmp_path / "whole", 8, 3, poison={5: NAN}, settings=ROLLBACK)

@@ -14,9 +14,7 @@ import importlib
 import inspect
 import pkgutil
 import types
-from typing import NamedTuple
 
-from gqa.data.examples import SPLITS, Example
 from gqa.runtime.errors import UserError
 
 LENGTHS = (512, 256)  # tokens of inputs and targets

@@ -30,8 +30,8 @@ SIZES = {
 
 # KV heads, which Transformers' T5 does not know: a number, or in the decoder one for each layer.
 KV_HEADS = {
-    "num_kv_heads_decoder": "num_key_value_heads",
-    "num_kv_heads_cross": "cross_num_key_value_heads",
+    "num_kv_heads_self_attention": "num_key_value_heads",
+    "num_kv_heads_cross_attention": "cross_num_key_value_heads",
     "num_kv_heads_encoder": "encoder_num_key_value_heads",
 }
 

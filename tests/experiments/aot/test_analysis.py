@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-from tests.test_hlo import TEXT
 
 from configs.sweeps import aot as sweep
 from experiments.aot import analysis, compilation, roofline
@@ -20,6 +19,7 @@ from experiments.aot.roofline import Time, Work
 from gqa.aot import chips
 from gqa.runtime.errors import UserError
 from gqa.runtime.sharding import Layout
+from tests.aot.test_hlo import TEXT
 
 ROOT = Path(__file__).parent.parent.parent.parent
 COMPILES = """
@@ -138,7 +138,7 @@ class Pretended(NamedTuple):
     mesh = SimpleNamespace(size=8)
 
     def step(self, net, batch_size, S, T):
-        share = net.config.num_kv_heads_decoder / net.config.num_heads
+        share = net.config.num_kv_heads_self_attention / net.config.num_heads
         rows = batch_size // self.target.chips
         return Compiled(arguments=int(1.45 * 2**30 * share * rows), seconds=1.0, text=TEXT)
 

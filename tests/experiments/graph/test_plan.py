@@ -123,13 +123,20 @@ def test_conversions_have_names_and_only_the_settings_that_matter():
 
 
 @pytest.mark.parametrize(
-    ("where", "heads"), [("self", (8, 16)), ("cross", (16, 8)), ("both", (8, 8))]
+    ("where", "heads"),
+    [("self_attention", (8, 16)), ("cross_attention", (16, 8)), ("both", (8, 8))],
 )
 def test_self_or_cross_attention_can_be_converted_alone(where, heads):
     (converted,) = [s for s in stages(**{"convert.where": where}) if s.kind == "convert"]
     own, cross = heads
-    assert converted.settings["num_kv_heads"] == {"encoder": 16, "decoder": own, "cross": cross}
-    numbers = dict(zip(("num_kv_heads_decoder", "num_kv_heads_cross"), heads, strict=True))
+    assert converted.settings["num_kv_heads"] == {
+        "encoder": 16,
+        "self_attention": own,
+        "cross_attention": cross,
+    }
+    numbers = dict(
+        zip(("num_kv_heads_self_attention", "num_kv_heads_cross_attention"), heads, strict=True)
+    )
     same = stages(**{f"convert.{key}": K for key, K in numbers.items()})
     assert converted.key in {stage.key for stage in same}
 

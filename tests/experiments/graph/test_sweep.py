@@ -21,7 +21,7 @@ def points(config):
     return [
         (
             point.size,
-            point.convert.num_kv_heads_decoder,
+            point.convert.num_kv_heads_self_attention,
             point.convert.method,
             point.uptrain.alpha,
             point.seed,

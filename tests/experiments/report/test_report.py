@@ -175,7 +175,7 @@ def test_margins_that_are_not_there_are_said_in_words(tmp_path):
 
 
 def test_sizes_head_counts_and_methods_get_their_own_rows(tmp_path):
-    crossed = variant(4) | {"cross_num_kv_heads": 2, "encoder_num_kv_heads": 8}
+    crossed = variant(4) | {"num_kv_heads_cross_attention": 2, "num_kv_heads_encoder": 8}
     records = [
         score(settings, "parameter_qa", 20.0)
         for settings in (

@@ -36,7 +36,7 @@ for folder in map(pathlib.Path, sys.argv[1:]):
     (folder / "done.json").write_text(json.dumps(done))
     say("ends")
 """
-HEADS = {"num_kv_heads": 8, "cross_num_kv_heads": 8}
+HEADS = {"num_kv_heads": 8, "num_kv_heads_cross_attention": 8}
 VARIANT = {"size": "nano", **HEADS, "method": "none", "alpha": 0.0, "seed": 0}
 
 

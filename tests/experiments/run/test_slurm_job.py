@@ -6,8 +6,8 @@ import subprocess
 import time
 
 import pytest
-from tests.test_slurm import answers
 
+from tests.experiments.run.test_slurm import answers
 from tests.support.jobs import TINY, differences, launch, outputs
 
 SWEEP = "configs/sweeps/groups.py"
@@ -30,7 +30,11 @@ def settings(tmp_path_factory):
         "model.vocab_size": 480,
     }
     own |= {"sweep.groups.kv_heads": 0, "sweep.groups.alphas": "0.0,", "sweep.groups.seeds": "0,1"}
-    changed = ("uptrain.alpha", "convert.num_kv_heads_decoder", "convert.num_kv_heads_cross")
+    changed = (
+        "uptrain.alpha",
+        "convert.num_kv_heads_self_attention",
+        "convert.num_kv_heads_cross_attention",
+    )
     return {key: value for key, value in TINY.items() if key not in changed} | own
 
 

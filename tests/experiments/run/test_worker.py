@@ -19,7 +19,7 @@ from gqa.evaluation import results
 from gqa.runtime import sharding
 from gqa.runtime.errors import UserError
 
-HEADS = {"num_kv_heads": 8, "cross_num_kv_heads": 8}
+HEADS = {"num_kv_heads": 8, "num_kv_heads_cross_attention": 8}
 VARIANT = {"size": "nano", **HEADS, "method": "none", "alpha": 0.0, "seed": 0}
 SETUP = {"run": "r", "text": {}}
 PLANNED = Stage("pretrain", {"variant": VARIANT}, (), SETUP)

@@ -69,7 +69,11 @@ def measured(config, tmp_path_factory):
 
 def scripted(name, params, config, inputs):
     """A peer that always says 0."""
-    assert config.num_kv_heads_decoder == config.num_kv_heads_cross == config.num_heads
+    assert (
+        config.num_kv_heads_self_attention
+        == config.num_kv_heads_cross_attention
+        == config.num_heads
+    )
     encode = (lambda: 0) if name == peers.HUGGING_FACE else None
     return peers.Peer(lambda length: np.zeros((len(inputs), length), np.int32), encode)
 

@@ -8,20 +8,20 @@ from experiments.stages.stage import Parent
 from gqa.convert import calibration
 
 SETTINGS = {"method": "svd", "space": "logit", "grouping": "contiguous", "sequential": False}
-BOTH = ("decoder", "cross")
+BOTH = ("self_attention", "cross_attention")
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """How often moments were measured, one entry a time; nothing is kept before or after."""
+    """How often measure were measured, one entry a time; nothing is kept before or after."""
     times = []
-    measure = calibration.moments
+    measure = calibration.input_covariances
 
     def counted(*args):
         times.append(args)
         return measure(*args)
 
-    monkeypatch.setattr(calibration, "moments", counted)
+    monkeypatch.setattr(calibration, "measure", counted)
     convert._kept.cache_clear()
     yield times
     convert._kept.cache_clear()
@@ -40,10 +40,10 @@ def calibrated(tiny, random_params, batch, tmp_path):
 
 
 def test_they_are_measured_once(measured, calibrated):
-    moments, seconds = calibrated()
+    measure, seconds = calibrated()
     assert seconds == 0.0  # it is this stage's own time
-    once = list(moments())
-    assert [m[:2] for m in moments()] == [m[:2] for m in once]
+    once = list(measure())
+    assert [m[:2] for m in measure()] == [m[:2] for m in once]
     again, seconds = calibrated(settings=SETTINGS | {"grouping": "act_cos"})
     assert seconds > 0.0
     for one, other in zip(again(), once, strict=True):
@@ -51,21 +51,23 @@ def test_they_are_measured_once(measured, calibrated):
     assert len(measured) == 1
 
 
-@pytest.mark.parametrize("other", [{"path": "2"}, {"attentions": ("cross",)}, {"batches": 2}])
+@pytest.mark.parametrize(
+    "other", [{"path": "2"}, {"attentions": ("cross_attention",)}, {"batches": 2}]
+)
 def test_others_are_measured_anew(measured, calibrated, other):
     for changes in ({}, other, {}):
-        moments, seconds = calibrated(**changes)
+        measure, seconds = calibrated(**changes)
         assert seconds == 0.0
-        assert {m.attention for m in moments()} == {*changes.get("attentions", BOTH)}
+        assert {m.attention for m in measure()} == {*changes.get("attentions", BOTH)}
     assert len(measured) == 3
 
 
 def test_those_of_a_large_network_are_not_kept(measured, calibrated, monkeypatch):
     monkeypatch.setattr(convert, "KEPT", 0)
-    moments, _ = calibrated()
+    measure, _ = calibrated()
     assert measured == []
     for _ in range(2):
-        assert next(iter(moments())).layer == 0
+        assert next(iter(measure())).layer == 0
     assert len(measured) == 2
 
 

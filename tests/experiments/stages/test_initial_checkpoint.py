@@ -18,7 +18,7 @@ from gqa.model.layers import RELU
 from gqa.runtime.errors import UserError
 from gqa.runtime.sharding import make_mesh
 from gqa.training import loop, optimizer
-from tests import test_t5x
+from tests.interop import test_t5x
 from tests.support import jobs
 
 
@@ -82,12 +82,12 @@ def test_sizes_and_vocabulary_are_the_checkpoints(folder, network):
     config = config_of(folder, kv_heads=2)
     ours = initial_checkpoint.adopted(config)
     assert plan.parent_config(ours) == network[1]
-    assert plan.target_heads(ours) == {"encoder": 4, "decoder": 2, "cross": 2}
+    assert plan.target_heads(ours) == {"encoder": 4, "self_attention": 2, "cross_attention": 2}
     assert ours.text.vocabulary == str(folder / "spiece.model")
     assert ours.size == "t5-tiny"
     assert config.model.num_heads == 16  # not changed itself
     assert initial_checkpoint.adopted(config_of("")) == config_of("")
-    assert plan.target_heads(initial_checkpoint.adopted(config_of(folder)))["decoder"] == 4
+    assert plan.target_heads(initial_checkpoint.adopted(config_of(folder)))["self_attention"] == 4
     own = initial_checkpoint.adopted(config_of(folder, text__vocabulary="mine"))
     assert own.text.vocabulary == "mine"
 
@@ -95,7 +95,9 @@ def test_sizes_and_vocabulary_are_the_checkpoints(folder, network):
 def test_t5_of_a_named_size_may_be_of_another_family(tiny, random_params, tmp_path):
     sizes = base.get_config("small").model
     names = {"d_model", "d_ff", "num_heads", "head_dim"}
-    heads = dict.fromkeys(("num_kv_heads_encoder", "num_kv_heads_decoder", "num_kv_heads_cross"), 6)
+    heads = dict.fromkeys(
+        ("num_kv_heads_encoder", "num_kv_heads_self_attention", "num_kv_heads_cross_attention"), 6
+    )
     more = {k: sizes[k] for k in names} | {"activation": RELU, "tied_logits": True} | heads
     config = dataclasses.replace(tiny, **more, num_encoder_layers=8, num_decoder_layers=8)
     huggingface.save(random_params(config), config, tmp_path, vocabulary=__file__)
@@ -127,7 +129,7 @@ def test_a_key_that_agrees_is_no_conflict(folder):
 
 
 def test_a_grouped_network_or_no_vocabulary_is_refused(folder, network, random_params, tmp_path):
-    grouped = dataclasses.replace(network[1], num_kv_heads_cross=2)
+    grouped = dataclasses.replace(network[1], num_kv_heads_cross_attention=2)
     huggingface.save(random_params(grouped), grouped, tmp_path / "grouped")
     with pytest.raises(UserError, match=r"grouped has grouped attention; init\.\* takes a multi"):
         initial_checkpoint.adopted(config_of(tmp_path / "grouped"))

@@ -61,7 +61,11 @@ def changed(info, path, value):
         ("model.tied_logits", 1, "config.model.tied_logits is 1 instead of a value of type bool"),
         ("model.dropout_rate", [], r"config.model.dropout_rate is \[\] instead of"),
         ("model.layers", 2, "config.model.layers is unknown"),
-        ("model.num_kv_heads_cross", 3, "model.num_kv_heads_cross=3 does not divide the 4 heads"),
+        (
+            "model.num_kv_heads_cross_attention",
+            3,
+            "model.num_kv_heads_cross_attention=3 does not divide the 4 heads",
+        ),
         ("model.num_heads", 10**12, "config.model.num_heads is 1000000000000; use 1 to 10000000"),
         ("model.d_model", 0, "config.model.d_model is 0; use 1 to 10000000"),
         ("recipe.steps", 1.5, "config.recipe.steps is 1.5 instead of a value of type int"),

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from test_prepared import DATASETS, c4_row, prepare
 
 from configs import base
 from experiments.graph import plan, validate
 from experiments.stages import text
 from gqa.data import tokenizer
 from gqa.runtime.errors import UserError
+from tests.data.test_tfds import DATASETS, c4_row, prepare
 
 ROWS = [{"q": f"frage {i}", "answers": {"text": [f"antwort {i}", "x"]}} for i in range(150)]
 

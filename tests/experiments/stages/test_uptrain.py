@@ -11,13 +11,17 @@ from gqa.checkpoints import checkpoint
 from gqa.model.config import Config
 from tests.support.jobs import TINY, differences, launch, outputs
 
-OURS = ("convert.num_kv_heads_decoder", "convert.num_kv_heads_cross", "uptrain.alpha")
+OURS = (
+    "convert.num_kv_heads_self_attention",
+    "convert.num_kv_heads_cross_attention",
+    "uptrain.alpha",
+)
 SETTINGS = {key: value for key, value in TINY.items() if key not in OURS}
 SETTINGS["pretrain.steps"] = 2
 SETTINGS["model.num_decoder_layers"] = 2
 for grid, methods, alphas in (
     ("larger", "mean", "0.5,1.0"),
-    ("smaller", "weighted-random,fuse,mean-kl9,mean-weight-spread", "1.0,"),
+    ("smaller", "weighted-random,fuse,mean-kl9,mean-weight-per_layer_budget", "1.0,"),
 ):
     axes = {
         "tasks": "none",
@@ -71,7 +75,7 @@ def test_what_is_learned_ends_as_plain_heads(workdir, method):
     folder, records = stages(workdir)[method, 1.0]
     path = folder / "checkpoints" / "4"
     info = checkpoint.load_config(path)
-    assert Config(**info["model"]).num_kv_heads_decoder == 2
+    assert Config(**info["model"]).num_kv_heads_self_attention == 2
     found = outputs(workdir, like=workdir)
     kernels = [name for name in found if name.startswith(folder.name) and "pool" in name]
     assert kernels == []
@@ -89,23 +93,23 @@ def test_learned_heads_are_of_the_group_that_was_chosen(workdir):
     """Training begins from the parent's heads in the order of the conversion."""
     folder, _ = stages(workdir)["weighted-random", 1.0]
     orders = checkpoint.load_config(folder / "checkpoints" / "4")["orders"]
-    assert sorted(orders) == ["cross", "decoder"]
+    assert sorted(orders) == ["cross_attention", "self_attention"]
     converted, parent = json.loads((folder / "stage.json").read_text())["parents"]
     found = outputs(workdir, like=workdir)
     query = "['params']['decoder']['layers']['cross_attention']['query']"
     ends, before, whole = (found[f"{name}{query}"] for name in (folder.name, converted, parent))
-    np.testing.assert_array_equal(before[0], whole[0][:, orders["cross"][0]])
+    np.testing.assert_array_equal(before[0], whole[0][:, orders["cross_attention"][0]])
     near = np.abs(ends - before).mean()
     assert near < 0.5 * np.abs(ends - whole).mean()
 
 
 def test_a_cache_spread_over_layers_is_trained(workdir):
-    folder, records = stages(workdir)["mean-weight-spread", 1.0]
+    folder, records = stages(workdir)["mean-weight-per_layer_budget", 1.0]
     config = Config(**checkpoint.load_config(folder / "checkpoints" / "4")["model"])
-    heads = {name: config.kv_heads(name) for name in ("decoder", "cross")}
+    heads = {name: config.kv_heads(name) for name in ("self_attention", "cross_attention")}
     # At the benchmark's lengths no more than 2 heads everywhere would take.
-    assert sum(heads["decoder"]) * 4 + sum(heads["cross"]) * 16 <= 2 * 2 * (4 + 16)
-    assert len({*heads["decoder"], *heads["cross"]}) > 1
+    assert sum(heads["self_attention"]) * 4 + sum(heads["cross_attention"]) * 16 <= 2 * 2 * (4 + 16)
+    assert len({*heads["self_attention"], *heads["cross_attention"]}) > 1
     assert records["steps"] == 2
 
 

@@ -1,6 +1,6 @@
 """Rewrite a decoder-only Hugging Face checkpoint with fewer KV heads.
 
-python -m gqa.convert SRC DST --num-kv-heads=8 --method=mean
+python -m gqa.decoder_only SRC DST --num-kv-heads=8 --method=mean
 """
 
 import functools
@@ -12,7 +12,9 @@ from gqa.runtime import command_line
 
 def main(argv: list[str]) -> None:
     """Parse and convert."""
-    parser = command_line.Parser(prog="python -m gqa.convert", description=__doc__.splitlines()[0])
+    parser = command_line.Parser(
+        prog="python -m gqa.decoder_only", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("source", metavar="SRC", help="folder with config.json and safetensors")
     parser.add_argument("target", metavar="DST", help="new folder, or one that a kill left")
     parser.add_argument("--num-kv-heads", type=int, required=True, help="KV heads afterwards")
