@@ -165,9 +165,9 @@ def _conversion(config: ConfigDict) -> dict[str, Any]:
     settings = {key: section[key] for key in ("method", "grouping", "renorm", "optimizer")}
     if section.method in convert.ABSORBING:
         settings["space"] = section.space
-    if convert.needs_moments(section.method, section.space, section.grouping):
+    if convert.needs_input_covariances(section.method, section.space, section.grouping):
         settings["calibration_tokens"] = section.calibration_tokens
-    if convert.needs_moments(section.method, section.space):
+    if convert.needs_input_covariances(section.method, section.space):
         settings |= {key: section[key] for key in ("sequential", "shrinkage")}
     if section.per_layer_budget:
         lengths = {"self_attention": "targets_length", "cross_attention": "inputs_length"}

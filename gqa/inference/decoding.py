@@ -131,7 +131,7 @@ class Beams(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Beam:
-    """Beam search as in T5: a text of n tokens scores log-probability / ((5 + n) / 6) ** length_penalty.
+    """Beam search as in T5: n tokens score log-probability / ((5 + n) / 6) ** length_penalty.
 
     A text's end counts among its n tokens (Wu et al., 2016, section 7; T5X's decoding.py). Of the
     2R best continuations those that end compete for the best text, R of the others go on. An
