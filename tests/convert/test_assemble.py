@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.test_absorb import moments_of
 
-from gqa.convert import SHRINKAGE, check, convert, needs_moments, spread
+from gqa.convert import SHRINKAGE, check, convert, needs_input_covariances, per_layer_kv_heads
 from gqa.convert.attention_kernels import kernels_of
 from gqa.convert.calibration import ATTENTIONS
 from gqa.runtime.errors import UserError
+from tests.convert.test_closed_form import covariances_of
 
 
 @pytest.fixture
@@ -26,24 +26,31 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("method", ["svd", "procrustes", "mean", "random"])
 def test_the_same_number_in_every_layer_is_the_identity(tiny, params, method):
-    new, config = convert(params, tiny, {"decoder": (4, 4)}, method, space="weight")
+    new, config = convert(params, tiny, {"self_attention": (4, 4)}, method, space="weight")
     assert config == tiny
     assert_equal(new, params)
-    # It needs no moments either, since nothing is weighed.
-    check(tiny, {"decoder": (4, 4), "cross": 4}, "svd", calibrated=False)
-    assert spread(params, tiny, 4, {"decoder": 2, "cross": 3}, moments=[]) == {}
+    # It needs no covariances either, since nothing is weighed.
+    check(tiny, {"self_attention": (4, 4), "cross_attention": 4}, "svd", calibrated=False)
+    assert (
+        per_layer_kv_heads(
+            params, tiny, 4, {"self_attention": 2, "cross_attention": 3}, input_covariances=[]
+        )
+        == {}
+    )
 
 
 def test_an_attention_with_the_same_numbers_stays_beside_one_that_changes(tiny, params):
-    new, config = convert(params, tiny, {"decoder": (4, 4), "cross": (2, 2)}, "svd", space="weight")
-    other, same = convert(params, tiny, {"cross": 2}, "svd", space="weight")
+    new, config = convert(
+        params, tiny, {"self_attention": (4, 4), "cross_attention": (2, 2)}, "svd", space="weight"
+    )
+    other, same = convert(params, tiny, {"cross_attention": 2}, "svd", space="weight")
     assert config == same
     assert_equal(new, other)
 
 
 def test_every_run_of_layers_draws_its_own_random_heads(tiny, random_params):
     deep = dataclasses.replace(tiny, num_decoder_layers=3)
-    heads = {"decoder": (2, 2, 1), "cross": (1, 2, 2)}  # runs of one layer each
+    heads = {"self_attention": (2, 2, 1), "cross_attention": (1, 2, 2)}  # runs of one layer each
     new, _ = convert(random_params(deep), deep, heads, "random")
     layers = new["decoder"]["layers"]
     assert sorted(layers) == ["0", "1", "2"]
@@ -63,35 +70,48 @@ def of_condition(tiny, numbers):
     """Moments with these condition numbers, by attention and layer; the others have 1."""
     D = tiny.d_model
 
-    def moment(m):
+    def covariance(m):
         C = np.diag(np.geomspace(1, numbers.get(m[:2], 1.0), D))
         return m._replace(keys=C, queries=np.eye(D))
 
-    return [moment(m) for m in moments_of(tiny)]
+    return [covariance(m) for m in covariances_of(tiny)]
 
 
 def test_only_moments_worse_than_a_billion_are_warned_of_and_the_worst_is_named(tiny, params):
-    numbers = {("decoder", 0): 5e9, ("cross", 1): 7e12, ("cross", 0): 2e9}
+    numbers = {
+        ("self_attention", 0): 5e9,
+        ("cross_attention", 1): 7e12,
+        ("cross_attention", 0): 2e9,
+    }
     with pytest.warns(UserWarning, match="layer 1 of attention 'cross' have condition number 7e"):
-        convert(params, tiny, 2, "procrustes", moments=of_condition(tiny, numbers))
+        convert(params, tiny, 2, "procrustes", input_covariances=of_condition(tiny, numbers))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        convert(params, tiny, 2, "procrustes", moments=of_condition(tiny, {("cross", 1): 5e8}))
+        convert(
+            params,
+            tiny,
+            2,
+            "procrustes",
+            input_covariances=of_condition(tiny, {("cross_attention", 1): 5e8}),
+        )
 
 
 def test_defaults_are_logits_and_a_shrinkage_of_a_hundredth(tiny, params):
-    moments = moments_of(tiny)
-    found = convert(params, tiny, 2, "svd", moments=moments)[0]
+    covariances = covariances_of(tiny)
+    found = convert(params, tiny, 2, "svd", input_covariances=covariances)[0]
     assert_equal(
-        found, convert(params, tiny, 2, "svd", moments=moments, space="logit", shrinkage=0.01)[0]
+        found,
+        convert(
+            params, tiny, 2, "svd", input_covariances=covariances, space="logit", shrinkage=0.01
+        )[0],
     )
     assert SHRINKAGE == 0.01
-    assert needs_moments("svd")
+    assert needs_input_covariances("svd")
     with pytest.raises(UserError, match="method='svd' weighs heads"):
-        check(tiny, {"cross": 2}, "svd", calibrated=False)
+        check(tiny, {"cross_attention": 2}, "svd", calibrated=False)
     for keys in ({"shrinkage": 0.0}, {"space": "activation"}):
-        other = convert(params, tiny, 2, "svd", moments=moments, **keys)[0]
-        one, two = (kernels_of(p, "cross")["key"] for p in (found, other))
+        other = convert(params, tiny, 2, "svd", input_covariances=covariances, **keys)[0]
+        one, two = (kernels_of(p, "cross_attention")["key"] for p in (found, other))
         assert np.abs(one - two).max() > 1e-3
 
 
@@ -102,17 +122,17 @@ def test_heads_are_as_large_as_those_of_their_own_group_after_regrouping(tiny, p
     cross = cross | {side: cross[side] * sizes for side in ("key", "value")}
     layers = layers | {"cross_attention": cross}
     params = params | {"decoder": params["decoder"] | {"layers": layers}}
-    new, _ = convert(params, tiny, {"cross": 2}, "mean", grouping="strided", renorm=True)
+    new, _ = convert(params, tiny, {"cross_attention": 2}, "mean", grouping="strided", renorm=True)
     for side in ("key", "value"):
         before = np.linalg.norm(np.asarray(cross[side]), axis=(1, 3))  # [L, 4]
-        after = np.linalg.norm(np.asarray(kernels_of(new, "cross")[side]), axis=(1, 3))
+        after = np.linalg.norm(np.asarray(kernels_of(new, "cross_attention")[side]), axis=(1, 3))
         expected = np.stack([before[:, [0, 2]].mean(1), before[:, [1, 3]].mean(1)], 1)
         np.testing.assert_allclose(after, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_only_the_attention_that_was_named_changes(tiny, params, name):
-    new, config = convert(params, tiny, {name: 2}, "svd", moments=moments_of(tiny))
+    new, config = convert(params, tiny, {name: 2}, "svd", input_covariances=covariances_of(tiny))
     fields = {n: getattr(config, f"num_kv_heads_{n}") for n in ATTENTIONS}
     assert fields == dict.fromkeys(ATTENTIONS, 4) | {name: 2}
     for other in ATTENTIONS:

@@ -8,16 +8,16 @@ import itertools
 
 import numpy as np
 import pytest
-from tests.test_absorb import spread
 
 from gqa.convert import closed_form
-from gqa.convert.calibration import Moment
+from gqa.convert.calibration import InputCovariance
+from tests.convert.test_closed_form import spread
 
 D, H, K, G, P = 12, 3, 2, 2, 2  # inputs, numbers a head, groups, heads a group, queries a head
 
 
 def layer_of(seed):
-    """One layer's kernels, and its moments, those of queries unlike those of keys."""
+    """One layer's kernels, and its covariances, those of queries unlike those of keys."""
     rng = np.random.default_rng(seed)
     kernels = {
         "query": rng.normal(size=(D, K * G * P, H)) * rng.uniform(0.3, 3, (K * G * P, H)),
@@ -25,7 +25,9 @@ def layer_of(seed):
         "value": rng.normal(size=(D, K * G, H)),
         "out": rng.normal(size=(K * G * P, H, D)) * rng.uniform(0.3, 3, (K * G * P, H, 1)),
     }
-    return kernels, Moment("decoder", 0, spread(rng, D), spread(rng, D)[::-1, ::-1], 100, 100)
+    return kernels, InputCovariance(
+        "self_attention", 0, spread(rng, D), spread(rng, D)[::-1, ::-1], 100, 100
+    )
 
 
 def root(C):
@@ -51,16 +53,16 @@ def by_group(matrices):
     return np.split(np.asarray(matrices), K)
 
 
-def metrics(side, space, moment):
-    """Roots of the moments left and right of a head's map."""
-    left = None if space == "weight" else moment.keys
-    right = moment.queries if side == "key" else None
+def metrics(side, space, covariance):
+    """Roots of the covariances left and right of a head's map."""
+    left = None if space == "weight" else covariance.keys
+    right = covariance.queries if side == "key" else None
     return root(left), root(right)
 
 
-def bounds(kernels, side, space, moment):
+def bounds(kernels, side, space, covariance):
     """The least error of one head a group, and the whole energy, [2] for each group."""
-    left, right = metrics(side, space, moment)
+    left, right = metrics(side, space, covariance)
     if space == "logit":
         return np.array([tail(left @ m @ right.T) for m in by_group(maps(kernels, side))])
     return np.array([tail(left @ m) for m in by_group(kernels[side].transpose(1, 0, 2))])
@@ -73,9 +75,9 @@ def partners(kernels, side):
     return kernels["out"].transpose(0, 2, 1)
 
 
-def errors(old, new, side, space, moment):
+def errors(old, new, side, space, covariance):
     """How far the new kernels are from the old ones in a space, for each group."""
-    left, right = metrics(side, space, moment)
+    left, right = metrics(side, space, covariance)
     if space == "logit":
         missed = left @ (maps(old, side) - maps(new, side)) @ right.T
     else:
@@ -90,19 +92,19 @@ def errors(old, new, side, space, moment):
 @pytest.mark.parametrize("space", closed_form.SPACES)
 @pytest.mark.parametrize("seed", range(3))
 def test_svd_reaches_the_least_error_of_any_head(space, seed):
-    kernels, moment = layer_of(seed)
-    given = moment._replace(keys=None, queries=None) if space == "weight" else moment
+    kernels, covariance = layer_of(seed)
+    given = covariance._replace(keys=None, queries=None) if space == "weight" else covariance
     new, _ = closed_form.layer(kernels, K, "svd", space, given, 0.0)
     for side in ("key", "value"):
-        least = bounds(kernels, side, space, moment if space != "weight" else given)[:, 0]
-        found = errors(kernels, new, side, space, moment if space != "weight" else given)
+        least = bounds(kernels, side, space, covariance if space != "weight" else given)[:, 0]
+        found = errors(kernels, new, side, space, covariance if space != "weight" else given)
         np.testing.assert_allclose(found, least, rtol=1e-3, err_msg=side)
 
 
 @pytest.mark.parametrize("space", closed_form.SPACES)
 def test_discarded_is_the_share_beyond_the_singular_values_kept(space):
-    kernels, moment = layer_of(3)
-    given = moment._replace(keys=None, queries=None) if space == "weight" else moment
+    kernels, covariance = layer_of(3)
+    given = covariance._replace(keys=None, queries=None) if space == "weight" else covariance
     found = closed_form.discarded(kernels, K, space, given, 0.0)
     expected = 0.0
     for side in ("key", "value"):
@@ -118,15 +120,15 @@ def test_discarded_is_the_share_beyond_the_singular_values_kept(space):
 
 def test_procrustes_turns_the_second_of_two_heads_to_the_first():
     """The best rotation of two: U V' of the singular vectors of their product in the metric."""
-    kernels, moment = layer_of(4)
+    kernels, covariance = layer_of(4)
     rng = np.random.default_rng(5)
     for side, group in itertools.product(("key", "value"), range(K)):
         first = kernels[side][:, G * group]
         near = first @ np.linalg.qr(rng.normal(size=(H, H)))[0]
         kernels[side][:, G * group + 1] = near + 0.3 * rng.normal(size=first.shape)
-    for C in (moment.keys, None):
+    for C in (covariance.keys, None):
         new, worst = closed_form.layer(
-            kernels, K, "procrustes", "activation", moment._replace(keys=C), 0.0
+            kernels, K, "procrustes", "activation", covariance._replace(keys=C), 0.0
         )
         assert worst == pytest.approx(1.0 if C is None else np.linalg.cond(C))
         for side, group in itertools.product(("key", "value"), range(K)):
@@ -141,19 +143,21 @@ def test_procrustes_turns_the_second_of_two_heads_to_the_first():
 
 @pytest.mark.parametrize("space", ["activation", "logit"])
 def test_shrinkage_mixes_both_moments_with_the_identity_first(space):
-    kernels, moment = layer_of(6)
+    kernels, covariance = layer_of(6)
 
     def mixed(C):
         return 0.7 * C + 0.3 * np.trace(C) / D * np.eye(D)
 
-    by_hand = moment._replace(keys=mixed(moment.keys), queries=mixed(moment.queries))
-    found, _ = closed_form.layer(kernels, K, "svd", space, moment, 0.3)
+    by_hand = covariance._replace(keys=mixed(covariance.keys), queries=mixed(covariance.queries))
+    found, _ = closed_form.layer(kernels, K, "svd", space, covariance, 0.3)
     expected, _ = closed_form.layer(kernels, K, "svd", space, by_hand, 0.0)
-    without, _ = closed_form.layer(kernels, K, "svd", space, moment, 0.0)
+    without, _ = closed_form.layer(kernels, K, "svd", space, covariance, 0.0)
     for name in kernels:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-4)
         assert np.abs(found[name] - without[name]).max() > 1e-2
-    lost = [closed_form.discarded(kernels, K, space, *x) for x in ((moment, 0.3), (by_hand, 0.0))]
+    lost = [
+        closed_form.discarded(kernels, K, space, *x) for x in ((covariance, 0.3), (by_hand, 0.0))
+    ]
     assert lost[0] == pytest.approx(lost[1])
 
 

@@ -186,11 +186,11 @@ def test_layers_that_share_an_order_decide_by_the_sum_of_their_similarities(
     ways = [((0, 2), (1, 3)), ((0, 3), (1, 2))]
     layers = [(pairs, 0.01 if i == sure else 0.6) for i, pairs in enumerate(ways)]
     expected = [[0, 2, 1, 3], [0, 3, 1, 2]]
-    params = pairs_by_layer(random_params(tiny), "decoder", layers)
-    found = orders(params, {"decoder": 2}, "weight_cos")["decoder"]
+    params = pairs_by_layer(random_params(tiny), "self_attention", layers)
+    found = orders(params, {"self_attention": 2}, "weight_cos")["self_attention"]
     np.testing.assert_array_equal(found, [expected[sure]] * 2)
-    params = pairs_by_layer(random_params(tiny), "cross", layers)
-    found = orders(params, {"cross": 2}, "weight_cos")["cross"]
+    params = pairs_by_layer(random_params(tiny), "cross_attention", layers)
+    found = orders(params, {"cross_attention": 2}, "weight_cos")["cross_attention"]
     np.testing.assert_array_equal(found, expected)
 
 
@@ -198,24 +198,28 @@ def test_layers_that_share_an_order_decide_by_the_sum_of_their_similarities(
 def test_heads_are_alike_where_their_inputs_move(tiny, random_params, grouping):
     """Heads 0 and 3 agree in what keys read; by weights, or what queries read, 0 and 2 do."""
     params = random_params(tiny)
-    kernels = dict(kernels_of(params, "cross"))
+    kernels = dict(kernels_of(params, "cross_attention"))
     for side in ("key", "value"):
         kernel = np.array(kernels[side])
         kernel[:, :4, 3], kernel[:, :4, 2] = kernel[:, :4, 0], kernel[:, :4, 1]
         kernel[:, 4:, 2], kernel[:, 4:, 3] = kernel[:, 4:, 0], kernel[:, 4:, 1]
         kernels[side] = jnp.asarray(kernel)
-    params = with_kernels(params, "cross", kernels)
+    params = with_kernels(params, "cross_attention", kernels)
     read, other = (np.diag(np.where(np.arange(16) < 4, a, b)) for a, b in ((1, 0.01), (0.01, 1)))
-    moments = [Moment("cross", layer, read, other, 60, 60) for layer in range(2)]
-    found = orders(params, {"cross": 2}, grouping, 0, moments)["cross"]
+    covariances = [
+        InputCovariance("cross_attention", layer, read, other, 60, 60) for layer in range(2)
+    ]
+    found = orders(params, {"cross_attention": 2}, grouping, 0, covariances)["cross_attention"]
     np.testing.assert_array_equal(found, [[0, 3, 1, 2]] * 2)
-    found = orders(params, {"cross": 2}, "weight_cos")["cross"]
+    found = orders(params, {"cross_attention": 2}, "weight_cos")["cross_attention"]
     np.testing.assert_array_equal(found, [[0, 2, 1, 3]] * 2)
 
 
 def test_similarity_is_the_sum_of_two_cosines(tiny, random_params):
     """Of keys and of values as long vectors; rotations can only bring heads nearer."""
-    kernels = {side: np.array(x) for side, x in kernels_of(random_params(tiny), "cross").items()}
+    kernels = {
+        side: np.array(x) for side, x in kernels_of(random_params(tiny), "cross_attention").items()
+    }
     kernels["value"][1, :, 3] = 0
     rng = np.random.default_rng(9)
     root = rng.normal(size=(16, 16))
@@ -233,11 +237,14 @@ def test_similarity_is_the_sum_of_two_cosines(tiny, random_params):
 
 def test_strided_groups_take_every_kth_head_and_random_ones_go_by_seed(tiny, random_params):
     params = random_params(tiny)
-    found = orders(params, {"cross": 2, "decoder": 1, "encoder": 4}, "strided")
-    assert found.keys() == {"cross", "decoder"}
-    np.testing.assert_array_equal(found["cross"], [[0, 2, 1, 3]] * 2)
-    np.testing.assert_array_equal(found["decoder"], [[0, 1, 2, 3]] * 2)
-    draws = [orders(params, {"cross": 2}, "random", seed)["cross"] for seed in (0, 0, 1, 2)]
+    found = orders(params, {"cross_attention": 2, "self_attention": 1, "encoder": 4}, "strided")
+    assert found.keys() == {"cross_attention", "self_attention"}
+    np.testing.assert_array_equal(found["cross_attention"], [[0, 2, 1, 3]] * 2)
+    np.testing.assert_array_equal(found["self_attention"], [[0, 1, 2, 3]] * 2)
+    draws = [
+        orders(params, {"cross_attention": 2}, "random", seed)["cross_attention"]
+        for seed in (0, 0, 1, 2)
+    ]
     np.testing.assert_array_equal(draws[0], draws[1])
     assert len({str(draw) for draw in draws}) > 1
 

@@ -104,7 +104,7 @@ def test_expanding_adds_pools_alone_and_they_can_be_taken_off(params, method):
     assert jax.tree.structure(plain) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, plain, params)
     # An attention that keeps its heads gets no pool.
-    same = expand(params, {"decoder": 4, "encoder": 4}, method)
+    same = expand(params, {"self_attention": 4, "encoder": 4}, method)
     assert jax.tree.structure(same) == jax.tree.structure(params)
 
 
@@ -113,7 +113,7 @@ def test_pools_have_the_kernels_dtype_and_buffers_of_their_own(params, method):
     """A training step that donates its parameters may not be given one buffer twice."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     for tree, dtype in ((params, jnp.float32), (half, jnp.bfloat16)):
-        kernels = kernels_of(expand(tree, HEADS, method), "decoder")
+        kernels = kernels_of(expand(tree, HEADS, method), "self_attention")
         key, value = kernels["key_pool"], kernels["value_pool"]
         assert key.dtype == value.dtype == dtype
         assert key.unsafe_buffer_pointer() != value.unsafe_buffer_pointer()
@@ -122,8 +122,11 @@ def test_pools_have_the_kernels_dtype_and_buffers_of_their_own(params, method):
 def test_each_fused_head_is_its_own_mixture_of_its_group(params):
     """Row i of a mixture makes head i; halfway to merging it is half the mean of the rows."""
     tree = drawn(expand(params, HEADS, "fuse"))
-    kernels, start = kernels_of(tree, "decoder"), kernels_of(blend(tree, 0.0), "decoder")
-    halfway, end = (kernels_of(p, "decoder") for p in (blend(tree, 0.25), fold(tree)))
+    kernels, start = (
+        kernels_of(tree, "self_attention"),
+        kernels_of(blend(tree, 0.0), "self_attention"),
+    )
+    halfway, end = (kernels_of(p, "self_attention") for p in (blend(tree, 0.25), fold(tree)))
     for side in ("key", "value"):
         heads, pool = (np.asarray(kernels[name]) for name in (side, f"{side}_pool"))
         for layer, group, i in np.ndindex(2, 2, 2):

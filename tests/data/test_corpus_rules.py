@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tests.test_corpus import install, packages, words  # noqa: F401  (fixtures)
 
 from gqa.data import corpus
+from tests.data.test_corpus import install, packages, words  # noqa: F401  (fixtures)
 
 
 @pytest.mark.parametrize(("shared", "found"), [(13, ""), (14, "near"), (19, "near"), (20, "exact")])

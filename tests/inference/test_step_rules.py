@@ -81,7 +81,9 @@ def test_a_batch_is_halved_three_times_at_most_and_never_below_its_parts(size, p
 
 
 def test_layers_with_their_own_numbers_have_their_own_caches(tiny):
-    config = dataclasses.replace(tiny, num_kv_heads_decoder=(4, 1), num_kv_heads_cross=(1, 2))
+    config = dataclasses.replace(
+        tiny, num_kv_heads_self_attention=(4, 1), num_kv_heads_cross_attention=(1, 2)
+    )
     net = Inference(config, backend="tpu")
     cache = jax.eval_shape(lambda: net.init_cache(3, 2, 9))
     assert [k.shape for k, _ in cache] == [(6, 4, 8, 9), (6, 1, 8, 9)]

@@ -18,7 +18,7 @@ SLICES = jax.sharding.AbstractMesh((3, 2, 4), ("slice", "data", "model"))
 
 @pytest.fixture
 def config(tiny):
-    heads = {"num_kv_heads_decoder": 1, "num_kv_heads_cross": 2}
+    heads = {"num_kv_heads_self_attention": 1, "num_kv_heads_cross_attention": 2}
     return dataclasses.replace(tiny, num_heads=8, num_kv_heads_encoder=8, **heads)
 
 
@@ -79,7 +79,7 @@ def test_the_way_that_moves_fewer_bytes_is_chosen(
 
 def test_lengths_are_those_of_their_own_caches(config):
     """All heads for the inputs and one for the decoder: only the decoder's length matters."""
-    config = dataclasses.replace(config, num_kv_heads_cross=8)
+    config = dataclasses.replace(config, num_kv_heads_cross_attention=8)
     mesh, layout = SimpleNamespace(size=8), Layout(model=8)
     assert sharding.choose(config, layout, mesh, 16, 1, 4096).kv_heads == "batch"
     found = [sharding.bytes_moved(K, 8, config.head_dim, n, 8) for K, n in ((8, 100_000), (1, 1))]

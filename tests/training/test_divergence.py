@@ -90,13 +90,13 @@ def test_a_state_that_is_restored_decides_alike():
 
 def test_rollbacks_are_allowed_as_often_as_the_setting_says(capsys):
     mishap = Mishap(9, "the loss is nan", {})
-    guard = Guard(Settings(on_nan="rollback", max_rollbacks=2))
+    guard = Guard(Settings(on_divergence="rollback", max_rollbacks=2))
     for count in (1, 2):
         guard.roll_back("run", mishap, "checkpoint 6")
         assert guard.rollbacks == count
         assert f"rollback {count} to checkpoint 6" in capsys.readouterr().out
     with pytest.raises(Diverged, match="run: the loss is nan at step 9, after 2 rollbacks"):
         guard.roll_back("run", mishap, "checkpoint 6")
-    with pytest.raises(Diverged, match=r"checkpoint 6: --config\.train\.on_nan=rollback"):
+    with pytest.raises(Diverged, match=r"checkpoint 6: --config\.train\.on_divergence=rollback"):
         Guard(Settings()).roll_back("run", mishap, "checkpoint 6")
     assert Settings().max_rollbacks == 3

@@ -218,6 +218,8 @@ def test_uptraining_and_scores_are_told_all_that_determines_them():
 
 
 def test_results_name_the_heads_of_each_attention():
-    (converted,) = [s for s in stages(**{"convert.where": "cross"}) if s.kind == "convert"]
+    (converted,) = [
+        s for s in stages(**{"convert.where": "cross_attention"}) if s.kind == "convert"
+    ]
     assert converted.variant["num_kv_heads"] == 16
-    assert converted.variant["cross_num_kv_heads"] == 8
+    assert converted.variant["num_kv_heads_cross_attention"] == 8

@@ -129,7 +129,16 @@ def test_what_cannot_vary_is_refused(key, value, message):
 def test_attentions_are_converted_as_the_grid_says():
     config = grid.sweep("x", "nano", a={"kv_heads": (8, 0), "where": "self,cross"})
     found = [
-        (p.convert.where, p.convert.num_kv_heads_decoder, p.convert.num_kv_heads_cross)
+        (
+            p.convert.where,
+            p.convert.num_kv_heads_self_attention,
+            p.convert.num_kv_heads_cross_attention,
+        )
         for p in sweep.expand(config)
     ]
-    assert sorted(found) == [("cross", 8, 8), ("cross", 16, 16), ("self", 8, 8), ("self", 16, 16)]
+    assert sorted(found) == [
+        ("cross_attention", 8, 8),
+        ("cross_attention", 16, 16),
+        ("self_attention", 8, 8),
+        ("self_attention", 16, 16),
+    ]
