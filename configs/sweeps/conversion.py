@@ -32,7 +32,8 @@ def get_config(arg: str = ""):
         "conversion",
         arg,
         damage=at_once | {"methods": CLOSED},
-        where=at_once | {"methods": CLOSED, "kv_heads": (4,), "where": "self,cross"},
+        where=at_once
+        | {"methods": CLOSED, "kv_heads": (4,), "where": "self_attention,cross_attention"},
         groupings=at_once | {"methods": groupings, "kv_heads": (4,)},
         calibration=at_once | {"methods": f"{calibration},{others}", "kv_heads": (4, 1)},
         budget=at_once | {"methods": budget, "kv_heads": (8, 4, 2)},

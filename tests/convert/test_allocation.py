@@ -43,8 +43,12 @@ def test_a_layer_that_loses_nothing_gives_its_heads_to_the_one_that_does():
         ("self_attention", 2): {1: 0.2, 2: 0.1, 4: 0.0},
     }
     # 6 heads in all. Layer 0 takes one even where more would fit: fewer heads at the same loss.
-    assert layer_budget.allocate(lost, {"self_attention": 2}, {"self_attention": 7}) == {"self_attention": (1, 4, 1)}
-    assert layer_budget.allocate(lost, {"self_attention": 4}, {"self_attention": 7}) == {"self_attention": (1, 4, 4)}
+    assert layer_budget.allocate(lost, {"self_attention": 2}, {"self_attention": 7}) == {
+        "self_attention": (1, 4, 1)
+    }
+    assert layer_budget.allocate(lost, {"self_attention": 4}, {"self_attention": 7}) == {
+        "self_attention": (1, 4, 4)
+    }
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -127,7 +127,9 @@ def test_what_cannot_vary_is_refused(key, value, message):
 
 
 def test_attentions_are_converted_as_the_grid_says():
-    config = grid.sweep("x", "nano", a={"kv_heads": (8, 0), "where": "self,cross"})
+    config = grid.sweep(
+        "x", "nano", a={"kv_heads": (8, 0), "where": "self_attention,cross_attention"}
+    )
     found = [
         (
             p.convert.where,
