@@ -76,8 +76,8 @@ def _init() -> ConfigDict:
 
 def _text() -> ConfigDict:
     text = ConfigDict()
-    # The default corpus is the documentation of the packages in requirements.txt.
-    text.packages = ""  # comma-separated distributions; empty: all in requirements.txt
+    # The default corpus is the documentation of the packages in gqa/data/corpus_packages.py.
+    text.packages = ""  # comma-separated distributions; empty: the default corpus
     text.vocabulary = ""  # a SentencePiece file; empty: trained on the pretraining text
     # Where tensorflow-datasets has the paper's in array_record format; empty: where it puts them.
     text.data_dir = ""

@@ -10,6 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from gqa.data.corpus_packages import DEFAULT_PACKAGES
+
 ROOT = Path(__file__).parent.parent
 # Each may import itself and what follows it.
 LAYERS = ("tests", "configs", "launch", "experiments", "gqa")
@@ -161,6 +163,13 @@ def test_peers_are_installed_beside_what_runs():
     peers = set(pins(ROOT / "requirements-bench.txt"))
     assert {"torch", "transformers", "ctranslate2"} <= peers
     assert not peers & set(pins(ROOT / "requirements.txt"))
+
+
+def test_every_package_of_the_default_corpus_is_pinned():
+    """The text, and with it every score, depends on the versions of these packages."""
+    names = [canonicalize_name(name) for name in DEFAULT_PACKAGES]
+    assert len(names) == len(set(names)) == 80
+    assert set(names) <= set(pins(ROOT / "requirements.txt"))
 
 
 @pytest.mark.parametrize("file", ["requirements.txt", "requirements-test.txt"])

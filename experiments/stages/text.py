@@ -12,11 +12,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gqa.data import batching, corpus, tasks, tokenizer
+from gqa.data.corpus_packages import DEFAULT_PACKAGES
 from gqa.data.examples import SPLITS, Example
 from gqa.runtime.distributed import primary_first
 from gqa.runtime.errors import UserError
 
-REQUIREMENTS = Path(__file__).parent.parent.parent / "requirements.txt"
 VOCABULARY_TEXTS = 1_000_000  # the first so many make a vocabulary
 
 
@@ -124,11 +124,10 @@ def _needs_corpus(wanted: dict) -> bool:
 
 
 def _packages(config: ConfigDict) -> tuple[str, ...]:
-    """Names of the corpus packages; by default the pinned ones, the same on every machine."""
+    """Names of the corpus packages; by default the same ones on every machine."""
     if config.text.packages:
         return split_names(config.text.packages)
-    pins = [line for line in REQUIREMENTS.read_text().splitlines() if line[:1].isalpha()]
-    return tuple(pin.split("==")[0].split("[")[0] for pin in pins)
+    return DEFAULT_PACKAGES
 
 
 def prepare(wanted: dict, workdir: Path) -> Text:
