@@ -7,30 +7,11 @@ A method, and whatever departs from the usual, each a word: `svd-logit`, `mean-s
 import math
 from typing import Any
 
+from experiments.stages.variant import FLAGS
 from gqa import convert
-from gqa.convert import calibration
 from gqa.runtime.errors import UserError
 
-FLAGS = ("renorm", "sequential", "per_layer_budget")
 RATES = {"shrink": "convert.shrinkage", "kl": "uptrain.beta"}
-
-
-def name(settings: dict[str, Any]) -> str:
-    """What results call the conversion of a stage's settings, beta aside."""
-    words = [settings["method"]]
-    words += [settings["space"]] if "space" in settings else []
-    words += [settings["grouping"]] if settings["grouping"] != "contiguous" else []
-    words += [flag for flag in FLAGS if settings.get(flag)]
-    tokens = settings.get("calibration_tokens", calibration.TOKENS)
-    words += [str(tokens)] if tokens != calibration.TOKENS else []
-    shrinkage = settings.get("shrinkage", convert.SHRINKAGE)
-    words += [f"shrink{shrinkage:g}"] if shrinkage != convert.SHRINKAGE else []
-    return "-".join(words)
-
-
-def with_beta(method: str, beta: float) -> str:
-    """What the same is called when uptrained near the parent."""
-    return f"{method}-kl{beta:g}" if beta else method
 
 
 def before_uptraining(method: str) -> str:

@@ -10,6 +10,7 @@ A stage's key is a hash of its settings and its parents' keys, its folder `stage
 several configs have in common is the same stage in each.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -20,8 +21,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments.graph import method_names
 from experiments.stages import initial_checkpoint, text
+from experiments.stages.variant import NOT_CONVERTED, Variant, method_label
 from gqa import convert
 from gqa.convert import learned
 from gqa.model.config import Config
@@ -81,8 +82,8 @@ class Stage(NamedTuple):
         variant = self.variant
         K, cross = variant["num_kv_heads"], variant["num_kv_heads_cross_attention"]
         words = [variant["size"], f"{K} KV heads", *([f"cross {cross}"] if cross != K else [])]
-        if variant["method"] != "none":
-            words.append(variant["method"])
+        if variant["method"] != NOT_CONVERTED or variant["beta"]:
+            words.append(method_label(variant))
         if variant["alpha"]:
             words.append(f"alpha {variant['alpha']:g}")
         if self.kind != "benchmark":
@@ -119,7 +120,7 @@ def plan(
     """
     plan_stage = functools.partial(_stage, setup=_setup(config))
     multi_head = dict.fromkeys(convert.ATTENTIONS, config.model.num_heads)
-    mha = _variant(config, multi_head, "none", 0.0)
+    mha = _variant(config, multi_head, {}, 0.0)
     settings = {"model": parent_config(config).__dict__, "seed": config.seed}
     settings["text"] = prepared and [prepared.source(config.pretrain.task), prepared.tokenizer.hash]
     if init := initial_checkpoint.identity(config):
@@ -140,21 +141,20 @@ def plan(
 
 def _grouped(config: ConfigDict, pretrain: Stage, plan_stage) -> Iterable[Stage]:
     """Conversion and uptraining, where the config asks for them."""
-    heads, alpha, method = target_heads(config), config.uptrain.alpha, config.convert.method
-    start = pretrain
-    if set(heads.values()) == {config.model.num_heads}:
-        method = "none"
-    else:
-        settings = _conversion(config) | {"num_kv_heads": heads, "seed": config.seed}
-        method = method_names.name(settings)
-        start = plan_stage("convert", settings, (pretrain,), _variant(config, heads, method, 0.0))
+    heads, alpha = target_heads(config), config.uptrain.alpha
+    start, conversion = pretrain, {}
+    if set(heads.values()) != {config.model.num_heads}:
+        conversion = _conversion(config)
+        settings = conversion | {"num_kv_heads": heads, "seed": config.seed}
+        variant = _variant(config, heads, conversion, 0.0)
+        start = plan_stage("convert", settings, (pretrain,), variant)
         yield start
     if alpha > 0:
         beta = config.uptrain.beta
-        variant = _variant(config, heads, method_names.with_beta(method, beta), alpha)
+        variant = _variant(config, heads, conversion, alpha) | {"beta": beta}
         settings = {"alpha": alpha, "beta": beta}
-        if config.convert.method in learned.METHODS and method != "none":
-            settings["learned"] = config.convert.method
+        if conversion.get("method") in learned.METHODS:
+            settings["learned"] = conversion["method"]
         parents = (pretrain,) if start is pretrain else (start, pretrain)
         yield plan_stage("uptrain", settings, parents, variant)
 
@@ -199,7 +199,6 @@ def _benchmark(config: ConfigDict, reference: ConfigDict, leaf: Stage, plan_stag
     KV heads that were spread over layers are those of the checkpoint `leaf`.
     """
     variant, parents = leaf.variant, ()
-    shape = {"method": "none", "alpha": 0.0, "seed": 0}
     heads = {
         "num_kv_heads_self_attention": variant["num_kv_heads"],
         "num_kv_heads_cross_attention": variant["num_kv_heads_cross_attention"],
@@ -207,16 +206,17 @@ def _benchmark(config: ConfigDict, reference: ConfigDict, leaf: Stage, plan_stag
     }
     multi_head = dict.fromkeys(convert.ATTENTIONS, reference.model.num_heads)
     networks = [
-        [_variant(reference, multi_head, "none", 0.0) | shape, parent_config(reference).__dict__]
+        [_variant(reference, multi_head, {}, 0.0) | {"seed": 0}, parent_config(reference).__dict__]
     ]
     network = parent_config(config).__dict__ | heads
-    if method_names.by_layer(variant["method"]):
-        shape["method"] = method_names.before_uptraining(variant["method"])
-        network, parents = None, (leaf,)
-    if [variant | shape, network] not in networks:
-        networks.append([variant | shape, network])
+    conversion = {}
+    if variant["per_layer_budget"]:
+        conversion, network, parents = _conversion(config), None, (leaf,)
+    shape = _variant(config, target_heads(config), conversion, 0.0) | {"seed": 0}
+    if [shape, network] not in networks:
+        networks.append([shape, network])
     settings = config.benchmark.to_dict() | {"networks": networks}
-    return plan_stage("benchmark", settings, parents, variant | shape)
+    return plan_stage("benchmark", settings, parents, shape)
 
 
 def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, variant: dict, task: str) -> Stage:
@@ -241,18 +241,21 @@ def _setup(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def _variant(config: ConfigDict, heads: dict[str, int], method: str, alpha: float) -> dict:
-    """What a result line says of the network it is about."""
-    return {
-        "size": config.size,
-        "num_heads": config.model.num_heads,
-        "num_kv_heads": heads["self_attention"],
-        "num_kv_heads_cross_attention": heads["cross_attention"],
-        "num_kv_heads_encoder": heads["encoder"],
-        "method": method,
-        "alpha": alpha,
-        "seed": config.seed,
-    }
+def _variant(config: ConfigDict, heads: dict[str, int], conversion: dict, alpha: float) -> dict:
+    """What a result line says of the network it is about; `conversion` is empty without one."""
+    settings = {key: value for key, value in conversion.items() if key != "optimizer"}
+    settings["per_layer_budget"] = "per_layer_budget" in settings
+    variant = Variant(
+        size=config.size,
+        num_heads=config.model.num_heads,
+        num_kv_heads=heads["self_attention"],
+        num_kv_heads_cross_attention=heads["cross_attention"],
+        num_kv_heads_encoder=heads["encoder"],
+        alpha=alpha,
+        seed=config.seed,
+        **settings,
+    )
+    return dataclasses.asdict(variant)
 
 
 def merge(plans: Iterable[list[Stage]]) -> list[Stage]:

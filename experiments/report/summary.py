@@ -7,6 +7,7 @@ from typing import NamedTuple
 from experiments.graph import method_names
 from experiments.report import estimate
 from experiments.report.estimate import Difference, Estimate
+from experiments.stages.variant import method_label
 from gqa.evaluation import results
 
 TASK_STAGES = ("finetune", "evaluate")  # the others' task is the pretraining text, or none
@@ -173,7 +174,9 @@ class Summary:
 
 def variant_of(record: dict) -> Variant:
     """Return the variant of the model that was measured; one conversion serves every alpha."""
-    variant = Variant(**{name: record["variant"][name] for name in Variant._fields})
+    settings = record["variant"]
+    fields = {name: settings[name] for name in Variant._fields} | {"method": method_label(settings)}
+    variant = Variant(**fields)
     if record["stage"] == "convert":
         return variant._replace(alpha=0.0)
     return variant

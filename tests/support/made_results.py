@@ -1,6 +1,11 @@
 """Result records like the ones runs write, for the tests of the report."""
 
+import dataclasses
+
 import numpy as np
+
+from experiments.graph import method_names
+from experiments.stages.variant import NOT_CONVERTED, Variant
 
 TASKS = {"parameter_qa": "f1 %", "docstring_summary": "rougeL %"}
 EXAMPLES = 400
@@ -10,13 +15,23 @@ REPLICATES /= REPLICATES.std(1, ddof=1, keepdims=True)
 
 
 def variant(num_kv_heads, method="mean", alpha=0.05, seed=0, size="nano"):
-    heads = {
-        "num_heads": 16,
-        "num_kv_heads": num_kv_heads,
-        "num_kv_heads_cross_attention": num_kv_heads,
-    }
-    settings = {"num_kv_heads_encoder": 16, "method": method, "alpha": alpha, "seed": seed}
-    return {"size": size} | heads | settings
+    """The variant of a network in a result record; `method` is a name as in a sweep."""
+    conversion = {}
+    if method != NOT_CONVERTED:
+        keys = method_names.keys(method)
+        conversion = {key.split(".")[1]: value for key, value in keys.items()}
+    return dataclasses.asdict(
+        Variant(
+            size=size,
+            num_heads=16,
+            num_kv_heads=num_kv_heads,
+            num_kv_heads_cross_attention=num_kv_heads,
+            num_kv_heads_encoder=16,
+            alpha=alpha,
+            seed=seed,
+            **conversion,
+        )
+    )
 
 
 def record(variant, stage, metric, value, unit="", task=None, interval=None, n=None, **more):

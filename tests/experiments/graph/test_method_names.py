@@ -5,6 +5,7 @@ import pytest
 from configs import base
 from experiments.graph import method_names
 from experiments.graph.plan import plan
+from experiments.stages.variant import method_label
 from gqa.runtime.errors import UserError
 
 
@@ -26,9 +27,9 @@ def test_a_name_leads_to_the_config_that_is_called_so(name):
     config = base.get_config("nano", kv_heads=4)
     config.update_from_flattened_dict(method_names.keys(name))
     uptrained = next(stage for stage in plan(config, None) if stage.kind == "uptrain")
-    assert uptrained.variant["method"] == name
+    assert method_label(uptrained.variant) == name
     converted = next(stage for stage in plan(config, None) if stage.kind == "convert")
-    assert converted.variant["method"] == method_names.before_uptraining(name)
+    assert method_label(converted.variant) == name.partition("-kl")[0]
 
 
 def test_words_left_out_leave_the_config_alone():

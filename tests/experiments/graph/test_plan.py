@@ -7,6 +7,7 @@ import pytest
 from configs import base
 from experiments.graph.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
 from experiments.stages.text import Text
+from experiments.stages.variant import method_label
 
 
 class Prepared(Text):
@@ -111,14 +112,14 @@ def test_conversions_have_names_and_only_the_settings_that_matter():
         planned = stages(**{f"convert.{key}": value for key, value in settings.items()})
         return next(stage for stage in planned if stage.kind == "convert")
 
-    assert converted().variant["method"] == "mean"
+    assert method_label(converted().variant) == "mean"
     assert converted().key == converted(space="weight", calibration_tokens=9).key
-    assert converted(method="svd").variant["method"] == "svd-logit"
+    assert method_label(converted(method="svd").variant) == "svd-logit"
     assert converted(method="svd").key != converted(method="svd", calibration_tokens=9).key
     weights = converted(method="svd", space="weight")
     assert weights.key == converted(method="svd", space="weight", calibration_tokens=9).key
     named = converted(grouping="act_cos", renorm=True)
-    assert named.variant["method"] == "mean-act_cos-renorm"
+    assert method_label(named.variant) == "mean-act_cos-renorm"
     assert "calibration_tokens" in named.settings
 
 
@@ -211,7 +212,7 @@ def test_uptraining_and_scores_are_told_all_that_determines_them():
     (plain,) = [s for s in stages() if s.kind == "uptrain"]
     (near,) = [s for s in stages(**{"uptrain.beta": 0.5}) if s.kind == "uptrain"]
     assert (plain.settings["beta"], near.settings["beta"]) == (0.0, 0.5)
-    assert near.variant["method"] == "mean-kl0.5"
+    assert method_label(near.variant) == "mean-kl0.5"
     assert all(s.settings["metrics"] == ["rougeL"] for s in stages() if s.kind == "evaluate")
     sources = {s.settings["text"] for s in stages() if s.kind == "finetune"}
     assert sources == {"source of parameter_qa", "source of docstring_summary"}

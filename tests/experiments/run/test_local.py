@@ -1,5 +1,6 @@
 """A graph of stages runs in order, each once, and a failure costs only what builds on it."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ import pytest
 from experiments.graph.plan import Stage
 from experiments.run import local, worker
 from experiments.stages.stage import Outcome, finish
+from experiments.stages.variant import Variant
 from gqa.runtime.errors import UserError
 
 # Stands for the worker: says when it began and ended, and does what the stage's settings say.
@@ -36,8 +38,17 @@ for folder in map(pathlib.Path, sys.argv[1:]):
     (folder / "done.json").write_text(json.dumps(done))
     say("ends")
 """
-HEADS = {"num_kv_heads": 8, "num_kv_heads_cross_attention": 8}
-VARIANT = {"size": "nano", **HEADS, "method": "none", "alpha": 0.0, "seed": 0}
+VARIANT = dataclasses.asdict(
+    Variant(
+        size="nano",
+        num_heads=16,
+        num_kv_heads=8,
+        num_kv_heads_cross_attention=8,
+        num_kv_heads_encoder=16,
+        alpha=0.0,
+        seed=0,
+    )
+)
 
 
 def stage(name, *parents, kind="pretrain", **settings):

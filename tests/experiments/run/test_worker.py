@@ -1,5 +1,6 @@
 """A stage is run from its folder: once, by one process, and published whole."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -13,14 +14,24 @@ from experiments import workdir
 from experiments.graph.plan import Stage
 from experiments.run import worker
 from experiments.stages.stage import Job, Outcome, finish, read_done, record
+from experiments.stages.variant import Variant
 from experiments.workdir import lock, write_whole
 from gqa.checkpoints import checkpoint
 from gqa.evaluation import results
 from gqa.runtime import sharding
 from gqa.runtime.errors import UserError
 
-HEADS = {"num_kv_heads": 8, "num_kv_heads_cross_attention": 8}
-VARIANT = {"size": "nano", **HEADS, "method": "none", "alpha": 0.0, "seed": 0}
+VARIANT = dataclasses.asdict(
+    Variant(
+        size="nano",
+        num_heads=16,
+        num_kv_heads=8,
+        num_kv_heads_cross_attention=8,
+        num_kv_heads_encoder=16,
+        alpha=0.0,
+        seed=0,
+    )
+)
 SETUP = {"run": "r", "text": {}}
 PLANNED = Stage("pretrain", {"variant": VARIANT}, (), SETUP)
 ORIGIN = {"commit": "c", "device": "d", "time": "t"}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.run import worker
+from experiments.stages.variant import method_label
 from gqa.checkpoints import checkpoint
 from gqa.model.config import Config
 from tests.support.jobs import TINY, differences, launch, outputs
@@ -43,7 +44,7 @@ def stages(workdir):
     for path in (workdir / "stages").glob("uptrain-*/done.json"):
         variant = json.loads((path.parent / "stage.json").read_text())["settings"]["variant"]
         records = {r["metric"]: r["value"] for r in json.loads(path.read_text())["records"]}
-        found[variant["method"], variant["alpha"]] = path.parent, records
+        found[method_label(variant), variant["alpha"]] = path.parent, records
     return found
 
 
