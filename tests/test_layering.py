@@ -19,7 +19,15 @@ LAYERS = ("tests", "configs", "launch", "experiments", "gqa")
 PACKAGES = {
     "experiments": (*("aot", "speed", "pipeline", "run", "report", "graph", "stages", "workdir"),),
     "gqa": (
-        *("evaluation", "decoder_only", "kv_cache", "inference", "convert", "training", "interop"),
+        *(
+            "evaluation",
+            "decoder_only",
+            "kv_cache",
+            "inference",
+            "conversion",
+            "training",
+            "interop",
+        ),
         *("checkpoints", "data", "model", "aot", "runtime"),
     ),
 }

@@ -21,7 +21,7 @@ from experiments.workdir import make_workdir
 from gqa import kv_cache
 from gqa.aot import chips, hlo
 from gqa.aot.chips import Target
-from gqa.convert import ATTENTIONS
+from gqa.conversion import ATTENTIONS
 from gqa.evaluation import results
 from gqa.inference.step import Inference
 from gqa.model import flops

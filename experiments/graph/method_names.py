@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from experiments.stages.variant import FLAGS
-from gqa import convert
+from gqa import conversion
 from gqa.runtime.errors import UserError
 
 RATES = {"shrink": "convert.shrinkage", "kl": "uptrain.beta"}
@@ -33,9 +33,9 @@ def keys(text: str) -> dict[str, Any]:
     method, *words = text.split("-")
     found = {"convert.method": method}
     for word in words:
-        if word in convert.SPACES:
+        if word in conversion.SPACES:
             found["convert.space"] = word
-        elif word in convert.GROUPINGS:
+        elif word in conversion.GROUPINGS:
             found["convert.grouping"] = word
         elif word in FLAGS:
             found[f"convert.{word}"] = True
@@ -54,7 +54,7 @@ def _rate(text: str, word: str) -> dict[str, float]:
             continue
         if value >= 0 and math.isfinite(value):
             return {key: value}
-    known = [*convert.SPACES, *convert.GROUPINGS, *FLAGS]
+    known = [*conversion.SPACES, *conversion.GROUPINGS, *FLAGS]
     raise UserError(
         f"method {text!r}: {word!r} says nothing; after the method, use any of "
         f"{', '.join(known)}, a number of calibration tokens, shrink<number>, kl<beta>"

@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 
 from experiments.stages import initial_checkpoint, text
 from experiments.stages.variant import NOT_CONVERTED, Variant, method_label
-from gqa import convert
-from gqa.convert import learned
+from gqa import conversion
+from gqa.conversion import learned
 from gqa.model.config import Config
 
 KINDS = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
@@ -98,13 +98,13 @@ def _key(identity: str) -> str:
 
 def parent_config(config: ConfigDict) -> Config:
     """The multi-head network that everything starts from."""
-    heads = {f"num_kv_heads_{name}": config.model.num_heads for name in convert.ATTENTIONS}
+    heads = {f"num_kv_heads_{name}": config.model.num_heads for name in conversion.ATTENTIONS}
     return Config(**config.model, **heads)
 
 
 def target_heads(config: ConfigDict) -> dict[str, int]:
     """KV heads of each attention after conversion."""
-    heads = {name: config.convert[f"num_kv_heads_{name}"] for name in convert.ATTENTIONS}
+    heads = {name: config.convert[f"num_kv_heads_{name}"] for name in conversion.ATTENTIONS}
     left = {*WHERE["both"]} - {*WHERE[config.convert.where]}
     return heads | dict.fromkeys(left, config.model.num_heads)
 
@@ -119,7 +119,7 @@ def plan(
         reference: the config whose multi-head network is timed beside this one's; itself if None.
     """
     plan_stage = functools.partial(_stage, setup=_setup(config))
-    multi_head = dict.fromkeys(convert.ATTENTIONS, config.model.num_heads)
+    multi_head = dict.fromkeys(conversion.ATTENTIONS, config.model.num_heads)
     mha = _variant(config, multi_head, {}, 0.0)
     settings = {"model": parent_config(config).__dict__, "seed": config.seed}
     settings["text"] = prepared and [prepared.source(config.pretrain.task), prepared.tokenizer.hash]
@@ -163,11 +163,11 @@ def _conversion(config: ConfigDict) -> dict[str, Any]:
     """The settings that say how to convert, as far as they make a difference."""
     section = config.convert
     settings = {key: section[key] for key in ("method", "grouping", "renorm", "optimizer")}
-    if section.method in convert.ABSORBING:
+    if section.method in conversion.ABSORBING:
         settings["space"] = section.space
-    if convert.needs_input_covariances(section.method, section.space, section.grouping):
+    if conversion.needs_input_covariances(section.method, section.space, section.grouping):
         settings["calibration_tokens"] = section.calibration_tokens
-    if convert.needs_input_covariances(section.method, section.space):
+    if conversion.needs_input_covariances(section.method, section.space):
         settings |= {key: section[key] for key in ("sequential", "shrinkage")}
     if section.per_layer_budget:
         lengths = {"self_attention": "targets_length", "cross_attention": "inputs_length"}
@@ -204,7 +204,7 @@ def _benchmark(config: ConfigDict, reference: ConfigDict, leaf: Stage, plan_stag
         "num_kv_heads_cross_attention": variant["num_kv_heads_cross_attention"],
         "num_kv_heads_encoder": variant["num_kv_heads_encoder"],
     }
-    multi_head = dict.fromkeys(convert.ATTENTIONS, reference.model.num_heads)
+    multi_head = dict.fromkeys(conversion.ATTENTIONS, reference.model.num_heads)
     networks = [
         [_variant(reference, multi_head, {}, 0.0) | {"seed": 0}, parent_config(reference).__dict__]
     ]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments.graph.plan import WHERE, parent_config, target_heads
 from experiments.stages import text
-from gqa import convert
+from gqa import conversion
 from gqa.data import tasks, tokenizer
 from gqa.data.examples import SPLITS
 from gqa.runtime import sharding
@@ -99,10 +99,10 @@ def _check_conversion(config: ConfigDict) -> None:
     """Refuse what cannot be converted."""
     section = config.convert
     if section.per_layer_budget:
-        convert.check_by_layer(section.method, section.grouping)
+        conversion.check_by_layer(section.method, section.grouping)
         if config.mesh.model > 1:
             raise UserError("convert.per_layer_budget=True goes with mesh.model=1 alone")
-    convert.check(
+    conversion.check(
         parent_config(config),
         target_heads(config),
         section.method,

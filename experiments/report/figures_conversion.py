@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from experiments.graph import method_names
 from experiments.report import estimate, method_comparison, plot
 from experiments.report.summary import Summary, Variant
-from gqa.convert import calibration
+from gqa.conversion import calibration
 
 LOSS = "Loss (nats per token)"
 LONGER = "MHA, trained equally long"

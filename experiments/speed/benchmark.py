@@ -23,7 +23,7 @@ from experiments.stages import timings
 from experiments.stages.timings import Numbers
 from experiments.workdir import make_workdir
 from gqa import kv_cache
-from gqa.convert import ATTENTIONS, convert
+from gqa.conversion import ATTENTIONS, convert
 from gqa.evaluation import results, timing
 from gqa.inference.decoding import GREEDY
 from gqa.inference.generator import Generator

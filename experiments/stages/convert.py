@@ -10,11 +10,11 @@ import numpy as np
 
 from experiments.stages.stage import NATS, Job, Outcome, Parent, load_state, open_parent, record
 from experiments.stages.text import Training, training
-from gqa import convert
+from gqa import conversion
 from gqa.checkpoints import checkpoint
-from gqa.convert import calibration, grouping
-from gqa.convert.calibration import InputCovariance
-from gqa.convert.optimizer_state import convert_state
+from gqa.conversion import calibration, grouping
+from gqa.conversion.calibration import InputCovariance
+from gqa.conversion.optimizer_state import convert_state
 from gqa.model import transformer
 from gqa.model.config import Config
 from gqa.training import loop
@@ -32,8 +32,8 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     begun = time.monotonic()
     batches, tokens = _batches(data, settings.get("calibration_tokens", 0))
     input_covariances, earlier = _calibrated(parent, state.params, settings, tuple(heads), batches)
-    found = input_covariances() if settings["grouping"] in convert.MEASURED else None
-    orders = convert.orders(state.params, heads, settings["grouping"], settings["seed"], found)
+    found = input_covariances() if settings["grouping"] in conversion.MEASURED else None
+    orders = conversion.orders(state.params, heads, settings["grouping"], settings["seed"], found)
     regrouped = grouping.permuted(state.params, orders)
     params, config = _convert(regrouped, parent.config, settings, heads, batches, input_covariances)
     jax.block_until_ready(params)
@@ -55,7 +55,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
         if checkpoints.latest is None:  # else a run was killed between this and its last line
             items = {"params": params, "opt_state": opt_state, "data": data_state, "config": info}
             checkpoints.save(step, items, {"validation_loss": loss})
-    scales = convert.query_scale(state.params, params)
+    scales = conversion.query_scale(state.params, params)
     scale = max((x for each in scales.values() for x in each), key=lambda x: abs(np.log(x)))
     return Outcome(
         [
@@ -90,7 +90,7 @@ def _calibrated(
     """
     config = parent.config
     measure = partial(calibration.input_covariances, params, config, batches, attentions)
-    whole = settings["grouping"] in convert.MEASURED or "per_layer_budget" in settings
+    whole = settings["grouping"] in conversion.MEASURED or "per_layer_budget" in settings
     as_converted = settings.get("sequential") and not whole
     matrices = config.num_encoder_layers + 2 * config.num_decoder_layers
     if not batches or as_converted or matrices * 8 * config.d_model**2 > KEPT:
@@ -126,14 +126,14 @@ def _convert(
     measured = weigh["space"] != "weight"
     if "per_layer_budget" in s:
         found = input_covariances() if measured else None
-        heads = convert.per_layer_kv_heads(
+        heads = conversion.per_layer_kv_heads(
             params, config, heads, s["per_layer_budget"], input_covariances=found, **weigh
         )
     given = {"batches": batches} if s.get("sequential") else {}
     if measured and not given:
         given = {"input_covariances": input_covariances()}
     more = given | weigh | {"renorm": s["renorm"]}
-    return convert.convert(params, config, heads, s["method"], s["seed"], **more)
+    return conversion.convert(params, config, heads, s["method"], s["seed"], **more)
 
 
 def _batches(data: Training, tokens: int) -> tuple[list[dict], int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from gqa import convert
+from gqa import conversion
 from gqa.checkpoints import pieces
 from gqa.interop import huggingface, t5x
 from gqa.interop.safetensors_files import told_of
@@ -37,7 +37,7 @@ def adopted(config: ConfigDict) -> ConfigDict:
         return config
     found = given.source.config
     if any(
-        getattr(found, f"num_kv_heads_{name}") != found.num_heads for name in convert.ATTENTIONS
+        getattr(found, f"num_kv_heads_{name}") != found.num_heads for name in conversion.ATTENTIONS
     ):
         raise UserError(f"{given.folder} has grouped attention; init.* takes a multi-head network")
     config = config.copy_and_resolve_references()
@@ -45,7 +45,7 @@ def adopted(config: ConfigDict) -> ConfigDict:
     known = [key for key in config.model if key not in RUN]
     known += [key for key in ("num_buckets", "max_distance") if key not in known]
     _check(config, given.folder, sizes)
-    attentions = [f"num_kv_heads_{name}" for name in convert.ATTENTIONS]
+    attentions = [f"num_kv_heads_{name}" for name in conversion.ATTENTIONS]
     full = [key for key in attentions if config.convert[key] == config.model.num_heads]
     with config.unlocked():
         config.model.update({key: sizes[key] for key in known})

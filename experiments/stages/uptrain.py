@@ -27,10 +27,10 @@ from experiments.stages.stage import (
 )
 from experiments.stages.text import Training, training
 from experiments.stages.training import Pooling, run_training
-from gqa import convert
+from gqa import conversion
 from gqa.checkpoints import checkpoint
-from gqa.convert import grouping, learned
-from gqa.convert.optimizer_state import convert_state
+from gqa.conversion import grouping, learned
+from gqa.conversion.optimizer_state import convert_state
 from gqa.model.config import Config
 from gqa.runtime import distributed
 from gqa.training import loop, optimizer
@@ -119,7 +119,9 @@ def _beginning(folder: Path) -> str | None:
 
 
 def _pooling(method: str, converted: Parent, origin: Parent, first_step: int, steps: int):
-    heads = {name: getattr(converted.config, f"num_kv_heads_{name}") for name in convert.ATTENTIONS}
+    heads = {
+        name: getattr(converted.config, f"num_kv_heads_{name}") for name in conversion.ATTENTIONS
+    }
     expand = functools.partial(learned.expand, num_kv_heads=heads, method=method)
 
     def weighted(tree: dict, step: Array) -> dict:

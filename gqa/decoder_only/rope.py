@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gqa.convert import closed_form
+from gqa.conversion import closed_form
 
 
 class Turn(NamedTuple):

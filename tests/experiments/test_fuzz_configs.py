@@ -22,7 +22,7 @@ from configs import base
 from configs.sizes import SIZES
 from experiments.graph.validate import CHOICES, ZERO_TOO, flatten
 from experiments.stages import text
-from gqa import convert
+from gqa import conversion
 from gqa.model import layers
 from gqa.model.config import REMAT
 from gqa.runtime import sharding
@@ -33,9 +33,9 @@ ROOT = Path(launch.__file__).parent
 KEYS = {key: value for key, value in flatten(base.get_config()) if not key.startswith("aot.")}
 NAMES = CHOICES | {
     "experiment": ("pipeline",),
-    "convert.method": tuple(convert.CLOSED),
-    "convert.space": tuple(convert.SPACES),
-    "convert.grouping": tuple(convert.GROUPINGS),
+    "convert.method": tuple(conversion.CLOSED),
+    "convert.space": tuple(conversion.SPACES),
+    "convert.grouping": tuple(conversion.GROUPINGS),
     "model.activation": (layers.GATED_GELU, layers.RELU),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMAT),
@@ -209,7 +209,7 @@ def right_settings(draw):
     found["model.vocab_size"] = draw(st.integers(454, 10**5))
     N = found["model.num_heads"] = draw(st.integers(1, 48))
     divisors = st.sampled_from([K for K in range(1, N + 1) if N % K == 0])
-    for name in convert.ATTENTIONS:
+    for name in conversion.ATTENTIONS:
         found[f"convert.num_kv_heads_{name}"] = draw(divisors)
     if "convert.per_layer_budget" in found:
         found["convert.grouping"] = "contiguous"

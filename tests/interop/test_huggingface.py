@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from gqa.convert import convert
+from gqa.conversion import convert
 from gqa.interop import huggingface
 from gqa.interop.huggingface import (
     COPIES,

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from gqa import convert
-from gqa.convert import grouping
-from gqa.convert.optimizer_state import convert_state
+from gqa import conversion
+from gqa.conversion import grouping
+from gqa.conversion.optimizer_state import convert_state
 from gqa.model.config import Config
 from gqa.model.transformer import init_params
 from gqa.runtime.errors import UserError
@@ -18,7 +18,7 @@ from gqa.training import optimizer as optimizers
 @pytest.fixture(scope="module")
 def wide() -> Config:
     """Wide enough that Adafactor factors the moments: both sides of a kernel are 128 or more."""
-    heads = {f"num_kv_heads_{name}": 16 for name in convert.ATTENTIONS}
+    heads = {f"num_kv_heads_{name}": 16 for name in conversion.ATTENTIONS}
     return Config(130, 128, 132, 16, 16, 2, 2, **heads)
 
 
@@ -93,7 +93,7 @@ def test_rates():
 @pytest.mark.parametrize("how", ["map", "reset"])
 def test_converted_state_fits_the_converted_parameters(wide, params, trained, num_kv_heads, how):
     state = trained[-1]
-    new, _ = convert.convert(params, wide, num_kv_heads)
+    new, _ = conversion.convert(params, wide, num_kv_heads)
     converted = convert_state(state, params, new, how)
     fresh = optimizers.adafactor().init(new)
     assert jax.tree.map(jnp.shape, converted) == jax.tree.map(jnp.shape, fresh)
@@ -106,7 +106,7 @@ def test_converted_state_fits_the_converted_parameters(wide, params, trained, nu
 @pytest.mark.parametrize("num_kv_heads", [8, 1])  # factored, and too narrow to be
 def test_mapping_keeps_the_total_second_moment_and_the_count(wide, params, trained, num_kv_heads):
     state = trained[-1]
-    new, _ = convert.convert(params, wide, num_kv_heads)
+    new, _ = conversion.convert(params, wide, num_kv_heads)
     converted = convert_state(state, params, new, "map")
     old, pooled = (s["decoder"]["layers"]["self_attention"]["key"][0] for s in (state, converted))
     total = old.v_row.sum(1) * 256  # row means of 256 columns
@@ -173,6 +173,6 @@ def test_moments_move_with_their_heads(wide, params, trained, orders):
 
 
 def test_unknown_way_to_convert_a_state_is_refused(wide, params):
-    new, _ = convert.convert(params, wide, 8)
+    new, _ = conversion.convert(params, wide, 8)
     with pytest.raises(UserError, match=r"convert.optimizer='keep'; use map or reset"):
         convert_state(optimizers.adafactor().init(params), params, new, "keep")

@@ -9,7 +9,7 @@ from configs import base
 from configs.sweeps import grid
 from experiments.graph import sweep
 from experiments.graph.plan import merge, parent_config, plan
-from gqa.convert import METHODS
+from gqa.conversion import METHODS
 from gqa.runtime.errors import UserError
 
 

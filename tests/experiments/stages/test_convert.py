@@ -5,7 +5,7 @@ import pytest
 
 from experiments.stages import convert
 from experiments.stages.stage import Parent
-from gqa.convert import calibration
+from gqa.conversion import calibration
 
 SETTINGS = {"method": "svd", "space": "logit", "grouping": "contiguous", "sequential": False}
 BOTH = ("self_attention", "cross_attention")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gqa.convert import closed_form, convert
-from gqa.convert.attention_kernels import kernels_of, with_kernels
-from gqa.convert.calibration import ATTENTIONS, InputCovariance
+from gqa.conversion import closed_form, convert
+from gqa.conversion.attention_kernels import kernels_of, with_kernels
+from gqa.conversion.calibration import ATTENTIONS, InputCovariance
 from gqa.model.transformer import Transformer
 
 SPACES = closed_form.SPACES

@@ -15,8 +15,8 @@ For `weighted` run `fold(tree)` at every step, in the grouped config. For `fuse`
 import jax.numpy as jnp
 from jax import Array
 
-from gqa.convert.attention_kernels import in_groups, kernels_of, with_kernels
-from gqa.convert.calibration import ATTENTIONS
+from gqa.conversion.attention_kernels import in_groups, kernels_of, with_kernels
+from gqa.conversion.calibration import ATTENTIONS
 
 METHODS = ("weighted", "fuse")
 MERGED_AT = 0.5  # the share of uptraining after which the mixtures of a group are one

@@ -17,11 +17,11 @@ from collections.abc import Generator, Iterable, Sequence
 
 import numpy as np
 
-from gqa.convert import assemble, calibration, closed_form, layer_budget, learned, pooling
-from gqa.convert.attention_kernels import kernels_of
-from gqa.convert.calibration import ATTENTIONS, InputCovariance
-from gqa.convert.closed_form import SPACES
-from gqa.convert.grouping import GROUPINGS, MEASURED, orders, permuted
+from gqa.conversion import assemble, calibration, closed_form, layer_budget, learned, pooling
+from gqa.conversion.attention_kernels import kernels_of
+from gqa.conversion.calibration import ATTENTIONS, InputCovariance
+from gqa.conversion.closed_form import SPACES
+from gqa.conversion.grouping import GROUPINGS, MEASURED, orders, permuted
 from gqa.model.config import Config, check_kv_heads
 from gqa.model.transformer import each_layer
 from gqa.runtime.errors import UserError
@@ -57,7 +57,7 @@ def convert(
             two also a number for each layer, such as `per_layer_kv_heads` gives.
         method: one of METHODS. "weighted" and "fuse" give what their training starts from.
         seed: of what draws: method and grouping.
-        input_covariances: what `gqa.convert.calibration.input_covariances(params, config, ...)`
+        input_covariances: what `gqa.conversion.calibration.input_covariances(params, config, ...)`
             yields, for `needs_input_covariances`.
         batches: calibration batches to take the covariances from instead, layer by layer, each of
             the

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.convert import convert
-from gqa.convert.attention_kernels import kernels_of
-from gqa.convert.learned import METHODS, blend, expand, fold, pull, without_pools
+from gqa.conversion import convert
+from gqa.conversion.attention_kernels import kernels_of
+from gqa.conversion.learned import METHODS, blend, expand, fold, pull, without_pools
 from gqa.model.transformer import Transformer
 
 HEADS = {"self_attention": 2, "cross_attention": 1}

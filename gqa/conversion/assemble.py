@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa.convert import closed_form, pooling
-from gqa.convert.attention_kernels import in_groups, kernels_of, replaced
-from gqa.convert.calibration import ATTENTIONS
+from gqa.conversion import closed_form, pooling
+from gqa.conversion.attention_kernels import in_groups, kernels_of, replaced
+from gqa.conversion.calibration import ATTENTIONS
 from gqa.model.config import Config
 from gqa.model.transformer import cut
 

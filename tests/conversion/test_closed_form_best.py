@@ -8,10 +8,10 @@ import itertools
 
 import numpy as np
 import pytest
-
-from gqa.convert import closed_form
-from gqa.convert.calibration import InputCovariance
 from tests.convert.test_closed_form import spread
+
+from gqa.conversion import closed_form
+from gqa.conversion.calibration import InputCovariance
 
 D, H, K, G, P = 12, 3, 2, 2, 2  # inputs, numbers a head, groups, heads a group, queries a head
 

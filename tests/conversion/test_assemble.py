@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from gqa.convert import SHRINKAGE, check, convert, needs_input_covariances, per_layer_kv_heads
-from gqa.convert.attention_kernels import kernels_of
-from gqa.convert.calibration import ATTENTIONS
-from gqa.runtime.errors import UserError
 from tests.convert.test_closed_form import covariances_of
+
+from gqa.conversion import SHRINKAGE, check, convert, needs_input_covariances, per_layer_kv_heads
+from gqa.conversion.attention_kernels import kernels_of
+from gqa.conversion.calibration import ATTENTIONS
+from gqa.runtime.errors import UserError
 
 
 @pytest.fixture

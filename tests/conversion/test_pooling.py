@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from gqa.convert import pooling
+from gqa.conversion import pooling
 
 KEY = jax.random.key(0)
 

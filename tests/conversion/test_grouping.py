@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.convert import convert
-from gqa.convert.attention_kernels import kernels_of, with_kernels
-from gqa.convert.calibration import ATTENTIONS, InputCovariance
-from gqa.convert.grouping import GROUPINGS, orders, permuted, search, similarity
+from gqa.conversion import convert
+from gqa.conversion.attention_kernels import kernels_of, with_kernels
+from gqa.conversion.calibration import ATTENTIONS, InputCovariance
+from gqa.conversion.grouping import GROUPINGS, orders, permuted, search, similarity
 from gqa.model.attention import grouped_query_attention
 from gqa.model.transformer import Transformer
 

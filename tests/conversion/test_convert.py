@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.convert import (
+from gqa.conversion import (
     ATTENTIONS,
     GROUPINGS,
     METHODS,

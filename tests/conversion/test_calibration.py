@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.convert import grouping
-from gqa.convert.calibration import ATTENTIONS, input_covariances
+from gqa.conversion import grouping
+from gqa.conversion.calibration import ATTENTIONS, input_covariances
 from gqa.model.attention import Segments
 from gqa.model.transformer import Decoder, Encoder, shift_right
 

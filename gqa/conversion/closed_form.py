@@ -13,7 +13,7 @@ a time: `heads` [G, D, H], `partners` [G, P, D, H], where P query heads share a 
 
 import numpy as np
 
-from gqa.convert.calibration import InputCovariance
+from gqa.conversion.calibration import InputCovariance
 
 METHODS = ("svd", "procrustes")
 SPACES = ("weight", "activation", "logit")

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gqa.convert import closed_form
-from gqa.convert.attention_kernels import at, kernels_of, replaced
-from gqa.convert.calibration import ATTENTIONS, InputCovariance
-from gqa.convert.optimizer_state import permute_heads
+from gqa.conversion import closed_form
+from gqa.conversion.attention_kernels import at, kernels_of, replaced
+from gqa.conversion.calibration import ATTENTIONS, InputCovariance
+from gqa.conversion.optimizer_state import permute_heads
 
 GROUPINGS = ("contiguous", "strided", "random", "weight_cos", "act_cos", "act_aligned")
 MEASURED = ("act_cos", "act_aligned")  # these need input_covariances

@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-
-from gqa.convert import closed_form, layer_budget, per_layer_kv_heads
-from gqa.convert.attention_kernels import kernels_of
 from tests.convert.test_closed_form import covariances_of
+
+from gqa.conversion import closed_form, layer_budget, per_layer_kv_heads
+from gqa.conversion.attention_kernels import kernels_of
 
 
 def test_a_longer_cache_costs_more():

@@ -7,17 +7,17 @@ import json
 import jax
 import numpy as np
 import pytest
+from tests.convert.test_closed_form import covariances_of
 
 from experiments.stages import benchmark
 from gqa import kv_cache
-from gqa.convert import calibration, convert, layer_budget, per_layer_kv_heads
-from gqa.convert.optimizer_state import convert_state
+from gqa.conversion import calibration, convert, layer_budget, per_layer_kv_heads
+from gqa.conversion.optimizer_state import convert_state
 from gqa.interop import huggingface
 from gqa.model.config import Config
 from gqa.model.transformer import Transformer, count_params, cut, each_layer, init_params
 from gqa.runtime.errors import UserError
 from gqa.training import loop, optimizer
-from tests.convert.test_closed_form import covariances_of
 
 HEADS = {"self_attention": (4, 2, 2), "cross_attention": (1, 4, 4)}
 METHODS = ("mean", "first", "random", "medoid", "svd", "procrustes")

@@ -9,7 +9,7 @@ import operator
 
 from jax import Array
 
-from gqa.convert.calibration import ATTENTIONS
+from gqa.conversion.calibration import ATTENTIONS
 
 
 def kernels_of(params: dict, name: str) -> dict:
