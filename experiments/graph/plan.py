@@ -142,19 +142,19 @@ def plan(
 def _grouped(config: ConfigDict, pretrain: Stage, plan_stage) -> Iterable[Stage]:
     """Conversion and uptraining, where the config asks for them."""
     heads, alpha = target_heads(config), config.uptrain.alpha
-    start, conversion = pretrain, {}
+    start, conversion_settings = pretrain, {}
     if set(heads.values()) != {config.model.num_heads}:
-        conversion = _conversion(config)
-        settings = conversion | {"num_kv_heads": heads, "seed": config.seed}
-        variant = _variant(config, heads, conversion, 0.0)
+        conversion_settings = _conversion(config)
+        settings = conversion_settings | {"num_kv_heads": heads, "seed": config.seed}
+        variant = _variant(config, heads, conversion_settings, 0.0)
         start = plan_stage("convert", settings, (pretrain,), variant)
         yield start
     if alpha > 0:
         beta = config.uptrain.beta
-        variant = _variant(config, heads, conversion, alpha) | {"beta": beta}
+        variant = _variant(config, heads, conversion_settings, alpha) | {"beta": beta}
         settings = {"alpha": alpha, "beta": beta}
-        if conversion.get("method") in learned.METHODS:
-            settings["learned"] = conversion["method"]
+        if conversion_settings.get("method") in learned.METHODS:
+            settings["learned"] = conversion_settings["method"]
         parents = (pretrain,) if start is pretrain else (start, pretrain)
         yield plan_stage("uptrain", settings, parents, variant)
 
@@ -209,10 +209,10 @@ def _benchmark(config: ConfigDict, reference: ConfigDict, leaf: Stage, plan_stag
         [_variant(reference, multi_head, {}, 0.0) | {"seed": 0}, parent_config(reference).__dict__]
     ]
     network = parent_config(config).__dict__ | heads
-    conversion = {}
+    conversion_settings = {}
     if variant["per_layer_budget"]:
-        conversion, network, parents = _conversion(config), None, (leaf,)
-    shape = _variant(config, target_heads(config), conversion, 0.0) | {"seed": 0}
+        conversion_settings, network, parents = _conversion(config), None, (leaf,)
+    shape = _variant(config, target_heads(config), conversion_settings, 0.0) | {"seed": 0}
     if [shape, network] not in networks:
         networks.append([shape, network])
     settings = config.benchmark.to_dict() | {"networks": networks}
@@ -241,9 +241,11 @@ def _setup(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def _variant(config: ConfigDict, heads: dict[str, int], conversion: dict, alpha: float) -> dict:
-    """What a result line says of the network it is about; `conversion` is empty without one."""
-    settings = {key: value for key, value in conversion.items() if key != "optimizer"}
+def _variant(
+    config: ConfigDict, heads: dict[str, int], conversion_settings: dict, alpha: float
+) -> dict:
+    """What a result line says of the network it is about; `conversion_settings` is empty without one."""
+    settings = {key: value for key, value in conversion_settings.items() if key != "optimizer"}
     settings["per_layer_budget"] = "per_layer_budget" in settings
     variant = Variant(
         size=config.size,

@@ -7,8 +7,8 @@ direction, from a name typed in a sweep to settings, is in `experiments/graph/me
 from dataclasses import dataclass
 from typing import Any
 
-from gqa import convert
-from gqa.convert import calibration
+from gqa import conversion
+from gqa.conversion import calibration
 
 # Settings that are named by their own word where they are on.
 FLAGS = ("renorm", "sequential", "per_layer_budget")
@@ -25,7 +25,7 @@ class Variant:
     Args:
         num_kv_heads: of the decoder's self-attention; with `per_layer_budget`, the number of KV
             heads that would fill the same cache if every layer had as many.
-        method: one of `gqa.convert.METHODS`, or NOT_CONVERTED.
+        method: one of `gqa.conversion.METHODS`, or NOT_CONVERTED.
         alpha: uptraining steps as a fraction of the pretraining steps.
         beta: weight of the KL divergence from the multi-head parent in the loss of uptraining.
     """
@@ -71,6 +71,6 @@ def method_label(settings: dict[str, Any]) -> str:
 
     tokens, shrinkage = settings["calibration_tokens"], settings["shrinkage"]
     words += [str(tokens)] if tokens not in (None, calibration.TOKENS) else []
-    words += [f"shrink{shrinkage:g}"] if shrinkage not in (None, convert.SHRINKAGE) else []
+    words += [f"shrink{shrinkage:g}"] if shrinkage not in (None, conversion.SHRINKAGE) else []
     words += [f"kl{settings['beta']:g}"] if settings["beta"] else []
     return "-".join(words)
