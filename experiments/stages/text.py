@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from gqa.data import batching, corpus, tasks, tokenizer
+from gqa.data import batching, corpus, span_corruption, tasks, token_cache, tokenizer
 from gqa.data.corpus_packages import DEFAULT_PACKAGES
-from gqa.data.examples import SPLITS, Example
+from gqa.data.examples import SPLITS, Example, TokenPair
 from gqa.runtime.distributed import primary_first
 from gqa.runtime.errors import UserError
 
@@ -43,12 +43,12 @@ class Text(NamedTuple):
     def ids(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, kept on disk."""
         with primary_first("tokens"):
-            return batching.tokenize(texts, self.tokenizer, self.folder / "tokens")
+            return token_cache.tokenize(texts, self.tokenizer, self.folder / "tokens")
 
-    def pairs(self, examples: list[Example]) -> list[batching.Pair]:
+    def pairs(self, examples: list[Example]) -> list[TokenPair]:
         """Token ids of each example's inputs and first target."""
         with primary_first("tokens"):
-            return batching.tokenize_examples(examples, self.tokenizer, self.folder / "tokens")
+            return token_cache.tokenize_examples(examples, self.tokenizer, self.folder / "tokens")
 
     def source(self, task: str) -> str:
         """A hash of what the task's text is made from: not of where that lies."""
@@ -116,7 +116,7 @@ def check(config: ConfigDict) -> None:
         tokenizer.load(wanted["vocabulary"])
     if _needs_corpus(wanted):
         corpus.distributions(wanted["packages"])
-    batching.span_lengths(config.pretrain.inputs_length)
+    span_corruption.span_lengths(config.pretrain.inputs_length)
 
 
 def _needs_corpus(wanted: dict) -> bool:
@@ -208,24 +208,28 @@ def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
     validation = text.examples(task, "validation")
     if isinstance(train[0][0], Example):
         pairs = [text.pairs(part) for part in train]
-        batches = batching.seq2seq(
+        batches = batching.finetuning_batches(
             pairs, weights, **shape, **stream, pack=recipe.get("pack", False)
         )
         held_out = text.pairs(validation[:limit])
     else:
-        shape["targets_length"] = batching.span_lengths(recipe["inputs_length"]).targets
+        shape["targets_length"] = span_corruption.span_lengths(recipe["inputs_length"]).targets
         first_sentinel = text.tokenizer.sentinel(0)
         corruption = {"inputs_length": shape["inputs_length"], "first_sentinel": first_sentinel}
         if isinstance(train[0], list):
             tokens = [np.concatenate(text.ids(part)) for part in train]
-            batches = batching.pretrain(tokens, weights, **corruption, **stream)
+            batches = batching.pretraining_batches(tokens, weights, **corruption, **stream)
         else:
             encode = text.tokenizer.encode
-            batches = batching.pretrain_stream(*train, encode, **corruption, **stream)
-        held_out = batching.corrupted(np.concatenate(text.ids(validation)), **corruption, seed=0)[
-            :limit
-        ]
+            batches = batching.streamed_pretraining_batches(*train, encode, **corruption, **stream)
+        held_out = span_corruption.held_out_pairs(
+            np.concatenate(text.ids(validation)), **corruption, seed=0
+        )[:limit]
     evaluation = functools.partial(
-        batching.evaluation, held_out, **shape, batch_size=recipe["batch_size"], shard=text.share
+        batching.evaluation_batches,
+        held_out,
+        **shape,
+        batch_size=recipe["batch_size"],
+        shard=text.share,
     )
     return Training(batches, shape, evaluation, len(held_out))

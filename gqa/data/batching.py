@@ -1,169 +1,42 @@
-"""Tokens to batches: T5's span corruption, and sequence-to-sequence examples, packed or not.
+"""Batches of token ids for training and evaluation, packed or not.
 
-A batch is a dict of int32 [B, length] arrays `inputs` and `targets`, EOS at the end of each text
-and 0 behind it. Packed batches add `{inputs,targets}_{segments,positions}`: segments count from 1
-within a row and are 0 on padding, positions count from 0 within a segment.
+A batch is a dict of int32 arrays `inputs` [B, S] and `targets` [B, T]. Each text ends with EOS;
+padding (0) follows. With packing, several examples share a row, and the batch also has
+`{inputs,targets}_{segments,positions}` of the same shapes: the number of the example within its
+row, counted from 1 (0 on padding), and the position within the example, counted from 0.
 
-Training streams never end and are functions of (seed, step): their state is one integer, or
-three where documents are too many to hold.
+Training batches never end. A batch depends on the seed and the step alone, and the iterator's state
+is one integer (three for `DocumentStream`), so a resumed run sees the same batches.
+
+Of several processes, `shard` = (index, count) names one. It gets its block of the rows of every
+batch: B is then `batch_size / count`.
+
+Token ids come from `gqa.data.token_cache`, the noise of pretraining from
+`gqa.data.span_corruption`.
 """
 
-import hashlib
-import os
-import pathlib
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from gqa.data.examples import Example
-from gqa.data.streaming import Stream
-from gqa.data.tokenizer import EOS, NUM_SENTINELS, PAD, Tokenizer
-from gqa.runtime import atomic_files
+from gqa.data import span_corruption
+from gqa.data.document_stream import DocumentStream
+from gqa.data.examples import TokenPair
+from gqa.data.span_corruption import SpanLengths, span_lengths
+from gqa.data.tokenizer import EOS, PAD
 from gqa.runtime.errors import UserError
 
-NOISE_DENSITY = 0.15
-MEAN_SPAN_LENGTH = 3.0
-
 Batch = dict[str, np.ndarray]
-Pair = tuple[np.ndarray, np.ndarray]  # token ids of one example's inputs and targets, no EOS
+
+# How many of the last rows stay open for further examples while packing. It bounds the work.
+OPEN_ROWS = 64
 
 
-def tokenize(
-    texts: Sequence[str], tokenizer: Tokenizer, folder: str | os.PathLike
-) -> list[np.ndarray]:
-    """int32 ids of each text, no EOS; kept in `folder` under a hash of texts and vocabulary."""
-    key = hashlib.sha256(tokenizer.hash.encode())
-    for text in texts:
-        key.update(len(text).to_bytes(8, "little") + text.encode())
-    path = pathlib.Path(folder) / f"tokens-{key.hexdigest()[:16]}.npz"
-    kept = _read_tokens(path, len(texts))
-    if kept is not None:
-        return kept
-    encoded = [np.array(ids, np.int32) for ids in tokenizer.encode_batch(texts)]
-    _write_tokens(path, encoded)
-    return encoded
+# --- pretraining: span corruption -----------------------------------------------------------------
 
 
-def _read_tokens(path: pathlib.Path, count: int) -> list[np.ndarray] | None:
-    """What `_write_tokens` wrote of `count` texts; None if there is none or it is damaged."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip() is not None:
-                return None
-        with np.load(path) as arrays:
-            ids, lengths = arrays["ids"], arrays["lengths"]
-    except Exception:  # a damaged zip file fails in a dozen ways, and writing tells what matters
-        return None
-    ends = np.cumsum(lengths, dtype=np.int64)
-    whole = len(lengths) == count and len(ids) == lengths.sum()
-    return np.split(ids, ends)[:-1] if whole else None
-
-
-def _write_tokens(path: pathlib.Path, encoded: Sequence[np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_files.writing(path) as temporary, open(temporary, "wb") as file:
-        ids = np.concatenate([np.zeros(0, np.int32), *encoded])
-        np.savez(file, ids=ids, lengths=np.array([len(text) for text in encoded], np.int64))
-
-
-def tokenize_examples(
-    examples: Sequence[Example], tokenizer: Tokenizer, folder: str | os.PathLike
-) -> list[Pair]:
-    """Inputs and first target of each example as `tokenize` gives them."""
-    inputs = tokenize([example.inputs for example in examples], tokenizer, folder)
-    targets = tokenize([example.targets[0] for example in examples], tokenizer, folder)
-    return list(zip(inputs, targets, strict=True))
-
-
-# --- span corruption (T5, arXiv 1910.10683 section 3.1.4, and preprocessors.py of its code) -------
-
-
-class SpanLengths(NamedTuple):
-    """What one example of span corruption is made of; all in tokens, EOS counted."""
-
-    tokens: int
-    inputs: int
-    targets: int
-
-
-def span_lengths(inputs_length: int) -> SpanLengths:
-    """The most raw tokens whose corrupted inputs fit: 512 -> (568, 512, 114), as in T5."""
-    if inputs_length < 4:
-        raise UserError(
-            f"inputs_length={inputs_length} is too short for span corruption; use 4 or more"
-        )
-    tokens = 2
-    while _corrupted_lengths(tokens + 1).inputs <= inputs_length:
-        tokens += 1
-        if _noise(tokens)[1] > NUM_SENTINELS:
-            raise UserError(
-                f"inputs_length={inputs_length} needs more sentinels than the {NUM_SENTINELS} "
-                f"there are; use at most {_corrupted_lengths(tokens).inputs - 1}"
-            )
-    return _corrupted_lengths(tokens)
-
-
-def _noise(tokens: int) -> tuple[int, int]:
-    """How many of `tokens` are noise, and in how many spans."""
-    noise = min(max(round(tokens * NOISE_DENSITY), 1), tokens - 1)
-    return noise, max(round(noise / MEAN_SPAN_LENGTH), 1)
-
-
-def _corrupted_lengths(tokens: int) -> SpanLengths:
-    noise, spans = _noise(tokens)
-    return SpanLengths(tokens, tokens - noise + spans + 1, noise + spans + 1)
-
-
-def span_corruption(tokens: np.ndarray, rng: np.random.Generator, first_sentinel: int) -> Pair:
-    """Replace random spans of `tokens` [n] by sentinels; return (inputs, targets), EOS on both.
-
-    The k-th span becomes `first_sentinel - k` in the inputs; the targets are each sentinel followed
-    by the tokens it stands for. Text comes first, a noise span last.
-    """
-    noise, spans = _noise(len(tokens))
-    lengths = np.empty(2 * spans, np.int64)
-    lengths[0::2] = _random_segmentation(len(tokens) - noise, spans, rng)
-    lengths[1::2] = _random_segmentation(noise, spans, rng)
-    is_noise = np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
-    starts = np.cumsum(lengths)[0::2]  # where each noise span begins
-    sentinels = first_sentinel - np.arange(spans)
-
-    inputs = tokens.copy()
-    inputs[starts] = sentinels
-    keep = ~is_noise
-    keep[starts] = True
-    noise_tokens = tokens[is_noise]
-    noise_starts = np.cumsum(lengths[1::2]) - lengths[1::2]
-    targets = np.insert(noise_tokens, noise_starts, sentinels)
-    return np.append(inputs[keep], EOS), np.append(targets, EOS)
-
-
-def _random_segmentation(items: int, segments: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths [segments], each at least 1, that sum to `items`; every split equally likely."""
-    cuts = np.sort(rng.permutation(items - 1)[: segments - 1]) + 1
-    return np.diff(cuts, prepend=0, append=items)
-
-
-def restore(inputs: np.ndarray, targets: np.ndarray, first_sentinel: int) -> np.ndarray:
-    """Undo `span_corruption`: put what the targets say where the inputs have sentinels."""
-    last_sentinel = first_sentinel - NUM_SENTINELS + 1
-    spans: dict[int, list[int]] = {}
-    for token in targets[targets != PAD]:
-        if last_sentinel <= token <= first_sentinel:
-            current = spans.setdefault(int(token), [])
-        elif token != EOS:
-            current.append(int(token))
-    text = [spans.get(int(i), [int(i)]) for i in inputs if i not in (PAD, EOS)]
-    return np.array([token for span in text for token in span], np.int32)
-
-
-# --- training streams -----------------------------------------------------------------------------
-
-
-def pretrain(
+def pretraining_batches(
     parts: Sequence[np.ndarray],
     weights: Sequence[float] = (1.0,),
     *,
@@ -173,21 +46,26 @@ def pretrain(
     first_sentinel: int,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-    """Endless span-corruption batches over arrays of token ids [n], documents joined.
+    """Return endless batches of span corruption over texts held in memory.
 
-    The text is cut into segments of equal length, reshuffled every epoch with new noise; those of
-    each part are drawn as often as its weight says. Batches have `inputs` [B, inputs_length] and
-    `targets` [B, span_lengths(inputs_length).targets], with B = batch_size / count for `shard`
-    (index, count) of the processes.
+    Each text is cut into segments of equal length. Their order and their noise are drawn anew every
+    epoch.
+
+    Args:
+        parts: token ids [n] of each part of a mixture, its documents concatenated.
+        weights: how often the segments of each part are drawn.
+        inputs_length: S of the batches; T is `span_lengths(inputs_length).targets`.
+        batch_size: rows of a batch, over all processes.
+        first_sentinel: id of `<extra_id_0>`.
     """
     lengths = span_lengths(inputs_length)
-    segments = [_segments(tokens, lengths.tokens) for tokens in parts]
+    segments = [span_corruption.cut_into_segments(tokens, lengths.tokens) for tokens in parts]
     corrupt = _corruption(lengths, first_sentinel)
     examples = [part.random_map(corrupt) for part in _shuffled(segments, seed)]
     return _batches(_mix(examples, weights), batch_size, shard)
 
 
-def pretrain_stream(
+def streamed_pretraining_batches(
     documents: grain.MapDataset,
     encode: Callable[[str], Sequence[int]],
     *,
@@ -196,28 +74,34 @@ def pretrain_stream(
     seed: int,
     first_sentinel: int,
     shard: tuple[int, int] = (0, 1),
-) -> Stream:
-    """Batches as of `pretrain`, of documents that are read and encoded as they are needed.
+) -> DocumentStream:
+    """Return batches like `pretraining_batches`, from documents that are read when needed.
 
-    They are reshuffled every epoch. Each of the processes joins documents of its own.
+    The order of the documents is drawn anew every epoch. Each process reads documents of its own.
+
+    Args:
+        documents: the texts of one epoch.
+        encode: gives the token ids of a text.
     """
     index, count = shard
     lengths = span_lengths(inputs_length)
     shuffled = documents.seed(seed).shuffle().repeat()[index::count]
-    return Stream(
+    return DocumentStream(
         shuffled.map(lambda text: np.array(encode(text), np.int32)),
         _corruption(lengths, first_sentinel),
         lengths.tokens,
-        _share(batch_size, shard),
+        _rows_per_process(batch_size, shard),
         (seed, index),
     )
 
 
-def _corruption(lengths: SpanLengths, first_sentinel: int) -> Callable:
-    """A function of (segment, rng) that makes one padded example."""
+def _corruption(
+    lengths: SpanLengths, first_sentinel: int
+) -> Callable[[np.ndarray, np.random.Generator], Batch]:
+    """Return a function of (segment, rng) that makes one padded example."""
 
     def corrupt(segment: np.ndarray, rng: np.random.Generator) -> Batch:
-        inputs, targets = span_corruption(segment, rng, first_sentinel)
+        inputs, targets = span_corruption.corrupt(segment, rng, first_sentinel)
         return {
             "inputs": _fill([inputs], lengths.inputs),
             "targets": _fill([targets], lengths.targets),
@@ -226,16 +110,11 @@ def _corruption(lengths: SpanLengths, first_sentinel: int) -> Callable:
     return corrupt
 
 
-def _segments(tokens: np.ndarray, length: int) -> np.ndarray:
-    """`tokens` as [n, length]; the rest that fills no segment is left out."""
-    count = len(tokens) // length
-    if not count:
-        raise UserError(f"the text has {len(tokens)} tokens, one example needs {length}")
-    return np.asarray(tokens[: count * length], np.int32).reshape(count, length)
+# --- fine-tuning: examples as they are ------------------------------------------------------------
 
 
-def seq2seq(
-    parts: Sequence[Sequence[Pair]],
+def finetuning_batches(
+    parts: Sequence[Sequence[TokenPair]],
     weights: Sequence[float] = (1.0,),
     *,
     inputs_length: int,
@@ -245,19 +124,27 @@ def seq2seq(
     pack: bool,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-    """Endless batches of pairs, truncated to the lengths, reshuffled every epoch.
+    """Return endless batches of examples, truncated to the lengths, in a new order every epoch.
 
-    With `pack` several pairs of a part share a row. Which ones do is drawn once from `seed`; the
-    rows are what is shuffled then, so that any step can be computed without the ones before it.
-    Rows of each part are drawn as often as its weight says.
+    With `pack`, several examples of a part share a row. Which examples share one is drawn once from
+    `seed`; an epoch then shuffles whole rows, so that any step can be computed without the steps
+    before it.
+
+    Args:
+        parts: examples of each part of a mixture.
+        weights: how often the rows of each part are drawn.
+        batch_size: rows of a batch, over all processes.
+
+    Raises:
+        UserError: if a part has no examples.
     """
     if not all(map(len, parts)):
         raise UserError("the training split is empty")
     lengths = {"inputs": inputs_length, "targets": targets_length}
-    cut = [[_truncate(p, inputs_length, targets_length) for p in pairs] for pairs in parts]
-    rows = [_rows(pairs, tuple(lengths.values()), seed, pack) for pairs in cut]
+    truncated = [[_truncate(p, inputs_length, targets_length) for p in pairs] for pairs in parts]
+    rows = [_rows(pairs, (inputs_length, targets_length), seed, pack) for pairs in truncated]
 
-    def row_arrays(row: Sequence[Pair]) -> Batch:
+    def row_arrays(row: Sequence[TokenPair]) -> Batch:
         batch = {}
         for side, (name, length) in enumerate(lengths.items()):
             texts = [pair[side] for pair in row]
@@ -274,9 +161,9 @@ def seq2seq(
 
 
 def _rows(
-    pairs: Sequence[Pair], capacity: tuple[int, int], seed: int, pack: bool
-) -> list[list[Pair]]:
-    """The pairs of each row: one, or as many as fit."""
+    pairs: Sequence[TokenPair], capacity: tuple[int, int], seed: int, pack: bool
+) -> list[list[TokenPair]]:
+    """Return the examples of each row: one, or as many as fit `capacity` (inputs, targets)."""
     if not pack:
         return [[pair] for pair in pairs]
     order = np.random.default_rng(seed).permutation(len(pairs))
@@ -284,26 +171,39 @@ def _rows(
     return [[pairs[i] for i in order[row]] for row in first_fit(sizes, capacity)]
 
 
-def first_fit(sizes: np.ndarray, capacity: tuple[int, ...], window: int = 64) -> list[list[int]]:
-    """Put items of `sizes` [n, sides] into rows of `capacity` [sides], each into the first it fits.
+def first_fit(
+    sizes: np.ndarray, capacity: tuple[int, ...], window: int = OPEN_ROWS
+) -> list[list[int]]:
+    """Put each item into the first row with room for it; return the items of each row.
 
-    Only the last `window` rows are open, which bounds the work. Returns the items of each row.
+    Only the last `window` rows are considered.
+
+    Args:
+        sizes: [n, sides], the size of each item on each side (inputs and targets).
+        capacity: [sides], the size of a row.
     """
     rows: list[list[int]] = []
-    room = np.zeros((0, len(capacity)), np.int64)
+    room = np.zeros((0, len(capacity)), np.int64)  # of the open rows, which are the last of `rows`
     for item, size in enumerate(sizes):
         fits = (room >= size).all(axis=1)
         k = int(fits.argmax()) if fits.any() else len(room)
+
+        # No open row has room: open another, and close the oldest if there are too many.
         if k == len(room):
             room = np.concatenate([room, [capacity]])[-window:]
             rows.append([])
             k = len(room) - 1
+
         rows[len(rows) - len(room) + k].append(item)
         room[k] -= size
     return rows
 
 
+# --- what both share: shuffle, mix, divide among processes ----------------------------------------
+
+
 def _shuffled(parts: Sequence[Sequence], seed: int) -> list[grain.MapDataset]:
+    """Return each part as an endless dataset, in a new order every epoch."""
     return [grain.MapDataset.source(part).seed(seed).shuffle().repeat() for part in parts]
 
 
@@ -311,9 +211,11 @@ def _mix(parts: list[grain.MapDataset], weights: Sequence[float]) -> grain.MapDa
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
 
 
-def _batches(examples: grain.MapDataset, batch_size: int, shard: tuple[int, int]):
+def _batches(
+    examples: grain.MapDataset, batch_size: int, shard: tuple[int, int]
+) -> grain.DatasetIterator:
     """Iterate over this process's block of rows of every batch."""
-    index, rows = shard[0], _share(batch_size, shard)
+    index, rows = shard[0], _rows_per_process(batch_size, shard)
 
     def block(step: int) -> Batch:
         first = step * batch_size + index * rows
@@ -321,13 +223,12 @@ def _batches(examples: grain.MapDataset, batch_size: int, shard: tuple[int, int]
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
     local = grain.MapDataset.range(len(examples) // batch_size).map(block)
-    # One batch ahead in one thread: the next is ready when the step is, and results keep order.
+    # A thread prepares batches ahead, so that the next one is ready when a step ends.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(local.to_iter_dataset(options))
 
 
-def _share(batch_size: int, shard: tuple[int, int]) -> int:
-    """Rows of a batch that each process has."""
+def _rows_per_process(batch_size: int, shard: tuple[int, int]) -> int:
     if batch_size % shard[1]:
         raise UserError(f"batch_size={batch_size} does not divide among {shard[1]} processes")
     return batch_size // shard[1]
@@ -336,47 +237,37 @@ def _share(batch_size: int, shard: tuple[int, int]) -> int:
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def corrupted(
-    tokens: np.ndarray, *, inputs_length: int, first_sentinel: int, seed: int
-) -> list[Pair]:
-    """Span-corruption examples of held-out text [n], in order, with noise fixed by `seed`."""
-    segments = _segments(tokens, span_lengths(inputs_length).tokens)
-    noisy = (
-        span_corruption(segment, np.random.default_rng((seed, i)), first_sentinel)
-        for i, segment in enumerate(segments)
-    )
-    return [(inputs[:-1], targets[:-1]) for inputs, targets in noisy]
-
-
-def evaluation(
-    pairs: Sequence[Pair],
+def evaluation_batches(
+    pairs: Sequence[TokenPair],
     *,
     inputs_length: int,
     targets_length: int,
     batch_size: int,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Batch, int]]:
-    """Every pair once, in order, unpacked: (batch, number of real rows) of this process.
+    """Yield every example once, in order and unpacked, as (batch, number of rows with an example).
 
-    The last batch is filled with empty rows. Of several processes each gets its block of every
-    batch, the same number of batches each.
+    The last batch is filled up with rows of padding. Every process gets the same number of batches.
     """
-    index, rows = shard[0], _share(batch_size, shard)
+    index, rows = shard[0], _rows_per_process(batch_size, shard)
     for start in range(0, len(pairs), batch_size):
         first = start + index * rows
-        part = [_truncate(p, inputs_length, targets_length) for p in pairs[first : first + rows]]
+        block = [_truncate(p, inputs_length, targets_length) for p in pairs[first : first + rows]]
         batch = {
             "inputs": np.zeros((rows, inputs_length), np.int32),
             "targets": np.zeros((rows, targets_length), np.int32),
         }
-        for row, (inputs, targets) in enumerate(part):
+        for row, (inputs, targets) in enumerate(block):
             batch["inputs"][row, : len(inputs)] = inputs
             batch["targets"][row, : len(targets)] = targets
-        yield batch, len(part)
+        yield batch, len(block)
 
 
-def _truncate(pair: Pair, inputs_length: int, targets_length: int) -> Pair:
-    """Cut both sides to leave room for EOS, then add it."""
+# --- one row --------------------------------------------------------------------------------------
+
+
+def _truncate(pair: TokenPair, inputs_length: int, targets_length: int) -> TokenPair:
+    """Cut both sides to leave room for EOS, then append EOS."""
     inputs, targets = pair
     return np.append(inputs[: inputs_length - 1], EOS), np.append(
         targets[: targets_length - 1], EOS
@@ -384,7 +275,7 @@ def _truncate(pair: Pair, inputs_length: int, targets_length: int) -> Pair:
 
 
 def _fill(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """One int32 row [length]: the texts one after the other, then padding."""
+    """Return one int32 row [length]: the texts one after the other, then padding."""
     row = np.full(length, PAD, np.int32)
     end = 0
     for text in texts:

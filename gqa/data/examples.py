@@ -1,12 +1,20 @@
-"""What a task gives: examples, each of one input and its reference targets, in three splits."""
+"""The form in which every task hands over its data, as texts and as token ids."""
 
 from typing import NamedTuple
 
+import numpy as np
+
 SPLITS = ("train", "validation", "test")
+
+# Token ids of one example's inputs [n] and targets [m], both int32 and without EOS.
+TokenPair = tuple[np.ndarray, np.ndarray]
 
 
 class Example(NamedTuple):
-    """Texts in and out; the first target is trained on, all of them are references."""
+    """One input text with its target texts.
+
+    Training uses the first target. Evaluation takes all of them as references.
+    """
 
     inputs: str
     targets: tuple[str, ...]

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from gqa.data.batching import EOS, Pair, evaluation
+from gqa.data.batching import evaluation_batches
+from gqa.data.examples import TokenPair
+from gqa.data.tokenizer import EOS
 from gqa.inference.generator import Generator, bucket
 from gqa.runtime import distributed
 
@@ -43,7 +45,11 @@ def predict(
 
 
 def losses(
-    validation_loss: Callable, params: dict, pairs: Sequence[Pair], train: Sequence[Pair], **shape
+    validation_loss: Callable,
+    params: dict,
+    pairs: Sequence[TokenPair],
+    train: Sequence[TokenPair],
+    **shape,
 ) -> dict[str, float]:
     """Nats per target token of the model; of it reading another example's input; of unigrams.
 
@@ -51,8 +57,8 @@ def losses(
     """
     swapped = [(pairs[i - 1][0], targets) for i, (_, targets) in enumerate(pairs)]
     return {
-        "test_loss": validation_loss(params, evaluation(pairs, **shape)),
-        "test_loss_other_input": validation_loss(params, evaluation(swapped, **shape)),
+        "test_loss": validation_loss(params, evaluation_batches(pairs, **shape)),
+        "test_loss_other_input": validation_loss(params, evaluation_batches(swapped, **shape)),
         "test_loss_unigram": unigram_loss(
             [t for _, t in train], [t for _, t in pairs], shape["targets_length"]
         ),

@@ -15,6 +15,7 @@ from gqa.data import batching, tasks
 from gqa.data import tfds as tfds_data
 from gqa.data.examples import SPLITS, Example
 from gqa.runtime.errors import UserError
+from tests.support.spans import restore
 
 PAGE = {"doc_source": "", "filename": "", "title": ""}
 RESULT = {"description": "", "filename": "", "rank": 1, "title": "", "url": ""}
@@ -245,9 +246,9 @@ def test_c4_is_read_as_it_is_needed(tmp_path, monkeypatch):
         return [100 + int(word[1:]) for word in text.split()]
 
     options = {"inputs_length": 43, "batch_size": 2, "seed": 3, "first_sentinel": 32099}
-    batch = next(batching.pretrain_stream(documents, encode, **options))
+    batch = next(batching.streamed_pretraining_batches(documents, encode, **options))
     for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True):
-        words = batching.restore(inputs, targets, 32099)
+        words = restore(inputs, targets, 32099)
         assert len(words) == 47
         assert set(words) <= set(range(100, 140))
     assert np.unique(batch["inputs"]).size > 5

@@ -61,9 +61,9 @@ def test_losses_swap_inputs_and_know_the_baseline(tiny, pairs):
     validation = loop.make_validation(tiny, mesh)
     params = init_params(tiny, 1)
     found = scoring.losses(validation, params, pairs, TRAIN, **SHAPE)
-    own = validation(params, batching.evaluation(pairs, **SHAPE))
+    own = validation(params, batching.evaluation_batches(pairs, **SHAPE))
     shifted = [(pairs[i][0], pairs[j][1]) for i, j in ((2, 0), (0, 1), (1, 2))]
-    other = validation(params, batching.evaluation(shifted, **SHAPE))
+    other = validation(params, batching.evaluation_batches(shifted, **SHAPE))
     assert found["test_loss"] == own
     assert found["test_loss_other_input"] == pytest.approx(other, rel=1e-6)
     assert own != pytest.approx(other, rel=1e-6)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gqa.data import batching, corpus, tokenizer
+from gqa.data import corpus, token_cache, tokenizer
 from gqa.evaluation import results
 
 RECORD = {"run": "a", "value": 1}
@@ -82,13 +82,13 @@ def test_tokens_are_written_whole_or_not(disk):
     texts = [str(i) for i in range(90)]
     ballast = fill(disk)
     with pytest.raises(OSError, match="No space left") as error:
-        batching.tokenize(texts, encoder, disk / "tokens")
+        token_cache.tokenize(texts, encoder, disk / "tokens")
     assert_full(error, disk / "tokens" / "tokens-")
     assert names(disk) == ["ballast"]
     ballast.unlink()
     for _ in range(2):  # made, then read
         for ids, expected in zip(
-            batching.tokenize(texts, encoder, disk / "tokens"), encoded, strict=True
+            token_cache.tokenize(texts, encoder, disk / "tokens"), encoded, strict=True
         ):
             np.testing.assert_array_equal(ids, expected)
 
