@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gqa.model.attention import attend_blocks
 from gqa.model.config import Config
+from gqa.model.cpu_attention import blocked_attention
 from gqa.model.layers import GATED_GELU
 
 KV = tuple[Array, Array]
@@ -134,11 +134,11 @@ class Joined:
     def attend_own(self, q: Array, kv: KV, bias: Array) -> Array:
         """q [B, R, N, H] to the cache of B * R rows, bias [1, N, 1, S]: [B, R, N, H]."""
         B, R, N, H = q.shape
-        return attend_blocks(q.reshape(B * R, 1, N, H), *kv, bias).reshape(q.shape)
+        return blocked_attention(q.reshape(B * R, 1, N, H), *kv, bias).reshape(q.shape)
 
     def attend_cross(self, q: Array, kv: KV, mask: Array) -> Array:
         """q [B, R, N, H] to keys and values of B inputs, mask [B, 1, 1, S]: [B, R, N, H]."""
-        return attend_blocks(q, *kv, mask)
+        return blocked_attention(q, *kv, mask)
 
     def mlp(self, layer: dict, x: Array) -> Array:
         """[B, R, D] -> [B, R, D]."""

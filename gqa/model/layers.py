@@ -9,14 +9,18 @@ from jax import Array
 from jax.nn.initializers import ones, variance_scaling
 
 from gqa.model import fused_attention
-from gqa.model.attention import Segments, attend, linear, make_mask
+from gqa.model.attention import Segments, make_mask
+from gqa.model.cpu_attention import attention_with_custom_gradient
+from gqa.model.linear import linear
 from gqa.runtime.sharding import constrain, repeat_heads
 
 GATED_GELU, RELU = "gated_gelu", "relu"
 
 
 class Attention(nn.Module):
-    """Attention with its projections, by the backend's fused kernel or `attend`.
+    """Attention with its projections.
+
+    It runs the backend's fused kernel, or `attention_with_custom_gradient` if there is none.
 
     Parameters: query [D, N, H], key and value [D, K, H], out [N, H, D]; no biases.
     """
@@ -69,7 +73,7 @@ class Attention(nn.Module):
         if out is None:
             k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
             mask = make_mask(segments, self.causal, T, S)
-            out = attend(q, k, v, position_bias, mask, dropout)
+            out = attention_with_custom_gradient(q, k, v, position_bias, mask, dropout)
         return linear(out.reshape(B, T, N * H), self.out.astype(self.dtype).reshape(N * H, D))
 
     def _heads(self, x: Array, kernel: Array) -> Array:

@@ -14,9 +14,10 @@ from jax import Array
 from jax.nn.initializers import normal, variance_scaling
 
 from gqa.model import fused_attention
-from gqa.model.attention import Segments, linear
+from gqa.model.attention import Segments
 from gqa.model.config import REMAT, Config
 from gqa.model.layers import MLP, Attention, RelativePositionBias, RMSNorm
+from gqa.model.linear import linear
 from gqa.runtime.sharding import constrain
 
 
