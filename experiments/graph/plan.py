@@ -244,7 +244,7 @@ def _setup(config: ConfigDict) -> dict[str, Any]:
 def _variant(
     config: ConfigDict, heads: dict[str, int], conversion_settings: dict, alpha: float
 ) -> dict:
-    """What a result line says of the network it is about; `conversion_settings` is empty without one."""
+    """What a result line says of its network; without a conversion, its settings are empty."""
     settings = {key: value for key, value in conversion_settings.items() if key != "optimizer"}
     settings["per_layer_budget"] = "per_layer_budget" in settings
     variant = Variant(

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+from gqa.__main__ import run_command
 from gqa.checkpoints import checkpoint, checksums, pieces
 from gqa.data import tokenizer
 from gqa.interop import huggingface, safetensors_files
-from gqa.interop.huggingface import __main__ as save
 from gqa.interop.huggingface import names
 from gqa.model.config import Config
 from gqa.runtime.errors import UserError
@@ -33,6 +33,7 @@ CHILD = """
 import json, resource, sys
 from pathlib import Path
 from gqa.checkpoints import pieces, checkpoint
+from gqa.__main__ import run_command
 from gqa.interop import huggingface
 peaks = []
 for source, target in zip(sys.argv[1::2], sys.argv[2::2]):
@@ -171,14 +172,14 @@ def test_a_checkpoint_becomes_a_folder_of_hugging_face(folder, tmp_path):
         checkpoints.write(5, huggingface.open_folder(path), info)
         checkpoints.write(6, huggingface.open_folder(path), {"config": {"model": {"d_ff": 1}}})
     step = str(tmp_path / "c" / "5")
-    save.main(["", step, str(tmp_path / "a")])
+    run_command(["export", step, str(tmp_path / "a")])
     back, back_config = huggingface.load(tmp_path / "a")
     assert back_config == config
     jax.tree.map(np.testing.assert_array_equal, back, params)
-    save.main(["", step, str(tmp_path / "b"), "--expand"])
+    run_command(["export", step, str(tmp_path / "b"), "--expand"])
     assert huggingface.read_config(tmp_path / "b").num_kv_heads_cross_attention == config.num_heads
     with pytest.raises(UserError, match="its config has no network"):
-        save.main(["", str(tmp_path / "c"), str(tmp_path / "d")])
+        run_command(["export", str(tmp_path / "c"), str(tmp_path / "d")])
     tokenizer.train(["some words to learn from"] * 20, 455, tmp_path / "x.model")
     with pytest.raises(UserError, match=r"x\.model is not the vocabulary that .*c/5 was trained"):
-        save.main(["", step, str(tmp_path / "d"), f"--vocabulary={tmp_path / 'x.model'}"])
+        run_command(["export", step, str(tmp_path / "d"), f"--vocabulary={tmp_path / 'x.model'}"])

@@ -325,7 +325,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 def test_the_command(tmp_path):
     write_llama(tmp_path / "a")
-    command = [sys.executable, "-m", "gqa.decoder_only", tmp_path / "a", tmp_path / "b"]
+    command = [sys.executable, "-m", "gqa", "convert", tmp_path / "a", tmp_path / "b"]
     done = subprocess.run([*command, "--num-kv-heads=2"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "8 -> 2 KV heads, mean" in done.stdout

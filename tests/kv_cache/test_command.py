@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import gqa
-from gqa.kv_cache import __main__ as command
+from gqa.__main__ import run_command
+from gqa.kv_cache import command
 from gqa.kv_cache.presets import PRESETS, Decoder, find
 from gqa.model.config import Config
 from gqa.runtime.errors import UserError
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def table(capsys, *arguments):
     """The printed rows by KV heads, and the last line."""
-    command.main(["", *arguments])
+    run_command(["kv-cache", *arguments])
     lines = capsys.readouterr().out.splitlines()
     return {line.split()[0]: line.split()[1:] for line in lines[2:-1]}, lines[-1]
 
@@ -123,7 +124,7 @@ def test_a_window_bounds_the_cache(capsys, tmp_path):
 )
 def test_what_makes_no_sense_is_refused(arguments, message):
     with pytest.raises(UserError) as error:
-        command.main(["", *arguments])
+        run_command(["kv-cache", *arguments])
     assert str(error.value).startswith(message)
 
 
@@ -153,7 +154,7 @@ def test_a_config_json_that_says_something_else_is_refused(tmp_path, config, mes
 
 
 def test_the_command_prints_nothing_else():
-    line = [sys.executable, "-m", "gqa.kv_cache", "Mistral-7B"]
+    line = [sys.executable, "-m", "gqa", "kv-cache", "Mistral-7B"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("8 KV heads: 4 times less cache than 32\n")

@@ -1,17 +1,15 @@
-"""Bytes of a decoder's KV cache for every number of KV heads, and how many sequences fit.
+"""The command `python -m gqa kv-cache`: a table of KV cache bytes by number of KV heads.
 
-python -m gqa.kv_cache Llama-2-70B --batch=8 --length=4096 --dtype=bfloat16 --memory=16
-python -m gqa.kv_cache FOLDER/config.json
+`gqa.kv_cache.presets` knows the decoders; `gqa/__main__.py` chooses among the commands.
 """
 
+import argparse
 import functools
-import sys
 
 import jax.numpy as jnp
 
 from gqa.kv_cache import presets
 from gqa.kv_cache.presets import PRESETS, Decoder
-from gqa.runtime import command_line
 from gqa.runtime.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
@@ -72,16 +70,20 @@ def _text(nbytes: int) -> str:
     return f"{nbytes / size:,.2f} {unit}"
 
 
-def main(argv: list[str]) -> None:
-    """Parse and print."""
-    parser = command_line.Parser(prog="python -m gqa.kv_cache", description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
     parser.add_argument("model", help=f"config.json, its folder, or {', '.join(PRESETS)}")
-    parser.add_argument("--batch", type=int, default=1, help="sequences")
+    parser.add_argument("--batch", type=int, default=1, help="sequences at a time")
     parser.add_argument("--length", type=int, default=2048, help="positions of the decoder")
-    parser.add_argument("--inputs-length", type=int, help="an encoder's, by default as --length")
+    parser.add_argument(
+        "--inputs-length", type=int, help="positions of the encoder; by default as --length"
+    )
     parser.add_argument("--dtype", default="bfloat16", help=", ".join(DTYPES))
     parser.add_argument("--memory", type=float, help="GiB that the weights leave for the cache")
-    options = parser.parse_args(argv[1:])
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check the arguments and print the table."""
     inputs = options.length if options.inputs_length is None else options.inputs_length
     asked = {"--batch": options.batch, "--length": options.length, "--inputs-length": inputs}
     asked |= {"--memory": options.memory} if options.memory is not None else {}
@@ -93,7 +95,3 @@ def main(argv: list[str]) -> None:
     decoder = presets.find(options.model)
     sizes = (options.batch, options.length, inputs, options.dtype, options.memory)
     print(describe(decoder, *sizes))
-
-
-if __name__ == "__main__":
-    sys.exit(command_line.status(functools.partial(main, sys.argv)))

@@ -1,10 +1,9 @@
-"""Write a checkpoint of this program as a folder of Hugging Face.
+"""The command `python -m gqa export`: its arguments and what it does with them.
 
-python -m gqa.huggingface runs/stages/uptrain-KEY/checkpoints FOLDER --vocabulary=spiece.model
+`gqa.interop.huggingface` writes the folder; `gqa/__main__.py` chooses among the commands.
 """
 
-import functools
-import sys
+import argparse
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +13,25 @@ from gqa.checkpoints import checkpoint, pieces
 from gqa.data import tokenizer
 from gqa.interop import huggingface
 from gqa.model.config import Config
-from gqa.runtime import command_line
 from gqa.runtime.errors import UserError
 
 
-def main(argv: list[str]) -> None:
-    """Parse, load and save."""
-    parser = command_line.Parser(
-        prog="python -m gqa.huggingface", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step's folder or its parent")
-    parser.add_argument("folder", metavar="FOLDER", help="where config.json and weights go")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
     parser.add_argument(
-        "--expand", action="store_true", help="repeat KV heads: what Transformers' T5 can run"
+        "checkpoint", metavar="CHECKPOINT", help="the folder of a step, or the folder of all steps"
     )
-    parser.add_argument("--vocabulary", help="its SentencePiece file, to be put beside")
-    options = parser.parse_args(argv[1:])
+    parser.add_argument("folder", metavar="FOLDER", help="where config.json and the weights go")
+    parser.add_argument(
+        "--expand",
+        action="store_true",
+        help="repeat each KV head for its query heads, so that Transformers' T5 can run the result",
+    )
+    parser.add_argument("--vocabulary", help="SentencePiece file to put beside the weights")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load the checkpoint and write it as a folder of Hugging Face."""
     path = checkpoint.find(options.checkpoint)
     info = checkpoint.load_config(path)
     try:
@@ -45,7 +47,3 @@ def main(argv: list[str]) -> None:
     }
     params = checkpoint.load(path, {"params": unflatten_dict(shapes, sep="/")})["params"]
     huggingface.save(params, config, options.folder, options.expand, options.vocabulary)
-
-
-if __name__ == "__main__":
-    sys.exit(command_line.status(functools.partial(main, sys.argv)))
