@@ -14,16 +14,6 @@ from gqa.runtime.errors import UserError
 RATES = {"shrink": "convert.shrinkage", "kl": "uptrain.beta"}
 
 
-def before_uptraining(method: str) -> str:
-    """The inverse of `with_beta`: what beta makes no difference to."""
-    return method.partition("-kl")[0]
-
-
-def by_layer(method: str) -> bool:
-    """Whether KV heads were spread over layers, so that times depend on how."""
-    return "per_layer_budget" in method.split("-")
-
-
 def keys(text: str) -> dict[str, Any]:
     """The config's keys that a name stands for; those it does not speak of are left out.
 

@@ -2,8 +2,9 @@
 
 from experiments.report import method_comparison, tables
 from experiments.report.estimate import Estimate
-from experiments.report.summary import Summary, Variant
+from experiments.report.summary import Summary
 from experiments.report.tables import DASH
+from experiments.report.variant import TRAINED_AS_IT_IS, Variant
 
 NOTE = (
     "Validation loss of the pretraining task, nats per token, in the same text for all. Above the "
@@ -13,10 +14,10 @@ NOTE = (
     "seeds (Student's t)."
 )
 SAVED_NOTE = (
-    f"Reaches: the alpha at which the loss is that of `{method_comparison.REFERENCE}` after alpha "
-    f"{method_comparison.ALPHA:g}, interpolated between the measured ones, for every seed alone. "
-    "Better from: the least measured alpha whose loss is lower beyond the interval, and by how "
-    "much."
+    "Reaches: the alpha at which the loss equals that of "
+    f"`{method_comparison.REFERENCE.label}` after alpha {method_comparison.ALPHA:g}, interpolated "
+    "between the measured alphas, for every seed separately. Better from: the smallest measured "
+    "alpha whose loss is lower by more than the interval, and by how much."
 )
 
 
@@ -51,7 +52,7 @@ def _at_once(summary: Summary, shape: Variant):
         loss = summary.loss(variant)
         rows.append(
             [
-                method,
+                method.label,
                 plus_minus(loss),
                 plus_minus(method_comparison.damage(summary, variant)),
                 *(_cell(found[name], form) for name, form in METRICS.items()),
@@ -83,11 +84,11 @@ def plus_minus(found: Estimate | None, digits: int = 3) -> str:
 
 def _along(summary: Summary, shape: Variant):
     curves = {
-        m: method_comparison.curve(summary, shape, m)
+        m.label: method_comparison.curve(summary, shape, m)
         for m in method_comparison.methods(summary, shape)
     }
-    curves = {method: points for method, points in curves.items() if len(points) > 1}
-    longer = method_comparison.curve(summary, shape.parent, "none")
+    curves = {label: points for label, points in curves.items() if len(points) > 1}
+    longer = method_comparison.curve(summary, shape.parent, TRAINED_AS_IT_IS)
     if curves and len(longer) > 1:
         curves["MHA, trained equally long"] = longer
     alphas = sorted({alpha for points in curves.values() for alpha in points})
@@ -105,6 +106,6 @@ def _saved(summary: Summary, shape: Variant) -> list[list[str]]:
         if saved.alpha is None:
             reaches = f"not in {saved.missed} of {saved.seeds} seeds"
         soonest = method_comparison.soonest(summary, shape, method)
-        row = [summary.sized(shape.network, shape), method, reaches]
+        row = [summary.sized(shape.network, shape), method.label, reaches]
         rows.append(row + ([f"{soonest[0]:g}", plus_minus(soonest[1])] if soonest else [DASH] * 2))
     return rows

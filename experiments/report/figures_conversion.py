@@ -5,10 +5,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.graph import method_names
 from experiments.report import estimate, method_comparison, plot
-from experiments.report.summary import Summary, Variant
-from gqa.conversion import calibration
+from experiments.report.summary import Summary
+from experiments.report.variant import TRAINED_AS_IT_IS, Method, Variant
 
 LOSS = "Loss (nats per token)"
 LONGER = "MHA, trained equally long"
@@ -23,11 +22,12 @@ def by_alpha(summary: Summary, folder: Path) -> str | None:
     shapes = [s for s in method_comparison.shapes(summary, 1) if _uptrained(summary, s)]
     if not shapes:
         return None
-    names = list(dict.fromkeys(m for s in shapes for m in _uptrained(summary, s)))
-    figure = Figure(figsize=(7.2, 5.6 + plot.legend_height(len(names) + 1)), layout="constrained")
+    methods = list(dict.fromkeys(m for s in shapes for m in _uptrained(summary, s)))
+    height = 5.6 + plot.legend_height(len(methods) + 1)
+    figure = Figure(figsize=(7.2, height), layout="constrained")
     rows = figure.subplots(2, len(shapes), sharey="row", squeeze=False)
     for shape, (above, below) in zip(shapes, rows.T, strict=True):
-        _draw_curves(summary, shape, names, above, below)
+        _draw_curves(summary, shape, methods, above, below)
         above.set(title=summary.sized(shape.network, shape))
         below.set(xlabel=ALPHA_LABEL)
         plot.ratio_axis(below.yaxis)
@@ -41,18 +41,18 @@ def by_alpha(summary: Summary, folder: Path) -> str | None:
     return "alpha_loss"
 
 
-def _uptrained(summary: Summary, shape: Variant) -> list[str]:
+def _uptrained(summary: Summary, shape: Variant) -> list[Method]:
     found = method_comparison.methods(summary, shape)
     return [m for m in found if len(method_comparison.curve(summary, shape, m)) > 2]
 
 
-def _draw_curves(summary, shape, names, above, below):
-    longer = method_comparison.curve(summary, shape.parent, "none")
-    for i, name in enumerate(names):
-        points = method_comparison.curve(summary, shape, name)
+def _draw_curves(summary, shape, methods, above, below):
+    longer = method_comparison.curve(summary, shape.parent, TRAINED_AS_IT_IS)
+    for i, method in enumerate(methods):
+        points = method_comparison.curve(summary, shape, method)
         if len(points) < 3:
             continue
-        plot.line(above, list(points.items()), i, name)
+        plot.line(above, list(points.items()), i, method.label)
         apart = {
             alpha: estimate.apart(loss, longer[alpha])
             for alpha, loss in points.items()
@@ -60,7 +60,7 @@ def _draw_curves(summary, shape, names, above, below):
         }
         apart = [(alpha, e) for alpha, e in apart.items() if e and e.value > 0]
         if apart:
-            plot.line(below, apart, i, name)
+            plot.line(below, apart, i, method.label)
     if len(longer) > 1:
         at, losses = zip(*longer.items(), strict=True)
         above.plot(at, [e.value for e in losses], "--", color="black", label=LONGER)
@@ -83,11 +83,11 @@ def by_heads(summary: Summary, folder: Path) -> str | None:
     Return the figure's name, None unless two methods led to three numbers of KV heads.
     """
     lines = {}
-    for v in sorted(summary.converted):  # a set: in an order that is the same each time
+    for v in sorted(summary.converted, key=lambda v: v.order):  # a set has no order of its own
         found = method_comparison.damage(summary, v)
-        if v.grouped_alike and method_comparison.is_plain(v.method) and found and found.value > 0:
-            lines.setdefault(summary.sized(v.method, v), []).append((v.num_kv_heads, found))
-    lines = {name: points for name, points in lines.items() if len(points) > 2}
+        if v.groups_decoder_evenly and v.method.is_usual and found and found.value > 0:
+            lines.setdefault(summary.sized(v.method.label, v), []).append((v.num_kv_heads, found))
+    lines = {name: sorted(points) for name, points in lines.items() if len(points) > 2}
     if len(lines) < 2:
         return None
     figure = Figure(figsize=(6.2, 3.8 + plot.legend_height(len(lines))), layout="constrained")
@@ -113,7 +113,7 @@ def by_saving(summary: Summary, folder: Path) -> str | None:
         for method in method_comparison.methods(summary, shape):
             saved = method_comparison.saved(summary, shape, method)
             if saved and saved.alpha:
-                found.setdefault(shape, {})[method] = saved.alpha
+                found.setdefault(shape, {})[method.label] = saved.alpha
     found = {shape: alphas for shape, alphas in found.items() if len(alphas) > 1}
     if not found:
         return None
@@ -127,7 +127,7 @@ def by_saving(summary: Summary, folder: Path) -> str | None:
         plot.marks(axes, points, i, summary.sized(shape.network, shape))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    reference, alpha = method_comparison.REFERENCE, method_comparison.ALPHA
+    reference, alpha = method_comparison.REFERENCE.label, method_comparison.ALPHA
     axes.set(xlabel=f"alpha that reaches {reference}'s loss of alpha {alpha:g}")
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     plot.tidy(axes)
@@ -143,14 +143,12 @@ def by_calibration(summary: Summary, folder: Path) -> str | None:
     """
     lines = {}
     for v in summary.converted:
-        keys = method_names.keys(v.method)
-        asked = keys.pop("convert.calibration_tokens", calibration.TOKENS)
-        found = method_comparison.damage(summary, v)
-        if found and len(keys) == 2 and "convert.space" in keys and v.grouped_alike:
-            name = v.method.removesuffix(f"-{asked}")
-            label = summary.sized(f"{v.network} {name}", v)
-            if summary.get(v, "convert", "calibration_tokens").value:
-                lines.setdefault(label, []).append((asked, found))
+        tokens, usual = v.method.calibration_tokens, v.method._replace(calibration_tokens=None)
+        loss_above_parent = method_comparison.damage(summary, v)
+        comparable = v.groups_decoder_evenly and usual.is_usual and not usual.renorm
+        if tokens and usual.space and comparable and loss_above_parent:
+            label = summary.sized(f"{v.network} {usual.label}", v)
+            lines.setdefault(label, []).append((tokens, loss_above_parent))
     lines = {name: sorted(points) for name, points in sorted(lines.items()) if len(points) > 1}
     if not lines:
         return None

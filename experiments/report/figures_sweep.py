@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from experiments.report import method_comparison, paper, plot
 from experiments.report.figures import published_times, score_name
-from experiments.report.summary import Summary, Variant
+from experiments.report.summary import Summary
+from experiments.report.variant import TRAINED_AS_IT_IS, Variant
 
 LOSS = "Loss (nats per token)"
 
@@ -18,8 +19,9 @@ def by_method(summary: Summary, folder: Path) -> str | None:
     """
     groups = {}
     for v in summary.variants:
-        if v.method != "none" and summary.average(v):
-            groups.setdefault(v._replace(method=""), {})[v.method] = summary.average(v)
+        if v.is_converted and summary.average(v):
+            key = v._replace(method=TRAINED_AS_IT_IS)
+            groups.setdefault(key, {})[v.method] = summary.average(v)
     groups = {key: scores for key, scores in groups.items() if len(scores) > 1}
     if not groups:
         return None
@@ -35,7 +37,8 @@ def by_method(summary: Summary, folder: Path) -> str | None:
     published.plot(list(paper.FIGURE4.values()), range(3), linestyle="none", **plot.style(6))
     ours.set(title="Ours", xlabel=score_name(summary))
     published.set(title="Published: T5-Large to MQA", xlabel="Average of 3 tasks", xlim=(55, 56))
-    for axes, names in ((ours, methods), (published, list(paper.FIGURE4))):
+    labels = [method.label for method in methods]
+    for axes, names in ((ours, labels), (published, list(paper.FIGURE4))):
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
     plot.tidy(ours, published)
@@ -72,7 +75,7 @@ def _alpha_lines(summary):
 def _draw_alpha_lines(summary, axes, lines):
     """A multi-head network that was not uptrained is a level to compare with, as in the paper."""
     for i, (key, points) in enumerate(lines.items()):
-        name = key.network if key.method == "none" else f"{key.network} {key.method}"
+        name = f"{key.network} {key.method.label}" if key.is_converted else key.network
         label = summary.sized(name, key)
         if len(points) > 1:
             plot.line(axes, points, i, label)
@@ -143,7 +146,7 @@ def _group_lines(summary, measure, label):
     """
     lines = {}
     for v in summary.scored:
-        if v.grouped_alike and v.shape != v.parent:
+        if v.groups_decoder_evenly and v.shape != v.parent:
             for point in (v.parent, v):
                 if found := measure(point):
                     lines.setdefault(label(v), {})[point.num_kv_heads] = found
@@ -151,5 +154,5 @@ def _group_lines(summary, measure, label):
 
 
 def _way(summary: Summary, v: Variant) -> str:
-    name = "from scratch" if v.method == "none" else f"{v.method}, alpha {v.alpha:g}"
+    name = f"{v.method.label}, alpha {v.alpha:g}" if v.is_converted else "from scratch"
     return summary.sized(name, v)

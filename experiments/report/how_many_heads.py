@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from experiments.report import tables
 from experiments.report.estimate import Difference
-from experiments.report.summary import Summary, Variant
+from experiments.report.summary import Summary
+from experiments.report.variant import Variant
 from experiments.report.variants_section import signed
 
 TITLE = "How many KV heads?"
@@ -80,7 +81,7 @@ def _points(within):
 def _answers(summary, within):
     groups = {}
     for v in summary.variants:
-        if v.grouped_alike and v.shape != v.parent and _complete(summary, v):
+        if v.groups_decoder_evenly and v.shape != v.parent and _complete(summary, v):
             groups.setdefault((v.size, v.method, v.alpha), []).append(v)
     return [_answer(summary, found, within) for found in groups.values() if len(found) > 1]
 
@@ -98,7 +99,7 @@ def _answer(summary, variants, within):
         found = summary.against_parent(v)
         points.append(Point(v, found, _verdict(found, within)))
     v = variants[0]
-    way = "from scratch" if v.method == "none" else f"{v.method}, alpha {v.alpha:g}"
+    way = f"{v.method.label}, alpha {v.alpha:g}" if v.is_converted else "from scratch"
     near = f"within {within:g}"
     header = ["KV heads", "difference to MHA, points", near, "speed / sample", "speed / token"]
     header.append("KV cache")

@@ -121,15 +121,14 @@ def conversion(summary: Summary) -> str:
     header += ["uptraining steps", "alpha"]
     rows = []
     for variant in summary.scored:
-        converted = variant.method != "none"
-        start = variant.parent if converted else variant.shape
+        start = variant.parent if variant.is_converted else variant.shape
         cells = [
             *map(_number, summary.losses(variant)),
             _number(summary.get(start, "pretrain", "steps"), digits=0),
             _number(summary.get(variant, "uptrain", "steps"), digits=0),
         ]
         if set(cells) != {DASH}:
-            alpha = f"{variant.alpha:g}" if converted or variant.alpha else DASH
+            alpha = f"{variant.alpha:g}" if variant.is_converted or variant.alpha else DASH
             rows.append([summary.title(variant), *cells, alpha])
     if not rows:
         return ""

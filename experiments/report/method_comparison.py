@@ -8,12 +8,13 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from experiments.graph import method_names
 from experiments.report import estimate
 from experiments.report.estimate import Estimate
-from experiments.report.summary import Summary, Variant
+from experiments.report.summary import Summary
+from experiments.report.variant import Method, Variant
 
-REFERENCE, ALPHA = "mean", 0.05  # the paper's method and what it recommends (section 3.3)
+# The paper's method, and the alpha that it recommends (section 3.3).
+REFERENCE, ALPHA = Method("mean", grouping="contiguous"), 0.05
 ORDER = ("mean", "first", "random")  # the paper's first
 
 
@@ -34,24 +35,21 @@ def shapes(summary: Summary, least: int = 2) -> list[Variant]:
     return sorted(several, key=lambda v: (v.size, *(-K for K in v[2:5])))
 
 
-def methods(summary: Summary, shape: Variant) -> list[str]:
+def methods(summary: Summary, shape: Variant) -> list[Method]:
     """The methods that led to a network, the paper's first."""
     found = {v.method for v in summary.converted if v.shape == shape}
-    found |= {v.method for v in summary.trained if v.shape == shape and v.method != "none"}
+    found |= {v.method for v in summary.trained if v.shape == shape and v.is_converted}
     return in_order(found)
 
 
-def in_order(methods: Iterable[str]) -> list[str]:
-    """Names of methods, the paper's first."""
-    return sorted(methods, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
+def in_order(methods: Iterable[Method]) -> list[Method]:
+    """Sort methods by name, the paper's first."""
+    labels = {method: method.label for method in methods}
+    rank = {label: i for i, label in enumerate(ORDER)}
+    return sorted(labels, key=lambda m: (rank.get(labels[m], len(ORDER)), labels[m]))
 
 
-def is_plain(method: str) -> bool:
-    """Whether a name is a method, in a space, its norm restored or not, and else as usual."""
-    return set(method_names.keys(method)) <= {"convert.method", "convert.space", "convert.renorm"}
-
-
-def curve(summary: Summary, shape: Variant, method: str) -> dict[float, Estimate]:
+def curve(summary: Summary, shape: Variant, method: Method) -> dict[float, Estimate]:
     """Loss by alpha; alpha 0 is converted and nothing else."""
     start = shape._replace(method=method, alpha=0.0)
     alphas = {v.alpha for v in summary.trained if v._replace(alpha=0.0) == start} | {0.0}
@@ -70,7 +68,7 @@ def against_reference(summary: Summary, variant: Variant) -> Estimate | None:
     return estimate.apart(summary.loss(variant), reference)
 
 
-def soonest(summary: Summary, shape: Variant, method: str) -> tuple[float, Estimate] | None:
+def soonest(summary: Summary, shape: Variant, method: Method) -> tuple[float, Estimate] | None:
     """The least measured alpha that is better than the reference beyond the interval, and how."""
     for alpha in curve(summary, shape, method):
         found = against_reference(summary, shape._replace(method=method, alpha=alpha))
@@ -79,7 +77,7 @@ def soonest(summary: Summary, shape: Variant, method: str) -> tuple[float, Estim
     return None
 
 
-def saved(summary: Summary, shape: Variant, method: str) -> Saved | None:
+def saved(summary: Summary, shape: Variant, method: Method) -> Saved | None:
     """The alpha at which a method reaches the mean's loss of alpha 0.05, between those measured."""
     points = curve(summary, shape, method)
     reference = summary.loss(shape._replace(method=REFERENCE, alpha=ALPHA))

@@ -2,70 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from experiments.graph import method_names
 from experiments.report import estimate
 from experiments.report.estimate import Difference, Estimate
-from experiments.stages.variant import method_label
+from experiments.report.variant import Variant, variant_of
 from gqa.evaluation import results
 
 TASK_STAGES = ("finetune", "evaluate")  # the others' task is the pretraining text, or none
-
-
-class Variant(NamedTuple):
-    """What sets one row of the report apart from another; seeds are averaged over."""
-
-    size: str
-    num_heads: int
-    num_kv_heads: int
-    num_kv_heads_cross_attention: int
-    num_kv_heads_encoder: int
-    method: str
-    alpha: float
-
-    @property
-    def label(self) -> str:
-        """Name the variant as the paper does, with how it was reached where it was converted."""
-        name = self.network
-        if self.method != "none":
-            name += f" {self.method}"
-        elif self.parent != self._replace(alpha=0.0):
-            name += " from scratch"
-        trained_further = self.method != "none" or self.alpha
-        return f"{name}, alpha {self.alpha:g}" if trained_further else name
-
-    @property
-    def network(self) -> str:
-        """Name the network alone, however its weights were reached."""
-        name = {self.num_heads: "MHA", 1: "MQA"}.get(self.num_kv_heads, f"GQA-{self.num_kv_heads}")
-        if self.num_kv_heads_cross_attention != self.num_kv_heads:
-            name += f" cross-{self.num_kv_heads_cross_attention}"
-        if self.num_kv_heads_encoder != self.num_heads:
-            name += f" encoder-{self.num_kv_heads_encoder}"
-        return name
-
-    @property
-    def shape(self) -> "Variant":
-        """The network alone, however its weights were reached."""
-        return self._replace(method="none", alpha=0.0)
-
-    @property
-    def timed(self) -> "Variant":
-        """What timings are kept under: the shape, and how it was found where layers differ."""
-        method = method_names.before_uptraining(self.method)
-        return self.shape._replace(method=method) if method_names.by_layer(method) else self.shape
-
-    @property
-    def grouped_alike(self) -> bool:
-        """Whether both decoder attentions have one number of KV heads, and the encoder all."""
-        whole_encoder = self.num_kv_heads_encoder == self.num_heads
-        return whole_encoder and self.num_kv_heads_cross_attention == self.num_kv_heads
-
-    @property
-    def parent(self) -> "Variant":
-        """The multi-head model that this variant was converted from, or is compared with."""
-        return Variant(self.size, *[self.num_heads] * 4, method="none", alpha=0.0)
 
 
 class Summary:
@@ -94,7 +37,7 @@ class Summary:
         self.converted = {v for v, stage, _, _ in by_seed if stage == "convert"}
         self.variants = sorted(
             self.trained | (self.converted - {v._replace(alpha=0.0) for v in self.trained}),
-            key=lambda v: (sizes.index(v.size), v != v.parent, *[-k for k in v[1:5]], *v[5:]),
+            key=lambda v: (sizes.index(v.size), v != v.parent, v.order),
         )
         self.tasks = list(dict.fromkeys(t for _, stage, t, _ in by_seed if stage == "evaluate"))
 
@@ -116,8 +59,7 @@ class Summary:
     def get(self, variant: Variant, stage: str, metric: str, task=None) -> Estimate | None:
         """Return one estimate, None where it was not measured."""
         if stage == "convert":
-            method = method_names.before_uptraining(variant.method)
-            variant = variant._replace(alpha=0.0, method=method)
+            variant = variant._replace(alpha=0.0, method=variant.method.before_uptraining)
         if stage == "benchmark":
             variant = variant.timed
         return self._estimates.get((variant, stage, task, metric))
@@ -159,8 +101,7 @@ class Summary:
 
         A variant that was not converted began as itself; one that was, as its parent.
         """
-        unconverted = variant.method == "none"
-        start = variant.shape if unconverted else variant.parent
+        start = variant.parent if variant.is_converted else variant.shape
         stages = ((start, "pretrain"), (variant, "convert"), (variant, "uptrain"))
         return tuple(self.get(v, stage, "validation_loss") for v, stage in stages)
 
@@ -169,17 +110,7 @@ class Summary:
         before, converted, uptrained = self.losses(variant)
         if variant.alpha:
             return uptrained
-        return before if variant.method == "none" else converted
-
-
-def variant_of(record: dict) -> Variant:
-    """Return the variant of the model that was measured; one conversion serves every alpha."""
-    settings = record["variant"]
-    fields = {name: settings[name] for name in Variant._fields} | {"method": method_label(settings)}
-    variant = Variant(**fields)
-    if record["stage"] == "convert":
-        return variant._replace(alpha=0.0)
-    return variant
+        return converted if variant.is_converted else before
 
 
 def _same_clock(records: list[dict]) -> Iterator[dict]:

@@ -2,8 +2,9 @@
 
 from experiments.report import tables
 from experiments.report.estimate import Difference, Estimate
-from experiments.report.summary import Summary, Variant
+from experiments.report.summary import Summary
 from experiments.report.tables import DASH
+from experiments.report.variant import Variant
 
 NO_DIFFERENCE = "none shown"
 COSTS = {

@@ -117,6 +117,15 @@ class Collective(NamedTuple):
     sent: float
 
 
+class Transfer(NamedTuple):
+    """One collective operation: times run, bytes of its result, and the devices that take part."""
+
+    kind: str
+    count: int
+    nbytes: int
+    devices: int
+
+
 def parse(text: str) -> Program:
     """The computations of an HLO module's text."""
     computations: dict[str, dict[str, Instruction]] = {}
@@ -284,22 +293,22 @@ def _only_moves(program: Program, it: Instruction) -> bool:
 
 
 def collectives(program: Program) -> dict[str, Collective]:
-    """Communication by kind, also what is fused or started asynchronously."""
+    """Add up the communication of each kind, fused and asynchronously started ones included."""
     count, nbytes, sent = Counter(), Counter(), Counter()
-    for it, times in _all(program):
-        kind = it.op.removesuffix("-start")
-        if kind in COLLECTIVES:
-            size = _received(it)
-            count[kind] += times
-            nbytes[kind] += times * size
-            sent[kind] += times * size * _share(kind, group_size(it.rest))
+    for transfer in transfers(program):
+        kind, received = transfer.kind, transfer.count * transfer.nbytes
+        count[kind] += transfer.count
+        nbytes[kind] += received
+        sent[kind] += received * _sent_per_received(kind, transfer.devices)
     return {kind: Collective(count[kind], nbytes[kind], sent[kind]) for kind in count}
 
 
-def largest_collective(program: Program, kind: str) -> int:
-    """Bytes of the largest result of one kind; 0 if there is none."""
-    sizes = (_received(it) for it, _ in _all(program) if it.op.removesuffix("-start") == kind)
-    return max(sizes, default=0)
+def transfers(program: Program) -> Iterator[Transfer]:
+    """Yield every collective operation that the program runs."""
+    for it, times in _all(program):
+        kind = it.op.removesuffix("-start")
+        if kind in COLLECTIVES:
+            yield Transfer(kind, times, _received(it), group_size(it.rest))
 
 
 def _all(program: Program) -> Iterator[tuple[Instruction, int]]:
@@ -332,8 +341,8 @@ def group_size(rest: str) -> int:
     return 2
 
 
-def _share(kind: str, n: int) -> float:
-    """Bytes a device sends on a ring of n, a byte of what it gets."""
+def _sent_per_received(kind: str, n: int) -> float:
+    """Return the bytes a device sends per byte of its result, on a ring of `n` devices."""
     if kind == "all-reduce":
         return 2 * (n - 1) / n
     if kind == "reduce-scatter":

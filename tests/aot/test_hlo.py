@@ -104,8 +104,8 @@ def test_collectives_by_kind(program):
     found = hlo.collectives(program)
     assert found["all-reduce"] == (24, 24 * 8 * 128 * 4, 24 * 8 * 128 * 4 * 2 * 3 / 4)
     assert found["all-gather"] == (1, 2 * CACHE, CACHE)
-    assert hlo.largest_collective(program, "all-gather") == 2 * CACHE
-    assert hlo.largest_collective(program, "all-to-all") == 0
+    gathers = [t for t in hlo.transfers(program) if t.kind == "all-gather"]
+    assert gathers == [("all-gather", 1, 2 * CACHE, 2)]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_bytes_sent_on_a_ring_of_four(op, share):
     line = f"  ROOT %x = f32[8,16]{{1,0}} {op}(%a), replica_groups={{{{0,1,2,3}}}}\n"
     found = hlo.collectives(program(A + line))
     assert found == {op: (1, SIZE, pytest.approx(share * SIZE))}
-    assert hlo.largest_collective(program(A + line), op) == SIZE
+    assert [t.nbytes for t in hlo.transfers(program(A + line))] == [SIZE]
 
 
 def test_a_variadic_start_counts_all_of_its_results():

@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments.graph import method_names
 from experiments.stages.variant import NOT_CONVERTED, Variant
+from gqa.conversion import SHRINKAGE, calibration
 
 TASKS = {"parameter_qa": "f1 %", "docstring_summary": "rougeL %"}
 EXAMPLES = 400
@@ -15,11 +16,18 @@ REPLICATES /= REPLICATES.std(1, ddof=1, keepdims=True)
 
 
 def variant(num_kv_heads, method="mean", alpha=0.05, seed=0, size="nano"):
-    """The variant of a network in a result record; `method` is a name as in a sweep."""
+    """Return the variant of a network in a result record; `method` is a name as in a sweep.
+
+    As in the records of runs, a setting that makes a difference has its default where the name does
+    not say otherwise.
+    """
     conversion = {}
     if method != NOT_CONVERTED:
+        conversion = {"grouping": "contiguous"}
+        if "activation" in method or "logit" in method:
+            conversion |= {"calibration_tokens": calibration.TOKENS, "shrinkage": SHRINKAGE}
         keys = method_names.keys(method)
-        conversion = {key.split(".")[1]: value for key, value in keys.items()}
+        conversion |= {key.split(".")[1]: value for key, value in keys.items()}
     return dataclasses.asdict(
         Variant(
             size=size,

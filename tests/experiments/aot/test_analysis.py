@@ -38,6 +38,11 @@ target = chips.find(sys.argv[2], "")
 compilation.start([target])
 compiler = compilation.Compiler(target, Layout(model=target.chips), Path(sys.argv[1]))
 n, found = target.chips, {}
+
+def largest_gather(program):
+    sizes = (t.nbytes for t in hlo.transfers(program) if t.kind == "all-gather")
+    return max(sizes, default=0)
+
 for K in (2, 8):
     config = Config(4096, 1024, 2048, 16, 64, L, L, 16, K, K, dtype="bfloat16")
     layout = sharding.choose(config, compiler.layout, compiler.mesh, B, S, T)
@@ -50,7 +55,7 @@ STEP = """
         "layout": layout.kv_heads,
         "reads": hlo.reads(program, ("cache[", "memory.kv[")),
         "moves": len(hlo.moves(program, B * K * 64 * T * 2 // n)),
-        "gathered": hlo.largest_collective(program, "all-gather"),
+        "gathered": largest_gather(program),
         "weight": 1024 * 16 * 64 * 2 // n,
         "arguments": step.arguments,
         "caches": 2 * L * B * K * 64 * (S + T) * 2 // n,
@@ -64,7 +69,7 @@ print(json.dumps(found))
 PREFILL = """
     prefill = hlo.parse(compiler.prefill(net, B, S).text)
     encoded = B * S * 1024 * 2
-    found[K] = hlo.largest_collective(prefill, "all-gather") / encoded
+    found[K] = largest_gather(prefill) / encoded
 print(json.dumps(found))
 """
 

@@ -4,6 +4,7 @@ import pytest
 
 from experiments.report import conversion_section, method_comparison
 from experiments.report.summary import Summary
+from experiments.report.variant import TRAINED_AS_IT_IS, variant_of
 from tests.support.made_results import record, variant
 
 ALPHAS = (0.0025, 0.01, 0.05)
@@ -40,6 +41,10 @@ def summary(seeds=(0, 1, 2), methods=LOSSES):
     return Summary(records)
 
 
+def method(name):
+    return variant_of(record(variant(4, name), "uptrain", "validation_loss", 0.0)).method
+
+
 def shape_of(found):
     (shape,) = method_comparison.shapes(found)
     return shape
@@ -48,25 +53,26 @@ def shape_of(found):
 def test_networks_and_methods_are_found_in_the_papers_order():
     found = summary()
     assert shape_of(found).num_kv_heads == 4
-    assert method_comparison.methods(found, shape_of(found)) == ["mean", "random", "svd-logit"]
+    methods = method_comparison.methods(found, shape_of(found))
+    assert [each.label for each in methods] == ["mean", "random", "svd-logit"]
     assert method_comparison.shapes(summary(methods={"mean": LOSSES["mean"]})) == []
 
 
 def test_a_curve_begins_at_the_conversion():
     found = summary(seeds=(0,))
-    points = method_comparison.curve(found, shape_of(found), "mean")
+    points = method_comparison.curve(found, shape_of(found), method("mean"))
     assert {alpha: e.value for alpha, e in points.items()} == {
         0: 5.0,
         **dict(zip(ALPHAS, LOSSES["mean"][1:], strict=True)),
     }
-    longer = method_comparison.curve(found, shape_of(found).parent, "none")
+    longer = method_comparison.curve(found, shape_of(found).parent, TRAINED_AS_IT_IS)
     assert {alpha: e.value for alpha, e in longer.items()} == {0: 4.4, 0.05: 4.35}
 
 
 def test_damage_is_paired_by_seed():
     """Losses of the seeds lie 0.3 apart, damages not at all."""
     found = summary()
-    damage = method_comparison.damage(found, shape_of(found)._replace(method="svd-logit"))
+    damage = method_comparison.damage(found, shape_of(found)._replace(method=method("svd-logit")))
     assert damage.value == pytest.approx(0.2)
     assert damage.high - damage.low < 1e-9
     assert found.loss(shape_of(found).parent).high > 4.9
@@ -76,22 +82,22 @@ def test_what_is_saved_lies_between_the_measured_alphas():
     found = summary(seeds=(0,))
     shape = shape_of(found)
     # From 4.6 at 0 to 4.48 at 0.0025: 4.5 is five sixths of the way.
-    saved = method_comparison.saved(found, shape, "svd-logit")
+    saved = method_comparison.saved(found, shape, method("svd-logit"))
     assert saved.alpha.value == pytest.approx(0.0025 * 5 / 6)
-    assert method_comparison.saved(found, shape, "mean").alpha.value == pytest.approx(0.05)
-    lost = method_comparison.saved(found, shape, "random")
+    assert method_comparison.saved(found, shape, method("mean")).alpha.value == pytest.approx(0.05)
+    lost = method_comparison.saved(found, shape, method("random"))
     assert (lost.alpha, lost.missed, lost.seeds) == (None, 1, 1)
 
 
 def test_better_means_beyond_the_interval():
     found = summary()
-    alpha, by = method_comparison.soonest(found, shape_of(found), "svd-logit")
+    alpha, by = method_comparison.soonest(found, shape_of(found), method("svd-logit"))
     assert alpha == 0.0025
     assert by.high < 0
     assert by.value == pytest.approx(-0.02 + 0.001)
-    assert method_comparison.soonest(found, shape_of(found), "random") is None
+    assert method_comparison.soonest(found, shape_of(found), method("random")) is None
     one_seed = summary(seeds=(0,))  # nothing is beyond an interval that is not there
-    assert method_comparison.soonest(one_seed, shape_of(one_seed), "svd-logit") is None
+    assert method_comparison.soonest(one_seed, shape_of(one_seed), method("svd-logit")) is None
 
 
 def test_the_section_says_all_of_it():
@@ -112,5 +118,5 @@ def test_nothing_is_saved_if_one_seed_never_gets_there():
     records = [r for s in (0, 1) for r in (*parent(s), *losses(s, "mean", LOSSES["mean"]))]
     records += losses(0, "svd-logit", LOSSES["svd-logit"]) + losses(1, "svd-logit", never)
     found = Summary(records)
-    saved = method_comparison.saved(found, shape_of(found), "svd-logit")
+    saved = method_comparison.saved(found, shape_of(found), method("svd-logit"))
     assert (saved.alpha, saved.missed, saved.seeds) == (None, 1, 2)

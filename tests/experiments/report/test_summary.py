@@ -2,13 +2,17 @@
 
 import pytest
 
-from experiments.report.summary import Summary, Variant
+from experiments.report.summary import Summary
+from experiments.report.variant import TRAINED_AS_IT_IS, Method, Variant, variant_of
 from tests.support.made_results import PARENT, WHOLE, network, record, score, timings, variant
+
+MEAN = Method("mean", grouping="contiguous")
 
 
 def token(summary, settings):
-    (found,) = [v for v in summary.variants if v._asdict().items() <= settings.items()]
-    return summary.get(found, "benchmark", "token_seconds")
+    row = variant_of(record(settings, "benchmark", "token_seconds", 0.0))
+    assert row in summary.variants
+    return summary.get(row, "benchmark", "token_seconds")
 
 
 def scored(*several):
@@ -120,12 +124,12 @@ def test_one_conversion_serves_every_alpha():
 
 
 def test_names_say_how_a_network_was_reached():
-    crossed = Variant("nano", 16, 4, 2, 8, "mean", 0.05)
+    crossed = Variant("nano", 16, 4, 2, 8, MEAN, 0.05)
     assert crossed.label == "GQA-4 cross-2 encoder-8 mean, alpha 0.05"
     assert crossed.network == "GQA-4 cross-2 encoder-8"
-    assert not crossed.grouped_alike
-    assert Variant("nano", 16, 8, 8, 16, "none", 0.0).label == "GQA-8 from scratch"
-    assert all(v.grouped_alike for v in Summary(WHOLE).variants)
+    assert not crossed.groups_decoder_evenly
+    assert Variant("nano", 16, 8, 8, 16, TRAINED_AS_IT_IS, 0.0).label == "GQA-8 from scratch"
+    assert all(v.groups_decoder_evenly for v in Summary(WHOLE).variants)
     sizes = Summary([*WHOLE, *network(variant(1, size="mini"), 20.0, 0.1)])
     assert sizes.title(sizes.variants[0]) == "MHA, nano"
 
@@ -170,10 +174,10 @@ def test_a_network_from_scratch_begins_at_its_own_loss():
     }
 
 
-def test_an_encoder_that_was_converted_is_not_grouped_alike():
-    assert Variant("nano", 16, 4, 4, 16, "mean", 0.05).grouped_alike
-    assert not Variant("nano", 16, 4, 4, 4, "mean", 0.05).grouped_alike
-    assert not Variant("nano", 16, 4, 2, 16, "mean", 0.05).grouped_alike
+def test_an_encoder_that_was_converted_does_not_group_the_decoder_alone():
+    assert Variant("nano", 16, 4, 4, 16, MEAN, 0.05).groups_decoder_evenly
+    assert not Variant("nano", 16, 4, 4, 4, MEAN, 0.05).groups_decoder_evenly
+    assert not Variant("nano", 16, 4, 2, 16, MEAN, 0.05).groups_decoder_evenly
 
 
 def test_a_curve_is_in_the_order_of_its_steps():
