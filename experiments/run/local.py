@@ -11,9 +11,9 @@ from typing import NamedTuple, TextIO
 
 from experiments.graph.plan import Stage, ancestors
 from experiments.run import worker
-from experiments.run.process import USER_ERROR
 from experiments.stages.stage import read_done
 from gqa.runtime import hardware
+from gqa.runtime.command_line import USER_ERROR
 from gqa.runtime.distributed import is_several
 from gqa.runtime.errors import UserError
 

@@ -8,42 +8,43 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gqa.runtime import signals
-from gqa.runtime.errors import UserError, disk_full
-
-USER_ERROR = 2
+from gqa.runtime.command_line import describe_failure
+from gqa.runtime.errors import DamagedCheckpoint, DivergedError
 
 
 def status(run: Callable[[], None]) -> int:
-    """Run; returns the exit status, having said in one line what the user can do something about.
+    """Call `run` and return the exit status; what the user can act on is printed in one line.
 
-    0 done, 2 something to change in the command, the config, a file or the disk, 128 + signal
-    stopped by it. One of several processes that fails ends here.
+    0 is done, 2 something to change in the command, the config, a file or the disk, 128 + signal
+    an interruption. One of several processes that fails ends here and does not return.
     """
     try:
         run()
-    except UserError as error:
-        return _say(f"error: {error}{_remedy(error)}", USER_ERROR)
-    except signals.Interrupted as stop:
-        return _say(f"stopped: {stop}", 128 + stop.signum)
-    except Exception as error:
-        if not disk_full(error):
+    except (Exception, signals.Interrupted) as error:
+        failure = describe_failure(error)
+        if failure is None:
             _leave(1, error)
             raise
-        where = getattr(error, "filename", None)
-        return _say(
-            f"error: no space left on device{f' for {where}' if where else ''}; free some and run "
-            "the same command again: what is finished is kept",
-            USER_ERROR,
-        )
+        code, line = failure
+        return _say(f"{line}{_remedy(error)}", code)
     return 0
 
 
-def _remedy(error: UserError) -> str:
-    """The command that goes on, where an error knows a flag for that."""
-    flag = getattr(error, "remedy", None)
-    if flag is None or Path(sys.argv[0]).name != "launch.py":
+def _remedy(error: BaseException) -> str:
+    """Return the flag, and from launch.py the whole command, with which a stopped run goes on."""
+    if isinstance(error, DamagedCheckpoint):
+        flag = "--config.checkpoint.on_damage=previous"
+        effect = "sets it aside and goes on from the checkpoint before"
+    elif isinstance(error, DivergedError) and error.rollback_allowed:
+        flag = "--config.train.on_divergence=rollback"
+        effect = "goes on from there, without the batches since"
+    elif isinstance(error, DivergedError):
+        return " (--config.train.max_rollbacks=N)"
+    else:
         return ""
-    return f": python {shlex.join([*sys.argv, flag])}"
+    if Path(sys.argv[0]).name != "launch.py":
+        return f"; {flag} {effect}"
+    return f"; {flag} {effect}: python {shlex.join([*sys.argv, flag])}"
 
 
 def _say(text: str, code: int) -> int:

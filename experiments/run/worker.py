@@ -25,7 +25,7 @@ from experiments.workdir import lock, write_whole
 from gqa.checkpoints import checkpoint
 from gqa.evaluation import results
 from gqa.runtime import distributed, sharding
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import DamagedCheckpoint, UserError
 
 RESULTS = "results.jsonl"
 STAGE = "stage.json"
@@ -94,7 +94,7 @@ def _outcome(folder: Path, what: dict) -> Outcome:
                 parents = [Path(what["settings"]["checkpoint"])]
             with jax.set_mesh(job.mesh) if job.mesh.size > 1 else contextlib.nullcontext():
                 return module.run(what["label"], what["settings"], folder, parents, job)
-        except checkpoint.Damaged as damaged:
+        except DamagedCheckpoint as damaged:
             owners = [p for p in damaged.step.parents if p.parent == folder.parent]
             if setup["checkpoint"]["on_damage"] != "previous" or not owners:
                 raise

@@ -12,7 +12,7 @@ A signal waits for Orbax to return: what is raised inside it comes out as an err
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from gqa.checkpoints import checksums, pieces
-from gqa.checkpoints.checksums import Damaged
 from gqa.runtime import distributed, hardware, signals
-from gqa.runtime.errors import UserError, disk_full
+from gqa.runtime.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    UserError,
+    reporting_full_disk,
+)
 from gqa.runtime.sharding import local_bytes, share_copies
-
-__all__ = ["Checkpoints", "Damaged", "find", "load", "load_config", "set_aside"]
 
 ARRAYS = ("params", "opt_state")
 JSON = "_CHECKPOINT_METADATA"
@@ -121,7 +123,7 @@ class Checkpoints:
         text = {name: value for name, value in items.items() if name not in ARRAYS}
         if distributed.is_several():  # each may have made a copy of its own
             arrays = share_copies(arrays)
-        with signals.deferred(), _full_disk_told(path):
+        with signals.deferred(), _reporting_full_disk(path):
             response = ocp.save_checkpointables_async(path, arrays, custom_metadata=text)
             self._pending = self._pool.submit(self._finish, step, response, metrics)
 
@@ -139,7 +141,7 @@ class Checkpoints:
         arrays = {name: value for name, value in items.items() if name in ARRAYS}
         text = {name: value for name, value in items.items() if name not in ARRAYS}
         arrays["params"] = pieces.placeholders(source)
-        with _full_disk_told(path):
+        with _reporting_full_disk(path):
             with signals.deferred():
                 ocp.save_checkpointables(unfinished, arrays, custom_metadata=text)
             if distributed.is_primary():
@@ -154,7 +156,7 @@ class Checkpoints:
         """Give metrics to a step that was saved without."""
         self.wait()
         path = self.path(step)
-        with _full_disk_told(path):
+        with _reporting_full_disk(path):
             if distributed.is_primary():
                 checksums.amend(path, metrics)
         self._metrics[step] = metrics
@@ -172,7 +174,7 @@ class Checkpoints:
 
     def _finish(self, step: int, response: Any, metrics: dict[str, float] | None) -> None:
         path = self.path(step)
-        with _full_disk_told(path):
+        with _reporting_full_disk(path):
             response.result()
             if distributed.is_primary():
                 checksums.write(path, metrics)
@@ -210,7 +212,9 @@ def find(path: str | Path) -> Path:
         return path
     steps = _steps(path)
     if not steps:
-        raise UserError(f"no checkpoint in {path}; name a step folder (with params/) or its parent")
+        raise CheckpointError(
+            f"no checkpoint in {path}; name a step folder (with params/) or its parent"
+        )
     return steps[-1]
 
 
@@ -218,7 +222,7 @@ def load_config(path: str | Path) -> dict:
     """The config (JSON) of a checkpoint.
 
     Raises:
-        Damaged: when a file is not what was saved.
+        DamagedCheckpoint: when a file is not what was saved.
     """
     return load(path, {"config": None})["config"]
 
@@ -228,7 +232,7 @@ def load(path: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UserError: naming the first parameters that are missing, extra or of another shape.
-        Damaged: when a file is not what was saved.
+        DamagedCheckpoint: when a file is not what was saved.
     """
     step = find(path)
     arrays = {name: tree for name, tree in abstract.items() if tree is not None}
@@ -285,31 +289,23 @@ def _remove(path: Path) -> None:
 
 
 def _by_primary(read: Callable[[], Any]) -> Any:
-    """As `distributed.by_primary`, where all processes also raise `Damaged` as the primary does."""
+    """Do as `distributed.by_primary`; a DamagedCheckpoint is raised in all processes too."""
 
     def tell() -> dict:
         try:
             return {"value": read()}
-        except Damaged as damaged:
+        except DamagedCheckpoint as damaged:
             return {"step": str(damaged.step), "fault": damaged.fault}
 
     told = distributed.by_primary(tell)
     if "fault" in told:
-        raise Damaged(Path(told["step"]), told["fault"])
+        raise DamagedCheckpoint(Path(told["step"]), told["fault"])
     return told["value"]
 
 
-@contextlib.contextmanager
-def _full_disk_told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not disk_full(error):
-            raise
-        raise UserError(
-            f"no space left on device while saving checkpoint {path}; free space and run the same "
-            "command again; earlier checkpoints are intact"
-        ) from error
+def _reporting_full_disk(path: Path) -> contextlib.AbstractContextManager:
+    """Raise an OutOfDiskError for a disk that fills up while checkpoint `path` is saved."""
+    return reporting_full_disk(f"saving checkpoint {path}", "earlier checkpoints are intact")
 
 
 def _read_json(step: Path, names: list[str]) -> dict[str, dict]:
@@ -321,21 +317,23 @@ def _read_json(step: Path, names: list[str]) -> dict[str, dict]:
         items = {}
     for name in names:
         if not isinstance(items.get(name), dict):
-            raise UserError(f"checkpoint {step} has no {name}; use one that this program saved")
+            raise CheckpointError(
+                f"checkpoint {step} has no {name}; use one that this program saved"
+            )
     return {name: items[name] for name in names}
 
 
 def _check_shapes(step: Path, item: str, expected: Any) -> None:
     """Compare names and shapes before Orbax does: its message would not name the parameter."""
     if not (step / item).is_dir():
-        raise UserError(f"checkpoint {step} has no {item}; use one that this program saved")
+        raise CheckpointError(f"checkpoint {step} has no {item}; use one that this program saved")
     with signals.deferred():
         have, want = _shapes(ocp.metadata(step, item).metadata), _shapes(expected)
     lines = [f"- {n} {have[n]}" for n in have if want.get(n) != have[n]]
     lines += [f"+ {n} {want[n]}" for n in want if have.get(n) != want[n]]
     if lines:
         more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
-        raise UserError(
+        raise CheckpointError(
             f"checkpoint {step} does not fit the config (- is in it, + is expected): "
             + ", ".join(lines[:6])
             + more

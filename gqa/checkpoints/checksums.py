@@ -12,25 +12,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import DamagedCheckpoint
 
 NAME = "checksums.json"
-
-
-class Damaged(UserError):
-    """A file of a checkpoint is not what was saved; `step` is the checkpoint's folder.
-
-    `remedy` is the flag that sets it aside.
-    """
-
-    remedy = "--config.checkpoint.on_damage=previous"
-
-    def __init__(self, step: Path, fault: str):
-        self.step, self.fault = step, fault
-        super().__init__(
-            f"checkpoint {step} is damaged: {fault}; {self.remedy} sets it aside and goes on from "
-            "the one before"
-        )
 
 
 def write(step: Path, metrics: dict[str, float] | None) -> None:
@@ -53,7 +37,7 @@ def metrics(step: Path) -> dict[str, float] | None:
     """What was measured of a checkpoint.
 
     Raises:
-        Damaged: when the seal is.
+        DamagedCheckpoint: when the seal is.
     """
     return _read(step)["metrics"]
 
@@ -65,21 +49,23 @@ def verify(step: Path, items: Iterable[str]) -> None:
         items: names of folders in `step`; the files beside them are always compared.
 
     Raises:
-        Damaged: naming the first file, relative to `step`, that is missing, new or different.
+        DamagedCheckpoint: naming the first file, relative to `step`, that is missing, new or different.
     """
     sealed, found = _read(step)["files"], _files(step)
     for name in sorted(sealed.keys() | found.keys()):
         if name not in found:
-            raise Damaged(step, f"{name} is missing")
+            raise DamagedCheckpoint(step, f"{name} is missing")
         if name not in sealed:
-            raise Damaged(step, f"{name} was added")
+            raise DamagedCheckpoint(step, f"{name} was added")
         if found[name] != sealed[name][0]:
-            raise Damaged(step, f"{name} has {found[name]} bytes instead of {sealed[name][0]}")
+            raise DamagedCheckpoint(
+                step, f"{name} has {found[name]} bytes instead of {sealed[name][0]}"
+            )
     wanted = ("", *items)
     names = [name for name in sealed if name.rpartition("/")[0].split("/")[0] in wanted]
     for name, digest in zip(names, _digests(step, names), strict=True):
         if digest != sealed[name]:
-            raise Damaged(step, f"the contents of {name} have changed")
+            raise DamagedCheckpoint(step, f"the contents of {name} have changed")
 
 
 def _files(step: Path) -> dict[str, int]:
@@ -91,7 +77,7 @@ def _files(step: Path) -> dict[str, int]:
             state, relative = path.lstat(), path.relative_to(step).as_posix()
             # A link could lead out of the folder, and a pipe never end.
             if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
-                raise Damaged(step, f"{relative} is neither a file nor a folder")
+                raise DamagedCheckpoint(step, f"{relative} is neither a file nor a folder")
             if stat.S_ISREG(state.st_mode) and relative != NAME:
                 sizes[relative] = state.st_size
     return sizes
@@ -108,7 +94,7 @@ def _digests(step: Path, names: Iterable[str]) -> list[list]:
                     hashlib.file_digest(file, "sha256").hexdigest(),
                 ]
         except OSError as error:
-            raise Damaged(step, f"{name}: {error.strerror}") from error
+            raise DamagedCheckpoint(step, f"{name}: {error.strerror}") from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(digest, names))
@@ -117,7 +103,7 @@ def _digests(step: Path, names: Iterable[str]) -> list[list]:
 def _read(step: Path) -> dict:
     path = step / NAME
     if not path.is_file() or path.is_symlink():
-        raise Damaged(step, f"{NAME} is missing")
+        raise DamagedCheckpoint(step, f"{NAME} is missing")
     try:
         seal = json.loads(path.read_bytes())
         digest = seal.pop("sha256")
@@ -126,7 +112,7 @@ def _read(step: Path) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise Damaged(step, f"the contents of {NAME} have changed")
+        raise DamagedCheckpoint(step, f"the contents of {NAME} have changed")
     return seal
 
 

@@ -1,32 +1,135 @@
-"""The one exception that means the user, not the code, has something to change; and full disks."""
+"""The errors of the library: mistakes that the user can correct, each told in one line.
 
+The library names its own parameters and fields, never a flag of a command line or a key of a
+config file; `experiments` adds those. Any other exception that leaves the library is a defect of
+this program and keeps its traceback. Single checks of values are in `gqa.runtime.checks`.
+"""
+
+import contextlib
 import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-LONGEST = 1000  # characters; what a message quotes may be a whole file
+# A message may quote a whole file; a terminal should not show more characters of it than this.
+MAX_MESSAGE_LENGTH = 1000
+MAX_VALUE_LENGTH = 100
 
 
 class UserError(Exception):
-    """A mistake in a config, a path or a data file.
+    """A mistake in a setting, a path or a file that the user can correct.
 
-    The message is one line that names the key or the file and what would do; `launch.py` prints it
-    and exits with status 2. Line breaks and control characters in what it quotes become spaces.
+    The message is one line that names the setting or the file, and says what would do. Command
+    lines print it and exit with status 2. Line breaks and control characters in what the message
+    quotes become spaces.
     """
 
     def __init__(self, message: str):
         printable = "".join(c if c.isprintable() else " " for c in message)
         line = " ".join(printable.split())
-        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...")
+        if len(line) > MAX_MESSAGE_LENGTH:
+            line = f"{line[:MAX_MESSAGE_LENGTH]} ..."
+        super().__init__(line)
 
 
-def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that a disk or a quota is full."""
-    seen = set()
+class ConfigError(UserError):
+    """A setting has a value that cannot be used.
+
+    The message reads `FIELD=VALUE REASON; ADVICE`, such as
+    `num_kv_heads=3 does not divide num_heads=16; use one of 1, 2, 4, 8, 16`.
+
+    Args:
+        field: name of the parameter or dataclass field.
+        value: the value that was refused.
+        advice: what would do, such as "use one of 1, 2, 4".
+        reason: what is wrong with the value, where the advice does not say so already.
+    """
+
+    def __init__(self, field: str, value: Any, advice: str, reason: str = ""):
+        self.field, self.value, self.advice, self.reason = field, value, advice, reason
+        space = " " if reason else ""
+        super().__init__(f"{field}={_shown(value)}{space}{reason}; {advice}")
+
+    def renamed(self, field: str) -> "ConfigError":
+        """Return the same error under another name: the key that the user has set."""
+        return ConfigError(field, self.value, self.advice, self.reason)
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, or is not one that can be used here."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint is not as it was saved.
+
+    Args:
+        step: the checkpoint's folder.
+        fault: which file differs, and how.
+    """
+
+    def __init__(self, step: Path, fault: str):
+        self.step, self.fault = step, fault
+        super().__init__(
+            f"checkpoint {step} is damaged: {fault}; restore its files, or start from another "
+            "checkpoint"
+        )
+
+
+class DivergedError(UserError):
+    """Training stopped because the loss is not finite, or far above its mean.
+
+    Args:
+        message: which run, which loss, and what can be done.
+        step: the step whose loss it is.
+        last_good: the last checkpoint with a validation loss; None where training had none.
+        rollback_allowed: whether going back to `last_good` is still open to the user: it was not
+            asked for. False once the allowed number of rollbacks is used up.
+    """
+
+    def __init__(self, message: str, step: int, last_good: Path | None, rollback_allowed: bool):
+        self.step, self.last_good, self.rollback_allowed = step, last_good, rollback_allowed
+        super().__init__(message)
+
+
+class OutOfDiskError(UserError):
+    """A disk or a quota is full; the message says what was being written."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it was raised from, means that a disk is full."""
+    seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        # TensorStore and XLA give their own exceptions the system's words.
+        # TensorStore and XLA raise exceptions of their own that quote the system's words.
         if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextlib.contextmanager
+def reporting_full_disk(activity: str, kept: str) -> Iterator[None]:
+    """Raise an OutOfDiskError for any error inside that means a full disk.
+
+    Args:
+        activity: what is being done, such as "saving checkpoint /runs/3".
+        kept: what the user need not worry about, such as "earlier checkpoints are intact".
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfDiskError) or not is_disk_full(error):
+            raise
+        raise OutOfDiskError(
+            f"no space left on device while {activity}; free space and run the same command "
+            f"again; {kept}"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message; Python refuses to print integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"<a number of {value.bit_length()} bits>"
+    return f"{value!r:.{MAX_VALUE_LENGTH}}"

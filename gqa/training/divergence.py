@@ -1,85 +1,109 @@
-"""Losses that are not finite, or far above those before: what they are, and what is done then."""
+"""What counts as a diverging loss, and how often training may go back because of one.
+
+A loss that is not finite, or far above its running mean, is a `BadLoss`. The training loop
+(`gqa.training.loop`) catches it and asks the `Guard` whether it may roll back to the last good
+checkpoint. This file decides; it moves neither parameters nor data.
+"""
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import DivergedError
 
-NEW = {"count": 0, "mean": 0.0, "rollbacks": 0}
-WINDOW = 100  # steps that the running mean of the loss is about
-LEAST = 20  # steps before it says anything
+NEW = {"count": 0, "mean": 0.0, "rollbacks": 0}  # the state of a guard that has seen no loss
+WINDOW = 100  # steps over which the running mean forgets
+LEAST = 20  # losses that the mean needs before it can call another one a spike
 
 
 class Settings(NamedTuple):
-    """The config's section `train`."""
+    """What to do when the loss diverges.
 
-    on_divergence: str = "stop"  # or rollback: to the last checkpoint, without the batches since
+    Args:
+        on_divergence: "stop", or "rollback": go on from the last checkpoint with a validation loss,
+            and skip the batches since.
+        max_rollbacks: how many rollbacks one run may do.
+        spike: a loss this many nats per token above the running mean is bad; 0 turns the check off.
+    """
+
+    on_divergence: str = "stop"
     max_rollbacks: int = 3
-    spike: float = 3.0  # nats per token above the running mean; 0: never
+    spike: float = 3.0
 
 
-class Diverged(UserError):
-    """Training stopped at a loss that cannot be gone on from; `remedy` is the flag that can."""
+class BadLoss(Exception):
+    """A step's loss is not finite or a spike.
 
-    remedy = "--config.train.on_divergence=rollback"
+    Args:
+        step: the step, counted from 1.
+        problem: the loss and what is wrong with it.
+        position: the data iterator's state after this step's batch.
+    """
 
-
-class Mishap(Exception):
-    """A step whose loss is not finite or a spike, and the place in the data behind its batch."""
-
-    def __init__(self, step: int, what: str, position: dict):
-        super().__init__(step, what, position)
-        self.step, self.what, self.position = step, what, position
+    def __init__(self, step: int, problem: str, position: dict):
+        super().__init__(step, problem, position)
+        self.step, self.problem, self.position = step, problem, position
 
 
 class Guard:
-    """The running mean of the loss, and how often training was rolled back."""
+    """Watches the losses of one run, and counts its rollbacks."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
         self.set_state(NEW)
 
     def get_state(self) -> dict:
-        """What a resumed run needs to decide as this one would; JSON."""
+        """Return the running mean and the counts as JSON, so that a resumed run decides alike."""
         return {"count": self._count, "mean": self._mean, "rollbacks": self.rollbacks}
 
     def set_state(self, state: dict) -> None:
-        """Go on from what `get_state` gave."""
+        """Go on from a state that `get_state` returned."""
         self._count, self._mean = state["count"], state["mean"]
         self.rollbacks = state["rollbacks"]
 
-    def look(self, step: int, loss: float, position: dict) -> None:
-        """Take in the loss of a step.
+    def check(self, step: int, loss: float, position: dict) -> None:
+        """Add the loss of a step, in nats per token, to the running mean.
 
         Raises:
-            Mishap: when it is not finite or a spike; the mean stays as it was.
+            BadLoss: if the loss is not finite or a spike; the mean then stays as it was.
         """
         if not math.isfinite(loss):
-            raise Mishap(step, f"the loss is {loss}", position)
+            raise BadLoss(step, f"the loss is {loss}", position)
+
         above = loss - self._mean
         if 0 < self._settings.spike < above and self._count >= LEAST:
-            what = f"the loss is {loss:.3f}, {above:.3f} above its mean of {self._mean:.3f}"
-            raise Mishap(step, what, position)
+            problem = f"the loss is {loss:.3f}, {above:.3f} above its mean of {self._mean:.3f}"
+            raise BadLoss(step, problem, position)
+
+        # The plain mean of the first WINDOW losses, from then on an exponential one.
         self._count += 1
         self._mean += above / min(self._count, WINDOW)
 
-    def roll_back(self, name: str, mishap: Mishap, last_good: str) -> None:
-        """Count a rollback, for the run `name`, to the checkpoint `last_good`.
+    def count_rollback(self, name: str, bad_loss: BadLoss, last_good: Path | None) -> None:
+        """Count a rollback of the run `name` to `last_good`, or to the start if that is None.
 
         Raises:
-            Diverged: when the settings do not allow it, or not once more.
+            DivergedError: if the settings do not allow a rollback, or no further one.
         """
-        what = f"{name}: {mishap.what} at step {mishap.step}"
+        problem = f"{name}: {bad_loss.problem} at step {bad_loss.step}"
+        target = "the start" if last_good is None else f"checkpoint {last_good}"
+
         if self._settings.on_divergence != "rollback":
-            raise Diverged(
-                f"{what}; the last good checkpoint is {last_good}: {Diverged.remedy} goes on from "
-                "it, skipping the batches since"
+            raise DivergedError(
+                f"{problem}; the last good checkpoint is {target}",
+                bad_loss.step,
+                last_good,
+                rollback_allowed=True,
             )
+
         if self.rollbacks >= self._settings.max_rollbacks:
-            raise Diverged(
-                f"{what}, after {self.rollbacks} rollbacks; the last good checkpoint is "
-                f"{last_good}: lower the learning rate, or allow more by "
-                "--config.train.max_rollbacks=N"
+            raise DivergedError(
+                f"{problem}, after {self.rollbacks} rollbacks; the last good checkpoint is "
+                f"{target}: lower the learning rate, or raise max_rollbacks",
+                bad_loss.step,
+                last_good,
+                rollback_allowed=False,
             )
+
         self.rollbacks += 1
-        print(f"{what}; rollback {self.rollbacks} to {last_good}, without the batches since")
+        print(f"{problem}; rollback {self.rollbacks} to {target}, without the batches since")

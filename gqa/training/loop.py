@@ -18,7 +18,7 @@ from gqa.model.config import Config
 from gqa.model.transformer import Transformer, init_params
 from gqa.runtime import distributed, signals
 from gqa.runtime.sharding import WHOLE, Layout, param_shardings, place
-from gqa.training.divergence import NEW, Guard, Mishap, Settings
+from gqa.training.divergence import NEW, BadLoss, Guard, Settings
 from gqa.training.loss import cross_entropy, kl_divergence
 from gqa.training.optimizer import adafactor
 from gqa.training.progress import Progress
@@ -243,8 +243,8 @@ def fit(
         How often training was rolled back.
 
     Raises:
-        Diverged: at a loss that training may not go on from, naming the step.
-        Damaged: when the checkpoint to go on from is not what was saved.
+        DivergedError: at a loss that training may not go on from, naming the step.
+        DamagedCheckpoint: when the checkpoint to go on from is not what was saved.
         Interrupted: after SIGTERM or SIGINT, to any one of several processes; the step under way is
             finished and saved before.
     """
@@ -256,8 +256,8 @@ def fit(
             try:
                 run.train(train_step, mesh, steps, every)
                 return run.guard.rollbacks
-            except Mishap as mishap:
-                run.roll_back(mishap)
+            except BadLoss as bad_loss:
+                run.roll_back(bad_loss)
 
 
 class _Run:
@@ -286,21 +286,21 @@ class _Run:
         placed = jax.device_put(jnp.int32(step), state.step.sharding)
         self._state = State(placed, saved["params"], saved["opt_state"])
 
-    def roll_back(self, mishap: Mishap) -> None:
+    def roll_back(self, bad_loss: BadLoss) -> None:
         """Go back to the last validated checkpoint, but not to the batches since.
 
         A run that was interrupted in between has to end like one that was not, so what the
         interruption saved is passed over.
         """
         good = self._checkpoints.measured
-        name = "the start" if good is None else f"checkpoint {self._checkpoints.path(good)}"
-        self.guard.roll_back(self._progress.name, mishap, name)
+        target = None if good is None else self._checkpoints.path(good)
+        self.guard.count_rollback(self._progress.name, bad_loss, target)
         self._checkpoints.discard_after(good)
         rollbacks = self.guard.rollbacks
         self.guard.set_state(NEW)
         self.resume(good)
         self.guard.rollbacks = rollbacks
-        self._batches.set_state(mishap.position)
+        self._batches.set_state(bad_loss.position)
 
     def train(self, train_step: Callable, mesh: Mesh, steps: int, every: int) -> None:
         """Steps, validations and checkpoints from the state to step `steps`."""
@@ -332,7 +332,7 @@ class _Run:
 
     def _record(self, step: int, metrics: dict[str, Array], position: dict) -> None:
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        self.guard.look(step, values["loss"], position)
+        self.guard.check(step, values["loss"], position)
         self._progress.step(step, values)
 
     def _save(self, step: int, position: dict) -> None:
@@ -347,7 +347,7 @@ class _Run:
             except signals.Interrupted as signal:
                 self._save_interrupted(step, items, signal.signum)
             if not math.isfinite(loss):
-                raise Mishap(step, f"the validation loss is {loss}", position)
+                raise BadLoss(step, f"the validation loss is {loss}", position)
             metrics = {"validation_loss": loss}
             self._progress.scalars(step, metrics)
             if self._checkpoints.latest == step:

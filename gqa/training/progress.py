@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tqdm
 
-from gqa.runtime.errors import UserError, disk_full
+from gqa.runtime.errors import UserError, reporting_full_disk
 from gqa.training.tensorboard import Event, EventsWriter, SessionLog, scalar
 
 COUNTS = ("input_tokens", "tokens")  # per step; `tokens` are those of the targets
@@ -73,7 +73,7 @@ class Progress:
         if self._run is not None:
             self._run.finish(exit_code=0 if kind is None else 1)
         if self._writer is not None:
-            with self._full_disk_told():
+            with self._reporting_full_disk():
                 self._writer.close()
 
     def start(self, first: int, last: int) -> None:
@@ -83,7 +83,7 @@ class Progress:
         self._first, self._last = first, last
         if self._bar is not None:
             self._bar.close()
-        with self._full_disk_told():
+        with self._reporting_full_disk():
             if self._writer is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 # Not tensorboardX's usual writer: an error in its thread is told to nobody.
@@ -148,7 +148,7 @@ class Progress:
         """Write metrics where they are kept, and the validation loss to the terminal too."""
         if self._folder is None:
             return
-        with self._full_disk_told():
+        with self._reporting_full_disk():
             for name, value in metrics.items():
                 now = time.time()
                 self._writer.write_event(
@@ -167,17 +167,9 @@ class Progress:
                 file=sys.stdout,
             )
 
-    @contextlib.contextmanager
-    def _full_disk_told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not disk_full(error):
-                raise
-            raise UserError(
-                f"no space left on device while writing events to {self._folder}; free space and "
-                "run the same command again; checkpoints are intact"
-            ) from error
+    def _reporting_full_disk(self) -> contextlib.AbstractContextManager:
+        activity = f"writing events to {self._folder}"
+        return reporting_full_disk(activity, "checkpoints are intact")
 
 
 def read_curve(path: Path) -> list[tuple[int, float]]:

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from gqa.checkpoints import checksums
-from gqa.checkpoints.checksums import Damaged
+from gqa.runtime.errors import DamagedCheckpoint
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_every_file_but_the_seal_itself_is_sealed(step):
 @pytest.mark.parametrize("name", ["top", "params/a", "params/deep/b", "params/checksums.json"])
 def test_contents_of_the_same_size_are_told_apart(step, name):
     (step / name).write_text(name.upper())
-    with pytest.raises(Damaged, match=f"the contents of {name} have changed") as caught:
+    with pytest.raises(DamagedCheckpoint, match=f"the contents of {name} have changed") as caught:
         checksums.verify(step, ["params"])
     assert caught.value.step == step
 
@@ -40,20 +40,20 @@ def test_contents_of_the_same_size_are_told_apart(step, name):
 def test_contents_are_compared_only_of_the_items_asked_for_and_sizes_of_all(step):
     (step / "opt_state" / "c").write_text("OPT_STATE/C")
     checksums.verify(step, ["params"])
-    with pytest.raises(Damaged, match="opt_state/c"):
+    with pytest.raises(DamagedCheckpoint, match="opt_state/c"):
         checksums.verify(step, ["opt_state"])
     (step / "opt_state" / "c").write_text("longer than before")
-    with pytest.raises(Damaged, match="opt_state/c has 18 bytes instead of 11"):
+    with pytest.raises(DamagedCheckpoint, match="opt_state/c has 18 bytes instead of 11"):
         checksums.verify(step, ["params"])
 
 
 def test_files_that_are_missing_or_new_are_named(step):
     (step / "params" / "deep" / "checksums.json").write_text("x")
-    with pytest.raises(Damaged, match=r"params/deep/checksums\.json was added"):
+    with pytest.raises(DamagedCheckpoint, match=r"params/deep/checksums\.json was added"):
         checksums.verify(step, [])
     (step / "params" / "deep" / "checksums.json").unlink()
     (step / "params" / "checksums.json").unlink()
-    with pytest.raises(Damaged, match=r"params/checksums\.json is missing"):
+    with pytest.raises(DamagedCheckpoint, match=r"params/checksums\.json is missing"):
         checksums.verify(step, [])
 
 
@@ -63,7 +63,7 @@ def test_a_seal_that_was_edited_is_damaged(step, field):
     content = json.loads(path.read_text())
     content[field] = {"files": {}, "metrics": {"loss": 0.5}, "sha256": "0" * 64}[field]
     path.write_text(json.dumps(content))
-    with pytest.raises(Damaged, match=r"the contents of checksums\.json have changed"):
+    with pytest.raises(DamagedCheckpoint, match=r"the contents of checksums\.json have changed"):
         checksums.metrics(step)
 
 
@@ -72,7 +72,7 @@ def test_a_seal_behind_a_link_or_none_is_missing(step, tmp_path):
     assert checksums.is_sealed(step)
     os.rename(path, tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Damaged, match=r"checksums\.json is missing"):
+    with pytest.raises(DamagedCheckpoint, match=r"checksums\.json is missing"):
         checksums.metrics(step)
     path.unlink()
     assert not checksums.is_sealed(step)

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from gqa.runtime.errors import UserError, disk_full
+from gqa.runtime.errors import UserError, is_disk_full
 from tests.support import toy
 
 SIZE = 2 * 2**20
@@ -37,7 +37,7 @@ def test_a_full_disk_is_told_and_costs_nothing(disk, tmp_path, kib, left):
     assert message.startswith("no space left on device while ")
     assert "free space and run the same command again" in message
     assert "\n" not in message
-    assert disk_full(caught.value)
+    assert is_disk_full(caught.value)
     filler.unlink()
     if left:  # earlier checkpoints are whole, every one
         steps = toy.outcome(disk / "run")["checkpoints"]
@@ -63,7 +63,7 @@ def test_a_full_disk_is_known_from_what_led_to_an_error():
         OSError(122, "Disk quota exceeded"),
         ValueError("RESOURCE_EXHAUSTED: Error writing: [OS error 28: No space left on device]"),
     ):
-        assert disk_full(error)
-        assert disk_full(chain(error))
-    assert not disk_full(chain(OSError(2, "No such file or directory")))
-    assert not disk_full(None)
+        assert is_disk_full(error)
+        assert is_disk_full(chain(error))
+    assert not is_disk_full(chain(OSError(2, "No such file or directory")))
+    assert not is_disk_full(None)

@@ -100,9 +100,9 @@ def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(tmp_path
     from gqa.checkpoints import checkpoint, checksums
     from gqa.evaluation import scoring
     from gqa.runtime import sharding
-    from gqa.runtime.errors import UserError
+    from gqa.runtime.errors import DamagedCheckpoint, UserError
     def damaged():
-        raise checksums.Damaged(Path("3"), "a file is missing")
+        raise DamagedCheckpoint(Path("3"), "a file is missing")
     def refuse():
         raise UserError("not so")
     for read in (lambda: {"from": index}, lambda: None):

@@ -1,17 +1,19 @@
 """The guard over the losses: when a loss is a spike, what the mean is, and when training ends."""
 
 import math
+from pathlib import Path
 
 import pytest
 
-from gqa.training.divergence import NEW, Diverged, Guard, Mishap, Settings
+from gqa.runtime.errors import DivergedError
+from gqa.training.divergence import NEW, BadLoss, Guard, Settings
 
 
 def fed(losses, **settings):
     """A guard that has seen these losses, none of them a spike."""
     guard = Guard(Settings(**settings))
     for step, loss in enumerate(losses, start=1):
-        guard.look(step, loss, {})
+        guard.check(step, loss, {})
     return guard
 
 
@@ -20,8 +22,8 @@ def is_spike(guard, loss):
     copy = Guard(guard._settings)
     copy.set_state(guard.get_state())
     try:
-        copy.look(1000, loss, {})
-    except Mishap:
+        copy.check(1000, loss, {})
+    except BadLoss:
         return True
     return False
 
@@ -52,18 +54,18 @@ def test_a_loss_that_falls_is_no_spike():
 def test_a_loss_that_is_not_finite_is_refused_at_any_step_and_leaves_the_mean(loss, count):
     guard = fed([1.0] * count, spike=0.0)
     before = guard.get_state()
-    with pytest.raises(Mishap) as caught:
-        guard.look(7, loss, {"position": 8})
+    with pytest.raises(BadLoss) as caught:
+        guard.check(7, loss, {"position": 8})
     assert (caught.value.step, caught.value.position) == (7, {"position": 8})
-    assert caught.value.what == f"the loss is {loss}"
+    assert caught.value.problem == f"the loss is {loss}"
     assert guard.get_state() == before
 
 
 def test_a_spike_leaves_the_mean_and_says_how_far_it_is_above():
     guard = fed([1.0] * 25)
     before = guard.get_state()
-    with pytest.raises(Mishap, match=r"the loss is 6\.000, 5\.000 above its mean of 1\.000"):
-        guard.look(26, 6.0, {})
+    with pytest.raises(BadLoss, match=r"the loss is 6\.000, 5\.000 above its mean of 1\.000"):
+        guard.check(26, 6.0, {})
     assert guard.get_state() == before
 
 
@@ -89,14 +91,25 @@ def test_a_state_that_is_restored_decides_alike():
 
 
 def test_rollbacks_are_allowed_as_often_as_the_setting_says(capsys):
-    mishap = Mishap(9, "the loss is nan", {})
+    bad_loss = BadLoss(9, "the loss is nan", {})
+    last_good = Path("6")
     guard = Guard(Settings(on_divergence="rollback", max_rollbacks=2))
     for count in (1, 2):
-        guard.roll_back("run", mishap, "checkpoint 6")
+        guard.count_rollback("run", bad_loss, last_good)
         assert guard.rollbacks == count
         assert f"rollback {count} to checkpoint 6" in capsys.readouterr().out
-    with pytest.raises(Diverged, match="run: the loss is nan at step 9, after 2 rollbacks"):
-        guard.roll_back("run", mishap, "checkpoint 6")
-    with pytest.raises(Diverged, match=r"checkpoint 6: --config\.train\.on_divergence=rollback"):
-        Guard(Settings()).roll_back("run", mishap, "checkpoint 6")
+
+    problem = "run: the loss is nan at step 9, after 2 rollbacks"
+    with pytest.raises(DivergedError, match=problem) as caught:
+        guard.count_rollback("run", bad_loss, last_good)
+    assert not caught.value.rollback_allowed
     assert Settings().max_rollbacks == 3
+
+
+@pytest.mark.parametrize(("last_good", "name"), [(Path("6"), "checkpoint 6"), (None, "the start")])
+def test_an_error_of_divergence_has_the_step_and_the_last_good_checkpoint(last_good, name):
+    bad_loss = BadLoss(9, "the loss is nan", {})
+    with pytest.raises(DivergedError, match=f"the last good checkpoint is {name}$") as caught:
+        Guard(Settings()).count_rollback("run", bad_loss, last_good)
+    assert (caught.value.step, caught.value.last_good) == (9, last_good)
+    assert caught.value.rollback_allowed

@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(config, tmp_path)
     loss = loop.make_loss(config, 0.0)
     with pytest.raises(
         UserError,
-        match=r"^test: the loss is nan at step 3; the last good checkpoint is .*/checkpoints/2: ",
+        match=r"^test: the loss is nan at step 3; the last good checkpoint is .*/checkpoints/2$",
     ):
         run_fit_with_nan(config, tmp_path, loss, batches)
     assert result(config, tmp_path, 2)["data"] == {"position": 2}

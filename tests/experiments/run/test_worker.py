@@ -16,10 +16,9 @@ from experiments.run import worker
 from experiments.stages.stage import Job, Outcome, finish, read_done, record
 from experiments.stages.variant import Variant
 from experiments.workdir import lock, write_whole
-from gqa.checkpoints import checkpoint
 from gqa.evaluation import results
 from gqa.runtime import sharding
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import DamagedCheckpoint, UserError
 
 VARIANT = dataclasses.asdict(
     Variant(
@@ -161,7 +160,7 @@ class Module:
         self.done.append(folder.name.partition("-")[0])
         for step in [d for d in self.damaged if d.parent.parent in (folder, *parents_of(parents))]:
             self.damaged.remove(step)
-            raise checkpoint.Damaged(step, "x is missing")
+            raise DamagedCheckpoint(step, "x is missing")
         (folder / "checkpoints" / "4" / "params").mkdir(parents=True, exist_ok=True)
         return Outcome([record("a", 1.0, "s")], "4")
 
@@ -193,7 +192,7 @@ def family(tmp_path, monkeypatch):
 def test_damage_stops_a_stage_unless_the_user_said_otherwise(family):
     _, child = family("stop")
     module = family.use(Module(child / "checkpoints" / "4"))
-    with pytest.raises(checkpoint.Damaged, match="on_damage=previous sets it aside"):
+    with pytest.raises(DamagedCheckpoint, match="x is missing"):
         worker.run(child)
     assert module.done == ["uptrain"]
     assert {p.name for p in (child / "checkpoints").iterdir()} == {"2", "4", "6"}
@@ -225,16 +224,16 @@ def test_what_others_left_is_not_set_aside(family, tmp_path):
 
     class Foreign(Module):
         def run(self, *_):
-            raise checkpoint.Damaged(theirs, "x is missing")
+            raise DamagedCheckpoint(theirs, "x is missing")
 
     family.use(Foreign())
-    with pytest.raises(checkpoint.Damaged):
+    with pytest.raises(DamagedCheckpoint):
         worker.run(child)
     assert theirs.exists()
 
 
 def test_the_process_says_what_is_wrong_in_one_line(tmp_path):
-    root = Path(worker.__file__).parent.parent
+    root = Path(worker.__file__).parents[2]
     command = [sys.executable, "-m", "experiments.run.worker", str(tmp_path / "stages" / "x")]
     for argv in (command, command[:-1]):
         done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)

@@ -1,0 +1,31 @@
+"""Checks of single values that come from a config, a JSON file or a command line.
+
+Each raises a ConfigError that names the field. Checks that relate several settings are beside what
+they protect, such as `gqa.runtime.mesh.check_layout`.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from gqa.runtime.errors import ConfigError
+
+MAX_INT32 = 2**31 - 1  # XLA's indices and our steps, seeds and token ids are int32
+
+
+def check_whole_number(field: str, value: Any, least: int = 1, most: int = MAX_INT32) -> int:
+    """Return `value` if it is an integer from `least` to `most`; JSON may hold anything.
+
+    Raises:
+        ConfigError: for any other value, True and False among them.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(field, value, f"use a whole number, {least} or more")
+    if value > most:
+        raise ConfigError(field, value, f"use a whole number from {least} to {most}")
+    return value
+
+
+def check_choice(field: str, value: Any, choices: Collection[str]) -> None:
+    """Raise a ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(field, value, f"use one of {', '.join(map(str, choices))}")
