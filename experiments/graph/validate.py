@@ -98,18 +98,21 @@ def check_numbers(config: ConfigDict) -> None:
 def _check_conversion(config: ConfigDict) -> None:
     """Refuse what cannot be converted."""
     section = config.convert
-    if section.per_layer_budget:
-        conversion.check_by_layer(section.method, section.grouping)
-        if config.mesh.model > 1:
-            raise UserError("convert.per_layer_budget=True goes with mesh.model=1 alone")
-    conversion.check(
-        parent_config(config),
-        target_heads(config),
-        section.method,
-        section.space,
-        section.grouping,
-        section.renorm,
-    )
+    if section.per_layer_budget and config.mesh.model > 1:
+        raise UserError("convert.per_layer_budget=True goes with mesh.model=1 alone")
+    try:
+        if section.per_layer_budget:
+            conversion.check_per_layer(section.method, section.grouping)
+        conversion.check(
+            parent_config(config),
+            target_heads(config),
+            section.method,
+            section.space,
+            section.grouping,
+            section.renorm,
+        )
+    except UserError as error:  # the library names its arguments, which are keys of this section
+        raise UserError(f"convert: {error}") from error
 
 
 def _check_fractions(config: ConfigDict) -> None:

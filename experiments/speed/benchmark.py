@@ -139,7 +139,7 @@ def _generation(config: ConfigDict, params: dict, S: int, others: list[str]) -> 
 
     turns = {Entry(MACHINE): partial(_ceilings, parent.dtype)}
     for K, net in nets.items():
-        weights = net.prepare(convert(params, parent, K)[0])
+        weights = net.prepare(convert(params, parent, K).params)
         for size in set(batches[K].values()):
             turn = timing.generation(net, weights, inputs[:size], T, rows=len(equal))
             turns[Entry(OURS, K, size)] = turn

@@ -1,8 +1,9 @@
 """Convert a pretrained checkpoint to fewer KV heads (paper, section 2.1); no training."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -12,10 +13,9 @@ from experiments.stages.stage import NATS, Job, Outcome, Parent, load_state, ope
 from experiments.stages.text import Training, training
 from gqa import conversion
 from gqa.checkpoints import checkpoint
-from gqa.conversion import calibration, grouping
+from gqa.conversion import Conversion, calibration
 from gqa.conversion.calibration import InputCovariance
-from gqa.conversion.optimizer_state import convert_state
-from gqa.model import transformer
+from gqa.conversion.optimizer_state import convert_optimizer_state
 from gqa.model.config import Config
 from gqa.training import loop
 
@@ -32,15 +32,13 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     begun = time.monotonic()
     batches, tokens = _batches(data, settings.get("calibration_tokens", 0))
     input_covariances, earlier = _calibrated(parent, state.params, settings, tuple(heads), batches)
-    found = input_covariances() if settings["grouping"] in conversion.MEASURED else None
-    orders = conversion.orders(state.params, heads, settings["grouping"], settings["seed"], found)
-    regrouped = grouping.permuted(state.params, orders)
-    params, config = _convert(regrouped, parent.config, settings, heads, batches, input_covariances)
+    conversion = _convert(state.params, parent.config, settings, heads, batches, input_covariances)
+    params, config = conversion.params, conversion.config
     jax.block_until_ready(params)
     seconds = time.monotonic() - begun + earlier
-    opt_state = grouping.permuted_moments(state.opt_state, state.params, orders)
-    opt_state, old = (transformer.cut(tree, config) for tree in (opt_state, regrouped))
-    opt_state = convert_state(opt_state, old, params, settings["optimizer"])
+    opt_state = convert_optimizer_state(
+        state.opt_state, state.params, conversion, settings["optimizer"]
+    )
     before, after = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, params))
     print(f"{name}: {before:,} -> {after:,} parameters, optimizer state: {settings['optimizer']}")
 
@@ -50,7 +48,7 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
     print(f"{name}: validation loss {loss:.3f}, KL to the parent {apart:.3f}")
     step = int(state.step)
     info = parent.info | {"model": config.__dict__, "variant": settings["variant"]}
-    info["orders"] = {attention: order.tolist() for attention, order in orders.items()}
+    info["orders"] = {name: order.tolist() for name, order in conversion.head_orders.items()}
     with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
         if checkpoints.latest is None:  # else a run was killed between this and its last line
             items = {"params": params, "opt_state": opt_state, "data": data_state, "config": info}
@@ -82,27 +80,42 @@ def _by_layer(name: str, config: Config, settings: dict) -> list[dict]:
 
 def _calibrated(
     parent: Parent, params: dict, settings: dict, attentions: tuple[str, ...], batches: list[dict]
-) -> tuple[Callable[[], Iterable[InputCovariance]], float]:
-    """What gives the parent's covariances, and the seconds an earlier stage took to measure them.
+) -> tuple[Iterable[InputCovariance], float]:
+    """Return the parent's covariances, and the seconds an earlier stage took to measure them.
 
     They do not depend on the order of heads, and the stages that a process does in turn have them
     in common. Those of a large network are measured wherever they are wanted, a layer at a time.
     """
     config = parent.config
-    measure = partial(calibration.input_covariances, params, config, batches, attentions)
+    measured = _MeasuredAnew(params, config, batches, attentions)
     whole = settings["grouping"] in conversion.MEASURED or "per_layer_budget" in settings
     as_converted = settings.get("sequential") and not whole
     matrices = config.num_encoder_layers + 2 * config.num_decoder_layers
     if not batches or as_converted or matrices * 8 * config.d_model**2 > KEPT:
-        return measure, 0.0
+        return measured, 0.0
     kept = _kept(parent.path, len(batches), attentions)
     if kept:
         input_covariances, seconds = kept[0]
-        return lambda: input_covariances, seconds
+        return input_covariances, seconds
     begun = time.monotonic()
-    input_covariances = list(measure())
+    input_covariances = list(measured)
     kept.append((input_covariances, time.monotonic() - begun))
-    return lambda: input_covariances, 0.0
+    return input_covariances, 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _MeasuredAnew:
+    """Covariances of a network that is too large to keep them: each iteration measures again."""
+
+    params: dict
+    config: Config
+    batches: list[dict]
+    attentions: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[InputCovariance]:
+        return calibration.input_covariances(
+            self.params, self.config, self.batches, self.attentions
+        )
 
 
 @lru_cache(maxsize=1)
@@ -118,22 +131,35 @@ def _convert(
     settings: dict,
     heads: dict[str, int],
     batches: list[dict],
-    input_covariances: Callable[[], Iterable[InputCovariance]],
-) -> tuple[dict, Config]:
-    """Converted parameters and their config, of parameters whose heads are in that order."""
+    input_covariances: Iterable[InputCovariance],
+) -> Conversion:
+    """Convert the parameters as the settings say."""
     s = settings
-    weigh = {"space": s.get("space", "weight"), "shrinkage": s.get("shrinkage", 0.0)}
-    measured = weigh["space"] != "weight"
+    weighing = {"space": s.get("space", "weight"), "shrinkage": s.get("shrinkage", 0.0)}
+    by_activations = weighing["space"] != "weight"
     if "per_layer_budget" in s:
-        found = input_covariances() if measured else None
         heads = conversion.per_layer_kv_heads(
-            params, config, heads, s["per_layer_budget"], input_covariances=found, **weigh
+            params,
+            config,
+            heads,
+            s["per_layer_budget"],
+            input_covariances=input_covariances if by_activations else None,
+            **weighing,
         )
-    given = {"batches": batches} if s.get("sequential") else {}
-    if measured and not given:
-        given = {"input_covariances": input_covariances()}
-    more = given | weigh | {"renorm": s["renorm"]}
-    return conversion.convert(params, config, heads, s["method"], s["seed"], **more)
+    sequential = bool(s.get("sequential"))
+    measured = s["grouping"] in conversion.MEASURED or (by_activations and not sequential)
+    return conversion.convert(
+        params,
+        config,
+        heads,
+        s["method"],
+        s["seed"],
+        input_covariances=input_covariances if measured else None,
+        batches=batches if sequential else None,
+        grouping=s["grouping"],
+        renorm=s["renorm"],
+        **weighing,
+    )
 
 
 def _batches(data: Training, tokens: int) -> tuple[list[dict], int]:

@@ -29,8 +29,7 @@ from experiments.stages.text import Training, training
 from experiments.stages.training import Pooling, run_training
 from gqa import conversion
 from gqa.checkpoints import checkpoint
-from gqa.conversion import grouping, learned
-from gqa.conversion.optimizer_state import convert_state
+from gqa.conversion import grouping, learned, optimizer_state
 from gqa.model.config import Config
 from gqa.runtime import distributed
 from gqa.training import loop, optimizer
@@ -84,8 +83,8 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
 
 def _permuted(state: loop.State, orders: dict[str, np.ndarray]) -> loop.State:
     """The parent with its heads in the order that conversion chose, so that neighbours share."""
-    opt_state = grouping.permuted_moments(state.opt_state, state.params, orders)
-    return state._replace(params=grouping.permuted(state.params, orders), opt_state=opt_state)
+    opt_state = optimizer_state.permute_heads(state.opt_state, state.params, orders)
+    return state._replace(params=grouping.permute_heads(state.params, orders), opt_state=opt_state)
 
 
 def _head_start(folder: Path) -> Parent | None:
@@ -155,7 +154,7 @@ def _fold(folder: Path, outcome: Outcome, pooling: Pooling, config: Config, job:
 
 def _plain(tree: dict, opt_state: dict, fold: Callable) -> tuple[dict, dict]:
     old, params = learned.without_pools(tree), fold(tree)
-    return params, convert_state(learned.without_pools(opt_state), old, params, "map")
+    return params, optimizer_state.pool_moments(learned.without_pools(opt_state), old, params)
 
 
 def _divergence(parent: Parent, origin: Parent, data: Training, job: Job) -> float:

@@ -1,37 +1,81 @@
-"""Convert parameters to fewer KV heads: pure functions on their tree (paper, section 2.1).
+"""Convert a checkpoint to fewer KV heads: pure functions of a parameter tree (paper, section 2.1).
 
-The N heads of an attention are cut into K neighbouring groups and each group becomes one head. The
-result is always a plain grouped checkpoint. The choices are independent of each other:
+This file holds the two public functions, `convert` and `per_layer_kv_heads`, and nothing else. The
+N heads of an attention are cut into K groups of neighbours, and each group becomes one KV head. The
+result is always a plain grouped checkpoint. Three choices are independent of each other:
 
-    method     how a group's head is made    pool.py: of keys and values alone
-                                             absorb.py: queries and outputs change with them
-                                             learned.py: while uptraining
+    method     how a group's head is made    pooling.py: from the group's keys and values alone
+                                             closed_form.py: queries and outputs change with them
+                                             learned.py: by training
     grouping   which heads share a group     grouping.py
-    renorm     whether a group's head gets the mean norm of its members
+    renorm     whether a new head is scaled to the mean norm of the heads that it replaces
 
-The number K is the same in all layers of an attention, or one for each (budget.py).
+arguments.py checks the arguments, calibration.py measures the activations, assemble.py applies a
+method to every layer, layer_budget.py gives each layer its own number of KV heads, and
+optimizer_state.py converts Adafactor's state. docs/conversion.md derives the methods.
 """
 
 import dataclasses
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from gqa.conversion import assemble, calibration, closed_form, layer_budget, learned, pooling
+from gqa.conversion import arguments, calibration, closed_form, layer_budget, learned
+from gqa.conversion.arguments import (
+    ABSORBING,
+    CLOSED,
+    METHODS,
+    SHRINKAGE,
+    check,
+    check_per_layer,
+    needs_input_covariances,
+)
+from gqa.conversion.assemble import (
+    closed_form_kernels,
+    layer_covariances,
+    pooled_kernels,
+    restore_norms,
+    with_kernels,
+)
 from gqa.conversion.attention_kernels import kernels_of
 from gqa.conversion.calibration import ATTENTIONS, InputCovariance
 from gqa.conversion.closed_form import SPACES
-from gqa.conversion.grouping import GROUPINGS, MEASURED, orders, permuted
-from gqa.model.config import Config, check_kv_heads
-from gqa.model.transformer import each_layer
-from gqa.runtime.errors import UserError
+from gqa.conversion.grouping import GROUPINGS, MEASURED, find_head_orders, permute_heads
+from gqa.conversion.query_scale import query_scale
+from gqa.model.config import Config
 from gqa.runtime.sharding import divisors
 
-ABSORBING = closed_form.METHODS
-CLOSED = (*pooling.METHODS, *ABSORBING)  # those that need no training
-METHODS = (*CLOSED, *learned.METHODS)
+__all__ = [
+    "ABSORBING",
+    "ATTENTIONS",
+    "CLOSED",
+    "GROUPINGS",
+    "MEASURED",
+    "METHODS",
+    "SHRINKAGE",
+    "SPACES",
+    "Conversion",
+    "InputCovariance",
+    "check",
+    "check_per_layer",
+    "convert",
+    "needs_input_covariances",
+    "per_layer_kv_heads",
+    "query_scale",
+]
 
-SHRINKAGE = 0.01  # of input_covariances, where nothing else is asked for
+
+class Conversion(NamedTuple):
+    """What `convert` returns: the grouped network, and how its heads were reordered.
+
+    head_orders[name] [L, N]: head i of layer l was head head_orders[name][l, i] of the old
+    parameters. An attention that kept its order is left out.
+    """
+
+    params: dict
+    config: Config
+    head_orders: dict[str, np.ndarray]
 
 
 def convert(
@@ -47,111 +91,69 @@ def convert(
     grouping: str = "contiguous",
     renorm: bool = False,
     shrinkage: float = SHRINKAGE,
-) -> tuple[dict, Config]:
-    """Parameters and config with `num_kv_heads` KV heads; keeps the input's arrays where it can.
+) -> Conversion:
+    """Convert parameters to `num_kv_heads` KV heads; arrays that do not change are shared.
 
     Args:
-        num_kv_heads: for decoder self- and cross-attention (the paper leaves the encoder alone), or
-            a number for each of "encoder", "self_attention" and "cross_attention" that is to
-            change; for the latter
-            two also a number for each layer, such as `per_layer_kv_heads` gives.
-        method: one of METHODS. "weighted" and "fuse" give what their training starts from.
-        seed: of what draws: method and grouping.
-        input_covariances: what `gqa.conversion.calibration.input_covariances(params, config, ...)`
-            yields, for `needs_input_covariances`.
-        batches: calibration batches to take the covariances from instead, layer by layer, each of
-            the
-            network as converted so far, so that later layers make up for earlier ones.
-        space: what svd keeps best: the kernels ("weight"), keys and values ("activation"), or
-            logits and outputs ("logit"); procrustes aligns kernels, or else keys and values.
+        num_kv_heads: one number for self-attention and cross-attention of the decoder (the paper
+            leaves the encoder alone), or a dict with an entry for each of "encoder",
+            "self_attention" and "cross_attention" that is to change. The two attentions of the
+            decoder also take a tuple with a number for each layer (see `per_layer_kv_heads`).
+        method: one of METHODS. "weighted" and "fuse" give the network their training starts from.
+        seed: of everything random in method and grouping.
+        input_covariances: measured by `calibration.input_covariances`; required where
+            `needs_input_covariances` says so, unless `batches` are given.
+        batches: calibration batches. Each layer is then measured in the network as converted so
+            far, so that later layers can make up for the errors of earlier ones.
+        space: what "svd" approximates best: kernels ("weight"), keys and values ("activation"), or
+            logits and outputs ("logit"). "procrustes" aligns kernels, or else keys and values.
         grouping: one of GROUPINGS.
-        renorm: scale each new key and value block to the mean Frobenius norm of its members.
-        shrinkage: of input_covariances towards a multiple of the identity, in [0, 1].
+        renorm: scale each new head to the mean norm of its group (docs/conversion.md, eq. 13).
+        shrinkage: of the covariances toward the identity (eq. 10), from 0 to 1.
 
     Raises:
-        UserError: for an unknown name, covariances that are missing, or a number that does not
-            divide
-            the heads that are there.
+        UserError: for arguments that `check` refuses.
     """
-    heads = _by_name(num_kv_heads)
+    heads = arguments.heads_by_attention(num_kv_heads)
     calibrated = input_covariances is not None or batches is not None
     check(config, heads, method, space, grouping, renorm, calibrated)
-    new_config = dataclasses.replace(config, **{_field(name): K for name, K in heads.items()})
-    fewer = _fewer(config, heads)
-    if not fewer:
-        return params, new_config
+    new_config = dataclasses.replace(config, **arguments.config_fields(heads))
+    heads = arguments.changed_attentions(config, heads)
+    if not heads:
+        return Conversion(params, new_config, {})
+
     if grouping in MEASURED:
-        if input_covariances is None:
-            input_covariances = calibration.input_covariances(params, config, batches, tuple(fewer))
-        input_covariances = list(input_covariances)
-    params = permuted(params, orders(params, fewer, grouping, seed, input_covariances))
+        input_covariances = _reusable(input_covariances, params, config, batches, heads)
+    head_orders = find_head_orders(params, heads, grouping, seed, input_covariances)
+    params = permute_heads(params, head_orders)
+
     if method in learned.METHODS:
-        return learned.fold(learned.expand(params, fewer, method)), new_config
+        params = learned.fold(learned.expand(params, heads, method))
+        return Conversion(params, new_config, head_orders)
     if method in closed_form.METHODS:
-        walk = _walk(params, config, fewer, space, input_covariances, batches)
-        made = assemble.absorbed(params, new_config, fewer, walk, method, space, shrinkage)
+        layers = layer_covariances(params, config, heads, space, input_covariances, batches)
+        kernels = closed_form_kernels(params, new_config, heads, layers, method, space, shrinkage)
     else:
-        made = assemble.pooled(params, new_config, fewer, method, seed)
+        kernels = pooled_kernels(params, new_config, heads, method, seed)
     if renorm:
-        made = assemble.renormed(made, params)
-    return assemble.assembled(params, new_config, made), new_config
+        kernels = restore_norms(kernels, params)
+    return Conversion(with_kernels(params, new_config, kernels), new_config, head_orders)
 
 
-def check(
+def _reusable(
+    input_covariances: Iterable[InputCovariance] | None,
+    params: dict,
     config: Config,
-    num_kv_heads: dict[str, int | tuple[int, ...]],
-    method: str,
-    space: str = "logit",
-    grouping: str = "contiguous",
-    renorm: bool = False,
-    calibrated: bool = True,
-) -> None:
-    """Raise the UserError that `convert` would, without touching parameters.
+    batches: Sequence[dict] | None,
+    heads: arguments.KVHeads,
+) -> Iterable[InputCovariance]:
+    """Return covariances that both the grouping and then the method can read.
 
-    `calibrated` says that input_covariances or batches will be there.
+    A generator is used up by the first of the two, so its covariances are kept in a list.
     """
-    choices = {"method": (method, METHODS), "space": (space, SPACES)}
-    for key, (value, known) in (choices | {"grouping": (grouping, GROUPINGS)}).items():
-        if value not in known:
-            raise UserError(f"convert.{key}={value!r}; use one of {', '.join(known)}")
-    if len(config.layer_groups) > 1:
-        raise UserError("KV heads differ by layer already; convert the network they were made of")
-    for name, value in num_kv_heads.items():
-        if name not in ATTENTIONS:
-            raise UserError(f"no attention {name!r} to convert; use {', '.join(ATTENTIONS)}")
-        for K in value if isinstance(value, tuple) else (value,):
-            check_kv_heads(_field(name), K, getattr(config, _field(name)))
-    if renorm and method in learned.METHODS:
-        raise UserError(f"convert.renorm does not go with convert.method={method!r}, which learns")
-    if any(isinstance(value, tuple) for value in num_kv_heads.values()):
-        check_by_layer(method, grouping)
-    if (
-        needs_input_covariances(method, space, grouping)
-        and _fewer(config, num_kv_heads)
-        and not calibrated
-    ):
-        what = f"method={method!r}" if grouping not in MEASURED else f"grouping={grouping!r}"
-        raise UserError(
-            f"convert.{what} weighs heads by activations: set convert.calibration_tokens above 0"
-        )
-
-
-def check_by_layer(method: str, grouping: str) -> None:
-    """Raise a UserError for what takes one number of KV heads for all layers."""
-    if method in learned.METHODS:
-        raise UserError(f"KV heads by layer do not go with convert.method={method!r}, which learns")
-    if grouping != "contiguous":
-        raise UserError(
-            f"KV heads by layer do not go with convert.grouping={grouping!r}: the self-attentions "
-            "share a bias, and so the order of their heads; use contiguous"
-        )
-
-
-def needs_input_covariances(
-    method: str, space: str = "logit", grouping: str = "contiguous"
-) -> bool:
-    """Whether a conversion takes calibration batches."""
-    return (method in closed_form.METHODS and space != "weight") or grouping in MEASURED
+    if input_covariances is None:
+        input_covariances = calibration.input_covariances(params, config, batches, tuple(heads))
+    return list(input_covariances) if isinstance(input_covariances, Iterator) else input_covariances
 
 
 def per_layer_kv_heads(
@@ -164,85 +166,32 @@ def per_layer_kv_heads(
     space: str = "logit",
     shrinkage: float = SHRINKAGE,
 ) -> dict[str, tuple[int, ...]]:
-    """KV heads by layer for `convert`, in a cache as large as with `num_kv_heads` everywhere.
+    """Choose KV heads for each layer, in a cache no larger than with `num_kv_heads` everywhere.
+
+    The result is the argument `num_kv_heads` of `convert`. It minimises the energy that "svd" would
+    discard, summed over layers and attentions (docs/conversion.md, eqs. 11 and 12).
 
     Args:
-        num_kv_heads: as in `convert`, one number an attention.
-        lengths: positions that the cache holds, of "self_attention" (targets) and
-            "cross_attention" (inputs).
-        input_covariances, space, shrinkage: as in `convert`; what a layer loses is what svd would.
+        num_kv_heads: as in `convert`, one number for each attention.
+        lengths: positions in the cache of "self_attention" (targets) and "cross_attention"
+            (inputs).
+        input_covariances, space, shrinkage: as in `convert`.
+
+    Raises:
+        UserError: as `convert` does.
     """
-    heads = _by_name(num_kv_heads)
+    heads = arguments.heads_by_attention(num_kv_heads)
     check(config, heads, "svd", space, calibrated=input_covariances is not None)
-    fewer = _fewer(config, heads)
-    lost = {}
-    for covariance in _walk(params, config, fewer, space, input_covariances, None):
+    heads = arguments.changed_attentions(config, heads)
+
+    discarded = {}
+    layers = layer_covariances(params, config, heads, space, input_covariances, None)
+    for covariance in layers:
         name, layer = covariance.attention, covariance.layer
-        if name in fewer:
+        if name in heads:
             kernels = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
-            lost[name, layer] = {
-                K: closed_form.discarded(kernels, K, space, covariance, shrinkage)
+            discarded[name, layer] = {
+                K: closed_form.discarded_energy(kernels, K, space, covariance, shrinkage)
                 for K in divisors(kernels["key"].shape[1])
             }
-    return layer_budget.allocate(lost, fewer, lengths)
-
-
-def query_scale(old: dict, new: dict) -> dict[str, np.ndarray]:
-    """Root mean square of each layer's query kernel by what it was, [L] per attention.
-
-    Adafactor's steps are relative to it: queries that were scaled up learn faster than before. A
-    kernel of zeros has the scale 1.
-    """
-
-    def rms(params: dict, name: str) -> np.ndarray:
-        stack, attention = ATTENTIONS[name]
-        queries = (layer[attention]["query"] for layer in each_layer(params[stack]))
-        return np.sqrt([np.square(np.asarray(x, np.float64)).mean() for x in queries])
-
-    before, after = ({name: rms(params, name) for name in ATTENTIONS} for params in (old, new))
-    return {
-        name: np.divide(after[name], x, out=np.ones_like(x), where=x > 0)
-        for name, x in before.items()
-    }
-
-
-def _field(name: str) -> str:
-    return f"num_kv_heads_{name}"
-
-
-def _by_name(num_kv_heads: int | dict) -> dict[str, int | tuple[int, ...]]:
-    """For each attention that is to change; a number alone is both of the decoder's."""
-    if isinstance(num_kv_heads, int):
-        return {"self_attention": num_kv_heads, "cross_attention": num_kv_heads}
-    return num_kv_heads
-
-
-def _fewer(config: Config, num_kv_heads: dict) -> dict[str, int | tuple[int, ...]]:
-    """The attentions that change; an equal number in every layer is the identity."""
-
-    def changes(name: str, value: int | tuple[int, ...]) -> bool:
-        numbers = value if isinstance(value, tuple) else (value,)
-        return any(getattr(config, _field(name)) != K for K in numbers)
-
-    return {name: value for name, value in num_kv_heads.items() if changes(name, value)}
-
-
-def _walk(
-    params: dict,
-    config: Config,
-    fewer: dict[str, int],
-    space: str,
-    input_covariances: Iterable[InputCovariance] | None,
-    batches: Sequence[dict] | None,
-) -> Generator[InputCovariance, dict | None, None]:
-    """The covariances in the order that layers are to be converted in; without any, `keys` is
-    None.
-    """
-    if space == "weight":
-        layers = {name: len(kernels_of(params, name)["key"]) for name in fewer}
-        return (
-            InputCovariance(n, i, None, None, 0, 0) for n, L in layers.items() for i in range(L)
-        )
-    if batches is not None:
-        return calibration.input_covariances(params, config, batches, tuple(fewer))
-    return (covariance for covariance in input_covariances)
+    return layer_budget.allocate(discarded, heads, lengths)

@@ -1,129 +1,166 @@
-"""The kernels of fewer heads, for each run of layers that are to have the same number of them."""
+"""Apply a conversion method to every layer, and put the new kernels into the parameter tree.
+
+Neighbouring decoder layers with equal numbers of KV heads form a layer group and share stacked
+arrays (`Config.layer_groups`), so new kernels come by attention and by the first layer of a group.
+The methods themselves are in pooling.py and closed_form.py.
+"""
 
 import contextlib
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa.conversion import closed_form, pooling
+from gqa.conversion import calibration, closed_form, pooling
 from gqa.conversion.attention_kernels import in_groups, kernels_of, replaced
-from gqa.conversion.calibration import ATTENTIONS
+from gqa.conversion.calibration import ATTENTIONS, InputCovariance
 from gqa.model.config import Config
 from gqa.model.transformer import cut
 
-# Moments with a larger condition number have directions of which the batches say nothing.
+# A covariance with a larger condition number has directions of which the batches say nothing.
 ILL_CONDITIONED = 1e9
 
-# What is made of each attention: by the first layer of each run of the new config, its kernels.
-Made = dict[str, dict[int, dict]]
+# New kernels of each attention, by the first layer of each layer group of the new config.
+GroupKernels = dict[str, dict[int, dict]]
 
 
-def _runs(config: Config, name: str) -> dict[int, tuple[slice, int]]:
-    """By the first layer of each run: its layers, and their KV heads in attention `name`."""
-    runs = {0: config.num_encoder_layers} if name == "encoder" else config.layer_groups
+def _layer_groups(config: Config, name: str) -> dict[int, tuple[slice, int]]:
+    """Return, by the first layer of each layer group, its layers and the KV heads of `name`."""
+    lengths = {0: config.num_encoder_layers} if name == "encoder" else config.layer_groups
     heads = config.kv_heads(name)
-    return {first: (slice(first, first + length), heads[first]) for first, length in runs.items()}
+    return {first: (slice(first, first + n), heads[first]) for first, n in lengths.items()}
 
 
-def pooled(params: dict, config: Config, fewer: dict, method: str, seed: int) -> Made:
-    """By a method of `pool`, for the attentions in `fewer`; `config` is the new one."""
-    made = {name: {} for name in fewer}
-    for name in fewer:
-        kernels = kernels_of(params, name)
+def pooled_kernels(
+    params: dict, new_config: Config, num_kv_heads: dict, method: str, seed: int
+) -> GroupKernels:
+    """Pool keys and values of the attentions in `num_kv_heads` by a method of pooling.py."""
+    kernels = {name: {} for name in num_kv_heads}
+    for name in num_kv_heads:
+        old = kernels_of(params, name)
         key = jax.random.fold_in(jax.random.key(seed), list(ATTENTIONS).index(name))
-        for first, (layers, K) in _runs(config, name).items():
-            run = {side: kernel[layers] for side, kernel in kernels.items()}
-            made[name][first] = run
-            if run["key"].shape[2] == K:
+        for first, (layers, K) in _layer_groups(new_config, name).items():
+            group = {side: kernel[layers] for side, kernel in old.items()}
+            kernels[name][first] = group
+            if group["key"].shape[2] == K:
                 continue
-            groups = [in_groups(run[side], K) for side in ("key", "value")]
-            keys, values = getattr(pooling, method)(*groups, jax.random.fold_in(key, first))
-            made[name][first] = run | {"key": keys, "value": values}
-    return made
+            # Every layer group folds its first layer into the key, so that "random" draws anew.
+            heads = [in_groups(group[side], K) for side in ("key", "value")]
+            keys, values = getattr(pooling, method)(*heads, jax.random.fold_in(key, first))
+            kernels[name][first] = group | {"key": keys, "value": values}
+    return kernels
 
 
-def renormed(made: Made, params: dict) -> Made:
-    """The same with keys and values as large as those of `params` that they are made of."""
-
-    def scaled(name: str, first: int, kernels: dict) -> dict:
-        L, _, K, _ = kernels["key"].shape
-        old = {side: kernels_of(params, name)[side][first : first + L] for side in ("key", "value")}
-        return kernels | {s: pooling.renormed(kernels[s], in_groups(old[s], K)) for s in old}
-
-    return {
-        name: {first: scaled(name, first, kernels) for first, kernels in runs.items()}
-        for name, runs in made.items()
-    }
-
-
-def assembled(params: dict, config: Config, made: Made) -> dict:
-    """Parameters of `config` with the kernels that were made, the rest as it was."""
-    params = cut(params, config)
-    for name, runs in made.items():
-        stack, attention = ATTENTIONS[name]
-        for first, kernels in runs.items():
-            run = (str(first),) if len(runs) > 1 else ()
-            params = replaced(params, (stack, "layers", *run, attention), kernels)
-    return params
-
-
-def absorbed(
+def layer_covariances(
     params: dict,
     config: Config,
-    fewer: dict,
-    walk: Generator,
+    num_kv_heads: dict,
+    space: str,
+    input_covariances: Iterable[InputCovariance] | None,
+    batches: Sequence[dict] | None,
+) -> Generator[InputCovariance, dict | None, None]:
+    """Return the input covariances in the order in which layers are to be converted.
+
+    With `batches` they are measured on the way, and a caller may send a layer's new kernels back.
+    In the space "weight" nothing is measured, and the covariances' `keys` are None.
+    """
+    if space == "weight":
+        num_layers = {name: len(kernels_of(params, name)["key"]) for name in num_kv_heads}
+        return (
+            InputCovariance(name, i, None, None, 0, 0)
+            for name, L in num_layers.items()
+            for i in range(L)
+        )
+    if batches is not None:
+        return calibration.input_covariances(params, config, batches, tuple(num_kv_heads))
+    return (covariance for covariance in input_covariances)
+
+
+def closed_form_kernels(
+    params: dict,
+    new_config: Config,
+    num_kv_heads: dict,
+    covariances: Generator[InputCovariance, dict | None, None],
     method: str,
     space: str,
     shrinkage: float,
-) -> Made:
-    """Convert layer by layer; what becomes of each is sent back to the walk, which may use it."""
-    found = {name: {} for name in fewer}
+) -> GroupKernels:
+    """Convert the attentions in `num_kv_heads` layer by layer, by a method of closed_form.py.
+
+    Each layer's new kernels are sent to the generator `covariances`, which continues with the
+    network as converted so far if it measures on the way.
+    """
+    kernels = {name: {} for name in num_kv_heads}
     conditions = {}
     new = None
     with contextlib.suppress(StopIteration):
         while True:
-            covariance = walk.send(new)
+            covariance = covariances.send(new)
             name, layer = covariance.attention, covariance.layer
-            if name not in fewer:
+            if name not in num_kv_heads:
                 new = None
                 continue
-            kernels = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
-            new, K = kernels, config.kv_heads(name)[layer]
+            old = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
+            new, K = old, new_config.kv_heads(name)[layer]
             if new["key"].shape[1] != K:
-                new, conditions[name, layer] = closed_form.layer(
-                    kernels, K, method, space, covariance, shrinkage
+                new, conditions[name, layer] = closed_form.convert_layer(
+                    old, K, method, space, covariance, shrinkage
                 )
-            found[name][layer] = new
-    _warn(conditions)
-    return {name: _in_runs(params, config, name, layers) for name, layers in found.items()}
+            kernels[name][layer] = new
+    _warn_if_ill_conditioned(conditions)
+    return {name: _stack(params, new_config, name, layers) for name, layers in kernels.items()}
 
 
-def _in_runs(params: dict, config: Config, name: str, made: dict[int, dict]) -> dict[int, dict]:
-    """Kernels by layer as kernels by run, in the dtypes of `params`."""
-    kernels = kernels_of(params, name)
-    L = len(kernels["key"])
-    if len(made) != L:
-        raise ValueError(f"covariances of {len(made)} layers of {L} for {name}")
+def restore_norms(kernels: GroupKernels, params: dict) -> GroupKernels:
+    """Scale new keys and values to the mean norm of the heads in `params` that they replace."""
 
-    def stacked(layers: slice) -> dict:
+    def scaled(name: str, first: int, new: dict) -> dict:
+        L, _, K, _ = new["key"].shape
+        old = {side: kernels_of(params, name)[side][first : first + L] for side in ("key", "value")}
+        return new | {s: pooling.restore_norm(new[s], in_groups(old[s], K)) for s in old}
+
+    return {
+        name: {first: scaled(name, first, new) for first, new in groups.items()}
+        for name, groups in kernels.items()
+    }
+
+
+def with_kernels(params: dict, new_config: Config, kernels: GroupKernels) -> dict:
+    """Return the parameters of `new_config`: the new kernels, and all other leaves of `params`."""
+    params = cut(params, new_config)
+    for name, groups in kernels.items():
+        stack, attention = ATTENTIONS[name]
+        for first, new in groups.items():
+            group = (str(first),) if len(groups) > 1 else ()
+            params = replaced(params, (stack, "layers", *group, attention), new)
+    return params
+
+
+def _stack(params: dict, new_config: Config, name: str, layers: dict[int, dict]) -> dict[int, dict]:
+    """Stack one attention's kernels by layer group, in the dtypes of `params`."""
+    old = kernels_of(params, name)
+    L = len(old["key"])
+    if len(layers) != L:
+        raise ValueError(f"covariances of {len(layers)} layers of {L} for {name}")
+
+    def stacked(group: slice) -> dict:
         return {
-            side: jnp.asarray(np.stack([made[i][side] for i in range(L)[layers]]), kernel.dtype)
-            for side, kernel in kernels.items()
+            side: jnp.asarray(np.stack([layers[i][side] for i in range(L)[group]]), kernel.dtype)
+            for side, kernel in old.items()
         }
 
-    return {first: stacked(layers) for first, (layers, _) in _runs(config, name).items()}
+    groups = _layer_groups(new_config, name)
+    return {first: stacked(group) for first, (group, _) in groups.items()}
 
 
-def _warn(conditions: dict[tuple[str, int], float]) -> None:
-    """Say once how bad the worst covariances were; the weights are finite all the same."""
+def _warn_if_ill_conditioned(conditions: dict[tuple[str, int], float]) -> None:
+    """Warn once, of the worst covariance; the converted weights are finite all the same."""
     (name, layer), worst = max(conditions.items(), key=lambda item: item[1])
     if worst > ILL_CONDITIONED:
         warnings.warn(
             f"covariances of layer {layer} of attention {name!r} have condition number "
-            f"{worst:.2g}: "
-            "directions or heads without any signal; raise convert.calibration_tokens",
+            f"{worst:.2g}: some directions or heads carry no signal; calibrate on more tokens",
             stacklevel=3,
         )

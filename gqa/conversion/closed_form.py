@@ -22,7 +22,7 @@ FLOOR = 1e-9  # of the largest eigenvalue, for those of a matrix that is inverte
 ROUNDS, TOLERANCE = 100, 1e-10  # of the generalised Procrustes iteration; relative gain of a round
 
 
-def layer(
+def convert_layer(
     kernels: dict,
     num_groups: int,
     method: str,
@@ -48,7 +48,7 @@ def layer(
     return {name: x.astype(np.float32) for name, x in new.items()}, max(conditions)
 
 
-def discarded(
+def discarded_energy(
     kernels: dict, num_groups: int, space: str, covariance: InputCovariance, shrinkage: float
 ) -> float:
     """The share of the energy of one layer's keys that svd cannot keep, plus that of its values."""

@@ -1,9 +1,10 @@
-"""Which heads share a group: a permutation of heads that makes the members of a group neighbours.
+"""Which heads share a group: an order of the heads that makes the members of a group neighbours.
 
 Query heads, their rows of the output kernel and, in self-attention, their columns of the position
-bias move with their KV head, so the network stays the same function. Cross-attention has no bias
-and is permuted layer by layer; the self-attentions of a stack share one bias table and therefore
-one permutation, chosen from the sum of their layers' similarities.
+bias move with their KV head, so the network stays the same function. Each cross-attention has an
+order of its own. The self-attentions of a stack share one position bias and therefore one order,
+chosen by the sum of their layers' similarities. How a group's heads become one is not decided here:
+see pooling.py, closed_form.py and learned.py.
 """
 
 from collections.abc import Iterable
@@ -11,135 +12,154 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Int
 
 from gqa.conversion import closed_form
 from gqa.conversion.attention_kernels import at, kernels_of, replaced
 from gqa.conversion.calibration import ATTENTIONS, InputCovariance
-from gqa.conversion.optimizer_state import permute_heads
 
 GROUPINGS = ("contiguous", "strided", "random", "weight_cos", "act_cos", "act_aligned")
-MEASURED = ("act_cos", "act_aligned")  # these need input_covariances
+MEASURED = ("act_cos", "act_aligned")  # groupings that read input covariances
 
-RESTARTS = 8  # of the search, from random groups; the first start is from neighbours
+RESTARTS = 8  # of the search, from random groups; the first start is groups of neighbours
 
 
-def orders(
+def find_head_orders(
     params: dict,
     num_kv_heads: dict[str, int],
     grouping: str,
     seed: int = 0,
     input_covariances: Iterable[InputCovariance] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The order [L, N] of each attention's KV heads that makes those neighbours that are to share.
+    """Return the order [L, N] of each attention's KV heads in which groups are neighbours.
+
+    Example: with N=4, K=2 and "strided" each layer's order is 0, 2, 1, 3: heads 0 and 2 share one
+    KV head, 1 and 3 the other.
 
     Args:
-        num_kv_heads: per attention; one that keeps its number keeps its order, and is left out.
-        grouping: one of GROUPINGS. Strided puts heads n, n + K, n + 2K, .. together; the last three
-            look for equal groups of large total similarity, keys' and values' cosines added.
+        num_kv_heads: K of each attention. One that keeps its number of heads is left out.
+        grouping: one of GROUPINGS. "contiguous" keeps every order, so nothing is returned.
+            "strided" puts heads n, n + K, n + 2K, ... together. The last three search for equal
+            groups with a large sum of similarities, the cosines of keys plus those of values.
         seed: of "random" and of the search.
-        input_covariances: of `gqa.calibrate`, for those in MEASURED.
+        input_covariances: from calibration.py, for the groupings in MEASURED.
     """
     if grouping == "contiguous":
         return {}
-    old = {name: kernels_of(params, name)["key"].shape for name in num_kv_heads}
-    fewer = {name: K for name, K in num_kv_heads.items() if old[name][2] > K}
-    alike = (
+    shapes = {name: kernels_of(params, name)["key"].shape for name in num_kv_heads}
+    fewer_heads = {name: K for name, K in num_kv_heads.items() if shapes[name][2] > K}
+    similarities = (
         {}
         if grouping in ("strided", "random")
-        else _alike(params, fewer, grouping, input_covariances)
+        else _similarities(params, fewer_heads, grouping, input_covariances)
     )
-    found = {}
-    for name, K in fewer.items():
-        L, _, N, _ = old[name]
+
+    head_orders = {}
+    for name, K in fewer_heads.items():
+        L, _, N, _ = shapes[name]
         rng = np.random.default_rng([seed, list(ATTENTIONS).index(name)])
-        times = L if name == "cross_attention" else 1
+        num_orders = L if name == "cross_attention" else 1
         if grouping == "strided":
             rows = [np.arange(N).reshape(-1, K).T.reshape(-1)]
         elif grouping == "random":
-            rows = [rng.permutation(N) for _ in range(times)]
+            rows = [rng.permutation(N) for _ in range(num_orders)]
         else:
-            layers = alike[name] if times > 1 else alike[name].sum(0, keepdims=True)
+            similar = similarities[name]
+            layers = similar if num_orders > 1 else similar.sum(0, keepdims=True)
             rows = [search(x, K, rng) for x in layers]
-        found[name] = np.broadcast_to(np.stack(rows), (L, N))
-    return found
+        head_orders[name] = np.broadcast_to(np.stack(rows), (L, N))
+    return head_orders
 
 
-def permuted(params: dict, orders: dict[str, np.ndarray]) -> dict:
-    """Parameters whose KV head i of layer l is what was head order[l, i]; the same function.
+def permute_heads(params: dict, head_orders: dict[str, np.ndarray]) -> dict:
+    """Return parameters whose KV head i of layer l was head order[l, i]; the function is the same.
 
     Raises:
-        ValueError: for a self-attention whose layers differ in order, as they share a bias.
+        ValueError: if the layers of a self-attention differ in order, because they share a bias.
     """
-    for path, axis, index in _moves(params, orders):
-        params = replaced(params, path, _take(at(params, path), index, axis))
+    for path, axis, order in head_axes(params, head_orders):
+        params = replaced(params, path, _take_heads(at(params, path), order, axis))
     return params
 
 
-def permuted_moments(opt_state: dict, params: dict, orders: dict[str, np.ndarray]) -> dict:
-    """The state of `gqa.optim` for `permuted` parameters, from that of `params`."""
-    for path, axis, index in _moves(params, orders):
-        moved = permute_heads(at(opt_state, path), at(params, path).shape, axis, index)
-        opt_state = replaced(opt_state, path, moved)
-    return opt_state
-
-
-def _moves(params: dict, orders: dict[str, np.ndarray]) -> list[tuple[tuple, int, np.ndarray]]:
-    """Which parameters have heads, on which axis, and the order they come in."""
+def head_axes(
+    params: dict, head_orders: dict[str, np.ndarray]
+) -> list[tuple[tuple[str, ...], int, np.ndarray]]:
+    """Return the path of every leaf with heads, the axis they lie on, and their new order."""
     return [
-        (path, *move)
-        for name, order in orders.items()
-        for path, move in _moves_of(params, name, order).items()
+        (path, *axis_and_order)
+        for name, order in head_orders.items()
+        for path, axis_and_order in _head_axes_of(params, name, order).items()
     ]
 
 
-def _moves_of(params: dict, name: str, order: np.ndarray) -> dict[tuple, tuple[int, np.ndarray]]:
-    """Which parameters have heads of an attention, on which axis, and the order they come in."""
+def _head_axes_of(
+    params: dict, name: str, order: np.ndarray
+) -> dict[tuple[str, ...], tuple[int, np.ndarray]]:
+    """Return, by the path of each leaf of attention `name` with heads, their axis and order."""
     L, K = order.shape
     stack, attention = ATTENTIONS[name]
-    P = kernels_of(params, name)["query"].shape[2] // K  # query heads of a KV head
-    queries = (order[:, :, None] * P + np.arange(P)).reshape(L, K * P)
-    moves = {"query": (2, queries), "key": (2, order), "value": (2, order), "out": (1, queries)}
-    moves = {(stack, "layers", attention, kernel): move for kernel, move in moves.items()}
+
+    # The query heads that read a KV head are neighbours, and move with it.
+    queries_per_head = kernels_of(params, name)["query"].shape[2] // K
+    offsets = np.arange(queries_per_head)
+    query_order = (order[:, :, None] * queries_per_head + offsets).reshape(L, -1)
+    axes = {
+        "query": (2, query_order),
+        "key": (2, order),
+        "value": (2, order),
+        "out": (1, query_order),
+    }
+    leaves = {(stack, "layers", attention, kernel): axis for kernel, axis in axes.items()}
     if name == "cross_attention":
-        return moves
+        return leaves
+
     if (order != order[0]).any():
         raise ValueError(f"the layers of {name} self-attention share a bias: permute them alike")
-    return moves | {(stack, "position_bias", "table"): (1, queries[0])}
+    return leaves | {(stack, "position_bias", "table"): (1, query_order[0])}
 
 
-def _take(leaf: Array, index: np.ndarray, axis: int) -> Array:
-    """A leaf in the order index [L, heads] of an axis; [heads] is for one that is not stacked."""
-    if index.ndim == 1:
-        return leaf[:, index]
+def _take_heads(leaf: Array, order: np.ndarray, axis: int) -> Array:
+    """Reorder `axis` of a leaf by order [L, heads], or [heads] if it is not stacked."""
+    if order.ndim == 1:
+        return leaf[:, order]
     shape = [1] * leaf.ndim
-    shape[0], shape[axis] = index.shape
-    return jnp.take_along_axis(leaf, jnp.asarray(index.reshape(shape)), axis=axis)
+    shape[0], shape[axis] = order.shape
+    return jnp.take_along_axis(leaf, jnp.asarray(order.reshape(shape)), axis=axis)
 
 
-def _alike(params: dict, fewer: dict, grouping: str, input_covariances) -> dict[str, np.ndarray]:
-    """Similarities [L, N, N] of the heads of each attention that is to have fewer."""
-    found = {name: {} for name in fewer}
+def _similarities(
+    params: dict,
+    num_kv_heads: dict[str, int],
+    grouping: str,
+    input_covariances: Iterable[InputCovariance] | None,
+) -> dict[str, np.ndarray]:
+    """Return the similarities [L, N, N] of the heads of each attention in `num_kv_heads`."""
+    by_layer: dict[str, dict[int, np.ndarray]] = {name: {} for name in num_kv_heads}
     if grouping in MEASURED:
-        for m in input_covariances:
-            if m.attention in fewer:
-                kernels = kernels_of(params, m.attention)
-                aligned = grouping == "act_aligned"
-                found[m.attention][m.layer] = similarity(kernels, m.layer, m.keys, aligned)
+        for covariance in input_covariances or ():
+            name, layer = covariance.attention, covariance.layer
+            if name in num_kv_heads:
+                by_layer[name][layer] = similarity(
+                    kernels_of(params, name), layer, covariance.keys, grouping == "act_aligned"
+                )
     else:
-        for name in fewer:
+        for name in num_kv_heads:
             kernels = kernels_of(params, name)
             for layer in range(len(kernels["key"])):
-                found[name][layer] = similarity(kernels, layer, None, aligned=False)
-    return {name: np.stack([x[layer] for layer in sorted(x)]) for name, x in found.items()}
+                by_layer[name][layer] = similarity(kernels, layer, None, aligned=False)
+    return {name: np.stack([x[layer] for layer in sorted(x)]) for name, x in by_layer.items()}
 
 
-def similarity(kernels: dict, layer: int, C: np.ndarray | None, aligned: bool) -> np.ndarray:
-    """Cosines [N, N] of one layer's heads, of keys plus of values, in the metric C [D, D].
+def similarity(
+    kernels: dict, layer: int, C: Float[np.ndarray, "D D"] | None, aligned: bool
+) -> Float[np.ndarray, "N N"]:
+    """Return the cosines of one layer's heads in the metric C, those of keys plus those of values.
 
     `aligned` takes the largest cosine that any rotation of one of the two heads gives: the nuclear
     norm of their product instead of its trace.
     """
-    total = 0.0
+    total = np.zeros(())
     for name in ("key", "value"):
         heads = np.asarray(kernels[name][layer], np.float64).transpose(1, 0, 2)
         gram = closed_form.gram_matrix(heads, C).swapaxes(1, 2)  # [N, N, H, H]
@@ -151,35 +171,42 @@ def similarity(kernels: dict, layer: int, C: np.ndarray | None, aligned: bool) -
     return total
 
 
-def search(alike: np.ndarray, num_groups: int, rng: np.random.Generator) -> np.ndarray:
-    """An order [N] in which neighbours form equal groups of large total similarity [N, N].
+def search(
+    similarities: Float[np.ndarray, "N N"], num_groups: int, rng: np.random.Generator
+) -> Int[np.ndarray, " N"]:
+    """Return an order in which neighbours form equal groups with a large sum of similarities.
 
-    The best swap of two heads, again and again, from neighbours and from random groups. Groups come
-    in the order of their first heads.
+    Hill climbing by the best swap of two heads, from groups of neighbours and from RESTARTS random
+    ones. Groups come in the order of their first heads.
     """
-    N = len(alike)
-    alike = np.where(np.eye(N, dtype=bool), 0.0, alike)
-    start = np.repeat(np.arange(num_groups), N // num_groups)
-    starts = [start, *(rng.permutation(start) for _ in range(RESTARTS))]
-    results = [_climb(alike, start) for start in starts]
-    group = max(results, key=lambda group: _total(alike, group))
-    members = [np.flatnonzero(group == g) for g in range(num_groups)]
-    return np.concatenate(sorted(members, key=lambda m: m[0]))
+    N = len(similarities)
+    similarities = np.where(np.eye(N, dtype=bool), 0.0, similarities)
+    neighbours = np.repeat(np.arange(num_groups), N // num_groups)
+    starts = [neighbours, *(rng.permutation(neighbours) for _ in range(RESTARTS))]
+    results = [_climb(similarities, start) for start in starts]
+    best = max(results, key=lambda group_of: _total_similarity(similarities, group_of))
+    members = [np.flatnonzero(best == group) for group in range(num_groups)]
+    return np.concatenate(sorted(members, key=lambda heads: heads[0]))
 
 
-def _climb(alike: np.ndarray, group: np.ndarray) -> np.ndarray:
-    group = group.copy()
+def _climb(similarities: np.ndarray, group_of: np.ndarray) -> np.ndarray:
+    """Swap the two heads with the largest gain until none gains; group_of [N] is each head's."""
+    group_of = group_of.copy()
     while True:
-        one_hot = np.eye(group.max() + 1)[group]
-        near = alike @ one_hot  # [N, groups]: similarity of each head to each group
-        gain = near[:, group] - near[np.arange(len(group)), group][:, None]  # of i to j's group
-        gain = gain + gain.T - 2 * alike
-        gain[group[:, None] == group] = 0.0
+        one_hot = np.eye(group_of.max() + 1)[group_of]
+        to_group = similarities @ one_hot  # [N, groups]: similarity of each head to each group
+
+        # What head i gains by moving to the group of head j, and j by moving to that of i. Their
+        # own similarity was counted in both moves, but they end in different groups.
+        gain = to_group[:, group_of] - to_group[np.arange(len(group_of)), group_of][:, None]
+        gain = gain + gain.T - 2 * similarities
+        gain[group_of[:, None] == group_of] = 0.0
+
         i, j = np.unravel_index(gain.argmax(), gain.shape)
         if gain[i, j] <= 1e-9:
-            return group
-        group[[i, j]] = group[[j, i]]
+            return group_of
+        group_of[[i, j]] = group_of[[j, i]]
 
 
-def _total(alike: np.ndarray, group: np.ndarray) -> float:
-    return float(alike[group[:, None] == group].sum())
+def _total_similarity(similarities: np.ndarray, group_of: np.ndarray) -> float:
+    return float(similarities[group_of[:, None] == group_of].sum())

@@ -1,82 +1,126 @@
-"""Adafactor's state for a converted network: moments of shared heads, heads in another order."""
+"""Convert Adafactor's state together with the parameters.
+
+Three steps, in the order of `convert`: reorder the heads, split the layers into layer groups, and
+pool the second moments of heads that become one. "Moments" here are Adafactor's estimates of
+squared gradients (gqa/training/optimizer.py), in one state per leaf of the parameters.
+"""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gqa.conversion import Conversion
+from gqa.conversion.attention_kernels import at, replaced
+from gqa.conversion.grouping import head_axes
+from gqa.model.transformer import cut
 from gqa.runtime.errors import UserError
 from gqa.training.optimizer import adafactor
 
+WAYS = ("map", "reset")
 
-def convert_state(opt_state, old_params, new_params, how: str):
-    """The optimizer state for converted parameters.
 
-    "reset" starts from zero moments. "map" keeps every leaf whose shape is unchanged and, for a
-    pooled kernel, sums the (reconstructed) second moments of the heads in each group: a shared
-    head's gradient is the sum of theirs. The step count, on which the decay depends, is kept.
+def convert_optimizer_state(
+    opt_state: dict, old_params: dict, conversion: Conversion, how: str
+) -> dict:
+    """Return the optimizer state for the parameters of `conversion`.
+
+    Args:
+        opt_state: state of `adafactor()` for `old_params`, the parameters before conversion.
+        how: "map" keeps the state of every leaf that keeps its shape and pools the moments of heads
+            that become one; the step count, on which Adafactor's decay depends, goes on. "reset"
+            starts from zero moments.
+
+    Raises:
+        UserError: for another `how`.
     """
-    if how not in ("map", "reset"):
-        raise UserError(f"convert.optimizer={how!r}; use map or reset")
-    fresh = adafactor().init(new_params)
+    if how not in WAYS:
+        raise UserError(f"how={how!r}; use {' or '.join(WAYS)}")
     if how == "reset":
-        return fresh
+        return adafactor().init(conversion.params)
+    opt_state = permute_heads(opt_state, old_params, conversion.head_orders)
+    opt_state, old_params = (cut(tree, conversion.config) for tree in (opt_state, old_params))
+    return pool_moments(opt_state, old_params, conversion.params)
 
-    def on_leaf(path, new, old, fresh_state, state):
+
+def permute_heads(opt_state: dict, params: dict, head_orders: dict[str, np.ndarray]) -> dict:
+    """Reorder the heads of a state as `grouping.permute_heads` reorders those of `params`."""
+    for path, axis, order in head_axes(params, head_orders):
+        leaf_state = _permute_leaf(at(opt_state, path), at(params, path).shape, axis, order)
+        opt_state = replaced(opt_state, path, leaf_state)
+    return opt_state
+
+
+def pool_moments(opt_state: dict, old_params: dict, new_params: dict) -> dict:
+    """Return the state for `new_params`, in which neighbouring KV heads of `old_params` are one.
+
+    The gradient of a shared head is the sum of its members' gradients, so their second moments are
+    summed. A leaf that keeps its shape keeps its state. Only the shapes of `old_params` are read.
+    """
+    fresh = adafactor().init(new_params)
+
+    def on_leaf(path: tuple, new: Array, old: Array, fresh_state: Any, state: Any) -> Any:
         if new.shape == old.shape:
             return state
         _, D, num_heads, H = old.shape
-        pool = partial(_pool_moments, shape=(D, num_heads, H), num_kv_heads=new.shape[2])
+        pool = partial(_pool_layer, shape=(D, num_heads, H), num_kv_heads=new.shape[2])
         return (jax.vmap(pool)(state[0], fresh_state[0]), *state[1:])
 
     return jax.tree_util.tree_map_with_path(on_leaf, new_params, old_params, fresh, opt_state)
 
 
-def permute_heads(state, shape: tuple[int, ...], axis: int, order: np.ndarray):
-    """The state of a leaf of `shape` once the heads on its `axis` come in another order.
+def _permute_leaf(state: Any, shape: tuple[int, ...], axis: int, order: np.ndarray) -> Any:
+    """Reorder the heads on `axis` of the state of a leaf of `shape`.
 
-    order [L, heads] is that of each layer of a stacked leaf, [heads] that of any other.
+    order is [L, heads] for a leaf that is stacked over layers, [heads] for any other.
     """
+    # Adafactor sees each layer as a matrix, in which heads and head_dim lie along one side.
     stacked = order.ndim - 1
-    inner, side = shape[stacked:], min(axis - stacked, 1)
-    if len(inner) == 3:  # head_dim is on the same side of the matrix
-        inner = (inner[0], inner[1] * inner[2]) if side else (inner[0] * inner[1], inner[2])
-    side_is_larger = side == _larger(inner)
+    matrix, side = shape[stacked:], min(axis - stacked, 1)
+    if len(matrix) == 3:
+        A, B, C = matrix
+        matrix = (A, B * C) if side else (A * B, C)
+    side_is_larger = side == _larger_side(matrix)
 
     def reordered(x: Array, order: Array, axis: int = 0) -> Array:
         heads = x.reshape(*x.shape[:axis], len(order), -1, *x.shape[axis + 1 :])
         return jnp.take(heads, order, axis=axis).reshape(x.shape)
 
-    def one(old, order: Array):
-        if old.v_row.size == 1:
+    def permute_layer(old: Any, order: Array) -> Any:
+        if old.v_row.size == 1:  # not factored
             return old._replace(v=reordered(old.v, order, side))
         if side_is_larger:
             return old._replace(v_col=reordered(old.v_col, order))
         return old._replace(v_row=reordered(old.v_row, order))
 
-    return ((jax.vmap(one) if stacked else one)(state[0], jnp.asarray(order)), *state[1:])
+    permute = jax.vmap(permute_layer) if stacked else permute_layer
+    return (permute(state[0], jnp.asarray(order)), *state[1:])
 
 
-def _pool_moments(old, fresh, shape: tuple[int, int, int], num_kv_heads: int):
-    """One layer's factored-RMS state of a [D, N * H] matrix for the [D, K * H] one."""
+def _pool_layer(old: Any, fresh: Any, shape: tuple[int, int, int], num_kv_heads: int) -> Any:
+    """Return one layer's factored-RMS state of a [D, K * H] matrix from that of [D, N * H]."""
+    # The second moments [D, N * H]: stored whole, or as the means of their rows and columns.
     D, num_heads, H = shape
     if old.v_row.size > 1:  # optax keeps a placeholder of size 1 where it does not factor
         rows, columns = old.v_row, old.v_col
-        if _larger((D, num_heads * H)) == 0:
+        if _larger_side((D, num_heads * H)) == 0:
             rows, columns = columns, rows
         moments = rows[:, None] * columns[None] / rows.mean()
     else:
         moments = old.v
+
+    # The sum over each group; a pooled matrix may be too narrow for Adafactor to factor.
     moments = moments.reshape(D, num_kv_heads, -1, H).sum(2).reshape(D, num_kv_heads * H)
     if fresh.v_row.size == 1:
         return fresh._replace(count=old.count, v=moments)
     means = moments.mean(1), moments.mean(0)
-    v_row, v_col = means if _larger((D, num_kv_heads * H)) else means[::-1]
+    v_row, v_col = means if _larger_side((D, num_kv_heads * H)) else means[::-1]
     return fresh._replace(count=old.count, v_row=v_row, v_col=v_col)
 
 
-def _larger(sides: tuple[int, int]) -> int:
-    """The side of a matrix that a state's `v_col` lies along, and its `v_row` is the mean over."""
+def _larger_side(sides: tuple[int, int]) -> int:
+    """Return the side of a matrix that `v_col` lies along; `v_row` is the mean over this side."""
     return int(sides[1] >= sides[0])

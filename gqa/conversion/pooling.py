@@ -59,7 +59,7 @@ def _take(keys: Array, values: Array, index: Array) -> Kernels:
     return tuple(jnp.take_along_axis(x, index, axis=3)[:, :, :, 0] for x in (keys, values))
 
 
-def renormed(pooled: Array, groups: Array) -> Array:
+def restore_norm(pooled: Array, groups: Array) -> Array:
     """Blocks [L, D, K, H] with their members' mean Frobenius norm; a block of zeros stays."""
     target = jnp.sqrt(jnp.square(groups).sum((1, 4), keepdims=True)).mean(3)
     norm = jnp.sqrt(jnp.square(pooled).sum((1, 3), keepdims=True))

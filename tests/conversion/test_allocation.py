@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-from tests.convert.test_closed_form import covariances_of
 
 from gqa.conversion import closed_form, layer_budget, per_layer_kv_heads
 from gqa.conversion.attention_kernels import kernels_of
+from tests.conversion.test_closed_form import covariances_of
 
 
 def test_a_longer_cache_costs_more():
@@ -74,11 +74,13 @@ def test_no_other_choice_within_the_cache_loses_less(seed):
 
 @pytest.mark.parametrize("space", closed_form.SPACES)
 @pytest.mark.parametrize("shrinkage", [0.0, 0.5])
-def test_spread_measures_losses_in_its_space(tiny, random_params, monkeypatch, space, shrinkage):
+def test_the_budget_measures_losses_in_its_space(
+    tiny, random_params, monkeypatch, space, shrinkage
+):
     """Each layer's loss is what svd would discard there, of every number of heads that divides."""
     params, covariances = random_params(tiny), covariances_of(tiny)
     seen = {}
-    monkeypatch.setattr(layer_budget, "spread", lambda lost, heads, lengths: seen.update(lost))
+    monkeypatch.setattr(layer_budget, "allocate", lambda lost, heads, lengths: seen.update(lost))
     per_layer_kv_heads(
         params, tiny, 2, {"self_attention": 4, "cross_attention": 4},
         input_covariances=covariances, space=space, shrinkage=shrinkage,
@@ -95,5 +97,5 @@ def test_spread_measures_losses_in_its_space(tiny, random_params, monkeypatch, s
             side: x[covariance.layer] for side, x in kernels_of(params, covariance[0]).items()
         }
         for K in (1, 2, 4):
-            expected = closed_form.discarded(kernels, K, space, covariance, shrinkage)
+            expected = closed_form.discarded_energy(kernels, K, space, covariance, shrinkage)
             assert seen[covariance[:2]][K] == pytest.approx(expected, rel=1e-9, abs=1e-12)

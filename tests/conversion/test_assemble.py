@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.convert.test_closed_form import covariances_of
 
 from gqa.conversion import SHRINKAGE, check, convert, needs_input_covariances, per_layer_kv_heads
 from gqa.conversion.attention_kernels import kernels_of
 from gqa.conversion.calibration import ATTENTIONS
 from gqa.runtime.errors import UserError
+from tests.conversion.test_closed_form import covariances_of
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("method", ["svd", "procrustes", "mean", "random"])
 def test_the_same_number_in_every_layer_is_the_identity(tiny, params, method):
-    new, config = convert(params, tiny, {"self_attention": (4, 4)}, method, space="weight")
+    new, config, _ = convert(params, tiny, {"self_attention": (4, 4)}, method, space="weight")
     assert config == tiny
     assert_equal(new, params)
     # It needs no covariances either, since nothing is weighed.
@@ -40,10 +40,10 @@ def test_the_same_number_in_every_layer_is_the_identity(tiny, params, method):
 
 
 def test_an_attention_with_the_same_numbers_stays_beside_one_that_changes(tiny, params):
-    new, config = convert(
+    new, config, _ = convert(
         params, tiny, {"self_attention": (4, 4), "cross_attention": (2, 2)}, "svd", space="weight"
     )
-    other, same = convert(params, tiny, {"cross_attention": 2}, "svd", space="weight")
+    other, same, _ = convert(params, tiny, {"cross_attention": 2}, "svd", space="weight")
     assert config == same
     assert_equal(new, other)
 
@@ -51,7 +51,7 @@ def test_an_attention_with_the_same_numbers_stays_beside_one_that_changes(tiny, 
 def test_every_run_of_layers_draws_its_own_random_heads(tiny, random_params):
     deep = dataclasses.replace(tiny, num_decoder_layers=3)
     heads = {"self_attention": (2, 2, 1), "cross_attention": (1, 2, 2)}  # runs of one layer each
-    new, _ = convert(random_params(deep), deep, heads, "random")
+    new, *_ = convert(random_params(deep), deep, heads, "random")
     layers = new["decoder"]["layers"]
     assert sorted(layers) == ["0", "1", "2"]
     one, other = (layers[run]["self_attention"]["key"] for run in ("0", "1"))
@@ -62,7 +62,7 @@ def test_every_run_of_layers_draws_its_own_random_heads(tiny, random_params):
 @pytest.mark.parametrize("method", ["mean", "svd", "random"])
 def test_parameters_keep_their_dtype(tiny, params, method):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    new, _ = convert(half, tiny, 2, method, space="weight")
+    new, *_ = convert(half, tiny, 2, method, space="weight")
     assert {x.dtype for x in jax.tree.leaves(new)} == {np.dtype(jnp.bfloat16)}
 
 
@@ -83,7 +83,8 @@ def test_only_moments_worse_than_a_billion_are_warned_of_and_the_worst_is_named(
         ("cross_attention", 1): 7e12,
         ("cross_attention", 0): 2e9,
     }
-    with pytest.warns(UserWarning, match="layer 1 of attention 'cross' have condition number 7e"):
+    worst = "layer 1 of attention 'cross_attention' have condition number 7e"
+    with pytest.warns(UserWarning, match=worst):
         convert(params, tiny, 2, "procrustes", input_covariances=of_condition(tiny, numbers))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -98,19 +99,19 @@ def test_only_moments_worse_than_a_billion_are_warned_of_and_the_worst_is_named(
 
 def test_defaults_are_logits_and_a_shrinkage_of_a_hundredth(tiny, params):
     covariances = covariances_of(tiny)
-    found = convert(params, tiny, 2, "svd", input_covariances=covariances)[0]
+    found = convert(params, tiny, 2, "svd", input_covariances=covariances).params
     assert_equal(
         found,
         convert(
             params, tiny, 2, "svd", input_covariances=covariances, space="logit", shrinkage=0.01
-        )[0],
+        ).params,
     )
     assert SHRINKAGE == 0.01
     assert needs_input_covariances("svd")
     with pytest.raises(UserError, match="method='svd' weighs heads"):
         check(tiny, {"cross_attention": 2}, "svd", calibrated=False)
     for keys in ({"shrinkage": 0.0}, {"space": "activation"}):
-        other = convert(params, tiny, 2, "svd", input_covariances=covariances, **keys)[0]
+        other = convert(params, tiny, 2, "svd", input_covariances=covariances, **keys).params
         one, two = (kernels_of(p, "cross_attention")["key"] for p in (found, other))
         assert np.abs(one - two).max() > 1e-3
 
@@ -122,7 +123,7 @@ def test_heads_are_as_large_as_those_of_their_own_group_after_regrouping(tiny, p
     cross = cross | {side: cross[side] * sizes for side in ("key", "value")}
     layers = layers | {"cross_attention": cross}
     params = params | {"decoder": params["decoder"] | {"layers": layers}}
-    new, _ = convert(params, tiny, {"cross_attention": 2}, "mean", grouping="strided", renorm=True)
+    new, *_ = convert(params, tiny, {"cross_attention": 2}, "mean", grouping="strided", renorm=True)
     for side in ("key", "value"):
         before = np.linalg.norm(np.asarray(cross[side]), axis=(1, 3))  # [L, 4]
         after = np.linalg.norm(np.asarray(kernels_of(new, "cross_attention")[side]), axis=(1, 3))
@@ -132,7 +133,7 @@ def test_heads_are_as_large_as_those_of_their_own_group_after_regrouping(tiny, p
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_only_the_attention_that_was_named_changes(tiny, params, name):
-    new, config = convert(params, tiny, {name: 2}, "svd", input_covariances=covariances_of(tiny))
+    new, config, _ = convert(params, tiny, {name: 2}, "svd", input_covariances=covariances_of(tiny))
     fields = {n: getattr(config, f"num_kv_heads_{n}") for n in ATTENTIONS}
     assert fields == dict.fromkeys(ATTENTIONS, 4) | {name: 2}
     for other in ATTENTIONS:

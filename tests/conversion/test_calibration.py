@@ -76,9 +76,9 @@ def test_they_do_not_depend_on_the_order_of_heads(tiny, params, batch):
         "self_attention": own,
         "cross_attention": np.stack([rng.permutation(N) for _ in range(L)]),
     }
-    permuted = grouping.permuted(params, orders)
+    permuted_params = grouping.permute_heads(params, orders)
     assert_same(
-        input_covariances(permuted, tiny, [batch], ALL),
+        input_covariances(permuted_params, tiny, [batch], ALL),
         input_covariances(params, tiny, [batch], ALL),
     )
 

@@ -60,12 +60,12 @@ def test_rotated_and_invertible_copies_convert_without_loss(tiny, random_params,
         params = copies(random_params(tiny), name, invertible)
         before = logits(params, tiny, batch)
         for space in SPACES:
-            new, config = convert(
+            new, config, _ = convert(
                 params, tiny, {name: 2}, method, input_covariances=covariances, space=space
             )
             after = logits(new, config, batch)
             np.testing.assert_allclose(after, before, atol=5e-4, err_msg=f"{method} {space}")
-    lossy = convert(params, tiny, {name: 2}, "procrustes", input_covariances=covariances)[0]
+    lossy = convert(params, tiny, {name: 2}, "procrustes", input_covariances=covariances).params
     after = logits(lossy, config, batch)
     assert np.abs(after - before).max() > 1e-2
 
@@ -77,10 +77,12 @@ def test_a_grouped_parent_loses_nothing_either(tiny, random_params, batch):
         covariances_of(tiny),
     )
     before = logits(params, tiny, batch)
-    new, config = convert(
+    new, config, _ = convert(
         params, tiny, {"cross_attention": 2}, "svd", input_covariances=covariances
     )
-    new, config = convert(new, config, {"cross_attention": 1}, "svd", input_covariances=covariances)
+    new, config, _ = convert(
+        new, config, {"cross_attention": 1}, "svd", input_covariances=covariances
+    )
     np.testing.assert_allclose(logits(new, config, batch), before, atol=1e-3)
 
 

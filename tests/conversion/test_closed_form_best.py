@@ -8,10 +8,10 @@ import itertools
 
 import numpy as np
 import pytest
-from tests.convert.test_closed_form import spread
 
 from gqa.conversion import closed_form
 from gqa.conversion.calibration import InputCovariance
+from tests.conversion.test_closed_form import spread
 
 D, H, K, G, P = 12, 3, 2, 2, 2  # inputs, numbers a head, groups, heads a group, queries a head
 
@@ -94,7 +94,7 @@ def errors(old, new, side, space, covariance):
 def test_svd_reaches_the_least_error_of_any_head(space, seed):
     kernels, covariance = layer_of(seed)
     given = covariance._replace(keys=None, queries=None) if space == "weight" else covariance
-    new, _ = closed_form.layer(kernels, K, "svd", space, given, 0.0)
+    new, _ = closed_form.convert_layer(kernels, K, "svd", space, given, 0.0)
     for side in ("key", "value"):
         least = bounds(kernels, side, space, covariance if space != "weight" else given)[:, 0]
         found = errors(kernels, new, side, space, covariance if space != "weight" else given)
@@ -105,17 +105,17 @@ def test_svd_reaches_the_least_error_of_any_head(space, seed):
 def test_discarded_is_the_share_beyond_the_singular_values_kept(space):
     kernels, covariance = layer_of(3)
     given = covariance._replace(keys=None, queries=None) if space == "weight" else covariance
-    found = closed_form.discarded(kernels, K, space, given, 0.0)
+    found = closed_form.discarded_energy(kernels, K, space, given, 0.0)
     expected = 0.0
     for side in ("key", "value"):
         lost, whole = bounds(kernels, side, space, given).sum(0)
         expected += lost / whole
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     np.testing.assert_allclose(
-        closed_form.discarded(kernels, K * G, space, given, 0.0), 0, atol=1e-9
+        closed_form.discarded_energy(kernels, K * G, space, given, 0.0), 0, atol=1e-9
     )
     zeros = {name: np.zeros_like(x) for name, x in kernels.items()}
-    assert closed_form.discarded(zeros, K, space, given, 0.0) == 0.0
+    assert closed_form.discarded_energy(zeros, K, space, given, 0.0) == 0.0
 
 
 def test_procrustes_turns_the_second_of_two_heads_to_the_first():
@@ -127,7 +127,7 @@ def test_procrustes_turns_the_second_of_two_heads_to_the_first():
         near = first @ np.linalg.qr(rng.normal(size=(H, H)))[0]
         kernels[side][:, G * group + 1] = near + 0.3 * rng.normal(size=first.shape)
     for C in (covariance.keys, None):
-        new, worst = closed_form.layer(
+        new, worst = closed_form.convert_layer(
             kernels, K, "procrustes", "activation", covariance._replace(keys=C), 0.0
         )
         assert worst == pytest.approx(1.0 if C is None else np.linalg.cond(C))
@@ -149,14 +149,15 @@ def test_shrinkage_mixes_both_moments_with_the_identity_first(space):
         return 0.7 * C + 0.3 * np.trace(C) / D * np.eye(D)
 
     by_hand = covariance._replace(keys=mixed(covariance.keys), queries=mixed(covariance.queries))
-    found, _ = closed_form.layer(kernels, K, "svd", space, covariance, 0.3)
-    expected, _ = closed_form.layer(kernels, K, "svd", space, by_hand, 0.0)
-    without, _ = closed_form.layer(kernels, K, "svd", space, covariance, 0.0)
+    found, _ = closed_form.convert_layer(kernels, K, "svd", space, covariance, 0.3)
+    expected, _ = closed_form.convert_layer(kernels, K, "svd", space, by_hand, 0.0)
+    without, _ = closed_form.convert_layer(kernels, K, "svd", space, covariance, 0.0)
     for name in kernels:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-4)
         assert np.abs(found[name] - without[name]).max() > 1e-2
     lost = [
-        closed_form.discarded(kernels, K, space, *x) for x in ((covariance, 0.3), (by_hand, 0.0))
+        closed_form.discarded_energy(kernels, K, space, *x)
+        for x in ((covariance, 0.3), (by_hand, 0.0))
     ]
     assert lost[0] == pytest.approx(lost[1])
 

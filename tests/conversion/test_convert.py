@@ -15,10 +15,9 @@ from gqa.conversion import (
     check,
     convert,
     needs_input_covariances,
-    orders,
-    permuted,
     query_scale,
 )
+from gqa.conversion.grouping import find_head_orders, permute_heads
 from gqa.model.transformer import Transformer, init_params
 from gqa.runtime.errors import UserError
 
@@ -70,7 +69,7 @@ def tie(params, name, groups):
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_head_count_is_the_identity(tiny, params, method):
     renorm = method not in ("weighted", "fuse")
-    new, config = convert(params, tiny, tiny.num_heads, method, grouping="random", renorm=renorm)
+    new, config, _ = convert(params, tiny, tiny.num_heads, method, grouping="random", renorm=renorm)
     assert config == tiny
     jax.tree.map(np.testing.assert_array_equal, new, params)
 
@@ -82,7 +81,7 @@ def test_identical_heads_convert_without_loss(tiny, random_params, batch, name, 
     before = logits(tied, tiny, batch)
     for method in LOSSLESS:
         for renorm in (False, True) if method not in ("weighted", "fuse") else (False,):
-            new, config = convert(
+            new, config, _ = convert(
                 tied,
                 tiny,
                 {name: groups},
@@ -96,14 +95,14 @@ def test_identical_heads_convert_without_loss(tiny, random_params, batch, name, 
 
 def test_mean_and_first_take_neighbouring_heads(tiny, params):
     old = kernels(params, "cross_attention")["value"]
-    new = kernels(convert(params, tiny, 2, "mean")[0], "cross_attention")["value"]
+    new = kernels(convert(params, tiny, 2, "mean").params, "cross_attention")["value"]
     np.testing.assert_allclose(new[:, :, 1], (old[:, :, 2] + old[:, :, 3]) / 2, atol=1e-6)
-    new = kernels(convert(params, tiny, 2, "first")[0], "cross_attention")["value"]
+    new = kernels(convert(params, tiny, 2, "first").params, "cross_attention")["value"]
     np.testing.assert_array_equal(new[:, :, 1], old[:, :, 2])
 
 
 def test_random_draws_from_the_initialiser_by_seed(tiny, params):
-    draws = [convert(params, tiny, 2, "random", seed)[0] for seed in (0, 0, 1)]
+    draws = [convert(params, tiny, 2, "random", seed).params for seed in (0, 0, 1)]
     first, again, other = (kernels(p, "self_attention") for p in draws)
     np.testing.assert_array_equal(first["key"], again["key"])
     assert (first["key"] != other["key"]).all()
@@ -115,7 +114,7 @@ def test_random_draws_from_the_initialiser_by_seed(tiny, params):
 
 
 def test_only_decoder_keys_and_values_change_by_default(tiny, params):
-    new, config = convert(params, tiny, 1)
+    new, config, _ = convert(params, tiny, 1)
     assert (config.num_kv_heads_encoder, config.num_kv_heads_self_attention) == (4, 1)
     assert config.num_kv_heads_cross_attention == 1
     changed = jax.tree_util.tree_leaves_with_path(
@@ -130,9 +129,9 @@ def test_only_decoder_keys_and_values_change_by_default(tiny, params):
 
 
 def test_a_grouped_checkpoint_converts_further(tiny, params):
-    direct, config = convert(params, tiny, 1, "mean")
-    two, two_config = convert(params, tiny, 2, "mean")
-    twice, twice_config = convert(two, two_config, 1, "mean")
+    direct, config, _ = convert(params, tiny, 1, "mean")
+    two, two_config, _ = convert(params, tiny, 2, "mean")
+    twice, twice_config, _ = convert(two, two_config, 1, "mean")
     assert twice_config == config
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), twice, direct)
 
@@ -144,11 +143,11 @@ def test_select_takes_whole_heads(tiny, params):
     cross = kernels(params, "cross_attention")
     cross["key"], cross["value"] = jnp.asarray(kernel), jnp.asarray(2 * kernel)
     for method, chosen in {"largest": [5, -4], "medoid": [1, 1]}.items():
-        new = kernels(convert(params, tiny, 1, method)[0], "cross_attention")
+        new = kernels(convert(params, tiny, 1, method).params, "cross_attention")
         np.testing.assert_array_equal(new["key"][:, 0, 0, 0], chosen)
         np.testing.assert_array_equal(new["value"][:, 0, 0, 0], 2 * np.array(chosen))
     cross["value"] = cross["value"].at[:, 0, 3, 0].set(100)
-    new = kernels(convert(params, tiny, 1, "largest")[0], "cross_attention")
+    new = kernels(convert(params, tiny, 1, "largest").params, "cross_attention")
     np.testing.assert_array_equal(new["key"][:, 0, 0, 0], [-3, 3])
 
 
@@ -160,7 +159,9 @@ def test_renorm_gives_the_members_mean_norm(tiny, params):
     old = kernels(params, "self_attention")
     for method in ("mean", "procrustes"):
         plain, scaled = (
-            kernels(convert(params, tiny, 2, method, space="weight", renorm=r)[0], "self_attention")
+            kernels(
+                convert(params, tiny, 2, method, space="weight", renorm=r).params, "self_attention"
+            )
             for r in (False, True)
         )
         for side in ("key", "value"):
@@ -173,12 +174,12 @@ def test_grouping_composes_with_every_method(tiny, random_params, grouping):
     """It is another order of heads, then the method on neighbours."""
     params, covariances = random_params(tiny), some_covariances()
     heads = {"encoder": 2, "self_attention": 2, "cross_attention": 1}
-    moved = permuted(params, orders(params, heads, grouping, 3, covariances))
+    moved = permute_heads(params, find_head_orders(params, heads, grouping, 3, covariances))
     for method in ("mean", "random", "medoid", "svd"):
         one = convert(
             params, tiny, heads, method, 3, grouping=grouping, input_covariances=covariances
-        )[0]
-        other = convert(moved, tiny, heads, method, 3, input_covariances=covariances)[0]
+        ).params
+        other = convert(moved, tiny, heads, method, 3, input_covariances=covariances).params
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
@@ -208,9 +209,9 @@ def test_batches_convert_layer_by_layer(tiny, random_params, batch):
     heads = dict.fromkeys(ATTENTIONS, 2)
     # Few tokens: the warning is about what the next test tests.
     with pytest.warns(UserWarning, match="condition number"):
-        parallel, config = convert(params, tiny, heads, "svd", input_covariances=covariances)
+        parallel, config, _ = convert(params, tiny, heads, "svd", input_covariances=covariances)
     with pytest.warns(UserWarning, match="condition number"):
-        sequential, same = convert(params, tiny, heads, "svd", batches=[batch])
+        sequential, same, _ = convert(params, tiny, heads, "svd", batches=[batch])
     assert config == same
     assert jax.tree.map(jnp.shape, parallel) == jax.tree.map(jnp.shape, sequential)
     one, other = (kernels(p, "encoder")["key"] for p in (parallel, sequential))
@@ -231,7 +232,7 @@ def test_batches_go_with_a_grouping_by_activations(tiny, random_params, batch):
             side
         ][:, :, order]
     with pytest.warns(UserWarning, match="condition number"):
-        new, config = convert(
+        new, config, _ = convert(
             params, tiny, {"self_attention": 2}, "svd", batches=[batch], grouping="act_cos"
         )
     np.testing.assert_allclose(logits(new, config, batch), logits(params, tiny, batch), atol=2e-4)
@@ -272,7 +273,7 @@ def test_degenerate_moments_warn_and_give_finite_weights(
     """No token, fewer than dimensions, dead heads."""
     params = without(random_params(tiny), np.array(dead, int))
     with pytest.warns(UserWarning, match=r"attention '\w+' have condition number (inf|\d\S+):"):
-        new, config = convert(
+        new, config, _ = convert(
             params, tiny, 2, method, input_covariances=of_rank(rank), shrinkage=shrinkage
         )
     assert np.isfinite(logits(new, config, batch)).all()
@@ -295,7 +296,7 @@ def test_query_scale_is_of_root_mean_squares(tiny, params):
 
 def test_svd_keeps_the_size_of_keys(tiny, random_params):
     params = random_params(tiny)
-    new = convert(params, tiny, 1, "svd", input_covariances=some_covariances())[0]
+    new = convert(params, tiny, 1, "svd", input_covariances=some_covariances()).params
     for name in ("self_attention", "cross_attention"):
         for side in ("key", "value"):
             old = np.linalg.norm(np.asarray(kernels(params, name)[side]), axis=(1, 3)).mean(1)
@@ -320,7 +321,9 @@ def test_what_needs_input_covariances_says_so(tiny, params, arguments, needed):
     check(tiny, {"self_attention": 2}, **keys)
     check(tiny, {"self_attention": 4}, **keys, calibrated=False)
     if needed:
-        with pytest.raises(UserError, match=r"^convert\..*set convert.calibration_tokens above 0$"):
+        with pytest.raises(
+            UserError, match=r"^(method|grouping)=.*give input_covariances, or calibration batches$"
+        ):
             convert(params, tiny, 2, **keys)
 
 
@@ -339,8 +342,8 @@ def test_moments_of_other_layers_are_refused(tiny, params):
             "num_kv_heads_self_attention=3 does not divide the 4 heads .* use one of 1, 2, 4",
         ),
         (0, "mean", "num_kv_heads_self_attention=0 does not divide"),
-        (2, "median", "convert.method='median'; use one of mean, first, random"),
-        (2, "svd", "convert.method='svd' weighs"),
+        (2, "median", "^method='median'; use one of mean, first, random"),
+        (2, "svd", "^method='svd' weighs"),
         ({"self": 2}, "mean", "no attention 'self'.*encoder, self_attention, cross_attention"),
     ],
 )
@@ -352,9 +355,9 @@ def test_what_cannot_be_converted_is_refused(tiny, params, num_kv_heads, method,
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"space": "keys"}, "convert.space='keys'; use one of weight, activation, logit"),
-        ({"grouping": "near"}, "convert.grouping='near'; use one of contiguous, strided"),
-        ({"method": "fuse", "renorm": True}, "convert.renorm does not go with .*'fuse'"),
+        ({"space": "keys"}, "^space='keys'; use one of weight, activation, logit"),
+        ({"grouping": "near"}, "^grouping='near'; use one of contiguous, strided"),
+        ({"method": "fuse", "renorm": True}, "^renorm=True does not go with .*'fuse'"),
     ],
 )
 def test_what_does_not_exist_or_go_together_is_refused(tiny, params, keys, message):

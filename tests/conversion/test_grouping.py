@@ -11,7 +11,7 @@ import pytest
 from gqa.conversion import convert
 from gqa.conversion.attention_kernels import kernels_of, with_kernels
 from gqa.conversion.calibration import ATTENTIONS, InputCovariance
-from gqa.conversion.grouping import GROUPINGS, orders, permuted, search, similarity
+from gqa.conversion.grouping import GROUPINGS, find_head_orders, permute_heads, search, similarity
 from gqa.model.attention import grouped_query_attention
 from gqa.model.transformer import Transformer
 
@@ -36,7 +36,7 @@ def input_covariances():
 def test_regrouping_leaves_the_logits(tiny, random_params, batch, grouping):
     params = random_params(tiny)
     heads = dict.fromkeys(ATTENTIONS, 2)
-    new = permuted(params, orders(params, heads, grouping, 1, input_covariances()))
+    new = permute_heads(params, find_head_orders(params, heads, grouping, 1, input_covariances()))
     np.testing.assert_allclose(logits(new, tiny, batch), logits(params, tiny, batch), atol=2e-4)
     moved = [
         bool((kernels_of(new, name)["key"] != kernels_of(params, name)["key"]).any())
@@ -46,10 +46,10 @@ def test_regrouping_leaves_the_logits(tiny, random_params, batch, grouping):
 
 
 def test_a_grouped_parents_queries_move_with_their_head(tiny, random_params, batch):
-    params, config = convert(random_params(tiny), tiny, dict.fromkeys(ATTENTIONS, 2))
+    params, config, _ = convert(random_params(tiny), tiny, dict.fromkeys(ATTENTIONS, 2))
     new = params
     for name in ATTENTIONS:
-        new = permuted(new, {name: np.array([[1, 0]] * 2)})
+        new = permute_heads(new, {name: np.array([[1, 0]] * 2)})
     np.testing.assert_allclose(logits(new, config, batch), logits(params, config, batch), atol=2e-4)
     assert (
         kernels_of(new, "cross_attention")["query"][:, :, :2]
@@ -59,9 +59,9 @@ def test_a_grouped_parents_queries_move_with_their_head(tiny, random_params, bat
 
 def test_layers_that_share_a_bias_move_alike(tiny, random_params):
     order = np.array([[0, 1, 2, 3], [1, 0, 2, 3]])
-    permuted(random_params(tiny), {"cross_attention": order})
+    permute_heads(random_params(tiny), {"cross_attention": order})
     with pytest.raises(ValueError, match="share a bias"):
-        permuted(random_params(tiny), {"self_attention": order})
+        permute_heads(random_params(tiny), {"self_attention": order})
 
 
 def test_conversion_is_that_of_an_index_map(tiny, random_params):
@@ -80,7 +80,7 @@ def test_conversion_is_that_of_an_index_map(tiny, random_params):
 
     members = np.array([[0, 2], [1, 3]])  # what strided groups are
     for name in ATTENTIONS:
-        new, _ = convert(params, tiny, {name: 2}, "mean", grouping="strided")
+        new, *_ = convert(params, tiny, {name: 2}, "mean", grouping="strided")
         order = members.reshape(-1)
         old = kernels_of(params, name)
         mapped = dict(old)
@@ -119,7 +119,9 @@ def alike_in_pairs(params, name, turned):
 )
 def test_heads_that_are_alike_share_a_group(tiny, random_params, name, grouping, turned):
     params = alike_in_pairs(random_params(tiny), name, turned)
-    new = permuted(params, orders(params, {name: 2}, grouping, 0, input_covariances()))
+    new = permute_heads(
+        params, find_head_orders(params, {name: 2}, grouping, 0, input_covariances())
+    )
     order = np.array([0, 3, 1, 2])
     np.testing.assert_array_equal(
         kernels_of(new, name)["key"], kernels_of(params, name)["key"][:, :, order]
@@ -138,7 +140,9 @@ def test_rotations_hide_likeness_from_plain_cosines(tiny, random_params):
 
 def test_layers_of_cross_attention_are_grouped_apart(tiny, random_params):
     params = random_params(tiny)
-    new = permuted(params, orders(params, {"cross_attention": 2, "self_attention": 2}, "random", 2))
+    new = permute_heads(
+        params, find_head_orders(params, {"cross_attention": 2, "self_attention": 2}, "random", 2)
+    )
     found = {}
     for name in ("cross_attention", "self_attention"):
         old, moved = (np.array(kernels_of(p, name)["key"][:, 0, :, 0]) for p in (params, new))
@@ -187,10 +191,10 @@ def test_layers_that_share_an_order_decide_by_the_sum_of_their_similarities(
     layers = [(pairs, 0.01 if i == sure else 0.6) for i, pairs in enumerate(ways)]
     expected = [[0, 2, 1, 3], [0, 3, 1, 2]]
     params = pairs_by_layer(random_params(tiny), "self_attention", layers)
-    found = orders(params, {"self_attention": 2}, "weight_cos")["self_attention"]
+    found = find_head_orders(params, {"self_attention": 2}, "weight_cos")["self_attention"]
     np.testing.assert_array_equal(found, [expected[sure]] * 2)
     params = pairs_by_layer(random_params(tiny), "cross_attention", layers)
-    found = orders(params, {"cross_attention": 2}, "weight_cos")["cross_attention"]
+    found = find_head_orders(params, {"cross_attention": 2}, "weight_cos")["cross_attention"]
     np.testing.assert_array_equal(found, expected)
 
 
@@ -209,9 +213,11 @@ def test_heads_are_alike_where_their_inputs_move(tiny, random_params, grouping):
     covariances = [
         InputCovariance("cross_attention", layer, read, other, 60, 60) for layer in range(2)
     ]
-    found = orders(params, {"cross_attention": 2}, grouping, 0, covariances)["cross_attention"]
+    found = find_head_orders(params, {"cross_attention": 2}, grouping, 0, covariances)[
+        "cross_attention"
+    ]
     np.testing.assert_array_equal(found, [[0, 3, 1, 2]] * 2)
-    found = orders(params, {"cross_attention": 2}, "weight_cos")["cross_attention"]
+    found = find_head_orders(params, {"cross_attention": 2}, "weight_cos")["cross_attention"]
     np.testing.assert_array_equal(found, [[0, 2, 1, 3]] * 2)
 
 
@@ -237,12 +243,14 @@ def test_similarity_is_the_sum_of_two_cosines(tiny, random_params):
 
 def test_strided_groups_take_every_kth_head_and_random_ones_go_by_seed(tiny, random_params):
     params = random_params(tiny)
-    found = orders(params, {"cross_attention": 2, "self_attention": 1, "encoder": 4}, "strided")
+    found = find_head_orders(
+        params, {"cross_attention": 2, "self_attention": 1, "encoder": 4}, "strided"
+    )
     assert found.keys() == {"cross_attention", "self_attention"}
     np.testing.assert_array_equal(found["cross_attention"], [[0, 2, 1, 3]] * 2)
     np.testing.assert_array_equal(found["self_attention"], [[0, 1, 2, 3]] * 2)
     draws = [
-        orders(params, {"cross_attention": 2}, "random", seed)["cross_attention"]
+        find_head_orders(params, {"cross_attention": 2}, "random", seed)["cross_attention"]
         for seed in (0, 0, 1, 2)
     ]
     np.testing.assert_array_equal(draws[0], draws[1])

@@ -43,7 +43,7 @@ def drawn(tree):
 @pytest.mark.parametrize("method", METHODS)
 def test_they_start_as_the_mean(tiny, params, method):
     tree = expand(params, HEADS, method)
-    assert_close(fold(tree), convert(params, tiny, HEADS, "mean")[0])
+    assert_close(fold(tree), convert(params, tiny, HEADS, "mean").params)
     shape = {"weighted": (2, 2, 2), "fuse": (2, 2, 2, 2)}[method]
     assert kernels_of(tree, "self_attention")["key_pool"].shape == shape
     assert "key_pool" not in kernels_of(tree, "encoder")

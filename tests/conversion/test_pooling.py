@@ -68,7 +68,7 @@ def test_renormed_blocks_have_the_mean_norm_and_zeros_stay():
     groups = heavy_tailed(6, (2, 3, 2, 4, 5))
     pooled = groups.mean(3)
     pooled[1, :, 0] = 0
-    new = np.asarray(pooling.renormed(pooled, groups))
+    new = np.asarray(pooling.restore_norm(pooled, groups))
     for layer, group in np.ndindex(2, 2):
         norms = [np.linalg.norm(groups[layer, :, group, g]) for g in range(4)]
         found = np.linalg.norm(new[layer, :, group])

@@ -155,7 +155,7 @@ def test_state_dict_and_from_config_are_the_way_back(version):
 @pytest.mark.parametrize("version", ["t5_1_0", "t5_1_1"])
 def test_a_grouped_network_is_saved_and_read_back(version, expand, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "SHARD", 20_000)
-    params, config = convert(
+    params, config, _ = convert(
         *golden(version, None)[:2], {"self_attention": 2, "cross_attention": 1}
     )
     (tmp_path / "mine.model").write_bytes(b"pieces")
@@ -186,7 +186,7 @@ def test_transformers_runs_what_is_saved(version, kv_heads, tmp_path):
     from tests import make_golden
 
     _, _, inputs, targets, _ = golden(version, None)
-    params, config = convert(*golden(version, None)[:2], kv_heads)
+    params, config, _ = convert(*golden(version, None)[:2], kv_heads)
     huggingface.save(params, config, tmp_path, expand=kv_heads < 4)
     model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
     logits = make_golden.compute_logits(model, inputs, targets)

@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from gqa import conversion
-from gqa.conversion import grouping
-from gqa.conversion.optimizer_state import convert_state
+from gqa.conversion import grouping, optimizer_state
+from gqa.conversion.optimizer_state import convert_optimizer_state, pool_moments
 from gqa.model.config import Config
 from gqa.model.transformer import init_params
 from gqa.runtime.errors import UserError
@@ -93,9 +93,9 @@ def test_rates():
 @pytest.mark.parametrize("how", ["map", "reset"])
 def test_converted_state_fits_the_converted_parameters(wide, params, trained, num_kv_heads, how):
     state = trained[-1]
-    new, _ = conversion.convert(params, wide, num_kv_heads)
-    converted = convert_state(state, params, new, how)
-    fresh = optimizers.adafactor().init(new)
+    network = conversion.convert(params, wide, num_kv_heads)
+    converted = convert_optimizer_state(state, params, network, how)
+    fresh = optimizers.adafactor().init(network.params)
     assert jax.tree.map(jnp.shape, converted) == jax.tree.map(jnp.shape, fresh)
     if num_kv_heads == 16 and how == "map":
         jax.tree.map(np.testing.assert_array_equal, converted, state)
@@ -106,8 +106,8 @@ def test_converted_state_fits_the_converted_parameters(wide, params, trained, nu
 @pytest.mark.parametrize("num_kv_heads", [8, 1])  # factored, and too narrow to be
 def test_mapping_keeps_the_total_second_moment_and_the_count(wide, params, trained, num_kv_heads):
     state = trained[-1]
-    new, _ = conversion.convert(params, wide, num_kv_heads)
-    converted = convert_state(state, params, new, "map")
+    network = conversion.convert(params, wide, num_kv_heads)
+    converted = convert_optimizer_state(state, params, network, "map")
     old, pooled = (s["decoder"]["layers"]["self_attention"]["key"][0] for s in (state, converted))
     total = old.v_row.sum(1) * 256  # row means of 256 columns
     columns = 16 * num_kv_heads
@@ -132,7 +132,7 @@ def test_mapped_moments_are_those_of_the_groups_whichever_side_is_larger(D):
     _, state = optimizers.adafactor().update(
         tree(old), optimizers.adafactor().init(tree(old)), tree(old)
     )
-    mapped = convert_state(state, tree(old), tree(new), "map")
+    mapped = pool_moments(state, tree(old), tree(new))
     seen = mapped["layers"]["key"][0]
     squares = np.square(old[0]).reshape(D, 8, 2, 16)
     found = {len(x): x for x in (seen.v_row[0], seen.v_col[0])} if D != 128 else {}
@@ -158,21 +158,21 @@ def test_moments_move_with_their_heads(wide, params, trained, orders):
     orders = {name: np.array(rows) for name, rows in orders.items()}
 
     def moved(tree):
-        return grouping.permuted(tree, orders)
+        return grouping.permute_heads(tree, orders)
 
     update = jax.jit(optimizers.adafactor().update)
     expected, after = update(grads, state, params)
     found, moved_after = update(
-        moved(grads), grouping.permuted_moments(state, params, orders), moved(params)
+        moved(grads), optimizer_state.permute_heads(state, params, orders), moved(params)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, moved(expected))
-    again = grouping.permuted_moments(after, params, orders)
+    again = optimizer_state.permute_heads(after, params, orders)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), moved_after, again)
     unmoved = jax.tree.map(lambda a, b: bool((a != b).any()), moved(expected), expected)
     assert any(jax.tree.leaves(unmoved))
 
 
 def test_unknown_way_to_convert_a_state_is_refused(wide, params):
-    new, _ = conversion.convert(params, wide, 8)
-    with pytest.raises(UserError, match=r"convert.optimizer='keep'; use map or reset"):
-        convert_state(optimizers.adafactor().init(params), params, new, "keep")
+    state = optimizers.adafactor().init(params)
+    with pytest.raises(UserError, match=r"^how='keep'; use map or reset"):
+        convert_optimizer_state(state, params, conversion.convert(params, wide, 8), "keep")

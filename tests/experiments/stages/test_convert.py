@@ -21,7 +21,7 @@ def measured(monkeypatch):
         times.append(args)
         return measure(*args)
 
-    monkeypatch.setattr(calibration, "measure", counted)
+    monkeypatch.setattr(calibration, "input_covariances", counted)
     convert._kept.cache_clear()
     yield times
     convert._kept.cache_clear()
@@ -42,11 +42,11 @@ def calibrated(tiny, random_params, batch, tmp_path):
 def test_they_are_measured_once(measured, calibrated):
     measure, seconds = calibrated()
     assert seconds == 0.0  # it is this stage's own time
-    once = list(measure())
-    assert [m[:2] for m in measure()] == [m[:2] for m in once]
+    once = list(measure)
+    assert [m[:2] for m in measure] == [m[:2] for m in once]
     again, seconds = calibrated(settings=SETTINGS | {"grouping": "act_cos"})
     assert seconds > 0.0
-    for one, other in zip(again(), once, strict=True):
+    for one, other in zip(again, once, strict=True):
         np.testing.assert_array_equal(one.keys, other.keys)
     assert len(measured) == 1
 
@@ -58,7 +58,7 @@ def test_others_are_measured_anew(measured, calibrated, other):
     for changes in ({}, other, {}):
         measure, seconds = calibrated(**changes)
         assert seconds == 0.0
-        assert {m.attention for m in measure()} == {*changes.get("attentions", BOTH)}
+        assert {m.attention for m in measure} == {*changes.get("attentions", BOTH)}
     assert len(measured) == 3
 
 
@@ -67,7 +67,7 @@ def test_those_of_a_large_network_are_not_kept(measured, calibrated, monkeypatch
     measure, _ = calibrated()
     assert measured == []
     for _ in range(2):
-        assert next(iter(measure())).layer == 0
+        assert next(iter(measure)).layer == 0
     assert len(measured) == 2
 
 

@@ -1,0 +1,121 @@
+"""The arguments of a conversion: known names, defaults, and which of them go together.
+
+Messages name the argument of `gqa.convert` and the values that would do. Nothing here
+touches parameters, so a pipeline can check a conversion before it trains the network.
+"""
+
+from gqa.conversion import closed_form, learned, pooling
+from gqa.conversion.calibration import ATTENTIONS
+from gqa.conversion.closed_form import SPACES
+from gqa.conversion.grouping import GROUPINGS, MEASURED
+from gqa.model.config import Config, check_kv_heads
+from gqa.runtime.errors import UserError
+
+ABSORBING = closed_form.METHODS  # queries and outputs absorb a change of basis
+CLOSED = (*pooling.METHODS, *ABSORBING)  # methods that need no training
+METHODS = (*CLOSED, *learned.METHODS)
+
+SHRINKAGE = 0.01  # default shrinkage of the covariances toward the identity
+
+# KV heads by attention: one number, or a number for each layer.
+KVHeads = dict[str, int | tuple[int, ...]]
+
+
+def check(
+    config: Config,
+    num_kv_heads: KVHeads,
+    method: str,
+    space: str = "logit",
+    grouping: str = "contiguous",
+    renorm: bool = False,
+    calibrated: bool = True,
+) -> None:
+    """Raise the UserError that `convert` would raise, without touching parameters.
+
+    Args:
+        calibrated: whether `convert` will be given `input_covariances` or `batches`.
+    """
+    choices = {
+        "method": (method, METHODS),
+        "space": (space, SPACES),
+        "grouping": (grouping, GROUPINGS),
+    }
+    for argument, (value, known) in choices.items():
+        if value not in known:
+            raise UserError(f"{argument}={value!r}; use one of {', '.join(known)}")
+
+    if len(config.layer_groups) > 1:
+        raise UserError(
+            "the layers of this network differ in KV heads already; convert its multi-head parent"
+        )
+    for name, value in num_kv_heads.items():
+        if name not in ATTENTIONS:
+            raise UserError(f"no attention {name!r} to convert; use {', '.join(ATTENTIONS)}")
+        for K in value if isinstance(value, tuple) else (value,):
+            check_kv_heads(_field(name), K, getattr(config, _field(name)))
+
+    if renorm and method in learned.METHODS:
+        raise UserError(
+            f"renorm=True does not go with method={method!r}, which is trained; "
+            f"use one of {', '.join(CLOSED)}"
+        )
+    if any(isinstance(value, tuple) for value in num_kv_heads.values()):
+        check_per_layer(method, grouping)
+    if calibrated or not changed_attentions(config, num_kv_heads):
+        return
+    if needs_input_covariances(method, space, grouping):
+        reason = f"method={method!r}" if grouping not in MEASURED else f"grouping={grouping!r}"
+        raise UserError(
+            f"{reason} weighs heads by activations: give input_covariances, or calibration batches"
+        )
+
+
+def check_per_layer(method: str, grouping: str) -> None:
+    """Raise a UserError for a method or grouping that needs one number of KV heads for all layers.
+
+    A method that is trained keeps one stack of layers. A grouping other than "contiguous" reorders
+    heads, and the self-attentions of a stack share one order because they share a position bias.
+    """
+    if method in learned.METHODS:
+        raise UserError(
+            f"KV heads by layer do not go with method={method!r}, which is trained; "
+            f"use one of {', '.join(CLOSED)}"
+        )
+    if grouping != "contiguous":
+        raise UserError(
+            f"KV heads by layer do not go with grouping={grouping!r}: self-attentions share a "
+            "position bias and so the order of their heads; use contiguous"
+        )
+
+
+def needs_input_covariances(
+    method: str, space: str = "logit", grouping: str = "contiguous"
+) -> bool:
+    """Return whether a conversion reads input covariances, so that it needs calibration text."""
+    return (method in closed_form.METHODS and space != "weight") or grouping in MEASURED
+
+
+def heads_by_attention(num_kv_heads: int | KVHeads) -> KVHeads:
+    """Return the numbers by attention; a number alone stands for both attentions of the decoder."""
+    if isinstance(num_kv_heads, int):
+        return {"self_attention": num_kv_heads, "cross_attention": num_kv_heads}
+    return num_kv_heads
+
+
+def changed_attentions(config: Config, num_kv_heads: KVHeads) -> KVHeads:
+    """Return the entries of attentions that get another number of KV heads in any layer."""
+
+    def changes(name: str, value: int | tuple[int, ...]) -> bool:
+        numbers = value if isinstance(value, tuple) else (value,)
+        return any(getattr(config, _field(name)) != K for K in numbers)
+
+    return {name: value for name, value in num_kv_heads.items() if changes(name, value)}
+
+
+def config_fields(num_kv_heads: KVHeads) -> KVHeads:
+    """Return the numbers by the name of their field of `Config`."""
+    return {_field(name): K for name, K in num_kv_heads.items()}
+
+
+def _field(attention: str) -> str:
+    return f"num_kv_heads_{attention}"

@@ -1,0 +1,25 @@
+"""How much a conversion changed the size of queries, which reports print."""
+
+import numpy as np
+
+from gqa.conversion.calibration import ATTENTIONS
+from gqa.model.transformer import each_layer
+
+
+def query_scale(old: dict, new: dict) -> dict[str, np.ndarray]:
+    """Return the RMS of each query kernel of `new` divided by that of `old`: [L] per attention.
+
+    Adafactor's steps are relative to the size of a parameter, so queries that were scaled up learn
+    faster than before. A kernel of zeros in `old` has the scale 1.
+    """
+
+    def rms(params: dict, name: str) -> np.ndarray:
+        stack, attention = ATTENTIONS[name]
+        queries = (layer[attention]["query"] for layer in each_layer(params[stack]))
+        return np.sqrt([np.square(np.asarray(x, np.float64)).mean() for x in queries])
+
+    before, after = ({name: rms(params, name) for name in ATTENTIONS} for params in (old, new))
+    return {
+        name: np.divide(after[name], x, out=np.ones_like(x), where=x > 0)
+        for name, x in before.items()
+    }
