@@ -66,7 +66,7 @@ def run(capsys, tmp_path, monkeypatch):
             "evaluate.cache_dtype='float16'; use one of nothing, float32, bfloat16",
         ),
         ((GQA8, "--config.convert.num_kv_heads_encoder=5"), "num_kv_heads_encoder=5"),
-        ((GQA8, "--config.convert.method=median"), "convert: method='median'; use one of mean"),
+        ((GQA8, "--config.convert.method=median"), "convert.method='median'; use one of mean"),
         (
             (GQA8, "--config.convert.where=encoder"),
             "where='encoder'; use one of self_attention, cross_attention, both",
@@ -93,7 +93,7 @@ def run(capsys, tmp_path, monkeypatch):
         ((GQA8, "--config.finetune.tasks=squad"), "task='squad' is unknown; choose from"),
         (
             (GQA8, "--config.convert.method=fuse", "--config.convert.per_layer_budget=True"),
-            "convert: KV heads by layer do not go with method='fuse'",
+            "convert.method='fuse' does not go with KV heads by layer",
         ),
         ((GQA8, "--config.finetune.tasks=docstrings"), "docstrings has documents"),
         ((GQA8, "--config.finetune.tasks=files"), "task files needs train=PATH"),

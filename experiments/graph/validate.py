@@ -14,7 +14,7 @@ from gqa import conversion
 from gqa.data import tasks, tokenizer
 from gqa.data.examples import SPLITS
 from gqa.runtime import sharding
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import ConfigError, UserError
 from gqa.training import progress
 
 LARGEST = 2**31 - 1  # steps, lengths, seeds and token ids are int32
@@ -111,8 +111,8 @@ def _check_conversion(config: ConfigDict) -> None:
             section.grouping,
             section.renorm,
         )
-    except UserError as error:  # the library names its arguments, which are keys of this section
-        raise UserError(f"convert: {error}") from error
+    except ConfigError as error:  # the library names its arguments: keys of this section
+        raise error.renamed(f"convert.{error.field}") from error
 
 
 def _check_fractions(config: ConfigDict) -> None:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from gqa import conversion
 from gqa.checkpoints import pieces
 from gqa.interop import huggingface, t5x
-from gqa.interop.safetensors_files import told_of
+from gqa.interop.safetensors_files import naming
 from gqa.model.config import Config
 from gqa.runtime.errors import UserError
 
@@ -94,7 +94,7 @@ def _named(config: ConfigDict) -> _Given | None:
     if not kinds:
         return None
     folder = Path(config.init[kinds[0]]).absolute()
-    with told_of(f"init.{kinds[0]}"):
+    with naming(f"init.{kinds[0]}"):
         return _Given(kinds[0], folder, READERS[kinds[0]].open_folder(folder))
 
 

@@ -9,7 +9,7 @@ from gqa.conversion.calibration import ATTENTIONS
 from gqa.conversion.closed_form import SPACES
 from gqa.conversion.grouping import GROUPINGS, MEASURED
 from gqa.model.config import Config, check_kv_heads
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import ConfigError, UserError
 
 ABSORBING = closed_form.METHODS  # queries and outputs absorb a change of basis
 CLOSED = (*pooling.METHODS, *ABSORBING)  # methods that need no training
@@ -42,7 +42,7 @@ def check(
     }
     for argument, (value, known) in choices.items():
         if value not in known:
-            raise UserError(f"{argument}={value!r}; use one of {', '.join(known)}")
+            raise ConfigError(argument, value, f"use one of {', '.join(known)}")
 
     if len(config.layer_groups) > 1:
         raise UserError(
@@ -55,37 +55,30 @@ def check(
             check_kv_heads(_field(name), K, getattr(config, _field(name)))
 
     if renorm and method in learned.METHODS:
-        raise UserError(
-            f"renorm=True does not go with method={method!r}, which is trained; "
-            f"use one of {', '.join(CLOSED)}"
-        )
+        advice = f"use renorm=False, or method={', '.join(CLOSED)}"
+        raise ConfigError("renorm", True, advice, f"does not go with {method!r}, which is trained")
     if any(isinstance(value, tuple) for value in num_kv_heads.values()):
         check_per_layer(method, grouping)
     if calibrated or not changed_attentions(config, num_kv_heads):
         return
     if needs_input_covariances(method, space, grouping):
-        reason = f"method={method!r}" if grouping not in MEASURED else f"grouping={grouping!r}"
-        raise UserError(
-            f"{reason} weighs heads by activations: give input_covariances, or calibration batches"
-        )
+        measured = ("grouping", grouping) if grouping in MEASURED else ("method", method)
+        advice = "give input_covariances, or calibration batches"
+        raise ConfigError(*measured, advice, "weighs heads by activations")
 
 
 def check_per_layer(method: str, grouping: str) -> None:
-    """Raise a UserError for a method or grouping that needs one number of KV heads for all layers.
+    """Raise a ConfigError for a choice that needs one number of KV heads for all layers.
 
     A method that is trained keeps one stack of layers. A grouping other than "contiguous" reorders
     heads, and the self-attentions of a stack share one order because they share a position bias.
     """
     if method in learned.METHODS:
-        raise UserError(
-            f"KV heads by layer do not go with method={method!r}, which is trained; "
-            f"use one of {', '.join(CLOSED)}"
-        )
+        reason = "does not go with KV heads by layer, because it is trained"
+        raise ConfigError("method", method, f"use one of {', '.join(CLOSED)}", reason)
     if grouping != "contiguous":
-        raise UserError(
-            f"KV heads by layer do not go with grouping={grouping!r}: self-attentions share a "
-            "position bias and so the order of their heads; use contiguous"
-        )
+        reason = "does not go with KV heads by layer, because self-attentions share one order"
+        raise ConfigError("grouping", grouping, "use contiguous", reason)
 
 
 def needs_input_covariances(

@@ -17,7 +17,7 @@ from gqa.conversion import Conversion
 from gqa.conversion.attention_kernels import at, replaced
 from gqa.conversion.grouping import head_axes
 from gqa.model.transformer import cut
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import ConfigError
 from gqa.training.optimizer import adafactor
 
 WAYS = ("map", "reset")
@@ -35,10 +35,10 @@ def convert_optimizer_state(
             starts from zero moments.
 
     Raises:
-        UserError: for another `how`.
+        ConfigError: for another `how`.
     """
     if how not in WAYS:
-        raise UserError(f"how={how!r}; use {' or '.join(WAYS)}")
+        raise ConfigError("how", how, f"use {' or '.join(WAYS)}")
     if how == "reset":
         return adafactor().init(conversion.params)
     opt_state = permute_heads(opt_state, old_params, conversion.head_orders)

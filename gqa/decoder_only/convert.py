@@ -69,7 +69,7 @@ def convert(
     config = safetensors_files.read_json(source / "config.json")
     sizes = _sizes(config, num_kv_heads, method, source / "config.json")
     old = Tensors(source)
-    with safetensors_files.told_of(old.path):
+    with safetensors_files.naming(old.path):
         layers = _layers(old, sizes)
     record = _begin(old, target, {"num_key_value_heads": num_kv_heads, "method": method})
     layer = functools.lru_cache(maxsize=1)(lambda i: _layer(old, layers[i], sizes, method))

@@ -36,12 +36,12 @@ class Tensor(NamedTuple):
 
 
 @contextlib.contextmanager
-def told_of(what: Path | str) -> Iterator[None]:
-    """Have a UserError say what it is about."""
+def naming(path: Path | str) -> Iterator[None]:
+    """Put the path of the file or folder that is being read before the message of a UserError."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{what}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def check(name: str, shape: tuple[int, ...], expected: tuple[int, ...], dtype: str) -> None:

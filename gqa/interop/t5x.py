@@ -17,7 +17,7 @@ import tensorstore
 
 from gqa.checkpoints import pieces
 from gqa.checkpoints.pieces import Index, Source
-from gqa.interop.safetensors_files import told_of
+from gqa.interop.safetensors_files import naming
 from gqa.model.config import Config
 from gqa.model.layers import GATED_GELU, RELU
 from gqa.runtime.errors import UserError
@@ -82,7 +82,7 @@ def open_folder(folder: str | os.PathLike) -> Source:
         UserError: for an array that is missing, not expected or of a shape that does not fit.
     """
     folder = _find(Path(folder))
-    with told_of(folder):
+    with naming(folder):
         arrays = _list(folder)
         stacks = {stack: _stack(arrays, stack) for stack in LAYERS}
         config = _config(arrays, stacks)

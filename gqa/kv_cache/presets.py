@@ -62,7 +62,7 @@ def find(name: str) -> Decoder:
         raise UserError(f"{name!r} is no config.json; use one, or one of {', '.join(PRESETS)}")
     path = path / "config.json" if path.is_dir() else path
     config = safetensors_files.read_json(path)
-    with safetensors_files.told_of(path):
+    with safetensors_files.naming(path):
         nested = config.get("text_config")
         return _decoder(config | nested if isinstance(nested, dict) else config)
 

@@ -1,0 +1,170 @@
+"""Read a Hugging Face T5 folder, or a state dict in memory, as parameters of our network.
+
+Tensors are checked by name, shape and dtype before any is read. They are then read in blocks, so
+that a checkpoint larger than memory can be put on devices block by block. Writing is in writing.py.
+"""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gqa.checkpoints import pieces
+from gqa.checkpoints.pieces import Index, Source
+from gqa.interop import safetensors_files
+from gqa.interop.huggingface import names
+from gqa.interop.huggingface.config import to_config
+from gqa.interop.huggingface.names import COPIES, UNUSED
+from gqa.interop.safetensors_files import Tensors
+from gqa.model.config import Config
+from gqa.runtime.errors import UserError
+
+
+def read_config(folder: str | os.PathLike) -> Config:
+    """Return our config of a folder's config.json.
+
+    Raises:
+        UserError: if the file cannot be read or describes another network than T5.
+    """
+    return _read_config(Path(folder) / "config.json")[0]
+
+
+def _read_config(path: Path) -> tuple[Config, dict]:
+    """Return our config, and config.json as it is."""
+    hf_config = safetensors_files.read_json(path)
+    with safetensors_files.naming(path):
+        return to_config(hf_config), hf_config
+
+
+def open_folder(folder: str | os.PathLike) -> Source:
+    """Open config.json and model.safetensors, whole or in shards; blocks are read when asked for.
+
+    The vocabulary has as many rows as the file. Dropout keeps our default, because it belongs to
+    training and not to the network.
+
+    Raises:
+        UserError: if a file cannot be read, for another network than T5, and for a tensor that is
+            missing, not expected, or of another shape than config.json says.
+    """
+    _, hf_config = _read_config(Path(folder) / "config.json")
+    tensors = Tensors(folder)
+    with safetensors_files.naming(tensors.path):
+        return _source(tensors, hf_config)
+
+
+def load(folder: str | os.PathLike) -> tuple[dict, Config]:
+    """Read a folder into memory: parameters in float32, and their config.
+
+    Raises:
+        UserError: as `open_folder` does.
+    """
+    source = open_folder(folder)
+    return pieces.collect(source), source.config
+
+
+def from_state_dict(state: Mapping[str, np.ndarray], hf_config: dict) -> tuple[dict, Config]:
+    """Return parameters in float32 and their config from a state dict and the config.json of it."""
+    source = _source(_InMemory(state), hf_config)
+    return pieces.collect(source), source.config
+
+
+class _InMemory(dict):
+    """A state dict with the methods of `Tensors` that this file uses."""
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> np.dtype:
+        dtype = self[name].dtype
+        known = {np.dtype(x): name for name, x in safetensors_files.FLOATS.items()}
+        safetensors_files.check(name, self[name].shape, shape, known.get(dtype, dtype.name))
+        return dtype
+
+    def read(self, name: str, first: int, count: int) -> np.ndarray:
+        return self[name][first : first + count]
+
+
+def _source(tensors: Tensors | _InMemory, hf_config: dict) -> Source:
+    """Check every tensor that the config asks for, and return the parameters as blocks to read."""
+    config = to_config(hf_config)
+
+    # Tracing the shapes of a network takes time per layer, so an absurd number is refused first.
+    num_layers = config.num_encoder_layers + config.num_decoder_layers
+    if num_layers > len(tensors):
+        raise UserError(
+            f"{len(tensors)} tensors are too few for the {num_layers} layers of config.json"
+        )
+
+    shapes = pieces.shapes(config)
+    tensors_of = {name: names.theirs(name, shape, config) for name, shape in shapes.items()}
+    if names.LOGITS not in tensors and hf_config.get("tie_word_embeddings") is True:
+        # Tied but not scaled (mT5): our network has the embedding as a logit kernel of its own.
+        tensors_of |= {"logits": [names.EMBEDDING]} if "logits" in tensors_of else {}
+    _check_names(tensors, {theirs for group in tensors_of.values() for theirs in group})
+
+    chunks = {}
+    for name, shape in shapes.items():
+        layer_shape = shape[1:] if names.is_stacked(name) else shape
+        itemsize = max(
+            tensors.floats(tensor, names.their_shape(name, layer_shape)).itemsize
+            for tensor in tensors_of[name]
+        )
+        axis, length = _chunk_along_axis(name, layer_shape, itemsize)
+        chunk = (*layer_shape[:axis], length, *layer_shape[axis + 1 :])
+        chunks[name] = (1, *chunk) if names.is_stacked(name) else chunk
+    read = functools.partial(_blocks, tensors, tensors_of, shapes, chunks)
+    return Source(config, chunks, read)
+
+
+def _chunk_along_axis(name: str, layer_shape: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Return the axis along which a layer is cut into blocks, and the length of one block."""
+    axis, _ = names.rows(name, layer_shape)
+    bytes_each = int(np.prod(layer_shape)) // layer_shape[axis] * max(itemsize, 4)
+    return axis, min(layer_shape[axis], max(1, safetensors_files.PIECE // bytes_each))
+
+
+def _check_names(tensors: Tensors | _InMemory, expected: set[str]) -> None:
+    """Raise a UserError for a missing tensor, an unknown one, or a copy that is none."""
+    present = set(tensors)
+    if missing := sorted(expected - present):
+        raise UserError(f"tensor {missing[0]} is missing ({len(missing)} in all)")
+    if extra := sorted(present - expected - {*COPIES, UNUSED}):
+        raise UserError(f"tensor {extra[0]} is not one of T5's ({len(extra)} in all)")
+    for name in COPIES:
+        if name in present - expected and not _equal(tensors, name, names.EMBEDDING):
+            raise UserError(f"tensor {name} differs from {names.EMBEDDING}, which it should repeat")
+
+
+def _equal(tensors: Tensors | _InMemory, name: str, other: str) -> bool:
+    """Compare two tensors, some rows at a time because an embedding may be large."""
+    rows, *rest = shape = tuple(tensors[other].shape)
+    if tuple(tensors[name].shape) != shape or tensors[name].dtype != tensors[other].dtype:
+        return False
+    tensors.floats(name, shape)
+    step = max(1, safetensors_files.PIECE // (8 * int(np.prod(rest))))
+    return all(
+        np.array_equal(*(tensors.read(x, first, min(step, rows - first)) for x in (name, other)))
+        for first in range(0, rows, step)
+    )
+
+
+def _blocks(
+    tensors: Tensors | _InMemory,
+    tensors_of: dict[str, list[str]],
+    shapes: dict[str, tuple[int, ...]],
+    chunks: dict[str, tuple[int, ...]],
+    name: str,
+) -> Iterator[tuple[Index, np.ndarray]]:
+    """Yield the parameter `name` in blocks of its chunk's shape, each with its index."""
+    stacked = names.is_stacked(name)
+    layer_shape = shapes[name][1:] if stacked else shapes[name]
+    axis, rows_each = names.rows(name, layer_shape)
+    step = chunks[name][axis + stacked]
+    for layer, tensor in enumerate(tensors_of[name]):
+        for first in range(0, layer_shape[axis], step):
+            count = min(step, layer_shape[axis] - first)
+            rows = tensors.read(tensor, first * rows_each, count * rows_each)
+            rows = rows.astype(np.float32, copy=False)
+            rows = rows.T if names.is_transposed(name, layer_shape) else rows
+            block = rows.reshape(*layer_shape[:axis], count, *layer_shape[axis + 1 :])
+            index = (slice(None),) * axis + (slice(first, first + count),)
+            yield ((layer, *index) if stacked else index), block
