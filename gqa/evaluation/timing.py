@@ -81,8 +81,8 @@ def attention_queries(net: Inference, batch_size: int) -> Array:
 
 def attention(net: Inference, queries: Array, memory: Memory) -> list[Array]:
     """What a step's cross-attention does between its projections: one [B, 1, N, H] a layer."""
-    layers = zip(net.forms, memory.kv, strict=True)
-    return [form.attend_cross(queries, kv, memory.mask) for form, kv in layers]
+    layers = zip(net.decoder_layouts, memory.kv, strict=True)
+    return [layout.cross_attention(queries, kv, memory.mask) for layout, kv in layers]
 
 
 def measure(

@@ -1,11 +1,15 @@
-"""Weights and caches as one CPU reads them fastest: products joined, and all in blocks.
+"""The layout of weights and caches that one CPU reads fastest.
 
     keys     [B * K, C, H, S / C]   C blocks of positions, so that a product with a few query rows
-    values   [B * K, C, S / C, H]   reads memory in order; without C where it is 1
+    values   [B * K, C, S / C, H]   reads memory in order; the axis C is left out where C is 1
     weights  [C, D, F / C]          C blocks of columns, for the same reason
 
-An axis of length 1 would make XLA:CPU copy a cache: it drops it for a product but not for what is
-kept.
+Products that share their input (queries, keys and values; the MLP's two halves) are one product.
+
+An axis of length 1 is left out, because XLA:CPU drops a unit axis inside the matrix product but
+keeps it in the stored cache, so it copies the cache.
+
+`layout.py` documents the methods. `accelerator_layout.py` is the other implementation.
 """
 
 import dataclasses
@@ -13,159 +17,166 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Int
 
+from gqa.inference.layout import KeysValues
 from gqa.model.config import Config
 from gqa.model.cpu_attention import blocked_attention
 from gqa.model.layers import GATED_GELU
 
-KV = tuple[Array, Array]
-
-# Columns of a block: XLA's products of few rows by a wide matrix pack or transpose the matrix
-# first. A single row (MHA without beams) is a matrix times a vector and needs no blocks.
+# Columns of a block. XLA:CPU packs or transposes a wide matrix before it multiplies a few rows by
+# it; blocks of this width it reads directly. A single row (multi-head attention without beams) is a
+# matrix times a vector, which needs no blocks.
 BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Joined:
-    """How a network of `config` is laid out; the methods are pure functions."""
+class CpuLayout:
+    """A `DecoderLayout` of concatenated kernels and blocked caches, for a CPU that has them all."""
 
     config: Config
 
-    def prepare_layer(self, layer: dict) -> dict:
-        """One decoder layer with the products that share an input joined into one."""
+    def prepare_layer(self, params: dict) -> dict:
         c = self.config
-        own, cross, mlp = layer["self_attention"], layer["cross_attention"], layer["mlp"]
+        self_attention, cross_attention = params["self_attention"], params["cross_attention"]
+        mlp = params["mlp"]
 
-        def joined(*kernels: Array) -> Array:
+        def concatenated(*kernels: Array) -> Array:
             return in_blocks(jnp.concatenate([x.reshape(c.d_model, -1) for x in kernels], axis=1))
 
-        def out(kernel: Array) -> Array:
+        def output(kernel: Array) -> Array:
             return in_blocks(kernel.reshape(-1, c.d_model))
 
         gate = (mlp["wi_1"],) if c.activation == GATED_GELU else ()
         return {
-            "qkv": joined(own["query"], own["key"], own["value"]),
-            "self_out": out(own["out"]),
-            "cross_query": joined(cross["query"]),
-            "cross_key": cross["key"],
-            "cross_value": cross["value"],
-            "cross_out": out(cross["out"]),
-            "wi": joined(mlp["wi_0"], *gate),
-            "wo": out(mlp["wo"]),
+            "qkv": concatenated(*(self_attention[kind] for kind in ("query", "key", "value"))),
+            "self_out": output(self_attention["out"]),
+            "cross_query": concatenated(cross_attention["query"]),
+            "cross_key": cross_attention["key"],
+            "cross_value": cross_attention["value"],
+            "cross_out": output(cross_attention["out"]),
+            "wi": concatenated(mlp["wi_0"], *gate),
+            "wo": output(mlp["wo"]),
         }
 
-    def prepare_logits(self, kernel: Array) -> Array:
-        """[D, V] -> [C, D, V / C], V filled up with zeros."""
+    def prepare_logits(self, kernel: Float[Array, "D V"]) -> Array:
         return in_blocks(kernel)
 
-    def fill(self, length: int, rows: int) -> int:
-        """Positions that `rows` query rows have their keys filled up with, to whole blocks."""
-        return -length % self._block(length, rows)
+    def padding(self, length: int, num_query_rows: int) -> int:
+        return -length % self._block(length, num_query_rows)
 
-    def memory(self, layer: dict, encoded: Array, rows: int) -> KV:
-        """Keys and values of encoded [B, S, D], for `rows` query rows at once."""
-        k = jnp.einsum("BSD,DKH->BKHS", encoded, layer["cross_key"])
-        v = jnp.einsum("BSD,DKH->BKSH", encoded, layer["cross_value"])
+    def cross_attention_cache(
+        self, weights: dict, encoded: Float[Array, "B S D"], num_query_rows: int
+    ) -> KeysValues:
+        k = jnp.einsum("BSD,DKH->BKHS", encoded, weights["cross_key"])
+        v = jnp.einsum("BSD,DKH->BKSH", encoded, weights["cross_value"])
         B, K, H, S = k.shape
-        k, v, block = k.reshape(B * K, H, S), v.reshape(B * K, S, H), self._block(S, rows)
+        k, v = k.reshape(B * K, H, S), v.reshape(B * K, S, H)
+
+        block = self._block(S, num_query_rows)
         if block < S:
             k = k.reshape(B * K, H, -1, block).swapaxes(1, 2)
             v = v.reshape(B * K, -1, block, H)
         return k, v
 
-    def cache(self, rows: int, length: int, dtype: str) -> KV:
-        """Zeros for `length` positions of so many rows of the batch, or up to a block more."""
+    def empty_cache(self, num_rows: int, length: int, dtype: str) -> KeysValues:
         c = self.config
         K, H = c.num_kv_heads_self_attention, c.head_dim
         block = self._block(length, c.num_heads // K)
         C = -(-length // block)
-        lead = (rows * K, C) if C > 1 else (rows * K,)
+        lead = (num_rows * K, C) if C > 1 else (num_rows * K,)
         return jnp.zeros((*lead, H, block), dtype), jnp.zeros((*lead, block, H), dtype)
 
-    def _block(self, length: int, rows: int) -> int:
-        """Positions of a block of keys that `rows` query rows read at once."""
-        return BLOCK if rows > 1 else length
+    def _block(self, length: int, num_query_rows: int) -> int:
+        """Return the positions of a block that `num_query_rows` rows read in one product."""
+        return BLOCK if num_query_rows > 1 else length
 
-    def rows(self, cache: KV) -> int:
-        """Rows of the batch that a cache is of."""
+    def num_rows(self, cache: KeysValues) -> int:
         return len(cache[0]) // self.config.num_kv_heads_self_attention
 
-    def room(self, cache: KV) -> int:
-        """Positions that a cache holds."""
+    def capacity(self, cache: KeysValues) -> int:
         _, *blocks, _ = cache[1].shape
         return math.prod(blocks)
 
-    def grown(self, old: Array, new: Array) -> Array:
-        """`new`, zeros with room for more positions, with what is in `old`."""
-        if old.ndim < new.ndim:
-            old = old[:, None]  # one block of what become several
-        return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
+    def grow(self, old: Array, empty: Array) -> Array:
+        if old.ndim < empty.ndim:
+            old = old[:, None]  # a cache of one block becomes a cache of several
+        return jax.lax.dynamic_update_slice(empty, old, (0,) * old.ndim)
 
-    def own_heads(self, layer: dict, x: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values [B, R, heads, H] of x [B, R, D]."""
-        c = self.config
-        N, K, H = c.num_heads, c.num_kv_heads_self_attention, c.head_dim
-        heads = project(x, layer["qkv"], (N + 2 * K) * H).reshape(*x.shape[:2], N + 2 * K, H)
-        return tuple(jnp.split(heads, (N, N + K), axis=2))
-
-    def cross_heads(self, layer: dict, x: Array) -> Array:
-        """Queries [B, R, N, H] of x [B, R, D]."""
-        N, H = self.config.num_heads, self.config.head_dim
-        return project(x, layer["cross_query"], N * H).reshape(*x.shape[:2], N, H)
-
-    def out(self, kernel: Array, x: Array) -> Array:
-        """[B, R, N, H] -> [B, R, D]."""
-        return project(x.reshape(*x.shape[:2], -1), kernel, self.config.d_model)
-
-    def put(self, cache: KV, k: Array, v: Array, index: Array) -> KV:
-        """The cache with keys and values [B, R, K, H] at position `index`."""
+    def update_cache(
+        self,
+        cache: KeysValues,
+        k: Float[Array, "B R K H"],
+        v: Float[Array, "B R K H"],
+        index: Int[Array, ""] | int,
+    ) -> KeysValues:
         block = cache[0].shape[-1]
         k, v = (x.reshape(-1, x.shape[-1]).astype(cache[0].dtype) for x in (k, v))
-        k, v, at = k[:, :, None], v[:, None], (index % block,)
-        lead = (0,)
+        k, v, place = k[:, :, None], v[:, None], index % block
+
+        lead: tuple = (0,)
         if cache[0].ndim == 4:
             k, v, lead = k[:, None], v[:, None], (0, index // block)
         return (
-            jax.lax.dynamic_update_slice(cache[0], k, (*lead, 0, *at)),
-            jax.lax.dynamic_update_slice(cache[1], v, (*lead, *at, 0)),
+            jax.lax.dynamic_update_slice(cache[0], k, (*lead, 0, place)),
+            jax.lax.dynamic_update_slice(cache[1], v, (*lead, place, 0)),
         )
 
-    def attend_own(self, q: Array, kv: KV, bias: Array) -> Array:
-        """q [B, R, N, H] to the cache of B * R rows, bias [1, N, 1, S]: [B, R, N, H]."""
+    def self_attention_heads(
+        self, weights: dict, x: Float[Array, "B R D"]
+    ) -> tuple[Float[Array, "B R N H"], Float[Array, "B R K H"], Float[Array, "B R K H"]]:
+        c = self.config
+        N, K, H = c.num_heads, c.num_kv_heads_self_attention, c.head_dim
+        heads = project(x, weights["qkv"], (N + 2 * K) * H).reshape(*x.shape[:2], N + 2 * K, H)
+        q, k, v = jnp.split(heads, (N, N + K), axis=2)
+        return q, k, v
+
+    def cross_attention_queries(
+        self, weights: dict, x: Float[Array, "B R D"]
+    ) -> Float[Array, "B R N H"]:
+        N, H = self.config.num_heads, self.config.head_dim
+        return project(x, weights["cross_query"], N * H).reshape(*x.shape[:2], N, H)
+
+    def self_attention(
+        self, q: Float[Array, "B R N H"], cache: KeysValues, bias: Float[Array, "1 N 1 S"]
+    ) -> Float[Array, "B R N H"]:
         B, R, N, H = q.shape
-        return blocked_attention(q.reshape(B * R, 1, N, H), *kv, bias).reshape(q.shape)
+        return blocked_attention(q.reshape(B * R, 1, N, H), *cache, bias).reshape(q.shape)
 
-    def attend_cross(self, q: Array, kv: KV, mask: Array) -> Array:
-        """q [B, R, N, H] to keys and values of B inputs, mask [B, 1, 1, S]: [B, R, N, H]."""
-        return blocked_attention(q, *kv, mask)
+    def cross_attention(
+        self, q: Float[Array, "B R N H"], cache: KeysValues, mask: Float[Array, "B 1 1 S"]
+    ) -> Float[Array, "B R N H"]:
+        return blocked_attention(q, *cache, mask)
 
-    def mlp(self, layer: dict, x: Array) -> Array:
-        """[B, R, D] -> [B, R, D]."""
+    def project_out(self, kernel: Array, x: Float[Array, "B R N H"]) -> Float[Array, "B R D"]:
+        return project(x.reshape(*x.shape[:2], -1), kernel, self.config.d_model)
+
+    def mlp(self, weights: dict, x: Float[Array, "B R D"]) -> Float[Array, "B R D"]:
         c = self.config
         gated = c.activation == GATED_GELU
-        hidden = project(x, layer["wi"], c.d_ff * (1 + gated))
+        hidden = project(x, weights["wi"], c.d_ff * (1 + gated))
         if gated:
             hidden, gate = jnp.split(hidden, 2, axis=-1)
             hidden = jax.nn.gelu(hidden) * gate
         else:
             hidden = jax.nn.relu(hidden)
-        return project(hidden, layer["wo"], c.d_model)
+        return project(hidden, weights["wo"], c.d_model)
 
-    def logits(self, x: Array, kernel: Array) -> Array:
-        """[B, R, D] -> [B, R, V]."""
+    def logits(self, x: Float[Array, "B R D"], kernel: Array) -> Float[Array, "B R V"]:
         return project(x, kernel, self.config.vocab_size)
 
 
-def in_blocks(kernel: Array) -> Array:
-    """[D, F] -> [C, D, F / C], F filled up with zeros."""
+def in_blocks(kernel: Float[Array, "D F"]) -> Float[Array, "C D block"]:
+    """Cut a kernel into C = ceil(F / BLOCK) blocks of columns; zeros fill the last block."""
     D, F = kernel.shape
     kernel = jnp.pad(kernel, ((0, 0), (0, -F % BLOCK)))
     return kernel.reshape(D, -1, BLOCK).swapaxes(0, 1)
 
 
-def project(x: Array, kernel: Array, width: int) -> Array:
-    """x [..., D] times a kernel in blocks [C, D, F / C], the first columns: [..., width]."""
+def project(
+    x: Float[Array, "*rows D"], kernel: Float[Array, "C D block"], width: int
+) -> Float[Array, "*rows {width}"]:
+    """Multiply x by a kernel that `in_blocks` cut, and drop the columns of zeros behind `width`."""
     C, D, block = kernel.shape
     rows = jnp.broadcast_to(x.reshape(1, -1, D), (C, x.size // D, D))
     out = jnp.einsum("CMD,CDF->CMF", rows, kernel)

@@ -1,27 +1,67 @@
-"""Text from a network: decoding in segments, over arrays no larger than what is left to do."""
+"""Whole texts from a network: `generate` for one call, `Generator` for many.
+
+Decoding runs in segments of positions. Between two segments the cache grows and examples that have
+ended leave the batch, so that no step reads more than the unfinished examples need. A single step
+is in `step.py`, the choice of tokens in `decoding.py`.
+"""
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from gqa.inference import decoding
-from gqa.inference.decoding import Search
-from gqa.inference.step import Inference, Memory
+from gqa.inference.decoding import GREEDY, Search
+from gqa.inference.step import Inference, Memory, Tokens
+from gqa.model.config import Config
 from gqa.model.transformer import init_params
 from gqa.runtime import sharding
 
-SHORTEST = 64  # the smallest bucket of lengths
-EVERY = 32  # positions after which the rows that ended are looked for
-HALVINGS = 3  # of a batch whose rows end
+SHORTEST = 64  # the smallest capacity of a cache, in positions
+EVERY = 32  # positions of a segment, after which finished examples leave the batch
+HALVINGS = 3  # how often a batch may shrink to half its size
+
+
+def generate(
+    params: dict,
+    config: Config,
+    inputs: Int[Tokens, "B S"],
+    *,
+    max_length: int,
+    search: Search = GREEDY,
+    stop: bool = True,
+) -> Int[np.ndarray, "B {max_length}"]:
+    """Generate a text for each of the inputs.
+
+    The programs are compiled once for each config, search, length and shape of inputs. To generate
+    from one checkpoint many times, use a `Generator`, which also keeps the rearranged parameters.
+
+    Args:
+        params: of `gqa.load`, or of `gqa.model.transformer.init_params`.
+        inputs: token ids; 0 is padding.
+        max_length: number of tokens of the longest text.
+        search: `GREEDY`, `Sample` or `Beam` of `gqa.inference.decoding`.
+        stop: whether a text ends at the token 1. If not, every text has `max_length` tokens.
+
+    Returns:
+        Token ids, 0 behind the end of a text.
+    """
+    generator = _compiled(config, search, max_length, stop)
+    return generator(generator.prepare(params), inputs)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(config: Config, search: Search, max_length: int, stop: bool) -> "Generator":
+    return Generator(Inference(config), search, max_length, stop)
 
 
 def bucket(length: int, longest: int) -> int:
-    """The first of 64, 128, 256 ... `longest` that is `length` or more."""
+    """Return the first of 64, 128, 256 ... `longest` that is `length` or more."""
     size = SHORTEST
     while size < length:
         size *= 2
@@ -29,7 +69,10 @@ def bucket(length: int, longest: int) -> int:
 
 
 class _Placed(NamedTuple):
-    """Where the arrays of a generator lie, and in how many parts a batch; None: JAX decides."""
+    """How a mesh splits the arrays of a generator; None: JAX decides.
+
+    `parts` is the number of parts that a batch is split into.
+    """
 
     parts: int = 1
     whole: NamedSharding | None = None
@@ -57,19 +100,22 @@ def _placed(net: Inference, mesh: Mesh) -> _Placed:
 
 
 class Generator:
-    """`search` over `net`: texts of up to `length` tokens, filled to `length` if not `stop`.
+    """Generates texts of up to `length` tokens by a `search` over `net`.
 
         generate = Generator(Inference(config), GREEDY, length=512)
         weights = generate.prepare(params)                              once a checkpoint
         tokens = generate(weights, inputs)                              prefill, then decode
 
-    Self-attention reads a cache of the current length's bucket. When the examples that go on fit
-    half of the batch, the others are left out of it, down to an eighth. So decoding is compiled
-    for at most 4 batch sizes times 1 + log2(length / 64) lengths, for each shape of inputs.
+    If `stop` is False, texts do not end at the token 1 and all have `length` tokens.
 
-    With a `mesh`, which is also `jax.set_mesh`'s, everything lies as `net.layout` says, and a batch
-    is never made smaller than the parts it is split into. On a mesh of several processes each gives
-    the same inputs and gets all tokens.
+    Self-attention reads a cache whose capacity is the current length's `bucket`. When the
+    unfinished examples fit into half of the batch, the batch is halved, at most three times. So
+    decoding is compiled for at most 4 batch sizes times 1 + log2(length / 64) capacities, for each
+    shape of inputs.
+
+    With a `mesh`, the arrays are split as `net.layout` says, and a batch is never made smaller than
+    the number of parts it is split into. Call the generator under `jax.set_mesh(mesh)`. On a mesh
+    of several processes, each process gives the same inputs and gets all tokens.
     """
 
     def __init__(
@@ -100,7 +146,7 @@ class Generator:
     def __call__(
         self, weights: dict, inputs: Array, numbers: np.ndarray | None = None
     ) -> np.ndarray:
-        """Tokens [B, length] for inputs [B, S]; see `decode`."""
+        """Generate tokens [B, length] for inputs [B, S]; see `decode`."""
         if self._rows is not None:
             inputs = sharding.put(inputs, self._rows)
         return self.decode(weights, self.prefill(weights, inputs), numbers)
@@ -108,38 +154,48 @@ class Generator:
     def decode(
         self, weights: dict, memory: Memory, numbers: np.ndarray | None = None
     ) -> np.ndarray:
-        """Tokens [B, length] for what `prefill` gave, 0 behind the end of a text.
+        """Generate tokens [B, length] from the result of `prefill`, 0 behind the end of a text.
 
-        `numbers` [B] are the examples' numbers in draws, by default 0 .. B - 1; rows of a negative
-        number stand for no example and stay 0.
+        `numbers` [B] decide, with the seed, what `Sample` draws for each example; by default they
+        are 0 .. B - 1. A row with a negative number stands for no example, and its tokens stay 0.
         """
         B = len(memory.mask)
         numbers = np.arange(B) if numbers is None else np.asarray(numbers)
         outputs = np.zeros((B, self.length), np.int32)
-        places, ended = np.arange(B), numbers < 0  # of the rows that are left
+
+        # For each row that is still in the batch: its place in `outputs`, and whether it has ended.
+        places, ended = np.arange(B), numbers < 0
         rows = self._start(numbers.astype(np.int32))
         cache = self._init_cache(B, self.search.num_beams, bucket(1, self.length))
         sizes = self._batch_sizes(B)
         begin = 0
+
         while begin < self.length and not ended.all():
+            # Shrink the batch if the unfinished examples fit a smaller one.
             size = min(size for size in sizes if size >= (~ended).sum())
             if size < len(places):
                 outputs[places] = self._outputs(rows)
-                keep = np.argsort(ended, kind="stable")[:size]  # those that go on come first
+                keep = np.argsort(ended, kind="stable")[:size]  # unfinished examples come first
                 rows, cache, memory = self._keep(rows, cache, memory, keep)
                 places, ended = places[keep], ended[keep]
-            room = bucket(begin + 1, self.length)
-            if self.net.room(cache) < room:
-                cache = self._grow(cache, room)
-            end = min(begin + EVERY, room) if self.stop else room
+
+            capacity = bucket(begin + 1, self.length)
+            if self.net.capacity(cache) < capacity:
+                cache = self._grow(cache, capacity)
+
+            # Without `stop` no example ends, so there is nothing to look for before the cache is
+            # full.
+            end = min(begin + EVERY, capacity) if self.stop else capacity
             rows, cache = self._advance(weights, rows, cache, memory, begin, end)
             begin = end
             if self.stop:
                 ended = np.asarray(self._ended(rows))
+
         outputs[places] = self._outputs(rows)
         return outputs
 
     def _batch_sizes(self, B: int) -> list[int]:
+        """Return the sizes that a batch of B examples may shrink to, B first."""
         sizes = [B]
         while len(sizes) <= HALVINGS and sizes[-1] % (2 * self._parts) == 0:
             sizes.append(sizes[-1] // 2)
@@ -153,7 +209,7 @@ class Generator:
         return decoding.advance(step, self.search, rows, cache, begin, end, eos)
 
     def _keep_rows(self, rows, cache, memory, keep: Array):
-        """All arrays, each with equal parts for each example, with the examples `keep` alone."""
+        """Select the examples `keep`; axis 0 of every array has an equal slice for each example."""
 
         def part(x: Array) -> Array:
             return x.reshape(len(rows.ended), -1, *x.shape[1:])[keep].reshape(-1, *x.shape[1:])

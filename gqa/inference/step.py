@@ -1,4 +1,4 @@
-"""The network as it generates: one token a step, over keys and values that are kept.
+"""The network as it generates: one token a step, over cached keys and values.
 
     net = Inference(config)
     weights = net.prepare(params)                                       once a checkpoint
@@ -6,12 +6,17 @@
     cache = net.init_cache(batch_size, num_beams, length)
     logits, cache = net.step(weights, tokens, index, cache, memory)     once a token
 
-A step multiplies a few rows by every weight of the decoder and reads every key and value. To move
-each of those bytes once, and nothing else of size, is all there is to its speed; hence two layouts
-of both: `joined` for one CPU, `apart` for all else.
+A step multiplies a few rows by every weight of the decoder and reads every cached key and value. It
+is as fast as memory if it reads each of these bytes once and moves no other large array. How
+weights and caches must lie for this differs by backend: `layout.py` is the interface,
+`cpu_layout.py` and `accelerator_layout.py` implement it.
 
-Beams R are more query rows of the same keys in cross-attention, which is never repeated for them,
-and more batch rows in self-attention. Layers run one by one: a scan would copy each one's cache.
+The R beams of an example are R query rows over the same keys in cross-attention, whose cache is
+never repeated for them, and R rows of the batch in self-attention. Layers run one by one, because a
+scan would copy each layer's cache.
+
+The order of a layer's parts is `gqa.model.transformer.decoder_layer`, which training calls as well.
+The search over tokens is in `decoding.py`, whole texts are in `generator.py`.
 """
 
 import dataclasses
@@ -20,43 +25,49 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jaxtyping import Array, Float, Int
 
-from gqa.inference.accelerator_layout import Apart
-from gqa.inference.cpu_layout import KV, Joined
+from gqa.inference.accelerator_layout import AcceleratorLayout
+from gqa.inference.cpu_layout import CpuLayout
+from gqa.inference.layout import DecoderLayout, KeysValues
 from gqa.model import fused_attention
 from gqa.model.attention import Segments, as_bias
 from gqa.model.config import Config
 from gqa.model.layers import RelativePositionBias, RMSNorm
-from gqa.model.transformer import Encoder, each_layer
+from gqa.model.transformer import Encoder, decoder_layer, each_layer
 from gqa.runtime.sharding import WHOLE, Layout, constrain
 
-__all__ = ["KV", "Inference", "Memory"]
+# Token ids may be NumPy arrays where they are not traced.
+Tokens = Array | np.ndarray
 
 NORMS = ("self_attention_norm", "cross_attention_norm", "mlp_norm")
 
-# Attention logits of a layer that are computed at once; more would go through memory many times.
+# Attention logits of an encoder layer that a CPU computes at once. More of them no longer fit the
+# CPU's caches, and would go through main memory many times.
 CPU_LOGITS = 2**24
 
 
 class Memory(NamedTuple):
-    """What decoding reads of the inputs: keys and values a layer, and the bias that hides padding.
+    """What decoding reads of the inputs.
 
-    The bias is [B, 1, 1, S].
+    kv: the keys and values of cross-attention, a pair for each decoder layer.
+    mask: the bias [B, 1, 1, S] that hides padding.
     """
 
-    kv: list[KV]
+    kv: list[KeysValues]
     mask: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    """How a network of `config` generates on a backend; the methods are pure functions.
+    """How a network of `config` generates on a backend. All methods are pure functions.
 
-    `cache_dtype` defaults to float32 on CPUs, where bfloat16 products cost more than its bytes
-    save, and to bfloat16 on accelerators; `backend` to JAX's own, or "cudnn" for a GPU that has it.
-    On several devices, give the `layout` of `gqa.sharding.choose`, and run under the mesh of
-    `jax.set_mesh`.
+    cache_dtype: by default float32 on CPUs, where products of bfloat16 cost more time than reading
+        half the bytes saves, and bfloat16 on accelerators.
+    backend: by default JAX's own, or "cudnn" on a GPU whose cuDNN has fused attention.
+    layout: how a mesh splits the arrays. On several devices, give what
+        `gqa.runtime.sharding.choose` returns, and call the methods under `jax.set_mesh(mesh)`.
     """
 
     config: Config
@@ -71,16 +82,16 @@ class Inference:
         object.__setattr__(self, "cache_dtype", self.cache_dtype or default)
 
     @functools.cached_property
-    def forms(self) -> list[Joined] | list[Apart]:
-        """How weights and caches are laid out, layer by layer."""
+    def decoder_layouts(self) -> list[DecoderLayout]:
+        """How the weights and caches of each decoder layer lie in memory."""
         configs = [self.config.at_layer(i) for i in range(self.config.num_decoder_layers)]
         if self.backend == "cpu" and self.layout.model == 1:
-            return [Joined(config) for config in configs]
-        return [Apart(config, self.layout, self.fused) for config in configs]
+            return [CpuLayout(config) for config in configs]
+        return [AcceleratorLayout(config, self.layout, self.fused) for config in configs]
 
     @property
     def fused(self) -> bool:
-        """Whether cross-attention is cuDNN's, whose keys and values are [B, S, K, H]."""
+        """Whether cuDNN computes cross-attention, whose keys and values are then [B, S, K, H]."""
         if self.backend != "cudnn":
             return False
         heads = self.config.num_heads, self.config.head_dim
@@ -91,42 +102,60 @@ class Inference:
         return chosen.kernel is not None
 
     @property
-    def form(self) -> Joined | Apart:
-        """That of the first layer, for what does not depend on KV heads."""
-        return self.forms[0]
+    def _first_layout(self) -> DecoderLayout:
+        """The first layer's layout, for what does not depend on a layer's KV heads."""
+        return self.decoder_layouts[0]
 
     def prepare(self, params: dict) -> dict:
-        """The parameters with the decoder's layers apart, in the activations' dtype and layout."""
+        """Return the parameters as `step` reads them.
+
+        The decoder's layers are no longer stacked, and each is in the activations' dtype and in
+        its layout.
+        """
         decoder, dtype = params["decoder"], self.config.dtype
         layers = [jax.tree.map(lambda x: x.astype(dtype), layer) for layer in each_layer(decoder)]
         layers = [
-            form.prepare_layer(layer) | {name: layer[name] for name in NORMS}
-            for form, layer in zip(self.forms, layers, strict=True)
+            layout.prepare_layer(layer) | {name: layer[name] for name in NORMS}
+            for layout, layer in zip(self.decoder_layouts, layers, strict=True)
         ]
         weights = params | {"decoder": decoder | {"layers": layers}}
         if not self.config.tied_logits:
-            weights["logits"] = self.form.prepare_logits(params["logits"])
+            weights["logits"] = self._first_layout.prepare_logits(params["logits"])
         return weights
 
-    def prefill(self, weights: dict, inputs: Array, num_beams: int = 1) -> Memory:
-        """Encode inputs [B, S], 0 being padding, and take each layer's keys and values of it."""
-        encoded = self._encode(weights, inputs)
-        rows = [
+    def prefill(self, weights: dict, inputs: Int[Tokens, "B S"], num_beams: int = 1) -> Memory:
+        """Encode inputs (0 is padding) and project them to the keys and values of each layer."""
+        with jax.named_scope("encoder"):
+            encoded = self._encode(weights, inputs)
+
+        # Fill the inputs up to whole blocks, with more padding.
+        num_query_rows = [
             num_beams * self.config.num_heads // K for K in self.config.kv_heads("cross_attention")
         ]
-        fill = self._fill(inputs.shape[1], rows)  # as more padding
+        fill = self._padding(inputs.shape[1], num_query_rows)
         encoded = jnp.pad(encoded, ((0, 0), (0, fill), (0, 0)))
         mask = as_bias(jnp.pad(inputs, ((0, 0), (0, fill))) > 0)[:, None, None, :]
-        layers = zip(self.forms, weights["decoder"]["layers"], rows, strict=True)
-        kv = [form.memory(layer, encoded, M) for form, layer, M in layers]
+
+        layers = zip(
+            self.decoder_layouts, weights["decoder"]["layers"], num_query_rows, strict=True
+        )
+        with jax.named_scope("cross_attention_cache"):
+            kv = [layout.cross_attention_cache(layer, encoded, M) for layout, layer, M in layers]
         return Memory(jax.tree.map(lambda x: x.astype(self.cache_dtype), kv), mask)
 
-    def _fill(self, length: int, rows: list[int]) -> int:
-        """Positions to fill keys up with, for so many query rows a KV head of each layer."""
-        return max(form.fill(length, M) for form, M in zip(self.forms, rows, strict=True))
+    def _padding(self, length: int, num_query_rows: list[int]) -> int:
+        """Return the positions of padding that every layer's layout can read `length` keys with.
+
+        `num_query_rows` has, for each layer, the query rows that read a KV head at once.
+        """
+        pairs = zip(self.decoder_layouts, num_query_rows, strict=True)
+        return max(layout.padding(length, M) for layout, M in pairs)
 
     def _encode(self, weights: dict, inputs: Array) -> Array:
-        """Encoder output [B, S, D], on a CPU of as many examples at a time as its cache is for."""
+        """Return the encoder's output [B, S, D].
+
+        A CPU encodes as many examples at a time as keep the logits within `CPU_LOGITS`.
+        """
         c, (B, S) = self.config, inputs.shape
 
         def encode(inputs: Array) -> Array:
@@ -134,7 +163,8 @@ class Inference:
             real = (inputs > 0).astype(jnp.int32)
             segments = Segments(real, real, packed=False)
             x = Encoder(c).apply({"params": weights["encoder"]}, x, segments, False)
-            # Else a cache that is split by its rows would have XLA split every layer's x so.
+            # Without this constraint, a cache that is split by its rows would make XLA split the
+            # encoder's x in every layer the same way.
             return constrain(x, "batch", None, None)
 
         fit = CPU_LOGITS // (c.num_heads * S * S) if self.backend == "cpu" else B
@@ -143,68 +173,110 @@ class Inference:
             return encode(inputs)
         return jax.lax.map(encode, inputs.reshape(-1, rows, S)).reshape(B, S, c.d_model)
 
-    def init_cache(self, batch_size: int, num_beams: int, length: int) -> list[KV]:
-        """Zero self-attention keys and values of B * R rows, a pair a layer.
+    def init_cache(self, batch_size: int, num_beams: int, length: int) -> list[KeysValues]:
+        """Return zero keys and values of self-attention for B * R texts, a pair for each layer.
 
-        There is room for `length` positions, and up to a block's more.
+        The capacity is `length` positions or, in a layout of blocks, up to one block more.
         """
         rows, c = batch_size * num_beams, self.config
-        length += self._fill(length, [c.num_heads // K for K in c.kv_heads("self_attention")])
-        return [form.cache(rows, length, self.cache_dtype) for form in self.forms]
+        length += self._padding(length, [c.num_heads // K for K in c.kv_heads("self_attention")])
+        return [
+            layout.empty_cache(rows, length, self.cache_dtype) for layout in self.decoder_layouts
+        ]
 
-    def room(self, cache: list[KV]) -> int:
-        """Positions that a cache holds."""
-        return self.form.room(cache[0])
+    def capacity(self, cache: list[KeysValues]) -> int:
+        """Return the number of positions that a self-attention cache can hold."""
+        return self._first_layout.capacity(cache[0])
 
-    def grow(self, cache: list[KV], length: int) -> list[KV]:
-        """The cache with room for `length` positions."""
-        empty = self.init_cache(self.form.rows(cache[0]), 1, length)
-        return jax.tree.map(self.form.grown, cache, empty)
+    def grow(self, cache: list[KeysValues], length: int) -> list[KeysValues]:
+        """Return the cache with a capacity of `length` positions."""
+        empty = self.init_cache(self._first_layout.num_rows(cache[0]), 1, length)
+        return jax.tree.map(self._first_layout.grow, cache, empty)
 
     def step(
-        self, weights: dict, tokens: Array, index: Array, cache: list[KV], memory: Memory
-    ) -> tuple[Array, list[KV]]:
-        """Logits [B, R, V] after tokens [B, R] at position `index`, and the cache with it.
+        self,
+        weights: dict,
+        tokens: Int[Tokens, "B R"],
+        index: Int[Array, ""] | int,
+        cache: list[KeysValues],
+        memory: Memory,
+    ) -> tuple[Float[Array, "B R V"], list[KeysValues]]:
+        """Run the decoder on one token of each text.
 
-        Row b * R + r of the cache belongs to tokens[b, r].
+        Args:
+            tokens: the tokens at position `index`; row b * R + r of the cache is tokens[b, r]'s.
+            cache: keys and values of the positions before `index`.
+
+        Returns:
+            The logits of the next tokens, and the cache with position `index` in it.
         """
         c, decoder = self.config, weights["decoder"]
-        length = self.room(cache)
-        bias = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, False).apply(
-            {"params": decoder["position_bias"]}, index, length, method="row"
-        )
-        bias += as_bias(jnp.arange(length) <= index)[None, None, None]
+        length = self.capacity(cache)
+
+        # The bias of self-attention: relative positions, and what lies behind `index` is hidden.
+        with jax.named_scope("position_bias"):
+            bias = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, False).apply(
+                {"params": decoder["position_bias"]}, index, length, method="row"
+            )
+            bias += as_bias(jnp.arange(length) <= index)[None, None, None]
+
         x = constrain(weights["embedding"][tokens].astype(c.dtype), "batch", None, None)
         new_cache = []
-        for form, layer, kv, memory_kv in zip(
-            self.forms, decoder["layers"], cache, memory.kv, strict=True
-        ):
-            y, kv = self._self_attend(form, layer, x, index, kv, bias)
-            new_cache.append(kv)
-            x += y
-            x += self._cross_attend(form, layer, x, memory_kv, memory.mask)
-            x += form.mlp(layer, self._norm(layer["mlp_norm"], x))
-        x = self._norm(decoder["norm"], x).astype(jnp.float32)
-        if c.tied_logits:
+        layers = zip(self.decoder_layouts, decoder["layers"], cache, memory.kv, strict=True)
+        with jax.named_scope("decoder"):
+            for layout, layer, self_kv, cross_kv in layers:
+                x, self_kv = self._decoder_layer(
+                    layout, layer, x, index, bias, self_kv, cross_kv, memory.mask
+                )
+                new_cache.append(self_kv)
+            x = self._norm(decoder["norm"], x).astype(jnp.float32)
+
+        with jax.named_scope("logits"):
+            if not c.tied_logits:
+                return self._first_layout.logits(x, weights["logits"]), new_cache
             x *= c.d_model**-0.5
-            # The embedding lies as [V, D]: its rows come first, so that they are read in order.
-            return jnp.einsum("VD,BRD->VBR", weights["embedding"], x).transpose(1, 2, 0), new_cache
-        return self.form.logits(x, weights["logits"]), new_cache
+            # The embedding lies as [V, D], so V comes first in the product too: then XLA reads the
+            # rows of the embedding in memory order.
+            logits = jnp.einsum("VD,BRD->VBR", weights["embedding"], x).transpose(1, 2, 0)
+            return logits, new_cache
 
-    def _self_attend(
-        self, form: Joined | Apart, layer: dict, x: Array, index: Array, cache: KV, bias: Array
-    ) -> tuple[Array, KV]:
-        q, k, v = form.own_heads(layer, self._norm(layer["self_attention_norm"], x))
-        cache = form.put(cache, k, v, index)
-        out = form.attend_own(q, cache, bias).astype(self.config.dtype)
-        return form.out(layer["self_out"], out), cache
+    def _decoder_layer(
+        self,
+        layout: DecoderLayout,
+        layer: dict,
+        x: Array,
+        index: Array | int,
+        bias: Array,
+        self_kv: KeysValues,
+        cross_kv: KeysValues,
+        mask: Array,
+    ) -> tuple[Array, KeysValues]:
+        """Run one layer on x [B, R, D]; returns the new x and the new self-attention cache."""
+        dtype = self.config.dtype
 
-    def _cross_attend(
-        self, form: Joined | Apart, layer: dict, x: Array, memory: KV, mask: Array
-    ) -> Array:
-        q = form.cross_heads(layer, self._norm(layer["cross_attention_norm"], x))
-        out = form.attend_cross(q, memory, mask).astype(self.config.dtype)
-        return form.out(layer["cross_out"], out)
+        def self_attention(h: Array) -> Array:
+            nonlocal self_kv
+            with jax.named_scope("self_attention"):
+                q, k, v = layout.self_attention_heads(layer, h)
+                with jax.named_scope("update_cache"):
+                    self_kv = layout.update_cache(self_kv, k, v, index)
+                out = layout.self_attention(q, self_kv, bias).astype(dtype)
+                return layout.project_out(layer["self_out"], out)
+
+        def cross_attention(h: Array) -> Array:
+            with jax.named_scope("cross_attention"):
+                q = layout.cross_attention_queries(layer, h)
+                out = layout.cross_attention(q, cross_kv, mask).astype(dtype)
+                return layout.project_out(layer["cross_out"], out)
+
+        def mlp(h: Array) -> Array:
+            with jax.named_scope("mlp"):
+                return layout.mlp(layer, h)
+
+        first, second, third = (functools.partial(self._norm, layer[name]) for name in NORMS)
+        x = decoder_layer(x, (first, second, third), self_attention, cross_attention, mlp)
+        return x, self_kv
 
     def _norm(self, params: dict, x: Array) -> Array:
-        return RMSNorm(jnp.dtype(self.config.dtype)).apply({"params": params}, x)
+        with jax.named_scope("norm"):
+            return RMSNorm(jnp.dtype(self.config.dtype)).apply({"params": params}, x)

@@ -1,17 +1,21 @@
 """T5 with any number of KV heads per attention. The letters are those of `gqa/model/attention.py`.
 
-Training runs scanned layers: every layer parameter has a leading axis L, so converting a checkpoint
-is one reshape. `gqa/inference` runs the same layers to generate.
+This file puts the parts of `layers.py` together: layers, stacks of layers, the network, and its
+parameters as a tree. Training runs scanned layers: every layer parameter has a leading axis L, so
+that converting a checkpoint is one reshape.
+
+`decoder_layer` is the order of a decoder layer's parts. Training and `gqa/inference/step.py`, which
+generates a token at a time, both call it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.nn.initializers import normal, variance_scaling
+from jaxtyping import Array, Float, Int
 
 from gqa.model import fused_attention
 from gqa.model.attention import Segments
@@ -52,6 +56,8 @@ def _position_bias(config: Config, bidirectional: bool, **kwargs) -> RelativePos
 
 
 class EncoderLayer(nn.Module):
+    """An encoder layer: self-attention and MLP, each normed and added to x."""
+
     config: Config
     train: bool
 
@@ -63,7 +69,10 @@ class EncoderLayer(nn.Module):
         self.dropout = _dropout(c)
 
     def __call__(self, x: Array, position_bias: Array, segments: Segments) -> tuple[Array, None]:
-        """x [B, S, D], position_bias [1, N, S, S]."""
+        """Return x [B, S, D] after this layer, and None, which `nn.scan` asks for.
+
+        position_bias is [1, N, S, S].
+        """
         h = self.attention_norm(x)
         h = self.attention(h, h, position_bias, segments, self.train)
         x += self.dropout(h, deterministic=not self.train)
@@ -72,7 +81,30 @@ class EncoderLayer(nn.Module):
         return constrain(x, "batch", None, None), None
 
 
+def decoder_layer(
+    x: Array,
+    norms: tuple[Callable[[Array], Array], Callable[[Array], Array], Callable[[Array], Array]],
+    self_attention: Callable[[Array], Array],
+    cross_attention: Callable[[Array], Array],
+    mlp: Callable[[Array], Array],
+) -> Array:
+    """Run a decoder layer: self-attention, cross-attention and MLP, each normed and added to x.
+
+    Args:
+        x: [B, T, D] in training; [B, R, D], one position of R beams, in a decoding step.
+        norms: the norms before self-attention, before cross-attention and before the MLP.
+        self_attention, cross_attention, mlp: take the normed x and return what is added to x.
+    """
+    self_attention_norm, cross_attention_norm, mlp_norm = norms
+    x += self_attention(self_attention_norm(x))
+    x += cross_attention(cross_attention_norm(x))
+    x += mlp(mlp_norm(x))
+    return x
+
+
 class DecoderLayer(nn.Module):
+    """A decoder layer as it is trained: `decoder_layer` over whole targets, with dropout."""
+
     config: Config
     train: bool
 
@@ -85,23 +117,45 @@ class DecoderLayer(nn.Module):
         self.mlp = _mlp(c)
         self.dropout = _dropout(c)
 
-    def __call__(self, x, encoded, position_bias, segments, cross_segments) -> tuple[Array, None]:
-        """x [B, T, D], encoded [B, S, D], position_bias [1, N, T, T]; segments may be None."""
-        h = self.self_attention_norm(x)
-        h = self.self_attention(h, h, position_bias, segments, self.train)
-        x += self.dropout(h, deterministic=not self.train)
-        h = self.cross_attention_norm(x)
-        h = self.cross_attention(h, encoded, None, cross_segments, self.train)
-        x += self.dropout(h, deterministic=not self.train)
-        h = self.mlp(self.mlp_norm(x), self.train)
-        x += self.dropout(h, deterministic=not self.train)
+    def __call__(
+        self,
+        x: Array,
+        encoded: Array,
+        position_bias: Array,
+        segments: Segments | None,
+        cross_segments: Segments,
+    ) -> tuple[Array, None]:
+        """Return x [B, T, D] after this layer, and None, which `nn.scan` asks for.
+
+        Args:
+            x: [B, T, D].
+            encoded: the encoder's output [B, S, D].
+            position_bias: [1, N, T, T].
+            segments: which targets attend to each other.
+            cross_segments: which targets attend to which inputs.
+        """
+
+        def drop(h: Array) -> Array:
+            return self.dropout(h, deterministic=not self.train)
+
+        def self_attention(h: Array) -> Array:
+            return drop(self.self_attention(h, h, position_bias, segments, self.train))
+
+        def cross_attention(h: Array) -> Array:
+            return drop(self.cross_attention(h, encoded, None, cross_segments, self.train))
+
+        def mlp(h: Array) -> Array:
+            return drop(self.mlp(h, self.train))
+
+        norms = self.self_attention_norm, self.cross_attention_norm, self.mlp_norm
+        x = decoder_layer(x, norms, self_attention, cross_attention, mlp)
         return constrain(x, "batch", None, None), None
 
 
 def _layers(
     layer: type[nn.Module], config: Config, train: bool, length: int, name: str = "layers"
 ) -> nn.Module:
-    """`length` layers as one scan: x is carried, other arguments are shared by all layers."""
+    """Return `length` layers as one scan: x is carried, all layers share the other arguments."""
     if REMAT[config.remat] is not None:
         layer = nn.remat(layer, policy=REMAT[config.remat], prevent_cse=False)
     scanned = nn.scan(
@@ -110,14 +164,14 @@ def _layers(
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=length,
-        # A loop on a CPU copies every parameter and activation that its body slices.
+        # On a CPU, a loop would copy every parameter and activation that its body slices.
         unroll=length if fused_attention.platform() == "cpu" else 1,
     )
     return scanned(config, train, name=name)
 
 
 class LayerGroups(nn.Module):
-    """Decoder layers whose KV heads differ: a scan for each run of equal ones."""
+    """Decoder layers that differ in their numbers of KV heads, as one scan for each layer group."""
 
     config: Config
     train: bool
@@ -126,12 +180,14 @@ class LayerGroups(nn.Module):
     def __call__(self, x: Array, *shared) -> tuple[Array, None]:
         c = self.config
         for first, length in c.layer_groups.items():
-            run = _layers(DecoderLayer, c.at_layer(first), self.train, length, str(first))
-            x, _ = run(x, *shared)
+            group = _layers(DecoderLayer, c.at_layer(first), self.train, length, str(first))
+            x, _ = group(x, *shared)
         return x, None
 
 
 class Encoder(nn.Module):
+    """Embedded inputs [B, S, D] -> the encoder's output [B, S, D]."""
+
     config: Config
 
     @nn.compact
@@ -144,10 +200,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedded targets [B, T, D] and the encoder's output [B, S, D] -> [B, T, D]."""
+
     config: Config
 
     @nn.compact
-    def __call__(self, x, encoded, segments, cross_segments, train: bool) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        encoded: Array,
+        segments: Segments | None,
+        cross_segments: Segments,
+        train: bool,
+    ) -> Array:
         c, T = self.config, x.shape[1]
         position_bias = _position_bias(c, bidirectional=False, name="position_bias")(T, T)
         x = _dropout(c)(x, deterministic=not train)
@@ -160,10 +225,11 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole network. A batch is a dict of int32 arrays, 0 being padding:
+    """The whole network.
 
-    inputs [B, S], targets [B, T] and, if packed, inputs_segments, targets_segments (from 1) and
-    targets_positions of the same shapes.
+    A batch is a dict of int32 arrays in which 0 is padding: inputs [B, S] and targets [B, T]. If a
+    row holds several examples (packing), there are also inputs_segments and targets_segments, which
+    number the examples of a row from 1, and targets_positions, all of the same shapes.
     """
 
     config: Config
@@ -177,7 +243,7 @@ class Transformer(nn.Module):
             self.logits = self.param("logits", init, (c.d_model, c.vocab_size))
 
     def __call__(self, batch: dict[str, Array], train: bool = False) -> Array:
-        """Teacher-forced logits [B, T, V] of batch["targets"], in float32."""
+        """Return the teacher-forced logits [B, T, V] of batch["targets"], in float32."""
         inputs, targets = batch["inputs"], batch["targets"]
         packed = "targets_segments" in batch
         if packed:
@@ -185,19 +251,23 @@ class Transformer(nn.Module):
             segments = Segments(target, target, packed)
         else:
             source, target = (inputs > 0).astype(jnp.int32), jnp.ones_like(targets)
-            segments = None  # a position sees all before it; what is behind the end is not scored
+            # Causality is enough: a target sees only targets before it, and the padding behind
+            # the end of a text is not scored.
+            segments = None
         x = self.encoder(self.embed(inputs), Segments(source, source, packed), train)
         cross = Segments(target, source, packed)
         previous = shift_right(targets, batch.get("targets_positions"))
         return self.to_logits(self.decoder(self.embed(previous), x, segments, cross, train))
 
-    def embed(self, tokens: Array) -> Array:
-        # The few rows are cut by the batch; a table that "data" splits is gathered for them.
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Look up the embeddings of tokens."""
+        # Split the looked-up rows by the batch. With fsdp the mesh axis "data" splits the table
+        # along D, and the table is gathered first.
         table = constrain(self.embedding, "vocab", None)
         return constrain(table[tokens].astype(self.config.dtype), "batch", None, None)
 
     def to_logits(self, x: Array) -> Array:
-        """Logits [..., V] of decoder output [..., D]; this product is in float32."""
+        """Return float32 logits [..., V] of the decoder's output [..., D]."""
         x = x.astype(jnp.float32)
         if self.config.tied_logits:
             logits = x * self.config.d_model**-0.5 @ self.embedding.T
@@ -206,40 +276,51 @@ class Transformer(nn.Module):
         return constrain(logits, "batch", None, "vocab")
 
 
-def shift_right(targets: Array, positions: Array | None = None) -> Array:
-    """Decoder inputs [B, T]: each example starts with 0 (T5's start token is its padding)."""
+def shift_right(
+    targets: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
+) -> Int[Array, "B T"]:
+    """Return the decoder's inputs: the targets one position later, behind a start token.
+
+    The start token is 0, which T5 also uses for padding. In a packed row every example starts with
+    it, wherever `positions` is 0.
+    """
     shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
     return shifted if positions is None else jnp.where(positions == 0, 0, shifted)
 
 
 def cut(tree: dict, config: Config) -> dict:
-    """A tree like parameters whose decoder layers are one stack, with one for each of its runs."""
+    """Cut the decoder's one stack of layers into a stack for each layer group of `config`.
+
+    The tree is one of parameters, or one like it (an optimizer's state). For a config with a single
+    layer group the tree is returned as it is.
+    """
     if len(config.layer_groups) == 1:
         return tree
 
     def part(first: int, length: int) -> dict:
         return jax.tree.map(lambda x: x[first : first + length], tree["decoder"]["layers"])
 
-    runs = {str(first): part(first, length) for first, length in config.layer_groups.items()}
-    return tree | {"decoder": tree["decoder"] | {"layers": runs}}
+    groups = {str(first): part(first, length) for first, length in config.layer_groups.items()}
+    return tree | {"decoder": tree["decoder"] | {"layers": groups}}
 
 
 def each_layer(stack: dict) -> Iterator[dict]:
-    """Each layer's parameters of a stack: `params["encoder"]` or `params["decoder"]`."""
+    """Yield each layer's parameters of a stack, `params["encoder"]` or `params["decoder"]`."""
     layers = stack["layers"]
-    for run in [layers] if "mlp" in layers else [layers[i] for i in sorted(layers, key=int)]:
-        for i in range(len(run["mlp"]["wo"])):
-            yield jax.tree.map(lambda x, i=i: x[i], run)
+    groups = [layers] if "mlp" in layers else [layers[i] for i in sorted(layers, key=int)]
+    for group in groups:
+        for i in range(len(group["mlp"]["wo"])):
+            yield jax.tree.map(lambda x, i=i: x[i], group)
 
 
 @partial(jax.jit, static_argnums=0)
 def init_params(config: Config, seed: int) -> dict:
-    """Random parameters, drawn from T5's initialisers."""
+    """Draw random parameters from T5's initialisers."""
     batch = {name: jnp.zeros((1, 1), jnp.int32) for name in ("inputs", "targets")}
     return Transformer(config).init(jax.random.key(seed), batch)["params"]
 
 
 def count_params(config: Config) -> int:
-    """Number of parameters, from shapes alone."""
+    """Return the number of parameters, from shapes alone."""
     shapes = jax.eval_shape(lambda: init_params(config, 0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

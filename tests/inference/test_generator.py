@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gqa
 from gqa.inference import cpu_layout, decoding
 from gqa.inference import generator as generation
 from gqa.inference.decoding import GREEDY, Beam, Sample
@@ -77,7 +78,7 @@ def shapes(monkeypatch):
     shapes, advance = [], Generator._advance_rows
 
     def traced(self, weights, rows, cache, memory, begin, end):
-        shapes.append((len(memory.mask), self.net.room(cache)))
+        shapes.append((len(memory.mask), self.net.capacity(cache)))
         each = self.search.num_beams * self.net.config.num_kv_heads_self_attention
         assert len(cache[0][0]) == len(rows.ended) * each
         return advance(self, weights, rows, cache, memory, begin, end)
@@ -165,6 +166,26 @@ def test_greedy_is_the_arg_max_of_teacher_forcing(tiny, batch, random_params, nu
     forced = teacher_forced(params, config, inputs, tokens)
     np.testing.assert_array_equal(forced.argmax(-1), tokens)
     assert len(np.unique(tokens)) > 3
+
+
+@pytest.mark.parametrize("search", [GREEDY, Beam(3, 0.6), Sample(seed=2)])
+def test_generate_is_a_generator_called_once(golden, trained, search):
+    params, config = trained
+    inputs = golden["inputs"][:4]
+    tokens = gqa.generate(params, config, inputs, max_length=9, search=search)
+    generator = Generator(Inference(config), search, 9)
+    np.testing.assert_array_equal(tokens, generator(generator.prepare(params), inputs))
+    full = gqa.generate(params, config, inputs, max_length=9, search=search, stop=False)
+    assert full.shape == (4, 9)
+    assert (full[tokens == 0] > 0).any()
+
+
+def test_generate_is_greedy_by_default(tiny, batch, random_params):
+    params, inputs = random_params(tiny), batch["inputs"]
+    params = params | {"embedding": 4 * params["embedding"]}
+    tokens = gqa.generate(params, tiny, inputs, max_length=8, stop=False)
+    logits = teacher_forced(params, tiny, inputs, tokens)
+    np.testing.assert_array_equal(logits.argmax(-1), tokens)
 
 
 @functools.partial(jax.jit, static_argnums=1)

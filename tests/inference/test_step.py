@@ -42,7 +42,7 @@ def step_by_step(net, params, inputs, targets, room):
             cache = net.grow(cache, T)
         new, cache = step(weights, previous[:, :, index], index, cache, memory)
         logits.append(new)
-    assert net.room(cache) >= T
+    assert net.capacity(cache) >= T
     return np.stack(logits, axis=2)
 
 
