@@ -16,6 +16,7 @@ from experiments.aot.report import EQUAL, LARGEST
 from experiments.aot.roofline import Work
 from experiments.graph.validate import check_numbers
 from experiments.run.worker import RESULTS
+from experiments.stages.network import network_config
 from experiments.stages.stage import record
 from experiments.workdir import make_workdir
 from gqa import kv_cache
@@ -84,7 +85,7 @@ def _network(config: ConfigDict, K: int) -> Config:
     """Multi-head but for K KV heads in decoder self- and cross-attention."""
     heads = dict.fromkeys((f"num_kv_heads_{name}" for name in ATTENTIONS), config.model.num_heads)
     grouped = dict.fromkeys(("num_kv_heads_self_attention", "num_kv_heads_cross_attention"), K)
-    return Config(**config.model, **(heads | grouped))
+    return network_config(config.model, heads | grouped)
 
 
 def _generation(config: ConfigDict, target: Target, workdir: Path) -> list[dict]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from experiments.stages import initial_checkpoint, text
+from experiments.stages.network import network_config
 from experiments.stages.variant import NOT_CONVERTED, Variant, method_label
 from gqa import conversion
 from gqa.conversion import learned
@@ -99,7 +100,7 @@ def _key(identity: str) -> str:
 def parent_config(config: ConfigDict) -> Config:
     """The multi-head network that everything starts from."""
     heads = {f"num_kv_heads_{name}": config.model.num_heads for name in conversion.ATTENTIONS}
-    return Config(**config.model, **heads)
+    return network_config(config.model, heads)
 
 
 def target_heads(config: ConfigDict) -> dict[str, int]:

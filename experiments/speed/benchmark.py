@@ -20,6 +20,7 @@ from experiments.run.worker import RESULTS
 from experiments.speed import peers, report
 from experiments.speed.report import EQUAL, LARGEST, MACHINE, OURS
 from experiments.stages import timings
+from experiments.stages.network import network_config
 from experiments.stages.timings import Numbers
 from experiments.workdir import make_workdir
 from gqa import kv_cache
@@ -94,7 +95,7 @@ def _others() -> list[str]:
 
 def _multi_head(settings: ConfigDict) -> Config:
     heads = {f"num_kv_heads_{name}": settings.num_heads for name in ATTENTIONS}
-    return Config(**settings, **heads)
+    return network_config(settings, heads)
 
 
 def _nets(config: ConfigDict) -> dict[int, Inference]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from experiments.stages.network import network_config
 from experiments.stages.text import Text
 from experiments.workdir import write_whole
 from gqa.checkpoints import checkpoint
@@ -116,7 +117,7 @@ def open_parent(path: Path) -> Parent:
             raise UserError(f"checkpoint {path}: config.model.{key} is {value}; use 1 to {MOST}")
     recipe = {key: value for key, value in info["recipe"].items() if key in RECIPE}
     _check_types(path, "config.recipe", recipe, RECIPE)
-    return Parent(path, Config(**info["model"]), info)
+    return Parent(path, network_config(info["model"], {}), info)
 
 
 def _check_types(

@@ -102,7 +102,7 @@ def _sizes(config: dict, num_kv_heads: int, method: str, path: Path) -> Sizes:
     heads = _size(config, "num_attention_heads", path)
     kv_heads = _size(config, "num_key_value_heads", path, heads)
     check_kv_heads("num_key_value_heads", kv_heads, heads)
-    check_kv_heads("--num-kv-heads", num_kv_heads, kv_heads)
+    check_kv_heads("--num-kv-heads", num_kv_heads, kv_heads, "num_key_value_heads")
     width = _size(config, "hidden_size", path)
     head_dim = _size(config, "head_dim", path, width // heads)
     if method == "svd" and config.get("model_type") not in ROPE:

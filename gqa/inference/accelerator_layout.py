@@ -19,9 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from gqa.inference.layout import KeysValues
 from gqa.model.attention import Segments
-from gqa.model.config import Config
+from gqa.model.config import GATED_GELU, Config
 from gqa.model.fused_attention import fused_attention
-from gqa.model.layers import GATED_GELU
 from gqa.runtime.sharding import Layout, by_rows, constrain
 
 

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gqa.inference.layout import KeysValues
-from gqa.model.config import Config
+from gqa.model.config import GATED_GELU, Config
 from gqa.model.cpu_attention import blocked_attention
-from gqa.model.layers import GATED_GELU
 
 # Columns of a block. XLA:CPU packs or transposes a wide matrix before it multiplies a few rows by
 # it; blocks of this width it reads directly. A single row (multi-head attention without beams) is a

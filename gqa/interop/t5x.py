@@ -18,8 +18,7 @@ import tensorstore
 from gqa.checkpoints import pieces
 from gqa.checkpoints.pieces import Index, Source
 from gqa.interop.safetensors_files import naming
-from gqa.model.config import Config
-from gqa.model.layers import GATED_GELU, RELU
+from gqa.model.config import GATED_GELU, RELU, Config
 from gqa.runtime.errors import UserError
 
 # Our name: theirs, in a layer.

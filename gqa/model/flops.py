@@ -7,8 +7,7 @@ for what a causal mask hides. This is the convention of PaLM's MFU (Chowdhery et
 appendix B).
 """
 
-from gqa.model.config import Config
-from gqa.model.layers import GATED_GELU
+from gqa.model.config import GATED_GELU, Config
 
 
 def train_flops(config: Config, batch_size: int, inputs_length: int, targets_length: int) -> float:

@@ -10,11 +10,10 @@ from jax.nn.initializers import ones, variance_scaling
 
 from gqa.model import fused_attention
 from gqa.model.attention import Segments, make_mask
+from gqa.model.config import GATED_GELU
 from gqa.model.cpu_attention import attention_with_custom_gradient
 from gqa.model.linear import linear
 from gqa.runtime.sharding import constrain, repeat_heads
-
-GATED_GELU, RELU = "gated_gelu", "relu"
 
 
 class Attention(nn.Module):

@@ -339,7 +339,7 @@ def test_moments_of_other_layers_are_refused(tiny, params):
         (
             3,
             "mean",
-            "num_kv_heads_self_attention=3 does not divide the 4 heads .* use one of 1, 2, 4",
+            "num_kv_heads_self_attention=3 does not divide num_heads=4; use one of 1, 2, 4",
         ),
         (0, "mean", "num_kv_heads_self_attention=0 does not divide"),
         (2, "median", "^method='median'; use one of mean, first, random"),

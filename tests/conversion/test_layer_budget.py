@@ -76,7 +76,7 @@ def test_a_config_says_where_layers_are_alike(deep, mixed):
     )
     for heads, message in {
         (4, 2): "has 2 numbers for 3 decoder layers",
-        (4, 3, 1): "num_kv_heads_self_attention=3 does not divide the 4 heads",
+        (4, 3, 1): "num_kv_heads_self_attention=3 does not divide num_heads=4",
     }.items():
         with pytest.raises(UserError, match=message):
             dataclasses.replace(mixed, num_kv_heads_self_attention=heads)

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from gqa.checkpoints import checkpoint, pieces
 from gqa.interop import t5x
-from gqa.model.layers import RELU
+from gqa.model.config import RELU
 from gqa.runtime.errors import UserError
 
 NAMES = {

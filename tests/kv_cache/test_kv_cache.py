@@ -11,8 +11,7 @@ from gqa import kv_cache
 from gqa.inference import generator
 from gqa.inference.step import Inference
 from gqa.model import transformer
-from gqa.model.config import Config
-from gqa.model.layers import RELU
+from gqa.model.config import RELU, Config
 
 
 def grouped(config, decoder, cross, **more):

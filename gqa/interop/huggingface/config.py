@@ -1,7 +1,6 @@
 """What config.json says of a T5, and our config."""
 
-from gqa.model.config import Config
-from gqa.model.layers import GATED_GELU, RELU
+from gqa.model.config import GATED_GELU, RELU, Config
 from gqa.runtime.errors import UserError
 
 ACTIVATIONS = {"relu": RELU, "gated-gelu": GATED_GELU}

@@ -6,8 +6,7 @@ are [inputs, outputs] with a head axis, and the layers of a stack share one arra
 
 import math
 
-from gqa.model.config import Config
-from gqa.model.layers import RELU
+from gqa.model.config import RELU, Config
 
 # Our name: theirs, which "decoder.block.3." or the like precedes and ".weight" ends.
 ENCODER_LAYER = {

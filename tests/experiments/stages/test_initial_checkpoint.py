@@ -14,7 +14,7 @@ from experiments.stages import initial_checkpoint
 from gqa.checkpoints import checkpoint
 from gqa.data import tokenizer
 from gqa.interop import huggingface
-from gqa.model.layers import RELU
+from gqa.model.config import RELU
 from gqa.runtime.errors import UserError
 from gqa.runtime.sharding import make_mesh
 from gqa.training import loop, optimizer

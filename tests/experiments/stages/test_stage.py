@@ -64,7 +64,7 @@ def changed(info, path, value):
         (
             "model.num_kv_heads_cross_attention",
             3,
-            "model.num_kv_heads_cross_attention=3 does not divide the 4 heads",
+            "model.num_kv_heads_cross_attention=3 does not divide num_heads=4",
         ),
         ("model.num_heads", 10**12, "config.model.num_heads is 1000000000000; use 1 to 10000000"),
         ("model.d_model", 0, "config.model.d_model is 0; use 1 to 10000000"),
