@@ -36,7 +36,8 @@ def run_command(arguments: Sequence[str]) -> None:
         UserError: for an unknown command or argument, and from the command itself.
     """
     parser = command_line.Parser(
-        prog="python -m gqa", description="Tools around grouped attention."
+        prog="python -m gqa",
+        description="The commands of the library; experiments are run by launch.py.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {}
