@@ -1,9 +1,11 @@
 """The recipe on one page: T5 1.1 trained, converted, uptrained and fine-tuned as in the GQA paper.
 
-Every key can be set on the command line, e.g. `--config.uptrain.alpha=0.1`. Lengths are in tokens,
-batch sizes in sequences. The numbers for pico, nano and mini, which fit two CPU cores and minutes
-or hours, stand at the end; those for small .. xxl are T5's and the paper's (Ainslie et al., 2023,
-section 3.1).
+Every setting of a run stands here, with its meaning, unit and allowed values. Each can be set on
+the command line, for example `--config.uptrain.alpha=0.1`. Lengths are in tokens, batch sizes in
+sequences. The values for the sizes small to xxl are those of T5 and of the paper (Ainslie et al.,
+2023, section 3.1). `_fit_cpu`, at the end of the page, changes them for pico, nano and mini, which
+train in minutes or hours on two CPU cores. The sizes are in configs/sizes.py; what a sweep varies
+is in configs/sweeps/grid.py.
 """
 
 from ml_collections import ConfigDict
@@ -11,244 +13,352 @@ from ml_collections import ConfigDict
 from configs.sizes import COLUMNS, SIZES
 from gqa.runtime.errors import UserError
 
+CPU_SIZES = ("pico", "nano", "mini")
+
 
 def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
-    """The config of `arg`: a size, or `size=...,kv_heads=...`; `kv_heads` None means multi-head."""
+    """Return the config of a size, locked: a key that does not exist is refused.
+
+    Args:
+        arg: a size (`mini`), or `size=...,kv_heads=...`; empty means nano.
+        kv_heads: KV heads of the decoder's self- and cross-attention after conversion. None means
+            as many as query heads, so that nothing is converted.
+    """
     size, kv_heads = _parse(arg or "", kv_heads)
-    row = dict(zip(COLUMNS, SIZES[size], strict=True))
-    layers, heads = row.pop("layers"), row["num_heads"]
+    columns = dict(zip(COLUMNS, SIZES[size], strict=True))
+    heads = columns["num_heads"]
     kv_heads = heads if kv_heads is None else kv_heads
-    cpu = size in ("pico", "nano", "mini")
 
     config = ConfigDict()
-    config.name = f"{_variant(kv_heads, heads)}-{size}"
+    config.name = f"{_variant(kv_heads, heads)}-{size}"  # the name of the run in the results
     config.size = size
     config.seed = 0
-    config.experiment = "pipeline"  # what launch.py runs
-    # The network of the multi-head parent; see gqa.model.Config.
-    config.model = ConfigDict(row)
-    config.model.update(
-        num_encoder_layers=layers,
-        num_decoder_layers=layers,
-        activation="gated_gelu",
-        tied_logits=False,
-        dtype="float32" if cpu else "bfloat16",
-        remat="none" if cpu else "full" if size == "xxl" else "minimal",
-    )
-    config.init, config.text = _init(), _text()
+    config.experiment = "pipeline"  # what launch.py runs: pipeline, speed or aot
+
+    config.model = _model(size, columns)
+    config.init = _init()
+    config.text = _text()
     config.pretrain = _pretrain()
     config.convert = _convert(heads, kv_heads)
-    config.uptrain = ConfigDict()
-    config.uptrain.alpha = 0.05  # of pretrain.steps, with pretrain's recipe and data; 0 is allowed
-    config.uptrain.beta = 0.0  # of KL(multi-head parent || network), added to the loss
+    config.uptrain = _uptrain()
     config.finetune = _finetune()
     config.files, config.documents = _files(), _documents()
     config.evaluate = _evaluate()
-    config.benchmark = ConfigDict()
-    config.benchmark.batch_size = 8
-    config.benchmark.inputs_length = 2048
-    config.benchmark.targets_length = 512
-    config.benchmark.repetitions = 10
-    config.checkpoint = ConfigDict()
-    config.checkpoint.keep_last = 2  # beside the one with the best validation loss
-    config.checkpoint.on_damage = "stop"  # or previous: set it aside, go on from the one before
-    config.train = _train()
-    config.wandb = ConfigDict()
-    config.wandb.mode = "off"  # Weights & Biases: off, offline, online
-    config.wandb.project = "gqa"
+    config.benchmark = _benchmark()
+    config.checkpoint, config.train, config.wandb = _checkpoint(), _train(), _wandb()
     config.mesh = _mesh(fsdp=size == "xxl")
     config.slurm, config.aot = _slurm(), _aot()
-    config.report = ConfigDict()
-    config.report.within = 1.0  # points of score below the multi-head parent that are acceptable
-    if cpu:
+    config.report = _report()
+
+    if size in CPU_SIZES:
         _fit_cpu(config)
     return config.lock()
 
 
+def _model(size: str, columns: dict[str, int]) -> ConfigDict:
+    """The network of the multi-head parent; `gqa.Config` explains the fields."""
+    cpu, layers = size in CPU_SIZES, columns.pop("layers")
+    model = ConfigDict(columns)
+    model.num_encoder_layers = layers
+    model.num_decoder_layers = layers
+    model.activation = "gated_gelu"
+    model.tied_logits = False  # True: the embedding also gives the logits
+    model.dtype = "float32" if cpu else "bfloat16"  # of activations
+    # Activations that the backward pass computes again instead of storing: none, minimal or full.
+    model.remat = "none" if cpu else "full" if size == "xxl" else "minimal"
+    return model
+
+
 def _init() -> ConfigDict:
+    """A trained multi-head T5 that takes the place of pretraining.
+
+    It counts as trained for `pretrain.steps` steps. Its sizes and vocabulary replace this config's.
+    """
     init = ConfigDict()
-    # A folder with a multi-head T5 that takes the place of pretraining: it counts as trained for
-    # pretrain.steps, sizes and vocabulary are its own.
-    init.huggingface = ""  # config.json, safetensors, spiece.model
-    init.t5x = ""  # a checkpoint folder; set text.vocabulary, too
+    init.huggingface = ""  # a folder with config.json, safetensors files and spiece.model
+    init.t5x = ""  # a T5X checkpoint folder; set text.vocabulary as well
     return init
 
 
 def _text() -> ConfigDict:
     text = ConfigDict()
-    # The default corpus is the documentation of the packages in gqa/data/corpus_packages.py.
-    text.packages = ""  # comma-separated distributions; empty: the default corpus
-    text.vocabulary = ""  # a SentencePiece file; empty: trained on the pretraining text
-    # Where tensorflow-datasets has the paper's in array_record format; empty: where it puts them.
+    # Python packages whose documentation is the default corpus: names separated by commas. Empty:
+    # those in gqa/data/corpus_packages.py.
+    text.packages = ""
+    # A SentencePiece model file. Empty: a vocabulary is trained on the pretraining text.
+    text.vocabulary = ""
+    # The folder in which tensorflow-datasets has the paper's data sets, in array_record format.
+    # Empty: the folder that tensorflow-datasets uses by default.
     text.data_dir = ""
     return text
 
 
 def _pretrain() -> ConfigDict:
     pretrain = ConfigDict()
-    pretrain.task = "docstrings"  # documents give span corruption, examples seq2seq
+    # A task of gqa/data/tasks. Documents are trained on with span corruption; pairs of texts as
+    # input and target.
+    pretrain.task = "docstrings"
     pretrain.steps = 1_000_000
     pretrain.batch_size = 2048
+    # To save memory, a batch is computed in this many parts, one after the other.
     pretrain.num_microbatches = 1
     pretrain.inputs_length = 512
-    pretrain.targets_length = 114  # of examples; in span corruption inputs_length decides it
-    pretrain.warmup = 10_000  # learning rate = scale / sqrt(max(step, warmup))
+    # Used for pairs of texts alone: in span corruption the length follows from inputs_length.
+    pretrain.targets_length = 114
+    # The learning rate is scale / sqrt(max(step, warmup)).
+    pretrain.warmup = 10_000
     pretrain.scale = 1.0
     pretrain.dropout_rate = 0.0
-    pretrain.z_loss = 1e-4
+    pretrain.z_loss = 1e-4  # weight of log(Z)^2 in the loss; Z is the denominator of the softmax
     pretrain.every = 5000  # steps between log lines, validations and checkpoints
     pretrain.validation_examples = 2048
     return pretrain
 
 
 def _convert(heads: int, kv_heads: int) -> ConfigDict:
+    """How the multi-head checkpoint becomes a grouped one; docs/conversion.md has the formulas."""
     convert = ConfigDict()
-    # mean, first, random, medoid, largest; svd and procrustes change queries and outputs, too;
-    # weighted and fuse are the mean to begin with, and learned while uptraining.
-    convert.method = "mean"
-    convert.space = "logit"  # what svd keeps best: weight, activation, logit
-    convert.grouping = "contiguous"  # strided, random, weight_cos, act_cos, act_aligned
-    convert.renorm = False  # scale a group's head to the mean norm of its members
-    # Of the pretraining text, for the methods and groupings that look at activations.
-    convert.calibration_tokens = 65_536
-    convert.shrinkage = 0.01  # of what they measure, towards white inputs
-    convert.sequential = False  # measure each layer in the network as converted so far
-    # KV heads by layer: a cache as large as with the numbers below everywhere (at the benchmark's
-    # lengths), more of it for the layers in which svd would have to discard more.
-    convert.per_layer_budget = False
-    convert.where = (
-        "both"  # the decoder's attentions that are converted: self_attention, cross_attention, both
-    )
-    convert.num_kv_heads_encoder = heads  # the paper leaves the encoder multi-head
+    # KV heads of each attention after conversion. Each number must divide model.num_heads. The
+    # paper leaves the encoder multi-head.
+    convert.num_kv_heads_encoder = heads
     convert.num_kv_heads_self_attention = kv_heads
     convert.num_kv_heads_cross_attention = kv_heads
-    convert.optimizer = "map"  # or reset: what becomes of Adafactor's moments
+    # The decoder's attentions that are converted: self_attention, cross_attention or both. An
+    # attention that is not converted stays multi-head.
+    convert.where = "both"
+
+    # How the heads of a group become one head. mean, first, random, medoid and largest change keys
+    # and values alone; svd and procrustes change queries and output projections as well. weighted
+    # and fuse begin as the mean, and uptraining learns the weights.
+    convert.method = "mean"
+    # What svd and procrustes preserve as well as possible: weight, activation or logit.
+    convert.space = "logit"
+    # Which heads form a group: contiguous, strided, random, weight_cos, act_cos or act_aligned.
+    convert.grouping = "contiguous"
+    # Scale a group's head to the mean norm of the heads it was made from.
+    convert.renorm = False
+
+    # Tokens of pretraining text on which activations are measured, for the methods and groupings
+    # that need activations.
+    convert.calibration_tokens = 65_536
+    # Shrink the measured covariances toward the identity by this fraction, from 0 to 1.
+    convert.shrinkage = 0.01
+    # Measure the inputs of each layer in the network whose earlier layers are already converted.
+    convert.sequential = False
+    # Choose the number of KV heads layer by layer. The cache stays as large as with the numbers
+    # above in every layer (at the benchmark's lengths), but layers from which svd would have to
+    # discard more get more KV heads.
+    convert.per_layer_budget = False
+
+    # What becomes of Adafactor's moments: map converts them like the parameters; reset drops them.
+    convert.optimizer = "map"
     return convert
+
+
+def _uptrain() -> ConfigDict:
+    """Training after conversion, with the recipe and the data of pretraining."""
+    uptrain = ConfigDict()
+    uptrain.alpha = 0.05  # uptraining steps as a fraction of pretrain.steps; 0: no uptraining
+    uptrain.beta = 0.0  # weight of KL(multi-head parent || network) in the loss
+    return uptrain
 
 
 def _finetune() -> ConfigDict:
     finetune = ConfigDict()
-    finetune.tasks = "parameter_qa,docstring_summary"  # empty: neither scores nor timings
+    # Tasks of gqa/data/tasks, separated by commas; a network is fine-tuned for each. Empty: nothing
+    # is fine-tuned, scored or timed.
+    finetune.tasks = "parameter_qa,docstring_summary"
     finetune.steps = 20_000
     finetune.batch_size = 128
-    finetune.num_microbatches = 1
-    finetune.inputs_length = 0  # 0: the task's own, the paper's for its tasks, else 512
-    finetune.targets_length = 0  # likewise, else 256
-    finetune.pack = False  # several examples a row, with segment ids
+    finetune.num_microbatches = 1  # as in pretrain
+    # 0: the length that the task names, which for the paper's tasks is the paper's; else 512.
+    finetune.inputs_length = 0
+    finetune.targets_length = 0  # 0: likewise; else 256
+    finetune.pack = False  # put several examples into one row, separated by segment ids
     finetune.learning_rate = 1e-3
     finetune.dropout_rate = 0.1
-    finetune.z_loss = 1e-4
-    finetune.every = 1000
+    finetune.z_loss = 1e-4  # as in pretrain
+    finetune.every = 1000  # as in pretrain
     finetune.validation_examples = 1024
     return finetune
 
 
-def _train() -> ConfigDict:
-    train = ConfigDict()
-    # At a loss that is not finite or a spike: stop, or rollback to the last checkpoint and skip the
-    # batches since.
-    train.on_divergence = "stop"
-    train.max_rollbacks = 3  # of one stage
-    train.spike = 3.0  # nats per token above the running mean of the loss; 0: never
-    return train
-
-
 def _files() -> ConfigDict:
+    """The task `files`: pairs of texts from your own files."""
     files = ConfigDict()
-    # The task `files`: your own pairs of texts. Files, globs or folders, comma-separated:
-    # .jsonl .json .tsv .csv, also .gz; .parquet, or what Hugging Face's datasets saved.
-    files.train = ""  # name@weight,name@weight is a mixture
+    # Files, globs or folders, separated by commas: .jsonl, .json, .tsv or .csv, each also as .gz;
+    # .parquet; or a folder that Hugging Face's datasets saved. name@weight,name@weight is a
+    # mixture: weight says how often a name is drawn.
+    files.train = ""
     files.validation = ""
     files.test = ""
-    files.source = "source"  # a column, or several: "{question} context: {context}"
-    files.target = "target"  # a column, of texts or lists of references; answers.text goes inside
-    files.prefix = ""  # put before every source
+    # The column with the input, or a template of columns: "{question} context: {context}".
+    files.source = "source"
+    # The column with the target, a text or a list of reference texts. answers.text is the field
+    # "text" inside the column "answers".
+    files.target = "target"
+    files.prefix = ""  # put before every input
     files.metrics = "rouge1,rouge2,rougeL"
     return files
 
 
 def _documents() -> ConfigDict:
+    """The task `documents`: pretraining text from your own files."""
     documents = ConfigDict()
-    # The task `documents`: your own pretraining text. The same, and plain text files (.txt, .gz).
-    documents.train = ""
+    documents.train = ""  # like files.train; also plain text files (.txt, .txt.gz)
     documents.validation = ""
-    documents.column = "text"  # of other files than plain text
+    documents.column = "text"  # the column with the text, in files that have columns
     return documents
 
 
 def _evaluate() -> ConfigDict:
     evaluate = ConfigDict()
-    evaluate.split = "test"
-    evaluate.examples = 0  # the first so many; 0: all
+    evaluate.split = "test"  # or validation
+    evaluate.examples = 0  # score this many examples, from the first on; 0: all
     evaluate.batch_size = 64
-    evaluate.search = "greedy"  # greedy, beam, sample
-    evaluate.num_beams = 4  # beam: with T5's length penalty ((5 + tokens) / 6) ** length_penalty
+    evaluate.search = "greedy"  # greedy, beam or sample
+
+    # With search=beam, hypotheses are compared by their log probability divided by T5's length
+    # penalty, ((5 + tokens) / 6) ** length_penalty.
+    evaluate.num_beams = 4
     evaluate.length_penalty = 0.6
-    evaluate.temperature = 1.0  # sample: 0 is greedy
-    evaluate.top_k = 0  # of so many most likely tokens; 0: all
-    evaluate.top_p = 1.0  # of the most likely tokens that have this probability together
-    evaluate.cache_dtype = ""  # of keys and values; empty: float32 on CPUs, bfloat16 elsewhere
+
+    # With search=sample.
+    evaluate.temperature = 1.0  # 0: always the likeliest token, as in greedy search
+    evaluate.top_k = 0  # sample from the k likeliest tokens; 0: from all
+    # Sample from the likeliest tokens whose probabilities add up to this share; 1: from all.
+    evaluate.top_p = 1.0
+
+    # Of the KV cache: float32 or bfloat16. Empty: float32 on CPUs, bfloat16 elsewhere.
+    evaluate.cache_dtype = ""
     return evaluate
 
 
+def _benchmark() -> ConfigDict:
+    """Time and memory of generating with a batch of this shape."""
+    benchmark = ConfigDict()
+    benchmark.batch_size = 8
+    benchmark.inputs_length = 2048
+    benchmark.targets_length = 512
+    benchmark.repetitions = 10
+    return benchmark
+
+
+def _checkpoint() -> ConfigDict:
+    checkpoint = ConfigDict()
+    # The number of newest checkpoints to keep. The one with the best validation loss is kept, too.
+    checkpoint.keep_last = 2
+    # When a checkpoint is damaged: stop; or previous, which sets it aside and goes on from the
+    # checkpoint before it.
+    checkpoint.on_damage = "stop"
+    return checkpoint
+
+
+def _train() -> ConfigDict:
+    """What every training stage does when its loss diverges."""
+    train = ConfigDict()
+    # When the loss is not finite or spikes: stop; or rollback, which restores the last checkpoint
+    # and skips the batches since.
+    train.on_divergence = "stop"
+    train.max_rollbacks = 3  # of one stage
+    # A loss this far above its running mean is a spike, in nats per token. 0: nothing is a spike.
+    train.spike = 3.0
+    return train
+
+
+def _wandb() -> ConfigDict:
+    """Logging to Weights & Biases."""
+    wandb = ConfigDict()
+    wandb.mode = "off"  # off, offline or online
+    wandb.project = "gqa"
+    return wandb
+
+
 def _mesh(fsdp: bool) -> ConfigDict:
+    """How a network is spread over devices; docs/scaling.md explains it."""
     mesh = ConfigDict()
-    # How networks are spread over devices. What is left of them splits the batch.
-    mesh.model = 1  # devices that split heads, d_ff and the vocabulary
-    mesh.fsdp = fsdp  # parameters and moments are split as the batch is, too
-    mesh.slices = 1  # of a TPU, joined by a slower network; they split the batch alone
-    # Fewer KV heads than mesh.model: replicate them, or split the cache by batch; or auto.
+    # Devices that together hold one network: heads, d_ff and the vocabulary are split over them.
+    # All remaining devices split the batch.
+    mesh.model = 1
+    # Split parameters and optimizer state over the devices that split the batch, too.
+    mesh.fsdp = fsdp
+    # TPU slices. The network between slices is slower, so they split nothing but the batch.
+    mesh.slices = 1
+    # For generation with fewer KV heads than mesh.model: replicate the KV heads over devices, or
+    # split the cache by batch. Values: replicate, batch, or auto to choose between the two.
     mesh.kv_heads = "auto"
     return mesh
 
 
 def _slurm() -> ConfigDict:
+    """What a job of --executor=slurm asks the cluster for; empty or 0: the cluster's default."""
     slurm = ConfigDict()
-    # What a job of --executor=slurm asks for; empty or 0: the cluster's default.
     slurm.partition = ""
     slurm.account = ""
-    slurm.nodes = 1  # of a stage that trains or generates: a process a node, its GPUs in one batch
+    # Nodes of a stage that trains or generates: one process a node, and the GPUs of all nodes share
+    # each batch.
+    slurm.nodes = 1
     slurm.gpus_per_node = 0
     slurm.cpus_per_task = 0
     slurm.mem_gb = 0
-    slurm.timeout_min = 0  # a training stage that takes longer is requeued and goes on
+    slurm.timeout_min = 0  # a training stage that takes longer is queued again and continues
     return slurm
 
 
 def _aot() -> ConfigDict:
+    """What --stage=aot compiles, for hardware that this machine does not have.
+
+    Generation uses the benchmark's lengths and is split over all chips along the axis "model".
+    """
     aot = ConfigDict()
-    # What --stage=aot compiles for: h100-1 to h100-8, or Cloud's name of a TPU slice, which counts
-    # cores of v4 and v5p: v4-8 is 4 chips. Generation is split over all chips along "model"; its
-    # lengths are the benchmark's.
+    # h100-1 to h100-8, or Google Cloud's name of a TPU slice. For v4 and v5p Cloud counts the two
+    # cores of each chip: v4-8 is 4 chips.
     aot.target = "v4-8"
-    aot.kv_heads = ()  # in decoder self- and cross-attention; (): convert's
-    aot.largest_batch_size = 32  # a chip
-    aot.prefill_batch_size = 32  # rows that are encoded at once
-    aot.efficiency = 0.7  # of each ceiling of gqa/aot/chips.py that a program is taken to reach
-    aot.training_targets = ()  # slices to compile pretraining for, until one holds it
-    aot.training_model = 1  # devices along "model" of those; parameters are split over the others
+    # Numbers of KV heads in decoder self- and cross-attention. (): the one number of convert.
+    aot.kv_heads = ()
+    aot.largest_batch_size = 32  # the most sequences a chip that are tried
+    aot.prefill_batch_size = 32  # sequences that are encoded at once
+    # The share of each ceiling in gqa/aot/chips.py that a program is assumed to reach.
+    aot.efficiency = 0.7
+    # Slices to compile pretraining for, in this order, until one has enough memory.
+    aot.training_targets = ()
+    # Devices along "model" in those slices. Parameters are split over the other devices.
+    aot.training_model = 1
     return aot
 
 
+def _report() -> ConfigDict:
+    report = ConfigDict()
+    # How many points of the average score below the multi-head parent are acceptable. The report
+    # names the fewest KV heads that lose no more.
+    report.within = 1.0
+    return report
+
+
 def _fit_cpu(config: ConfigDict) -> None:
-    """Budgets for two CPU cores: pico and nano a few minutes in all, mini a few hours."""
-    nano = config.size != "mini"
+    """Shorten every stage for two CPU cores: pico and nano to minutes in all, mini to hours."""
+    tiny = config.size != "mini"
     pretrain, finetune = config.pretrain, config.finetune
-    pretrain.steps = 1600 if nano else 20_000
+
+    pretrain.steps = 1600 if tiny else 20_000
     pretrain.inputs_length, pretrain.targets_length = 128, 29
-    # Fewer steps than T5's by a factor of 1000: a higher rate that also decays earlier.
+    # With far fewer steps than T5's, the learning rate is higher and decays earlier.
     pretrain.scale = 0.5
-    pretrain.warmup = 400 if nano else 2000
-    finetune.steps = 500 if nano else 2000
+    pretrain.warmup = 400 if tiny else 2000
+
+    finetune.steps = 500 if tiny else 2000
     finetune.inputs_length, finetune.targets_length = 128, 48
     finetune.pack = True
-    finetune.learning_rate = 1e-2 if nano else 3e-3
-    finetune.dropout_rate = 0.0 if nano else 0.1  # nano sees no row twice
+    finetune.learning_rate = 1e-2 if tiny else 3e-3
+    finetune.dropout_rate = 0.0 if tiny else 0.1  # pico and nano see no example twice
+
+    # Take many small steps; a small batch also fits a CPU's cache.
     for training in (pretrain, finetune):
-        training.batch_size = 8  # many small steps; also what fits a CPU's cache
+        training.batch_size = 8
         training.every = training.steps // 5
         training.validation_examples = 256
-    config.evaluate.examples = 256 if nano else 1024
+
+    config.evaluate.examples = 256 if tiny else 1024
     config.benchmark.inputs_length = 512
     config.benchmark.targets_length = 64
 
@@ -258,6 +368,7 @@ def _variant(kv_heads: int, num_heads: int) -> str:
 
 
 def _parse(arg: str, kv_heads: int | None) -> tuple[str, int | None]:
+    """Return the size and the number of KV heads that a config argument asks for."""
     size = "nano"
     for part in filter(None, arg.split(",")):
         key, value = part.split("=", 1) if "=" in part else ("size", part)
