@@ -112,7 +112,7 @@ def test_the_manifest_describes_packages_and_rows(packages, tmp_path):
 
 def test_a_second_build_only_reads(packages, tmp_path, monkeypatch):
     first = corpus.build(tmp_path / "corpus", packages)
-    monkeypatch.setattr(corpus, "_texts", lambda source: pytest.fail("parsed again"))
+    monkeypatch.setattr(corpus, "module_texts", lambda source: pytest.fail("parsed again"))
     again = corpus.build(tmp_path / "corpus", packages[::-1])
     assert again.manifest == first.manifest
 
@@ -289,3 +289,25 @@ def test_mistakes_are_named(packages, install, tmp_path):
     install("unlisted", {}, record=False)
     with pytest.raises(UserError, match="'unlisted' has no list of its files"):
         corpus.build(tmp_path / "corpus", [*packages, "unlisted"])
+
+
+def test_a_cache_of_another_format_is_made_again(packages, tmp_path, monkeypatch):
+    corpus.build(tmp_path, packages)
+    assert corpus.find(tmp_path, packages) is not None
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
+    assert corpus.find(tmp_path, packages) is None
+
+
+def test_summaries_have_3_to_30_words_and_sources_an_end(packages, install, tmp_path):
+    def module(count, name):
+        summary = " ".join(f"{name}{i}" for i in range(count))
+        body = "".join(f"    {name}{i} = {i} + {count}\n" for i in range(500))
+        return f'def f(x):\n    """{summary}"""\n{body}'
+
+    sizes = {"two": 2, "three": 3, "thirty": 30, "more": 31}
+    install("sized", {f"sized/{name}.py": module(n, name) for name, n in sizes.items()})
+    built = corpus.build(tmp_path / "corpus", [*packages, "sized"])
+    rows = [r for r in built.rows("code_summary", "train") if r["package"] == "sized"]
+    assert sorted(len(row["summary"].split()) for row in rows) == [3, 30]
+    assert {len(row["source"]) for row in rows} == {4000}
