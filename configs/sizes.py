@@ -1,6 +1,6 @@
 """Model sizes, one row each. small .. xxl are T5 1.1; pico, nano and mini are for a CPU.
 
-The small ones have 16 heads all the same, so that 8 KV heads mean something.
+The sizes for a CPU have 16 query heads although they are narrow, so that 8 KV heads are fewer.
 """
 
 COLUMNS = ("d_model", "d_ff", "num_heads", "head_dim", "layers", "vocab_size")

@@ -1,4 +1,7 @@
-"""What a sweep varies: grids over a base config, each every combination of its lists."""
+"""What a sweep varies over a base config: grids, each of which runs every combination of its lists.
+
+`experiments/graph/sweep.py` turns a sweep into one config per combination.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,9 +9,13 @@ from configs import base
 
 
 def sweep(name: str, arg: str, **grids: dict) -> ConfigDict:
-    """The base config of `arg` with the section `sweep`; every key of either can be set.
+    """Return the base config of `arg` with a section `sweep`, whose keys can be set like any other.
 
-    Each grid gives some of these lists; of the others it has the one value of the base config.
+    Args:
+        name: of the sweep, in the results.
+        arg: a size, as for `configs.base.get_config`.
+        grids: the lists of each grid, by the grid's name. A list that a grid leaves out has the one
+            value of the base config.
     """
     config = base.get_config(arg)
     config.unlock()
@@ -16,15 +23,20 @@ def sweep(name: str, arg: str, **grids: dict) -> ConfigDict:
     config.sweep = ConfigDict()
     for grid, lists in grids.items():
         axes = config.sweep[grid] = ConfigDict()
-        axes.kv_heads = ()  # decoder self- and cross-attention; 0: multi-head; (): all that divide
-        axes.alphas = (config.uptrain.alpha,)
-        axes.where = "both"  # or self_attention, cross_attention: what is converted
-        # Comma-separated, as are where, tasks and sizes. A method may be followed by what departs
-        # from the base config: svd-activation, mean-strided-renorm, svd-8192 (calibration tokens),
-        # svd-sequential, svd-shrink0.1, mean-kl1 (uptrain.beta).
+        # KV heads of decoder self- and cross-attention. 0 stands for multi-head; (): every number
+        # that divides the query heads.
+        axes.kv_heads = ()
+        axes.alphas = (config.uptrain.alpha,)  # values of uptrain.alpha
+        axes.where = "both"  # values of convert.where, separated by commas
+        # Methods, separated by commas. A method's name may go on with settings that differ from the
+        # base config: svd-activation (space), mean-strided-renorm (grouping, renorm), svd-8192
+        # (calibration tokens), svd-sequential, svd-shrink0.1 (shrinkage),
+        # svd-logit-per_layer_budget, mean-kl1 (uptrain.beta).
         axes.methods = config.convert.method
         axes.seeds = (config.seed,)
-        axes.tasks = ""  # empty: those of finetune.tasks; none: no fine-tuning and no timing
-        axes.sizes = config.size
+        # Tasks, separated by commas. Empty: those of finetune.tasks; none: networks are neither
+        # fine-tuned nor timed.
+        axes.tasks = ""
+        axes.sizes = config.size  # sizes, separated by commas
         axes.update(lists)
     return config.lock()

@@ -28,13 +28,16 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.dtype = "float32"
         config.model.remat = "none"
     config.benchmark = ConfigDict()
-    config.benchmark.kv_heads = ()  # in decoder self- and cross-attention; (): every divisor
+    # KV heads of decoder self- and cross-attention. (): every number that divides the query heads.
+    config.benchmark.kv_heads = ()
     config.benchmark.batch_size = 8
     config.benchmark.inputs_lengths = (1024,)
-    config.benchmark.targets_length = 128  # all forced
+    config.benchmark.targets_length = 128  # every sequence is this long: none ends early
     config.benchmark.repetitions = 7
-    config.benchmark.memory_gib = 0.0  # time also the largest batch it holds with weights; 0: don't
-    config.benchmark.largest_batch_size = 32  # of those, as in the paper (section 3.1)
+    # Also time the largest batch whose KV cache fits into so many GiB of memory beside the weights.
+    # 0: time only batch_size.
+    config.benchmark.memory_gib = 0.0
+    config.benchmark.largest_batch_size = 32  # the largest batch is at most this, as in the paper
     config.training = ConfigDict()
     config.training.networks = ConfigDict()
     for size in ("nano", "mini"):
@@ -44,5 +47,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.training.inputs_length = pretrain.inputs_length
     config.training.targets_length = pretrain.targets_length
     config.training.repetitions = 7
-    config.training.steps = 10  # of a turn
+    config.training.steps = 10  # in each repetition
     return config.lock()
