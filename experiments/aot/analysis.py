@@ -1,4 +1,4 @@
-"""What the programs of a network do on a slice of accelerators that is not there.
+"""Compile a network's programs for a slice of accelerators that this machine lacks, and count them.
 
 Generation is compiled for each number of KV heads at two batches: the largest that fits, up to
 `aot.largest_batch_size` a chip, and the largest that all of them hold. Training is compiled for
@@ -45,7 +45,7 @@ class Point(NamedTuple):
 
 
 def _targets(config: ConfigDict) -> list[Target]:
-    """The slice that generates and those that may train."""
+    """Return the slice that generates, followed by those that are tried for training."""
     training = [chips.find(name, "aot.training_targets") for name in config.aot.training_targets]
     return [chips.find(config.aot.target, "aot.target"), *training]
 
@@ -150,7 +150,7 @@ def _say(config: ConfigDict, point: Point) -> None:
 
 
 def _records(config: ConfigDict, target: Target, point: Point, batch: str) -> list[dict]:
-    """Every number of a point: memory, bytes, communication, and the times they make."""
+    """Return the records of a point: memory, bytes, communication, and the times they take."""
     S, T = config.benchmark.inputs_length, config.benchmark.targets_length
     R = config.aot.prefill_batch_size
     net, B, n = point.net, point.batch_size, target.chips
@@ -182,7 +182,7 @@ def _analysed(
     config: ConfigDict,
     target: Target,
 ) -> dict[str, float]:
-    """Numbers of one program, parsed, of a device that has `work` FLOPs to do."""
+    """Return the numbers of one program on one device, which does `work` FLOPs."""
     found = hlo.collectives(program)
     nbytes, sent = hlo.traffic(program), sum(c.sent for c in found.values())
     time = roofline.time(Work(nbytes, work, sent), target, config.aot.efficiency)

@@ -1,4 +1,4 @@
-"""Programs of a network, compiled for a slice that is not there: no weights, no devices.
+"""Compile a network's programs for a slice that this machine lacks, without weights or devices.
 
 XLA's own compilers run on any machine: libtpu has the one for TPUs, JAX's CUDA plugin the one for
 GPUs. What comes out is the program that would run, with its memory, layouts and communication.
@@ -102,7 +102,7 @@ def start(targets: Iterable[Target]) -> None:
 
 
 def devices(target: Target) -> list:
-    """The devices of a slice, one a chip."""
+    """Return descriptions of a slice's devices, one per chip, for JAX to compile for."""
     if target.platform == "gpu":
         return topologies.get_topology_desc(
             platform="cuda",
@@ -122,7 +122,7 @@ def devices(target: Target) -> list:
 
 
 class Compiler:
-    """Compiles for one slice and layout; what was compiled before is found in `folder`."""
+    """Compile for one slice and layout; compiled programs are kept in `folder` and reused."""
 
     def __init__(self, target: Target, layout: Layout, folder: Path):
         self.target, self.layout, self.folder = target, layout, folder
@@ -197,7 +197,7 @@ class Compiler:
 
 
 def _each_at(layers: list, shardings: list) -> list:
-    """The arrays of each layer with its sharding."""
+    """Return the arrays of all layers, each with its sharding."""
     return [
         tuple(x.update(sharding=at) for x in kv) for kv, at in zip(layers, shardings, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""results.jsonl -> report.md with its figure: what was compiled ahead of time, beside the paper."""
+"""Turn results.jsonl into report.md and its figure: compiled programs beside the paper's times."""
 
 import os
 from pathlib import Path

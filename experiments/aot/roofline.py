@@ -1,7 +1,7 @@
-"""Times that a slice's ceilings allow: the slower of memory and arithmetic, plus the network.
+"""Estimate times from a slice's ceilings: the slower of memory and arithmetic, plus the network.
 
-Nothing here is fitted. `efficiency` is the one share of every ceiling that a program is taken to
-reach; the ceilings are those of `gqa/aot/chips.py`.
+No constant is fitted. `efficiency` is the share of every ceiling that programs are assumed to
+reach; the ceilings are in `gqa/aot/chips.py`.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Time(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Memory and arithmetic go on together; the network is waited for."""
+        """Memory and arithmetic overlap; the network is assumed to overlap with neither."""
         return max(self.memory, self.compute) + self.network
 
     @property
@@ -36,7 +36,7 @@ class Time(NamedTuple):
 
 
 def time(work: Work, target: Target, efficiency: float) -> Time:
-    """How long `work` takes a device of `target`."""
+    """Return how long `work` takes one device of `target`."""
     chip = target.chip
     return Time(
         work.nbytes / (chip.bandwidth * efficiency),
@@ -48,5 +48,5 @@ def time(work: Work, target: Target, efficiency: float) -> Time:
 def sample_seconds(
     prefill: float, rows: int, step: float, tokens: int, batch_size: int, chips: int
 ) -> float:
-    """Chip-seconds a sample, as the paper reports: prefill of `rows` at once, then every token."""
+    """Return chip-seconds per sample, as the paper: prefill of `rows` at once, then every token."""
     return chips * (prefill / rows + tokens * step / batch_size)

@@ -1,4 +1,4 @@
-"""Ways of converting in tables: what each does to the loss, and what uptraining it saves."""
+"""Tables of conversion methods: what each does to the loss, and how much uptraining it saves."""
 
 from experiments.report import method_comparison, tables
 from experiments.report.estimate import Estimate
@@ -22,7 +22,7 @@ SAVED_NOTE = (
 
 
 def section(summary: Summary) -> str:
-    """Return the section as Markdown; empty unless two methods led to one network."""
+    """Return the section as Markdown; empty unless two methods led to the same network."""
     shapes = method_comparison.shapes(summary)
     if not shapes:
         return ""

@@ -1,7 +1,7 @@
-"""One number per seed -> a mean with its interval, and the difference of two of them, in pairs.
+"""Average a number over seeds, with its interval, and compare two such averages pair by pair.
 
-Intervals are 95%. What the test examples leave open and what the seeds leave open (Student's t)
-add in quadrature.
+All intervals are 95%. Their half widths from the test examples (bootstrap) and from the seeds
+(Student's t) add in quadrature, because the two sources of chance are independent.
 """
 
 from typing import NamedTuple
@@ -75,7 +75,7 @@ def _run(record):
 
 
 def _spread(values):
-    """Return the half width of the interval of the mean that the seeds' spread alone gives."""
+    """Return the half width of the mean's interval that follows from the seeds' spread alone."""
     count = len(values)
     if count < 2:
         return 0.0
@@ -83,7 +83,7 @@ def _spread(values):
 
 
 def of(values: dict[int, float], unit: str) -> Estimate:
-    """The mean of numbers by seed, with the interval that their spread gives."""
+    """Return the mean of one number per seed, with the interval of their spread."""
     value, spread = float(np.mean([*values.values()])), _spread([*values.values()])
     runs = {seed: Run(x, None, None) for seed, x in values.items()}
     low, high = (value - spread, value + spread) if len(values) > 1 else (None, None)
@@ -91,7 +91,7 @@ def of(values: dict[int, float], unit: str) -> Estimate:
 
 
 def apart(own: Estimate | None, other: Estimate | None) -> Estimate | None:
-    """One number minus another, seed by seed; None unless both are there and share a seed."""
+    """Subtract `other` from `own` seed by seed; None if either is missing or no seed is shared."""
     if own is None or other is None:
         return None
     values = {
@@ -101,7 +101,7 @@ def apart(own: Estimate | None, other: Estimate | None) -> Estimate | None:
 
 
 def average(estimates: list[Estimate]) -> Estimate:
-    """Average over tasks; their test sets are independent: half intervals add in quadrature."""
+    """Average over tasks. Half widths add in quadrature, because test sets are independent."""
     value = float(np.mean([e.value for e in estimates]))
     seeds = set.intersection(*(set(e.runs) for e in estimates))
     runs = {seed: _average_runs([e.runs[seed] for e in estimates]) for seed in sorted(seeds)}
@@ -124,11 +124,12 @@ def _average_runs(runs):
 
 
 def difference(own: Estimate, other: Estimate) -> Difference:
-    """Subtract `other` from `own`: seed by seed and replicate by replicate where both have them.
+    """Subtract `other` from `own`, seed by seed and replicate by replicate where both have them.
 
-    Both were scored on the same examples, so what makes an example hard for one makes it hard for
-    the other and cancels. Seeds that only one has are left out. Without replicates of the same
-    examples the two are compared as if independent.
+    Both networks were scored on the same examples. An example that is hard for one is hard for the
+    other, so this part of the chance cancels and the interval is narrower. Seeds that only one
+    network has are left out. Without replicates over the same examples, the two scores are
+    compared as if they were independent.
     """
     pairs = [(own.runs[s], other.runs[s]) for s in own.runs if s in other.runs]
     if not pairs or not all(_comparable(*pair) for pair in pairs):

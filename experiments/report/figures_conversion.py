@@ -1,4 +1,8 @@
-"""Loss by way of converting: along uptraining, at once, by calibration, and what is saved."""
+"""Figures of the loss by conversion method: after uptraining, at once, by calibration, and saved.
+
+Each draws only if the results have its numbers, and returns its name then. Scores by method are in
+`figures_sweep`.
+"""
 
 from pathlib import Path
 
@@ -67,7 +71,7 @@ def _draw_curves(summary, shape, methods, above, below):
 
 
 def _alpha_axis(axes: Axes) -> None:
-    """Put 0 on a scale of ratios, beside the least alpha."""
+    """Scale alphas by ratios, with room for alpha 0 to the left of the smallest alpha."""
     alphas = sorted({float(x) for drawn in axes.lines for x in drawn.get_xdata()})
     if len(alphas) > 1:
         axes.set_xscale("symlog", linthresh=alphas[1], linscale=0.6)

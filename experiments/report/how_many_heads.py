@@ -1,4 +1,8 @@
-"""How many KV heads? The fewest measured whose quality is shown to be near enough to MHA's."""
+"""Answer "how many KV heads?": the fewest whose score is shown to be near enough to MHA's.
+
+Only networks whose decoder attentions have equally many KV heads take part. `markdown` gives the
+answer for the report, `plain` for the terminal.
+"""
 
 import math
 import textwrap
@@ -14,11 +18,11 @@ TITLE = "How many KV heads?"
 YES, NO, UNKNOWN = "yes", "no", "cannot tell"
 COSTS = ("sample_seconds", "token_seconds", "kv_cache_bytes")
 WIDTH = 100
-PRACTICAL = 100  # times the test examples; beyond, nobody will collect them
+PRACTICAL = 100  # more times the test examples than this, nobody will collect
 
 
 class Point(NamedTuple):
-    """One number of KV heads, its score against MHA's, and whether that is near enough."""
+    """A number of KV heads, its score minus MHA's, and whether this difference is small enough."""
 
     variant: Variant
     difference: Difference
@@ -41,7 +45,7 @@ class Answer(NamedTuple):
 
 
 def markdown(summary: Summary, within: float) -> str:
-    """Return the section, empty where there is nothing to answer from."""
+    """Return the section as Markdown; empty if too little was measured for an answer."""
     answers = _answers(summary, within)
     if not answers:
         return ""
@@ -53,7 +57,7 @@ def markdown(summary: Summary, within: float) -> str:
 
 
 def plain(summary: Summary, within: float) -> str:
-    """Return the same for the terminal, at most 100 columns wide."""
+    """Return the answer for the terminal, at most 100 columns wide."""
     answers = _answers(summary, within)
     parts = [textwrap.fill(f"{TITLE} {_rule(summary, within)}", WIDTH)] if answers else []
     for answer in answers:
@@ -87,7 +91,7 @@ def _answers(summary, within):
 
 
 def _complete(summary, variant):
-    """Whether it and its parent are scored and timed."""
+    """Whether the variant and its parent are both scored and timed."""
     both = (variant, variant.parent)
     timed = all(summary.get(v, "benchmark", metric) for v in both for metric in COSTS)
     return timed and summary.against_parent(variant) is not None
@@ -171,7 +175,7 @@ def _interval(point):
 
 
 def _would_tell(summary, point, within):
-    """Say how many test examples would do: their part of the width shrinks as 1/sqrt(n)."""
+    """Say how many test examples would decide; their half width shrinks as 1/sqrt(n)."""
     d = point.difference
     room = (d.value + within) ** 2 - d.seeds**2
     if room <= 0 and d.seeds:

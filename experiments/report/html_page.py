@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no scripts, no requests."""
+"""Turn the report into one HTML file without scripts, whose figures are inside the file."""
 
 import base64
 from collections.abc import Mapping
@@ -50,8 +50,8 @@ def page(title: str, markdown: str, figures: Mapping[str, bytes]) -> str:
 
     Args:
         title: of the page; plain words.
-        figures: SVG by the name that the Markdown has for it. What is not among them is left as
-            its description: the text may hold names that users chose.
+        figures: SVG by the file name that the Markdown gives an image. An image that is not among
+            them becomes its description, because users can put image links into names.
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.add_render_rule("table_open", _table_open)

@@ -1,7 +1,8 @@
-"""Ways of converting beside each other: what each does to the loss, and what uptraining it saves.
+"""Compare conversion methods: what each does to the loss, and how much uptraining it saves.
 
-All of it is the validation loss of the pretraining task, in nats per token. Two numbers are
-compared seed by seed: both came from the same multi-head parent and the same text.
+Every loss is the validation loss on the pretraining task, in nats per token. Two losses are
+compared seed by seed, because both came from the same multi-head parent and the same text.
+`conversion_section` puts these numbers into tables, `figures_conversion` into figures.
 """
 
 import itertools
@@ -19,7 +20,10 @@ ORDER = ("mean", "first", "random")  # the paper's first
 
 
 class Saved(NamedTuple):
-    """The alpha at which a method's loss is the reference's; None if one seed never gets there."""
+    """The alpha at which a method reaches the reference's loss; None if any seed never does.
+
+    `missed` of the `seeds` never reach it.
+    """
 
     alpha: Estimate | None
     missed: int
@@ -27,7 +31,7 @@ class Saved(NamedTuple):
 
 
 def shapes(summary: Summary, least: int = 2) -> list[Variant]:
-    """The grouped networks that `least` methods led to, the most KV heads first."""
+    """Return the grouped networks that `least` or more methods led to, most KV heads first."""
     found = {}
     for v in summary.converted:
         found.setdefault(v.shape, set()).add(v.method)
@@ -36,7 +40,7 @@ def shapes(summary: Summary, least: int = 2) -> list[Variant]:
 
 
 def methods(summary: Summary, shape: Variant) -> list[Method]:
-    """The methods that led to a network, the paper's first."""
+    """Return the methods that led to a network, the paper's first."""
     found = {v.method for v in summary.converted if v.shape == shape}
     found |= {v.method for v in summary.trained if v.shape == shape and v.is_converted}
     return in_order(found)
@@ -50,7 +54,7 @@ def in_order(methods: Iterable[Method]) -> list[Method]:
 
 
 def curve(summary: Summary, shape: Variant, method: Method) -> dict[float, Estimate]:
-    """Loss by alpha; alpha 0 is converted and nothing else."""
+    """Return the loss by alpha; at alpha 0 the network was converted and not uptrained."""
     start = shape._replace(method=method, alpha=0.0)
     alphas = {v.alpha for v in summary.trained if v._replace(alpha=0.0) == start} | {0.0}
     found = {alpha: summary.loss(start._replace(alpha=alpha)) for alpha in sorted(alphas)}
@@ -58,18 +62,18 @@ def curve(summary: Summary, shape: Variant, method: Method) -> dict[float, Estim
 
 
 def damage(summary: Summary, variant: Variant) -> Estimate | None:
-    """How far the loss is above that of the multi-head parent, not trained further."""
+    """Return the loss minus that of the multi-head parent, which was not trained further."""
     return estimate.apart(summary.loss(variant), summary.loss(variant.parent))
 
 
 def against_reference(summary: Summary, variant: Variant) -> Estimate | None:
-    """How far the loss is above that of the mean after 5% of uptraining."""
+    """Return the loss minus that of the reference, the mean after alpha 0.05."""
     reference = summary.loss(variant._replace(method=REFERENCE, alpha=ALPHA))
     return estimate.apart(summary.loss(variant), reference)
 
 
 def soonest(summary: Summary, shape: Variant, method: Method) -> tuple[float, Estimate] | None:
-    """The least measured alpha that is better than the reference beyond the interval, and how."""
+    """Return the least alpha whose loss is shown to be below the reference's, and by how much."""
     for alpha in curve(summary, shape, method):
         found = against_reference(summary, shape._replace(method=method, alpha=alpha))
         if found and found.high is not None and found.high < 0:
@@ -78,7 +82,7 @@ def soonest(summary: Summary, shape: Variant, method: Method) -> tuple[float, Es
 
 
 def saved(summary: Summary, shape: Variant, method: Method) -> Saved | None:
-    """The alpha at which a method reaches the mean's loss of alpha 0.05, between those measured."""
+    """Return the alpha at which a method reaches the mean's loss of alpha 0.05, interpolated."""
     points = curve(summary, shape, method)
     reference = summary.loss(shape._replace(method=REFERENCE, alpha=ALPHA))
     if reference is None or len(points) < 2:
@@ -93,7 +97,7 @@ def saved(summary: Summary, shape: Variant, method: Method) -> Saved | None:
 
 
 def _crossings(losses: list[tuple[float, float]], target: float) -> Iterator[float]:
-    """Where a line through (alpha, loss) comes down to the target, a straight one between two."""
+    """Yield the alphas at which straight lines between the points fall to the target loss."""
     if losses[0][1] <= target:
         yield losses[0][0]
     for (left, above), (right, below) in itertools.pairwise(losses):

@@ -1,4 +1,7 @@
-"""What every figure shares: palette, marks with intervals, legends below, files."""
+"""Draw what all figures share: colours, marks with intervals, axes, legends, and files.
+
+The figures themselves are in `figures`, `figures_sweep` and `figures_conversion`.
+"""
 
 import os
 from pathlib import Path
@@ -21,14 +24,14 @@ LEGEND_COLUMNS = 2
 
 
 def style(i: int) -> dict[str, str]:
-    """Return color and marker of the `i`-th thing in a figure; hollow where colors come again."""
+    """Return colour and marker of a figure's `i`-th line; hollow when colours repeat."""
     again, i = divmod(i, len(COLORS))
     look = {"color": COLORS[i], "marker": MARKERS[(i + again) % len(MARKERS)]}
     return look | ({"markerfacecolor": "white"} if again % 2 else {})
 
 
 def error_bar(estimates: list[Estimate], scale: float = 1.0) -> list[list[float]]:
-    """Return the lengths below and above, [2, n]; 0 where there is no interval."""
+    """Return the interval's lengths below and above each estimate, [2, n]; 0 without interval."""
     below = [0 if e.low is None else scale * max(e.value - e.low, 0) for e in estimates]
     above = [0 if e.low is None else scale * max(e.high - e.value, 0) for e in estimates]
     return [below, above]
@@ -59,7 +62,7 @@ def level(axes: Axes, estimate: Estimate, i: int, label: str) -> None:
 
 
 def note(axes: Axes, text: str) -> None:
-    """Say in the middle of empty axes why they are."""
+    """Write into the middle of empty axes why they are empty."""
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 
 
@@ -86,7 +89,7 @@ def legend_height(count: int) -> float:
 
 
 def legend_below(figure: Figure, *several: Axes) -> None:
-    """Name what these axes show under the whole figure, where it can cover nothing."""
+    """Put one legend for all these axes below the figure, where it covers nothing."""
     entries = {}
     for axes in several:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -103,7 +106,7 @@ def legend_below(figure: Figure, *several: Axes) -> None:
 
 
 def tidy(*several: Axes) -> None:
-    """Leave only what is needed to read numbers off."""
+    """Remove the upper and right spine and draw a light grid."""
     for axes in several:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.9", linewidth=0.6)
@@ -111,7 +114,7 @@ def tidy(*several: Axes) -> None:
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a picture whole; the same figure gives the same bytes: no date, no random names."""
+    """Write a picture atomically, without date or random names: equal figures give equal bytes."""
     kind = Path(path).suffix[1:]
     metadata = {"Date": None} if kind == "svg" else {}
     with atomic_files.writing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "gqa"}):

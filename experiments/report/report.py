@@ -1,4 +1,9 @@
-"""The report stage: results.jsonl -> report.md, report.html, figures, text for the terminal."""
+"""The report stage: turn results.jsonl into report.md, report.html, figures and a terminal text.
+
+This file puts sections and figures in order. The numbers come from `summary`, which averages over
+seeds with `estimate`; each section is a module (`how_many_heads`, `variants_section`,
+`learning_section`, `conversion_section`), and the figures are in `figures*`.
+"""
 
 import os
 from pathlib import Path
@@ -29,9 +34,10 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, within: floa
     """Write `report.md`, `report.html` and the figures into `folder`.
 
     Args:
-        within: how many points of the average score below MHA are near enough.
+        within: how many points of the average score below multi-head attention are acceptable.
 
-    Returns the main table, and the answer if there is one, as plain text.
+    Returns the main table as plain text, followed by the answer to "how many KV heads?" if the
+    results allow one.
     """
     records = [r for r in results.read(results_path) if r["stage"] in STAGES]
     if not records:
@@ -61,7 +67,7 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, within: floa
 
 
 def _draw(summary, folder):
-    """Draw what the results have the numbers for; return the figures' names."""
+    """Draw each figure whose numbers the results have; return the names of those drawn."""
     names = [
         figures.quality_against_time(summary, folder),
         figures_sweep.by_groups(summary, folder),
@@ -129,9 +135,7 @@ def _paper_section():
 
 
 SETTINGS = ("batch_size", "inputs_length", "targets_length")
-
-
-NAMED = 6  # variants of a run, until they are only counted
+NAMED = 6  # a run with more variants than this has them counted, not named
 
 
 def _provenance_section(summary, records):
@@ -143,19 +147,21 @@ def _provenance_section(summary, records):
         groups.setdefault(key, {}).setdefault(title, []).append(record)
     rows = []
     for (name, commit, device), by_title in groups.items():
-        group = [record for found in by_title.values() for record in found]
+        group = [record for same_title in by_title.values() for record in same_title]
         stages = ", ".join(dict.fromkeys(record["stage"] for record in group))
         titles = "; ".join(by_title) if len(by_title) <= NAMED else f"{len(by_title)} of them"
         rows.append([name, titles, stages, commit, device, max(r["time"] for r in group)])
     parts = ["## Provenance", tables.markdown(header, rows), _settings(summary)]
-    for column, what in ((3, "commits"), (4, "devices")):
+    for column, plural in ((3, "commits"), (4, "devices")):
         if len({row[column] for row in rows}) > 1:
-            parts.append(f"These numbers come from several {what}: compare across them with care.")
+            parts.append(
+                f"These numbers come from several {plural}: compare across them with care."
+            )
     return "\n\n".join(filter(None, parts))
 
 
 def _title(summary, record):
-    """Name what was measured: a timing is of a network, however its weights were reached."""
+    """Name what a record measured. Timings belong to a network's shape, not to its weights."""
     variant = variant_of(record)
     if record["stage"] == "benchmark":
         return summary.sized(variant.network, variant)
@@ -163,12 +169,12 @@ def _title(summary, record):
 
 
 def _settings(summary):
-    """Say at which shapes the timings were taken."""
+    """List the batch size and lengths of the timings, with the networks that were timed so."""
     lines = {}
     for variant in summary.variants:
-        found = [summary.get(variant, "benchmark", name) for name in SETTINGS]
-        if all(found):
-            networks = lines.setdefault(tuple(int(f.value) for f in found), {})
+        shape = [summary.get(variant, "benchmark", name) for name in SETTINGS]
+        if all(shape):
+            networks = lines.setdefault(tuple(int(size.value) for size in shape), {})
             networks[summary.sized(variant.network, variant)] = None
     return "\n".join(
         f"- timed at batch {batch}, {inputs} input and {targets} target tokens: "

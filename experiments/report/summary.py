@@ -1,4 +1,8 @@
-"""Result records -> one estimate per variant, stage, task and metric."""
+"""Turn result records into one estimate per variant, stage, task and metric.
+
+`variant` says what a row is and `estimate` how seeds are averaged; the sections and figures read
+their numbers from a `Summary` and from nowhere else.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -8,7 +12,10 @@ from experiments.report.estimate import Difference, Estimate
 from experiments.report.variant import Variant, variant_of
 from gqa.evaluation import results
 
-TASK_STAGES = ("finetune", "evaluate")  # the others' task is the pretraining text, or none
+TASK_STAGES = (
+    "finetune",
+    "evaluate",
+)  # the other stages have the pretraining text as their task, or none
 
 
 class Summary:
@@ -43,7 +50,7 @@ class Summary:
 
     @property
     def scored(self) -> list[Variant]:
-        """The variants that have a score in some task; all, if none has."""
+        """The variants that have a score in some task; all variants if no variant has a score."""
         found = [v for v in self.variants if any(self.headline(v, task) for task in self.tasks)]
         return found or self.variants
 
@@ -57,7 +64,7 @@ class Summary:
         return f"{name}, {variant.size}" if several else name
 
     def get(self, variant: Variant, stage: str, metric: str, task=None) -> Estimate | None:
-        """Return one estimate, None where it was not measured."""
+        """Return one estimate, None if the variant was not measured so."""
         if stage == "convert":
             variant = variant._replace(alpha=0.0, method=variant.method.before_uptraining)
         if stage == "benchmark":
@@ -65,15 +72,15 @@ class Summary:
         return self._estimates.get((variant, stage, task, metric))
 
     def metrics(self, stage: str, task: str) -> list[str]:
-        """Return the names of all metrics that any variant has there."""
+        """Return the names of all metrics that any variant has in a stage and task."""
         return list(dict.fromkeys(m for _, s, t, m in self._estimates if (s, t) == (stage, task)))
 
     def curve(self, variant: Variant, stage: str, task=None) -> list[tuple[int, Estimate]]:
-        """Return the validation loss at each step where it was taken."""
+        """Return pairs of a step and the validation loss at that step."""
         return self._curves.get((variant, stage, task), [])
 
     def predictions(self, variant: Variant, task: str) -> list[dict]:
-        """Return the records of the examples that are shown, those of the first seed."""
+        """Return the records of the example predictions, from the first seed that has any."""
         seeds = [s for v, t, s in self._predictions if (v, t) == (variant, task)]
         return self._predictions[variant, task, min(seeds)] if seeds else []
 
@@ -91,22 +98,22 @@ class Summary:
     def against_parent(self, variant: Variant, task: str | None = None) -> Difference | None:
         """Subtract the multi-head parent's score in one task, or its average over all."""
         score = self.average if task is None else lambda v: self.headline(v, task)
-        own, parent = score(variant), score(variant.parent)
-        if own is None or parent is None or variant == variant.parent:
+        variant_score, parent_score = score(variant), score(variant.parent)
+        if variant_score is None or parent_score is None or variant == variant.parent:
             return None
-        return estimate.difference(own, parent)
+        return estimate.difference(variant_score, parent_score)
 
     def losses(self, variant: Variant) -> tuple[Estimate | None, ...]:
-        """Pretraining's validation loss: of the model it began as, converted, and uptrained.
+        """Return the validation losses on the pretraining task: at the start, converted, uptrained.
 
-        A variant that was not converted began as itself; one that was, as its parent.
+        A converted variant started as its multi-head parent, any other as itself.
         """
         start = variant.parent if variant.is_converted else variant.shape
         stages = ((start, "pretrain"), (variant, "convert"), (variant, "uptrain"))
         return tuple(self.get(v, stage, "validation_loss") for v, stage in stages)
 
     def loss(self, variant: Variant) -> Estimate | None:
-        """Pretraining's validation loss of a variant as it is, before any fine-tuning."""
+        """Return the validation loss on the pretraining task before any fine-tuning."""
         before, converted, uptrained = self.losses(variant)
         if variant.alpha:
             return uptrained
@@ -114,11 +121,12 @@ class Summary:
 
 
 def _same_clock(records: list[dict]) -> Iterator[dict]:
-    """Scale each timing by how its reference's latest differs from that of its own run.
+    """Scale every timing to the machine's speed at the latest timing of its reference.
 
-    A timing compares only with what took turns with it: a multi-head network, of size
-    `parent_size`, took `parent_value` beside it. That network is timed again beside every other,
-    on a machine that may be faster or slower by then.
+    Each network is timed in turns with a reference: the multi-head network of size `parent_size`,
+    which took `parent_value`. The reference is timed again with the next network, when the machine
+    may be faster or slower. Only the ratio of a network to its reference therefore compares, and
+    this ratio times the reference's latest time is what the report shows.
     """
     references = {}
     for record in records:
@@ -134,7 +142,7 @@ def _same_clock(records: list[dict]) -> Iterator[dict]:
 
 
 def _clock(record, references, seen=()):
-    """Return the factor to the latest clock, along references that have references themselves."""
+    """Return the factor to the latest timing; a reference may itself have a reference."""
     key = record.get("parent_size", record["variant"]["size"]), record["metric"]
     if "parent_value" not in record or key not in references or key in seen:
         return 1.0

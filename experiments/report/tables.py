@@ -6,7 +6,7 @@ DASH = "-"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table whose source reads as a table, too."""
+    """Return a Markdown table whose columns also line up in its source."""
     header, *rows = [[cell.replace("|", r"\|") for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
@@ -15,7 +15,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def plain(header: list[str], rows: list[list[str]], width: int = 100) -> str:
-    """Return the table in blocks of at most `width` columns, each opened by the first column."""
+    """Return the table in blocks of at most `width` characters; each repeats the first column."""
     columns = [list(column) for column in zip(header, *rows, strict=True)]
     blocks = [[columns[0]]]
     for column in columns[1:]:

@@ -96,7 +96,7 @@ def _percent(change):
 
 
 def _quality(summary: Summary, variant: Variant, task: str | None) -> str:
-    """Return one score with its interval and what it shows against the parent's."""
+    """Return a score with its interval and its difference to the parent's score."""
     own = summary.average(variant) if task is None else summary.headline(variant, task)
     found = summary.against_parent(variant, task)
     if found is None:

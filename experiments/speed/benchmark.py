@@ -1,7 +1,7 @@
-"""The speed benchmark: generation and training beside the machine's ceilings and other libraries.
+"""Time generation and training beside the machine's ceilings and beside other libraries.
 
-Whatever is compared takes turns (`gqa.timing.take_turns`), and every result is a median with
-quartiles over turns.
+Everything that is compared takes turns (`gqa.evaluation.timing.take_turns`), because a machine's
+speed drifts. Every result is a median with quartiles over the turns.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ LEARNING_RATE = 1e-3
 
 
 class Entry(NamedTuple):
-    """Who takes turns."""
+    """One participant of the turns: a library or the machine, and the shape it runs."""
 
     system: str
     num_kv_heads: int = 0
@@ -84,7 +84,7 @@ def run(config: ConfigDict, workdir: Path, kind: str | None, options: pipeline.O
 
 
 def _others() -> list[str]:
-    """The peers to be timed; says which are not, and why."""
+    """Return the peers to time; print which are left out, and why."""
     if jax.default_backend() != "cpu":
         print("Other libraries are timed on CPUs only.", flush=True)
         return []
@@ -99,7 +99,7 @@ def _multi_head(settings: ConfigDict) -> Config:
 
 
 def _nets(config: ConfigDict) -> dict[int, Inference]:
-    """The networks to time, by their KV heads in decoder self- and cross-attention."""
+    """Return the networks to time, by their KV heads in decoder self- and cross-attention."""
     parent, N = _multi_head(config.model), config.model.num_heads
     wanted = config.benchmark.kv_heads or [K for K in range(N, 0, -1) if N % K == 0]
     heads = ("num_kv_heads_self_attention", "num_kv_heads_cross_attention")
@@ -107,7 +107,7 @@ def _nets(config: ConfigDict) -> dict[int, Inference]:
 
 
 def _batch_sizes(config: ConfigDict, net: Inference, S: int) -> dict[str, int]:
-    """The batch that all have and, if asked for, the largest that fits beside the weights."""
+    """Return the batch size that all have and, if asked for, the largest that fits in memory."""
     settings = config.benchmark
     if not settings.memory_gib:
         return {EQUAL: settings.batch_size}
@@ -166,7 +166,7 @@ def _ceilings(dtype: str) -> dict[str, float]:
 
 
 def _peer_turn(peer: peers.Peer, length: int) -> dict[str, float]:
-    """The parts of `timing.generation`; the first token is reckoned among prefill here."""
+    """Return the parts that `timing.generation` returns; here the first token counts as prefill."""
     first, _ = timing.timed(partial(peer.generate, 1))
     whole, _ = timing.timed(partial(peer.generate, length))
     parts = {"prefill": first, "decode": whole - first}
@@ -176,7 +176,7 @@ def _peer_turn(peer: peers.Peer, length: int) -> dict[str, float]:
 
 
 def _same_tokens(peer: peers.Peer, params: dict, parent: Config, inputs: Array, T: int) -> float:
-    """The share of our multi-head tokens that the peer chooses, too."""
+    """Return the share of our multi-head network's tokens that the peer chooses as well."""
     net = Inference(parent)
     ours = Generator(net, GREEDY, T, stop=False)(net.prepare(params), inputs)
     return float((ours == peer.generate(T)).mean())
@@ -200,7 +200,7 @@ def _generation_records(
     measured: dict[Entry, Numbers],
     times: dict[Entry, Numbers],
 ) -> list[dict]:
-    """Every entry's numbers; ours with what they make beside the machine, MHA and the peers."""
+    """Return all records; ours include ratios to the machine's ceilings, MHA and the peers."""
     T, N, machine = config.benchmark.targets_length, config.model.num_heads, Entry(MACHINE)
     about = partial(_variant, config.size, N, S, T)
     records = timings.records(measured[machine], about(machine, EQUAL))
@@ -224,7 +224,7 @@ def _generation_records(
 
 
 def _variant(size: str, N: int, S: int, T: int, entry: Entry, batch: str) -> dict:
-    """What a record says of whom and at which shape it was measured."""
+    """Return what a record says about the system it measured, and at which shape."""
     heads = {"num_kv_heads": entry.num_kv_heads, "num_kv_heads_cross_attention": entry.num_kv_heads}
     network = {"size": size, "num_heads": N, **heads, "num_kv_heads_encoder": N}
     shape = {"batch_size": entry.batch_size, "inputs_length": S, "targets_length": T}
@@ -266,7 +266,7 @@ def _training(config: ConfigDict, others: list[str]) -> list[dict]:
 
 
 def _train_turn(config: Config, batches: list[dict]) -> timing.Turn:
-    """Our step on each batch in turn, as seconds a step."""
+    """Return a turn that runs our step on each batch and gives seconds per step."""
     loss = loop.make_loss(config, z_loss=0.0)
     step = loop.make_step(loss, optimizer.constant(LEARNING_RATE), seed=0)
     state = loop.init(config, 0)

@@ -1,4 +1,4 @@
-"""results.jsonl -> speed.md with its figure: the last speed benchmark of a run, as tables."""
+"""Turn results.jsonl into speed.md and its figure: tables of a run's last speed benchmark."""
 
 import os
 from collections.abc import Callable
@@ -24,12 +24,12 @@ class Row(NamedTuple):
 
     @property
     def system(self) -> str:
-        """What a person calls it."""
+        """The system's name for readers."""
         return peers.TITLES.get(self.variant["system"], "ours")
 
     @property
     def label(self) -> str:
-        """A name among rows of one shape."""
+        """The row's name among rows of the same shape."""
         return f"{self.system}, {self.variant['num_kv_heads']} KV heads"
 
 
@@ -120,7 +120,7 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, name: str) -
 
 
 def _last(records: list[dict], part: str) -> list[dict]:
-    """The records of the part's last measurement: what took turns was written at one time."""
+    """Return the records of a part's last measurement, which all have the same time."""
     of_part = [r for r in records if r["stage"] == part]
     return [r for r in of_part if r["time"] == of_part[-1]["time"]]
 
@@ -165,7 +165,7 @@ def _training_sections(rows: list[Row]) -> list[tuple]:
 
 
 def _of(rows: list[Row], batch: str) -> list[Row]:
-    """Ours, then the others', at one kind of batch."""
+    """Return the rows of one kind of batch: ours first, then other libraries'."""
     found = [r for r in rows if r.variant["system"] != MACHINE and r.variant["batch"] == batch]
     return sorted(found, key=lambda row: row.variant["system"] != OURS)
 
@@ -173,7 +173,7 @@ def _of(rows: list[Row], batch: str) -> list[Row]:
 def _table(
     rows: list[Row], columns: tuple[Column, ...], with_batch: bool = False
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the columns of which any row has the number."""
+    """Return header and cells; a column that no row has a number for is left out."""
     columns = [c for c in columns if any(c.metric in row.numbers for row in rows)]
     header = ["", *(["batch"] if with_batch else []), *(column.title for column in columns)]
     cells = [
@@ -207,7 +207,7 @@ def _ceilings(machine: Row) -> str:
 
 
 def _lines(rows: list[Row]) -> dict[tuple[str, bool], list]:
-    """What the figure draws: time per sample by KV heads, of each system, length and batch."""
+    """Return the figure's lines: time per sample by KV heads, per system, length and batch."""
     lines: dict[tuple[str, bool], list] = {}
     for row in [*_of(rows, EQUAL), *_of(rows, LARGEST)]:
         label = f"{row.system}, input {row.variant['inputs_length']}"

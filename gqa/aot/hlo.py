@@ -1,8 +1,10 @@
-"""What a compiled program does with memory and the network, read from XLA's text of it.
+"""Read from XLA's text of a compiled program what it does with memory and the network.
 
-The text is that of `jax.stages.Compiled.as_text()`: scheduled, after fusion, one device's part.
-Loops count as often as they run. An array is counted as it lies in memory, tiles filled up; those
-in a memory space of their own ("S(1)" in a layout: on the chip, not in HBM) cost no HBM traffic.
+The text is that of `jax.stages.Compiled.as_text()`: one device's part of the program, after fusion,
+in the order in which it runs. An instruction inside a loop counts as often as the loop runs. An
+array counts with the padding that fills up its tiles. Arrays with a memory space in their layout
+("S(1)") lie on the chip, not in HBM, and cost no HBM traffic. `gqa/aot/chips.py` describes the
+chips; experiments/aot turns both into times.
 """
 
 import math
@@ -18,14 +20,16 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
     *("collective-broadcast", "ragged-all-to-all"),
 )
-# Operations that name or take apart what is there already, or wait for what was counted before.
+# Operations that move no data: they name or take apart existing arrays, or run other computations,
+# whose instructions are counted themselves.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"),
     *("partition-id", "replica-id", "while", "conditional", "call", "optimization-barrier"),
     *("add-dependency", "opt-barrier"),
 }
 MOVES = {"copy", "transpose"}
-UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # in place, by the operand of that number
+# Operations that update an array in place; the number says which operand is the new part.
+UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
 PASSIVE = {"parameter", "bitcast", "convert", "reshape"} | MOVES
 
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
@@ -49,7 +53,7 @@ class Shape(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes with its tiles filled up."""
+        """Bytes in memory, with the padding that fills up the tiles."""
         order, _, tiling = self.layout.partition(":")
         minor = [int(axis) for axis in order.split(",") if axis]
         sizes = [self.sizes[axis] for axis in reversed(minor)] if minor else list(self.sizes)
@@ -62,7 +66,11 @@ class Shape(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line: what it makes, of what, the text between its brackets, and the rest."""
+    """One line of the text.
+
+    `results` are the arrays it makes, `operands` the names of those it reads, `inside` the text
+    between the brackets and `rest` the text after them.
+    """
 
     name: str
     op: str
@@ -81,13 +89,13 @@ class Instruction(NamedTuple):
 
 
 class Program(NamedTuple):
-    """All computations by name, and which one is entered."""
+    """All computations by name, each with its instructions by name; `entry` runs first."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
 
     def executed(self) -> Iterator[tuple[Instruction, str, int]]:
-        """Each instruction that runs by itself, its computation, and how often."""
+        """Yield each instruction outside fusions, its computation's name, and how often it runs."""
         yield from self._executed(self.entry, 1)
 
     def _executed(self, name: str, times: int) -> Iterator[tuple[Instruction, str, int]]:
@@ -98,7 +106,7 @@ class Program(NamedTuple):
                     yield from self._executed(called, times * self._trips(instruction))
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as XLA knows, else to the number its counter is compared with."""
+        """Return how often a loop runs: as XLA states it, else the limit of the loop's counter."""
         if found := _TRIPS.search(loop.rest):
             return int(found[1])
         condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
@@ -110,7 +118,7 @@ class Program(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One kind of communication of a device: times run, bytes of results, bytes it sends."""
+    """All operations of one kind: how often a device runs them, bytes of results, bytes sent."""
 
     count: int
     nbytes: int
@@ -127,7 +135,11 @@ class Transfer(NamedTuple):
 
 
 def parse(text: str) -> Program:
-    """The computations of an HLO module's text."""
+    """Parse the text of an HLO module.
+
+    Raises:
+        ValueError: if the text has no ENTRY computation.
+    """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -162,7 +174,7 @@ def _closing(line: str, begin: int) -> int:
 
 
 def shapes(text: str) -> list[Shape]:
-    """The arrays of a type, taken out of their tuples."""
+    """Return the arrays that the text of a type names, in order; tuples are flattened."""
     return [
         Shape(dtype, tuple(int(n) for n in sizes.split(",") if n), layout)
         for dtype, sizes, layout in _SHAPE.findall(text)
@@ -170,7 +182,7 @@ def shapes(text: str) -> list[Shape]:
 
 
 def traffic(program: Program) -> int:
-    """Bytes of HBM that the program reads and writes."""
+    """Return the bytes of HBM that the program reads and writes."""
     return sum(
         times * _moved(program, instruction, program.computations[where])
         for instruction, where, times in program.executed()
@@ -185,7 +197,7 @@ def _moved(program: Program, it: Instruction, around: dict[str, Instruction]) ->
 
 
 def _read(program: Program, it: Instruction, i: int, operand: Instruction) -> int:
-    """Bytes that an instruction reads of its i-th operand, of which it may take a part."""
+    """Return the bytes that an instruction reads of its i-th operand: all of it, or a slice."""
     size = _nbytes(operand.results)
     if not size or it.op in FREE:
         return 0
@@ -202,7 +214,7 @@ def _read(program: Program, it: Instruction, i: int, operand: Instruction) -> in
 
 
 def _written(program: Program, it: Instruction, around: dict[str, Instruction]) -> int:
-    """Bytes that an instruction writes: of arrays that it updates in place, the new part."""
+    """Return the bytes that an instruction writes; of an array updated in place, the new part."""
     if it.op in UPDATES:
         return _nbytes(around[it.operands[UPDATES[it.op]]].results)
     if it.op in ("copy-start", "slice-start"):
@@ -218,7 +230,7 @@ def _written(program: Program, it: Instruction, around: dict[str, Instruction]) 
 
 
 def _made(it: Instruction) -> Shape:
-    """The new array of a copy-start or slice-start, beside the old one and a handle."""
+    """Return the new array of a copy-start or slice-start, whose tuple also has the source."""
     return it.results[0 if it.op == "copy-start" else 1]
 
 
@@ -227,7 +239,7 @@ def _parameter(inside: dict[str, Instruction], i: int) -> Instruction:
 
 
 def _read_inside(inside: dict[str, Instruction], parameter: Instruction, size: int) -> int:
-    """Bytes that a fusion reads of one of its parameters, which has `size`; slices as such."""
+    """Return the bytes that a fusion reads of a parameter of `size` bytes: all, or its slices."""
     users = [it for it in inside.values() if parameter.name in it.operands]
     if not users or not all(_is_slice_of(it, parameter.name) for it in users):
         return size
@@ -249,10 +261,12 @@ def _nbytes(results: list[Shape]) -> int:
 
 
 def reads(program: Program, arguments: tuple[str, ...]) -> float:
-    """How often the program reads arguments of such names: bytes read over their bytes.
+    """Return the bytes read of some arguments over the arguments' bytes: 1 if each is read once.
 
-    Names begin so in JAX ("cache[0][1]"). An array that is updated in place stays the same one.
-    Loops are not looked into.
+    Args:
+        arguments: what the arguments' names begin with, as JAX names them ("cache[").
+
+    An array that is updated in place counts as the argument it was. Loops are not looked into.
     """
     around, size, read = program.computations[program.entry], 0, 0
     same: set[str] = set()
@@ -270,7 +284,7 @@ def reads(program: Program, arguments: tuple[str, ...]) -> float:
 
 
 def _is_still(program: Program, it: Instruction, i: int) -> bool:
-    """Whether the result is the i-th operand: named anew, or updated in place."""
+    """Whether the result is the i-th operand itself, renamed or updated in place."""
     if it.op == "fusion":
         inside = program.computations[it.called[0]]
         own = _parameter(inside, i).name
@@ -279,7 +293,7 @@ def _is_still(program: Program, it: Instruction, i: int) -> bool:
 
 
 def moves(program: Program, least: int) -> list[Instruction]:
-    """Copies and transposes, fused or not, that write `least` bytes or more to HBM."""
+    """Return the copies and transposes, fused or not, that write `least` bytes or more to HBM."""
     found = []
     for it, _, _ in program.executed():
         if it.op in MOVES or (it.op == "fusion" and _only_moves(program, it)):
@@ -312,7 +326,7 @@ def transfers(program: Program) -> Iterator[Transfer]:
 
 
 def _all(program: Program) -> Iterator[tuple[Instruction, int]]:
-    """Every instruction that runs, inside fusions and asynchronous calls too."""
+    """Yield every instruction that runs, also inside fusions and async calls, and how often."""
     for it, _, times in program.executed():
         yield it, times
         if it.op in ("fusion", "async-start"):
@@ -330,7 +344,7 @@ def _received(it: Instruction) -> int:
 
 
 def group_size(rest: str) -> int:
-    """Devices that one collective joins; 2 where its text does not say (a permutation)."""
+    """Return how many devices a collective joins; 2 for a permutation, which lists no group."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
