@@ -1,6 +1,12 @@
-"""Bytes of the decoder's KV cache, which grouped-query attention divides, and of a step."""
+"""Bytes of the decoder's KV cache, and what a decoding step reads and computes.
 
-from typing import NamedTuple
+`kv_cache_bytes` is a formula. `step` reads its numbers from the shapes of the arrays that
+`gqa/inference/step.py` allocates. The command `python -m gqa kv-cache` is in `command.py`, the
+decoders it knows are in `presets.py`.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +21,30 @@ from gqa.model.transformer import init_params
 def kv_cache_bytes(
     config: Config, batch_size: int, inputs_length: int, targets_length: int, dtype: str = ""
 ) -> int:
-    """Bytes of keys and values that a decoder holds for `batch_size` sequences.
+    """Return the bytes of keys and values that a decoder keeps for `batch_size` sequences.
 
-    Self-attention keeps `targets_length` positions, cross-attention `inputs_length`; both keep a
-    key and a value of H numbers a KV head and layer. `dtype` defaults to the config's activations.
+    For each layer and KV head, self-attention keeps a key and a value of H numbers for each of
+    `targets_length` positions, cross-attention for each of `inputs_length` positions.
+
+    Args:
+        dtype: of the cache; by default that of the config's activations.
     """
-    own, cross = (sum(config.kv_heads(name)) for name in ("self_attention", "cross_attention"))
-    numbers = 2 * batch_size * (own * targets_length + cross * inputs_length) * config.head_dim
-    return numbers * jnp.dtype(dtype or config.dtype).itemsize
+    # Sums over the decoder's layers.
+    self_heads = sum(config.kv_heads("self_attention"))
+    cross_heads = sum(config.kv_heads("cross_attention"))
+
+    vectors = 2 * batch_size * (self_heads * targets_length + cross_heads * inputs_length)
+    return vectors * config.head_dim * jnp.dtype(dtype or config.dtype).itemsize
 
 
 class Step(NamedTuple):
-    """What decoding one token for a batch reads, in bytes, and its products with weights, in FLOPs.
+    """What decoding one token for each sequence of a batch reads and computes.
 
-    `self_cache` is the mean over all tokens, since the part of the cache that is read grows.
+    weights: bytes of weights.
+    cross_cache: bytes of the cross-attention cache.
+    self_cache: bytes of the self-attention cache, as the mean over all tokens, because the cache
+        grows with the text.
+    flops: FLOPs of the products with weights.
     """
 
     weights: int
@@ -38,42 +54,50 @@ class Step(NamedTuple):
 
 
 def step(net: Inference, batch_size: int, inputs_length: int, targets_length: int) -> Step:
-    """The sizes of the arrays that `net.step` is given, as greedy decoding has them."""
+    """Return what a step of greedy decoding reads and computes, from the shapes of its arrays."""
     inputs = jax.ShapeDtypeStruct((batch_size, inputs_length), jnp.int32)
     weights = weight_shapes(net)
     memory = jax.eval_shape(net.prefill, weights, inputs)
-    rooms = [bucket(index + 1, targets_length) for index in range(targets_length)]
-    cache = {
-        room: nbytes(jax.eval_shape(lambda room=room: net.init_cache(batch_size, 1, room)))
-        for room in set(rooms)
+
+    # The capacity of the self-attention cache at each token, and the bytes of each capacity.
+    capacities = [bucket(index + 1, targets_length) for index in range(targets_length)]
+    cache_bytes = {
+        capacity: nbytes(jax.eval_shape(partial(net.init_cache, batch_size, 1, capacity)))
+        for capacity in set(capacities)
     }
+
+    # Tied logits read the whole embedding. Otherwise a step looks up one row of it for each token.
     read = _read_by_step(net, weights)
-    rows = batch_size * net.config.d_model * weights["embedding"].dtype.itemsize
-    products = sum(x.size for x in jax.tree.leaves(read) if x.ndim > 1)
+    looked_up = batch_size * net.config.d_model * weights["embedding"].dtype.itemsize
+    matrix_elements = sum(x.size for x in jax.tree.leaves(read) if x.ndim > 1)
     return Step(
-        nbytes(read) + (0 if net.config.tied_logits else rows),
-        nbytes(memory.kv),
-        float(np.mean([cache[room] for room in rooms])),
-        2.0 * batch_size * products,
+        weights=nbytes(read) + (0 if net.config.tied_logits else looked_up),
+        cross_cache=nbytes(memory.kv),
+        self_cache=float(np.mean([cache_bytes[capacity] for capacity in capacities])),
+        flops=2.0 * batch_size * matrix_elements,
     )
 
 
 def weight_shapes(net: Inference) -> dict:
-    """`net.prepare`'s result as shapes."""
+    """Return the shapes and dtypes of `net.prepare`'s result, without computing it."""
     return jax.eval_shape(lambda: net.prepare(init_params(net.config, 0)))
 
 
 def _read_by_step(net: Inference, weights: dict) -> list:
-    """The weights that meet every row: not those that only `prefill` needs, nor look-ups."""
-    of_prefill = ("cross_key", "cross_value")
+    """Return the weights that a step multiplies with all its rows.
+
+    The projections of cross-attention's keys and values are not among them, because only `prefill`
+    needs them; nor are tables of which a step looks up a few rows.
+    """
+    prefill_only = ("cross_key", "cross_value")
     layers = [
-        {name: x for name, x in layer.items() if name not in of_prefill}
+        {name: x for name, x in layer.items() if name not in prefill_only}
         for layer in weights["decoder"]["layers"]
     ]
     logits = weights["embedding" if net.config.tied_logits else "logits"]
     return [layers, weights["decoder"]["norm"], logits]
 
 
-def nbytes(tree) -> int:
-    """Bytes of all arrays, or shapes, of a tree."""
+def nbytes(tree: Any) -> int:
+    """Return the bytes of all arrays of a tree; shapes with dtypes do as well."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

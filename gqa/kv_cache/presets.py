@@ -1,17 +1,22 @@
-"""The decoders of well-known models, and of any config.json of Hugging Face, as to their caches."""
+"""What decides the size of a decoder's cache, for well-known models and any config.json.
+
+`command.py` makes a table of it.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from gqa.interop import safetensors_files
 from gqa.model.config import check_kv_heads
+from gqa.runtime.checks import check_whole_number
 from gqa.runtime.errors import UserError
 
 
 class Decoder(NamedTuple):
-    """`cross` says whether it also keeps keys and values of an encoder's outputs.
+    """The sizes that decide how large a decoder's cache is.
 
-    A window is the most positions it keeps of its own; 0 is all.
+    cross: whether the decoder also caches keys and values of an encoder's output.
+    window: the most positions of its own that it keeps; 0: all.
     """
 
     layers: int
@@ -38,21 +43,23 @@ PRESETS = {
     "Mistral-7B": Decoder(32, 32, 8, 128),
 }
 
-# What config.json calls it, the first that is there.
+# The names of each size in config.json, of different models; the first that is there counts.
 LAYERS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "num_layers", "n_layer")
 HEADS = ("decoder_attention_heads", "num_attention_heads", "num_heads", "n_head")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 HEAD_DIM = ("head_dim", "d_kv")
 WIDTH = ("hidden_size", "d_model", "n_embd")
-# Caches of another kind than keys and values by head and position.
-OTHER = ("kv_lora_rank", "state_size")
+# Fields of models whose cache is not one of keys and values for each head and position: latent
+# attention and state-space models.
+OTHER_CACHES = ("kv_lora_rank", "state_size")
 
 
 def find(name: str) -> Decoder:
-    """A preset by its name, in any case, or what a config.json or its folder says.
+    """Return the preset of a name, in any case, or the decoder of a config.json or its folder.
 
     Raises:
-        UserError: naming the presets, or the key that is missing or of another kind of cache.
+        UserError: naming the presets if there is no such file; else the field of config.json that
+            is missing, wrong, or of a model with another kind of cache.
     """
     for preset, decoder in PRESETS.items():
         if preset.lower() == name.lower():
@@ -68,38 +75,45 @@ def find(name: str) -> Decoder:
 
 
 def _decoder(config: dict) -> Decoder:
-    for key in OTHER:
+    """Read the sizes from the fields of a config.json."""
+    for key in OTHER_CACHES:
         if config.get(key):
-            raise UserError(f"{key}={config[key]!r}: its cache is not one of keys and values")
+            raise UserError(f"{key}={config[key]!r}: this model caches no keys and values by head")
     heads = _size(config, HEADS)
     head_dim = _size(config, HEAD_DIM, default=0) or _size(config, WIDTH) // heads
-    one = config.get("multi_query") is True and not config.get("new_decoder_architecture")
+
+    # The first Falcon models and GPT-BigCode say "multi_query" instead of a number of KV heads.
+    multi_query = config.get("multi_query") is True and not config.get("new_decoder_architecture")
     kv_heads = _size(config, KV_HEADS, default=heads)
-    kv_heads = 1 if one else kv_heads
+    kv_heads = 1 if multi_query else kv_heads
     check_kv_heads("num_key_value_heads", kv_heads, heads)
-    # Those that Transformers counts as such by default do not always say it.
+
+    # Transformers takes T5's configs for encoder-decoders even if they do not say so.
     cross = bool(config.get("is_encoder_decoder", "t5" in str(config.get("model_type"))))
     return Decoder(_size(config, LAYERS), heads, kv_heads, head_dim, cross, _window(config))
 
 
 def _window(config: dict) -> int:
+    """Return the sliding window of a decoder; 0 if there is none."""
     if not config.get("use_sliding_window", True):
         return 0
     window = _size(config, ("sliding_window",), default=0)
     kinds = config.get("layer_types") or ["sliding_attention"]
     if window and set(kinds) != {"sliding_attention"}:
-        raise UserError("layer_types: only some layers have the sliding_window")
+        raise UserError(
+            "layer_types: only some layers have the sliding_window, so that one number "
+            "of positions does not describe the cache"
+        )
     return window
 
 
 def _size(config: dict, keys: tuple[str, ...], default: int | None = None) -> int:
+    """Return the first of `keys` that the config has, or `default`."""
     for key in keys:
         value = config.get(key)
         if value is None:
             continue
-        if type(value) is not int or not 1 <= value < 2**31:
-            raise UserError(f"{key}={value!r}; use a whole number, 1 or more")
-        return value
+        return check_whole_number(key, value)
     if default is None:
-        raise UserError(f"none of {', '.join(keys)} is there")
+        raise UserError(f"none of {', '.join(keys)} is there; add the one of this model")
     return default

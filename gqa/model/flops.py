@@ -1,36 +1,36 @@
-"""Model FLOPs of the network, counted analytically, in the letters of `gqa/model/attention.py`.
+"""Model FLOPs of the network, counted by formula, in the letters of `gqa/model/attention.py`.
 
-A product of [M, N] by [N, K] is 2 M N K. Only products count: no embedding look-ups, norms,
-softmax, masks or optimizer, and nothing that rematerialisation computes twice. Shapes are those of
-the batch, so padding counts, and the two products of attention count in full, without a discount
-for what a causal mask hides. This is the convention of PaLM's MFU (Chowdhery et al., 2022,
-appendix B).
+A product of [M, N] by [N, K] is 2 M N K FLOPs. Only matrix products count: no embedding look-ups,
+norms, softmax, masks or optimizer, and nothing that rematerialisation computes a second time.
+Padding counts. The two products of attention count in full, although a causal mask hides half of
+them. This is the convention of PaLM's model FLOPs utilization (Chowdhery et al., 2022, appendix B).
 """
 
 from gqa.model.config import GATED_GELU, Config
 
 
 def train_flops(config: Config, batch_size: int, inputs_length: int, targets_length: int) -> float:
-    """FLOPs of one training step: a backward pass has two products for each of a forward pass."""
+    """Return the FLOPs of one training step.
+
+    The backward pass has two products for each product of the forward pass.
+    """
     return 3 * forward_flops(config, batch_size, inputs_length, targets_length)
 
 
 def forward_flops(
     config: Config, batch_size: int, inputs_length: int, targets_length: int
 ) -> float:
-    """FLOPs of the logits [B, T, V] of inputs [B, S] and targets [B, T], teacher forced."""
+    """Return the FLOPs of teacher-forced logits [B, T, V], for inputs [B, S] and targets [B, T]."""
     c, S, T = config, inputs_length, targets_length
-    attended = {"encoder": (S, S), "self_attention": (T, T), "cross_attention": (T, S)}
-    attention = sum(
-        _attention(c, K, *at) for name, at in attended.items() for K in c.kv_heads(name)
-    )
+    lengths = {"encoder": (S, S), "self_attention": (T, T), "cross_attention": (T, S)}
+    attention = sum(_attention(c, K, *lengths[name]) for name in lengths for K in c.kv_heads(name))
     mlps = c.num_encoder_layers * _mlp(c, S) + c.num_decoder_layers * _mlp(c, T)
     logits = 2 * T * c.d_model * c.vocab_size
     return float(batch_size * (attention + mlps + logits))
 
 
 def _attention(config: Config, K: int, T: int, S: int) -> int:
-    """Projections of T queries and S keys and values, and the products between them."""
+    """Return the FLOPs of one layer's attention from T queries to S keys, with projections."""
     D, N, H = config.d_model, config.num_heads, config.head_dim
     query_and_out = 2 * (2 * T * D * N * H)
     key_and_value = 2 * (2 * S * D * K * H)
@@ -39,5 +39,6 @@ def _attention(config: Config, K: int, T: int, S: int) -> int:
 
 
 def _mlp(config: Config, T: int) -> int:
+    """Return the FLOPs of one layer's MLP on T positions."""
     kernels = 3 if config.activation == GATED_GELU else 2
     return kernels * 2 * T * config.d_model * config.d_ff

@@ -1,20 +1,21 @@
 """Fused attention on accelerators: the logits [B, N, T, S] never reach main memory.
 
-The definition is `gqa.attention.attend`; the letters are those of that file. There are three
-kernels, and none repeats K and V for the query heads that share them:
+Each kernel equals `grouped_query_attention` of `attention.py`, in value and gradient, wherever a
+query is not padding (tests/model/test_fused_attention.py::test_a_kernel_is_the_definition). There
+are three kernels, and none repeats K and V for the query heads that share them:
 
     cudnn    NVIDIA GPUs: `jax.nn.dot_product_attention(implementation="cudnn")`
     splash   TPUs, cross-attention: Pallas' Splash attention, which takes no bias
     flash    TPUs, self-attention: Pallas' flash attention, which takes T5's position bias
 
-A caller asks for one and keeps the definition for where there is none:
+A caller asks for a kernel and computes attention in another way if none fits:
 
     out = fused_attention(q, k, v, position_bias=..., segments=..., causal=...)
     if out is None:
-        out = attend(...)  # with the same bias, and the segments and causality as one more
+        out = attention_with_custom_gradient(...)  # of `cpu_attention.py`
 
-Pallas' kernels are not partitioned by XLA: on several TPUs they run under the mesh of
-`jax.set_mesh`, each device on its rows of the batch and its heads.
+XLA cannot partition Pallas' kernels. On several TPUs they run under the mesh of `jax.set_mesh`, and
+each device computes its rows of the batch and its heads.
 """
 
 import functools
@@ -23,41 +24,46 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from gqa.model.attention import MASKED, Segments
 
-LANES = 128  # T and S of the TPU kernels are multiples of it
-# Flash attention writes statistics of each row LANES wide, and a gradient of the bias for each
-# example. Compiled for TPU v4, its gradient takes 1.5 times the memory of the definition's at 512
-# positions, and less than the definition's from here on.
+LANES = 128  # T and S of the TPU kernels are multiples of this number
+# The shortest T and S at which flash attention saves memory. It writes LANES copies of each row's
+# softmax statistics, and a gradient of the bias for each example: compiled for TPU v4, its gradient
+# takes 1.5 times the memory of the definition's at 512 positions, and less from 1024 on.
 FLASH_LENGTH = 1024
-BLOCKS = (512, 384, 256, 128)  # positions of a TPU block; larger ones read K and V less often
+BLOCKS = (512, 384, 256, 128)  # positions of a TPU block; larger blocks read K and V less often
 
 
 class Selection(NamedTuple):
-    """A kernel, or None and why there is none."""
+    """The kernel that fits, or None and the reason why none does."""
 
     kernel: str | None
     reason: str = ""
 
 
 def platform() -> str:
-    """What a program is compiled for: the devices of the mesh that is set, or this process's."""
+    """Return the platform that programs are compiled for.
+
+    It is that of the mesh that `jax.set_mesh` has set, or else that of this process's devices.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def backend() -> str:
-    """What fuses attention there: "cudnn" (Ampere and later), "tpu" or "" (nothing)."""
+    """Return which kernels `platform()` has: "cudnn" (Ampere and later), "tpu" or "" (none)."""
     if platform() == "tpu":
         return "tpu"
     if platform() == "gpu" != jax.default_backend():
-        return "cudnn"  # compiled ahead of time: gqa/aot/chips.py has no GPU that is older
-    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; AMD's are names
+        # Compiled ahead of time for a GPU of gqa/aot/chips.py, all of which are Ampere or later.
+        return "cudnn"
+    # NVIDIA's capabilities are numbers like "9.0"; AMD's are names.
+    capability = getattr(jax.devices()[0], "compute_capability", "")
     major = capability.partition(".")[0]
     return "cudnn" if major.isdigit() and int(major) >= 8 else ""
 
@@ -71,7 +77,11 @@ def select(
     dropout: bool,
     backend: str,
 ) -> Selection:
-    """The kernel for q [B, T, N, H] and k [B, S, K, H] (arrays or their shapes and dtypes)."""
+    """Choose the kernel for q [B, T, N, H] and k [B, S, K, H].
+
+    q and k may also be shapes with dtypes. `position_bias`, `packed` and `dropout` say whether the
+    attention has a position bias, rows of several examples, and dropout.
+    """
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     if backend not in ("cudnn", "tpu"):
         return Selection(None, "this backend has no fused attention")
@@ -82,14 +92,14 @@ def select(
     if backend == "cudnn":
         return _select_cudnn(T, S, H, q.dtype, position_bias, packed)
     if min(T, S) < LANES // 2:
-        return Selection(None, f"of a block of {LANES} positions more than half would be padding")
+        return Selection(None, f"more than half of a block of {LANES} positions would be padding")
     if position_bias and min(T, S) < FLASH_LENGTH:
         return Selection(None, f"with a bias a kernel saves nothing below {FLASH_LENGTH} positions")
     if H > LANES and H % LANES:
         return Selection(None, f"head_dim {H} is over {LANES} and no multiple of it")
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty and jax.device_count() > 1:
-        return Selection(None, "there are several devices and no mesh is set")
+        return Selection(None, "there are several devices, and jax.set_mesh has set no mesh")
     rows = 1 if mesh.empty else mesh.size // mesh.shape["model"]
     if B % rows:
         return Selection(None, f"{B} rows do not split over {rows} devices")
@@ -115,26 +125,27 @@ def _select_cudnn(
 
 
 def fused_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     *,
-    position_bias: Array | None,
+    position_bias: Float[Array, "1 N T S"] | None,
     segments: Segments | None,
     causal: bool,
-    dropout: Array | None = None,
+    dropout: Float[Array, "B N 1 S"] | None = None,
     backend: str,
-) -> Array | None:
-    """Attend from q [B, T, N, H] to k and v [B, S, K, H] as `attend` does: [B, T, N, H].
-
-    None if `select` has no kernel for it.
+) -> Float[Array, "B T N H"] | None:
+    """Attend as `grouped_query_attention` does, with the kernel that `select` chooses.
 
     Args:
-        position_bias: [1, N, T, S], added to the logits.
-        segments: what may attend to what; None is everything.
-        causal: positions may not attend to later ones.
-        dropout: [B, N, 1, S], multiplies the weights; one draw per key, as in T5.
-        backend: of `backend()`.
+        position_bias: added to the logits.
+        segments: limits each query to its own example; None limits nothing.
+        causal: limits each query to its own position and those before.
+        dropout: multiplies the weights; one draw for each key, as in T5.
+        backend: as `backend()` returns it.
+
+    Returns:
+        The output, or None if no kernel fits.
     """
     kernel, _ = select(
         q,
@@ -147,7 +158,8 @@ def fused_attention(
     if kernel is None:
         return None
     if dropout is not None:
-        # The same for all queries, it multiplies a value as well as the value's weights.
+        # All queries share the draw of a key. So instead of the weights of a key, of which the
+        # kernel keeps no array, its value can be multiplied.
         v *= dropout[:, :, 0].swapaxes(1, 2)[..., None].astype(v.dtype)
     if kernel == "cudnn":
         return _cudnn(q, k, v, position_bias, segments, causal)
@@ -169,11 +181,11 @@ def _cudnn(
 ) -> Array:
     lengths = None
     if segments is not None:
-        # One key at least, so that a row of padding has a softmax. Queries get no lengths: those
-        # that are padding attend to real keys, and what they give is then finite in any case.
+        # At least one key, so that the softmax of an example of padding alone is defined. Queries
+        # get no lengths: a query that is padding attends to real keys, so its output is finite.
         lengths = jnp.maximum(jnp.sum(segments.key > 0, axis=1, dtype=jnp.int32), 1)
     if position_bias is not None:
-        position_bias = position_bias.astype(q.dtype)  # others give NaN, jax-ml/jax#32242
+        position_bias = position_bias.astype(q.dtype)  # another dtype gives NaN, jax-ml/jax#32242
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -189,7 +201,10 @@ def _cudnn(
 def _per_device(
     attend: Callable, arrays: tuple[Array, ...], position_bias: Array | None = None
 ) -> Array:
-    """`attend` on each device's rows and heads, under the mesh that is set; ids have no heads."""
+    """Run `attend` on each device's rows and heads, under the mesh that `jax.set_mesh` has set.
+
+    Arrays of four axes are split by rows and by heads, others (segment numbers) by rows.
+    """
     shared = () if position_bias is None else (position_bias,)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -198,7 +213,8 @@ def _per_device(
     split = PartitionSpec(rows, None, "model")
     specs = tuple(split if x.ndim == 4 else PartitionSpec(rows) for x in arrays)
     specs += (PartitionSpec(None, "model"),) * len(shared)
-    # A kernel does not say along which axes its results vary, so that is not checked.
+    # Pallas' kernels do not declare along which axes of the mesh their results vary, so shard_map
+    # cannot check this.
     run = jax.shard_map(attend, in_specs=specs, out_specs=split, check_vma=False)
     return run(*arrays, *shared)
 
@@ -236,14 +252,15 @@ def _flash(
     position_bias: Array,
     causal: bool,
 ) -> Array:
-    """The G queries of a group are more rows of one KV head, each with its own bias."""
+    """Run flash attention; the G query heads of a group are G * T rows of their KV head."""
     (B, T, N, H), S, K = q.shape, k.shape[1], k.shape[2]
     G = N // K
     bias = position_bias[0].astype(jnp.float32)
     if causal:
         bias += jnp.where(jnp.tri(T, S, dtype=bool), 0.0, MASKED)[None]
     bias = jnp.pad(bias, ((0, 0), (0, -T % LANES), (0, -S % LANES)))
-    bias = bias.astype(q.dtype)  # it is read as often as the logits would be
+    # The kernel reads the bias as often as it would read the logits, so its bytes count.
+    bias = bias.astype(q.dtype)
     q, k, v, query_ids, key_ids = map(_fill, (q, k, v, query_ids, key_ids))
     T, S = bias.shape[1:]
     rows, columns = _block(G * T), _block(S)
@@ -253,7 +270,7 @@ def _flash(
     sizes |= dict.fromkeys((*names, "block_k_major_dq", "block_k_dq"), columns)
 
     def one(q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array) -> Array:
-        # The bias has no batch axis: the kernel reads the one there is for every example.
+        # vmap gives the bias no batch axis, so the kernel reads the same bias for all examples.
         ids = flash.SegmentIds(jnp.tile(query_ids, G)[None], key_ids[None])
         return flash.flash_attention(
             q[None],
@@ -270,9 +287,10 @@ def _flash(
 
 
 def _fill(x: Array) -> Array:
-    """Positions (axis 1) up to whole lanes; the new ones are padding."""
+    """Pad positions (axis 1) with zeros up to a multiple of `LANES`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)) + ((0, 0),) * (x.ndim - 2))
 
 
 def _block(length: int) -> int:
+    """Return the largest block that divides `length`."""
     return next(block for block in BLOCKS if length % block == 0)

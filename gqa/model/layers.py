@@ -1,4 +1,8 @@
-"""The parts of a T5 layer around attention. The letters are those of `gqa/model/attention.py`."""
+"""The parts of a T5 layer: attention with its projections, norm, MLP and position bias.
+
+The formula of attention itself is in `attention.py`, whose letters are used here. How the parts
+form a network is in `transformer.py`.
+"""
 
 from collections.abc import Callable
 
@@ -34,12 +38,14 @@ class Attention(nn.Module):
 
     def setup(self):
         D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
+
         # T5 leaves the logits unscaled and draws the query kernel sqrt(H) times smaller instead.
-        small = variance_scaling(1 / H, "fan_in", "normal", 0, (1, 2))
-        self.query = self.param("query", small, (D, N, H))
-        into = variance_scaling(1.0, "fan_in", "normal", 0, (1, 2))
-        self.key = self.param("key", into, (D, K, H))
-        self.value = self.param("value", into, (D, K, H))
+        query_init = variance_scaling(1 / H, "fan_in", "normal", 0, (1, 2))
+        self.query = self.param("query", query_init, (D, N, H))
+
+        init = variance_scaling(1.0, "fan_in", "normal", 0, (1, 2))
+        self.key = self.param("key", init, (D, K, H))
+        self.value = self.param("value", init, (D, K, H))
         self.out = self.param("out", variance_scaling(1.0, "fan_in", "normal", (0, 1)), (N, H, D))
 
     def __call__(
@@ -50,15 +56,20 @@ class Attention(nn.Module):
         segments: Segments | None,
         train: bool,
     ) -> Array:
-        """Attend from x [B, T, D] to y [B, S, D]; position_bias [1, N, T, S]."""
+        """Attend from x [B, T, D] to y [B, S, D]; returns [B, T, D].
+
+        In self-attention x and y are the same. position_bias is [1, N, T, S].
+        """
         (B, T, D), S, N, H = x.shape, y.shape[1], self.num_heads, self.head_dim
         q = constrain(self._heads(x, self.query), "batch", None, "heads", None)
         k, v = (repeat_heads(self._heads(y, kernel)) for kernel in (self.key, self.value))
+
         dropout = None
         if train and self.dropout_rate > 0:
-            # One draw per key serves every query position, as in T5.
+            # One draw for each key serves all query positions, as in T5.
             keep = 1 - self.dropout_rate
             dropout = jax.random.bernoulli(self.make_rng("dropout"), keep, (B, N, 1, S)) / keep
+
         out = fused_attention.fused_attention(
             q,
             k,
@@ -69,14 +80,14 @@ class Attention(nn.Module):
             dropout=dropout,
             backend=fused_attention.backend(),
         )
-        if out is None:
+        if out is None:  # no kernel of this backend fits
             k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
             mask = make_mask(segments, self.causal, T, S)
             out = attention_with_custom_gradient(q, k, v, position_bias, mask, dropout)
         return linear(out.reshape(B, T, N * H), self.out.astype(self.dtype).reshape(N * H, D))
 
     def _heads(self, x: Array, kernel: Array) -> Array:
-        """[B, T, D] -> [B, T, heads, H] for a kernel [D, heads, H]."""
+        """Project x [B, T, D] with a kernel [D, heads, H]; returns [B, T, heads, H]."""
         D, heads, H = kernel.shape
         out = linear(x, kernel.astype(self.dtype).reshape(D, heads * H))
         return out.reshape(*x.shape[:2], heads, H)
@@ -122,7 +133,10 @@ class MLP(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """T5's learned bias per query head and distance bucket; one table [buckets, N] a stack."""
+    """T5's learned bias for each query head and bucket of distances.
+
+    The layers of a stack share one table [buckets, N].
+    """
 
     num_heads: int
     num_buckets: int
@@ -134,10 +148,12 @@ class RelativePositionBias(nn.Module):
         self.table = self.param("table", init, (self.num_buckets, self.num_heads))
 
     def __call__(self, T: int, S: int) -> Array:
-        """The bias [1, N, T, S] of queries 0..T-1 and keys 0..S-1.
+        """Return the bias [1, N, T, S] of queries 0..T-1 and keys 0..S-1.
 
-        It is constant along diagonals, so T + S values are looked up and laid out by a reshape:
-        rows of M - 1 cut from a repeated row of M move on by one place each.
+        The bias depends on the distance alone, so only M = T + S values are looked up. They are
+        laid out by a reshape, which is faster than a gather of T * S values: if a row of M values
+        is repeated T times and cut into rows of M - 1, each row starts one value later than the row
+        above it, as the distances of the next query do.
         """
         M = T + S
         distance = (jnp.arange(M) + T) % M - T  # 0 .. S-1, then -T .. -1
@@ -146,10 +162,11 @@ class RelativePositionBias(nn.Module):
         return rows[None, :, :, :S]
 
     def row(self, index: Array, S: int) -> Array:
-        """The bias [1, N, 1, S] of the one query at `index`."""
+        """Return the bias [1, N, 1, S] of the single query at position `index`."""
         return self._lookup(jnp.arange(S) - index)[None, :, None, :]
 
     def _lookup(self, distance: Array) -> Array:
+        """Return the bias [N, M] of M distances."""
         bucket = relative_position_bucket(
             distance, self.bidirectional, self.num_buckets, self.max_distance
         )
@@ -159,10 +176,11 @@ class RelativePositionBias(nn.Module):
 def relative_position_bucket(
     distance: Array, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Array:
-    """Bucket of each distance (key position - query position), T5's rule.
+    """Return the bucket of each distance (key position - query position), by T5's rule.
 
-    Half of a direction's buckets hold one distance each, the other half grow logarithmically up to
-    `max_distance`, in float32. Distances ahead get buckets of their own if `bidirectional`, else 0.
+    Half of a direction's buckets hold one distance each. The widths of the others grow
+    logarithmically up to `max_distance`, computed in float32. Keys ahead of the query get buckets
+    of their own if `bidirectional`; if not, they share bucket 0, since a mask hides them.
     """
     bucket = jnp.zeros_like(distance)
     if bidirectional:
@@ -171,8 +189,9 @@ def relative_position_bucket(
         distance = jnp.abs(distance)
     else:
         distance = jnp.maximum(-distance, 0)
+
     exact = num_buckets // 2
-    eps = jnp.finfo(jnp.float32).eps  # only keeps the unused logarithm of 0 finite
+    eps = jnp.finfo(jnp.float32).eps  # keeps the logarithm of distance 0 finite; it is not used
     ratio = jnp.log(distance.astype(jnp.float32) / exact + eps)
     ratio /= jnp.log(jnp.float32(max_distance / exact))
     far = exact + (ratio * (num_buckets - exact)).astype(jnp.int32)

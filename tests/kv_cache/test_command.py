@@ -117,7 +117,7 @@ def test_a_window_bounds_the_cache(capsys, tmp_path):
         (["gpt-5"], "'gpt-5' is no config.json; use one, or one of T5-small, "),
         (["T5-XL", "--batch=0"], "--batch=0; use more than 0"),
         (["T5-XL", "--memory=nan"], "--memory=nan; use more than 0"),
-        (["T5-XL", "--dtype=float7"], "--dtype=float7; use one of float32, "),
+        (["T5-XL", "--dtype=float7"], "--dtype='float7'; use one of float32, "),
         (["T5-XL", "--length=x"], "argument --length: invalid int value: 'x'"),
         (["T5-XL", "--heads=2"], "unrecognized arguments: --heads=2"),
     ],
@@ -131,7 +131,7 @@ def test_what_makes_no_sense_is_refused(arguments, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"kv_lora_rank": 512}, "kv_lora_rank=512: its cache is not one of keys and values"),
+        ({"kv_lora_rank": 512}, "kv_lora_rank=512: this model caches no keys and values by head"),
         (
             {
                 "n_head": 8,
@@ -160,4 +160,4 @@ def test_the_command_prints_nothing_else():
     assert done.stdout.endswith("8 KV heads: 4 times less cache than 32\n")
     done = subprocess.run([*line, "--dtype=x"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --dtype=x; use one of " + ", ".join(command.DTYPES) + "\n"
+    assert done.stderr == "error: --dtype='x'; use one of " + ", ".join(command.DTYPES) + "\n"
