@@ -1,1 +1,1 @@
-"""From files and datasets to batches of token ids."""
+"""From files and datasets to batches of token ids: tasks, texts, vocabulary, batches."""

@@ -1,7 +1,8 @@
-"""From the files a user names to checked examples: entries, columns, and the rows that are bad.
+"""The files that a user names: which files they are, the texts of their columns, and bad rows.
 
-Names are comma-separated; each is a file, a glob, or a folder: of such files, or saved by Hugging
-Face's `datasets`. `@weight` behind a name makes the list a mixture.
+Names are separated by commas. Each is a file, a glob, a folder of files, or a folder that Hugging
+Face's `datasets` saved. `@weight` after the names makes the list a mixture. `gqa.data.file_formats`
+reads the rows of one file; `gqa.data.tasks.files` and `.documents` make examples of them.
 """
 
 import functools
@@ -17,25 +18,25 @@ from typing import NamedTuple
 from gqa.data import file_formats
 from gqa.runtime.errors import UserError
 
-MOST_BAD = 0.01  # of a file's rows
-SHOWN = 5
+MOST_BAD = 0.01  # share of a file's rows that may be bad
+SHOWN = 5  # bad rows that a message quotes
 WEIGHTED = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
 FIELD = re.compile(r"\{([^{}]+)\}")
 
 
 class BadRow(ValueError):
-    """What is wrong with a row."""
+    """A row that gives no text; the message says why."""
 
 
 class Entry(NamedTuple):
-    """Files to read one after the other, and how often they are drawn from beside others."""
+    """Files that are read one after the other: one part of a mixture, with its weight."""
 
     files: list[str]
     weight: float
 
 
 class Report(NamedTuple):
-    """What was left out of a file: how many of its rows, and the first of them."""
+    """The number of bad rows of a file, and the messages of the first few."""
 
     path: str
     rows: int
@@ -47,18 +48,20 @@ class Report(NamedTuple):
 
 
 def collect(entry: Entry, columns: Collection[str], make: Callable) -> tuple[list, list[Report]]:
-    """What `make` makes of the rows of an entry; those that raise `BadRow` are left out.
+    """Apply `make` to every row of an entry; return the results, and reports of bad rows.
+
+    A row is bad, and left out, if `make` raises `BadRow`.
 
     Raises:
         UserError: naming the first bad rows of a file in which more than 1% are.
     """
-    made, reports = [], []
+    results, reports = [], []
     for path in entry.files:
         report = Report(path, 0, 0, [])
         for number, row in file_formats.read(path, columns):
             report = report._replace(rows=report.rows + 1)
             try:
-                made.append(make(_whole(row)))
+                results.append(make(_columns(row)))
             except BadRow as error:
                 report = report._replace(bad=report.bad + 1)
                 if report.bad <= SHOWN:
@@ -68,10 +71,11 @@ def collect(entry: Entry, columns: Collection[str], make: Callable) -> tuple[lis
         if report.bad > MOST_BAD * report.rows:
             raise UserError(f"{report}; at most 1% may be")
         reports += [report] if report.bad else []
-    return made, reports
+    return results, reports
 
 
-def _whole(row: file_formats.Row) -> dict:
+def _columns(row: file_formats.Row) -> dict:
+    """Return the columns of a row, or raise `BadRow` if it could not be read."""
     if isinstance(row, str):
         raise BadRow(row)
     return row
@@ -81,12 +85,12 @@ def _whole(row: file_formats.Row) -> dict:
 
 
 def needed(*columns: str) -> list[str]:
-    """The columns that names and templates such as "{question} {context}" take."""
+    """Return the columns that names and templates such as "{question} {context}" use."""
     return list(dict.fromkeys(c for column in columns for c in FIELD.findall(column) or [column]))
 
 
 def text(row: dict, column: str) -> str:
-    """One text: of a column, lists joined by spaces, or of a template of columns in braces.
+    """Return the text of a column (a list is joined by spaces) or of a template with {columns}.
 
     Raises:
         BadRow: if there is no such text.
@@ -97,34 +101,34 @@ def text(row: dict, column: str) -> str:
 
 
 def texts(row: dict, column: str) -> list[str]:
-    """Every text of a column; `answers.text` looks into objects, and into each of a list of them.
+    """Return all texts of a column; `answers.text` looks into objects and lists of objects.
 
     Raises:
         BadRow: if there is none, or anything else beside them.
     """
     keys = [column] if column in row else column.split(".")
-    found = _look(row, keys)
-    if found is None:
+    values = _look_up(row, keys)
+    if values is None:
         raise BadRow(f"no column {column!r}; this row has {', '.join(row)}")
-    if not found or not all(map(_is_text, found)):
+    if not values or not all(map(_is_text, values)):
         raise BadRow(f"{column!r} must be text or a list of texts, none empty")
-    return found
+    return values
 
 
-def _look(value, keys: list[str]) -> list | None:
-    """What stands under the keys, lists flattened; None if nothing does."""
+def _look_up(value, keys: list[str]) -> list | None:
+    """Return the values under nested keys, lists flattened; None if a key is missing."""
     if isinstance(value, list):
-        found = [_look(item, keys) for item in value]
-        return None if None in found else [item for items in found for item in items]
+        lists = [_look_up(item, keys) for item in value]
+        return None if None in lists else [item for items in lists for item in items]
     if not keys:
         return [value]
     if not isinstance(value, dict) or keys[0] not in value:
         return None
-    return _look(value[keys[0]], keys[1:])
+    return _look_up(value[keys[0]], keys[1:])
 
 
 def _is_text(value) -> bool:
-    """Whether it is a string with something in it that UTF-8 can write, unlike half a surrogate."""
+    """Return whether a value is a string that is not blank and that UTF-8 can encode."""
     if not isinstance(value, str) or not value.strip():
         return False
     try:
@@ -138,22 +142,23 @@ def _is_text(value) -> bool:
 
 
 def entries(names: str, split: str) -> list[Entry]:
-    """Files of every name, in order; without weights all are one entry.
+    """Return the files of every name, in order; without weights, all files are one entry.
 
     Raises:
         UserError: for a name that leads to no file, or weights for some names or not for training.
     """
-    found = [_weighted(name.strip()) for name in names.split(",") if name.strip()]
-    weights = [weight for _, weight in found if weight is not None]
-    if weights and (len(weights) < len(found) or split != "train"):
+    weighted_names = [_weighted(name.strip()) for name in names.split(",") if name.strip()]
+    weights = [weight for _, weight in weighted_names if weight is not None]
+    if weights and (len(weights) < len(weighted_names) or split != "train"):
         raise UserError(f"{names}: weights (@) are for training files, for all of them or none")
-    expanded = [(_expand(name, split), weight) for name, weight in found]
+    expanded = [(_expand(name, split), weight) for name, weight in weighted_names]
     if weights:
         return [Entry(files, weight) for files, weight in expanded]
     return [Entry([file for files, _ in expanded for file in files], 1.0)]
 
 
 def _weighted(name: str) -> tuple[str, float | None]:
+    """Split NAME@WEIGHT; a file may have such a name itself."""
     match = WEIGHTED.fullmatch(name)
     if match is None or os.path.exists(name):
         return name, None
@@ -163,18 +168,19 @@ def _weighted(name: str) -> tuple[str, float | None]:
 
 
 def _expand(name: str, split: str) -> list[str]:
+    """Return the files that one name stands for."""
     if os.path.isdir(name) and not file_formats.ending(name):
         return _folder(pathlib.Path(name), split)
     if os.path.lexists(name) or not glob.has_magic(name):
         return [name]
-    found = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
-    if not found:
+    matches = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
+    if not matches:
         raise UserError(f"{name}: matches no file")
-    return found
+    return matches
 
 
 def _folder(folder: pathlib.Path, split: str) -> list[str]:
-    """Files of a folder; one with several splits, saved by `datasets`, has a folder for each."""
+    """Return the files of a folder; `datasets` saves several splits as a folder each."""
     if (folder / "dataset_dict.json").is_file():
         folder = folder / split
         if not (folder / "state.json").is_file():
@@ -197,7 +203,7 @@ def _folder(folder: pathlib.Path, split: str) -> list[str]:
 
 
 def _saved(folder: pathlib.Path) -> list[str]:
-    """The Arrow files that `save_to_disk` lists in state.json, in their order."""
+    """Return the Arrow files that `save_to_disk` listed in state.json, in that order."""
     path = folder / "state.json"
     try:
         if path.stat().st_size > file_formats.LONGEST:
@@ -219,13 +225,13 @@ def _is_plain(name: str) -> bool:
 
 @functools.cache
 def digest(path: str) -> str:
-    """The sha256 of a file's bytes."""
+    """Return the sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def contents(options: dict) -> dict:
-    """Of the files that `options` names for each split: their hashes and weights, as JSON."""
+    """Return hashes and weights of the files that `options` names for each split, as JSON."""
     return {
         split: [
             [[digest(file) for file in files], weight] for files, weight in entries(names, split)

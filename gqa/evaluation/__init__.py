@@ -1,1 +1,1 @@
-"""Scores, losses, timings, and the records they are kept in."""
+"""Scores, losses and timings of a trained network, and the records that hold them."""

@@ -58,7 +58,7 @@ def score(name: str, predictions: list[str], references: list[list[str]]) -> Sco
 
 
 def _statistics(name, predictions, references):
-    """Return what `name` sums over examples, [n, s]."""
+    """Return the statistics [n, s] that the metric `name` sums over n examples."""
     if name not in METRICS:
         raise UserError(f"metric {name!r} is unknown; known: {', '.join(METRICS)}")
     pairs = list(zip(predictions, references, strict=True))
@@ -169,6 +169,6 @@ def _typicality(counts):
 
 def first_sentence(inputs: list[str]) -> list[str]:
     """Return the first sentence or paragraph of each text, whichever is shorter, on one line."""
-    found = [_SENTENCE.match(text.strip()) for text in inputs]
-    texts = [match[0] if match else text for match, text in zip(found, inputs, strict=True)]
+    matches = [_SENTENCE.match(text.strip()) for text in inputs]
+    texts = [match[0] if match else text for match, text in zip(matches, inputs, strict=True)]
     return [" ".join(text.split()) for text in texts]

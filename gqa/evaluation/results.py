@@ -1,10 +1,20 @@
-"""`results.jsonl`: every number a run produces, one JSON object a line, written once.
+"""`results.jsonl`: every number that a run produces, one JSON object (a record) a line.
 
-A record has the keys run, stage, task, variant, metric, value, unit, low, high, n, commit, device
-and time. `variant` is {size, num_heads, num_kv_heads, num_kv_heads_cross_attention,
-num_kv_heads_encoder,
-method, alpha, seed}; task, low, high and n are null where they mean nothing. A point of a learning
-curve has its step, too; an example that was predicted its number, and the texts.
+This is the only file that reads and writes it. Keys of a record:
+
+    run, stage, task        where the number comes from; task is null if there is none
+    variant                 the settings of the network, from which labels are derived:
+        size, seed
+        num_heads                       query heads
+        num_kv_heads                    KV heads of the decoder's self-attention
+        num_kv_heads_cross_attention, num_kv_heads_encoder
+        method                          conversion method, "none" without conversion
+        alpha                           share of the pretraining steps that was uptrained
+    metric, value, unit
+    low, high, n            the interval and the number of examples; null if there is none
+    commit, device, time    see `provenance`
+    step                    only of a point of a learning curve
+    example                 only of one prediction: its number; the texts stand beside it
 """
 
 import contextlib
@@ -49,7 +59,7 @@ def _write(file, content: bytes):
 
 
 def _close_last_line(file):
-    """Cut off a line that a killed writer left half written; end one that is whole."""
+    """Cut off a last line that a killed writer left half written, or end it if it is complete."""
     file.seek(0)
     content = file.read()
     start = content.rfind(b"\n") + 1
@@ -61,7 +71,7 @@ def _close_last_line(file):
 
 
 def _parse(line):
-    """Return the object in `line`, or None if it is not a whole one."""
+    """Return the object in `line`, or None if the line is not one JSON object."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -70,7 +80,7 @@ def _parse(line):
 
 
 def read(path: str | os.PathLike) -> list[dict]:
-    """Read all records; a last line that its writer did not finish is left out."""
+    """Read all records; an unfinished last line is left out."""
     try:
         lines = Path(path).read_bytes().splitlines(keepends=True)
     except OSError as error:
@@ -85,7 +95,7 @@ def read(path: str | os.PathLike) -> list[dict]:
 
 
 def latest(records: list[dict]) -> list[dict]:
-    """Keep the last record of each thing that was measured, in the order written."""
+    """Keep the last record of each measurement, in the order written."""
     names = "run", "stage", "task", "metric", "step", "example"
 
     def key(record):
@@ -125,6 +135,6 @@ def _device():
         return f"{jax.device_count()} x {kind}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        kind = found[1] if found else platform.machine()
+        model_name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        kind = model_name[1] if model_name else platform.machine()
     return f"{kind}, {cores} core{'s' if cores != 1 else ''}"

@@ -1,4 +1,7 @@
-"""Score a model: generated text against references, and losses that say what it learned."""
+"""Texts that a network generates, and losses that say what it learned.
+
+`gqa.evaluation.metrics` compares the texts with references.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -21,12 +24,13 @@ def predict(
     batch_size: int,
     together: bool = False,
 ) -> np.ndarray:
-    """Tokens [n, length] that `generator` gives for n texts of token ids, in their order.
+    """Return the tokens [n, length] that `generator` gives for n texts of token ids, in order.
 
-    Texts are cut to `inputs_length`, their end counted. Those of like length share a batch, so that
-    few of its columns are padding; what a text gives does not depend on the batch it is in. Several
-    processes, each with a generator on its own devices, share the batches out and get all tokens;
-    those whose generator is one on the devices of all do each batch `together`.
+    Texts are cut to `inputs_length` including EOS. Texts of similar length share a batch, which
+    saves padding; the tokens of a text do not depend on the batch it is in.
+
+    Several processes divide the batches among themselves, and every process gets all tokens. With
+    `together`, one generator spans the devices of all processes, and they run every batch jointly.
     """
     order = np.argsort([len(text) for text in texts], kind="stable")
     outputs = np.zeros((len(texts), generator.length), np.int32)
@@ -51,9 +55,15 @@ def losses(
     train: Sequence[TokenPair],
     **shape,
 ) -> dict[str, float]:
-    """Nats per target token of the model; of it reading another example's input; of unigrams.
+    """Return three losses on `pairs`, in nats per target token.
 
-    The second says how much it reads its input, the third what token frequencies alone give.
+    `test_loss_other_input` gives the network another example's input, so that its distance to
+    `test_loss` says how much the network uses its input. `test_loss_unigram` is the loss of the
+    training targets' token frequencies alone.
+
+    Args:
+        train: training examples, for the token frequencies.
+        shape: inputs_length, targets_length and batch_size.
     """
     swapped = [(pairs[i - 1][0], targets) for i, (_, targets) in enumerate(pairs)]
     return {
@@ -68,7 +78,7 @@ def losses(
 def unigram_loss(
     train: Sequence[np.ndarray], test: Sequence[np.ndarray], targets_length: int
 ) -> float:
-    """Nats per token of test targets under the (add-one) token frequencies of training targets."""
+    """Return nats per token of test targets under training token frequencies (add-one)."""
 
     def tokens(texts):
         return np.concatenate([np.append(text[: targets_length - 1], EOS) for text in texts])

@@ -1,7 +1,7 @@
-"""Seconds of prefill (encoder and cross K/V), of decoded tokens, and of what takes turns with them.
+"""Seconds of prefill (encoder and cross-attention K/V) and of decoding, measured in turns.
 
-A machine that others share is faster in one minute than in the next. So whatever is compared takes
-turns: one turn each, again and again, and numbers of the same turn belong together.
+A shared machine is faster in one minute than in the next. Therefore the networks under comparison
+take turns: one measurement each, repeatedly, and measurements of the same round are compared.
 """
 
 import time
@@ -20,14 +20,14 @@ from gqa.inference.step import Inference, Memory
 from gqa.model.config import Config
 from gqa.model.transformer import init_params
 
-Turn = Callable[[], dict[str, float]]  # does its work once; numbers by name
+Turn = Callable[[], dict[str, float]]  # measures once; numbers by name
 Name = TypeVar("Name", bound=Hashable)
 
 ATTENTION_RUNS = 5  # of `attention` in a turn, since one takes only milliseconds
 
 
 def take_turns(turns: dict[Name, Turn], repetitions: int) -> dict[Name, dict[str, np.ndarray]]:
-    """What each turn measures, [repetitions] a number, after one turn each to warm up."""
+    """Return the numbers [repetitions] that each turn measures, after one turn each to warm up."""
     for turn in turns.values():
         turn()
     rounds = [{name: turn() for name, turn in turns.items()} for _ in range(repetitions)]
@@ -38,7 +38,7 @@ def take_turns(turns: dict[Name, Turn], repetitions: int) -> dict[Name, dict[str
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds until the result of `run` is there, and the result."""
+    """Return the seconds until the result of `run` is computed, and the result."""
     begin = time.perf_counter()
     result = jax.block_until_ready(run())
     return time.perf_counter() - begin, result
@@ -74,13 +74,13 @@ def generation(
 
 
 def attention_queries(net: Inference, batch_size: int) -> Array:
-    """One query a head and sequence, [B, 1, N, H]."""
+    """Return random queries [B, 1, N, H]: one per head and sequence."""
     shape = (batch_size, 1, net.config.num_heads, net.config.head_dim)
     return jax.random.normal(jax.random.key(0), shape, net.config.dtype)
 
 
 def attention(net: Inference, queries: Array, memory: Memory) -> list[Array]:
-    """What a step's cross-attention does between its projections: one [B, 1, N, H] a layer."""
+    """Return the cross-attention of one step without its projections: [B, 1, N, H] per layer."""
     layers = zip(net.decoder_layouts, memory.kv, strict=True)
     return [layout.cross_attention(queries, kv, memory.mask) for layout, kv in layers]
 
@@ -93,7 +93,7 @@ def measure(
     targets_length: int,
     repetitions: int,
 ) -> dict[Name, dict[str, np.ndarray]]:
-    """Time each network (random weights) on the same inputs; see `generation`."""
+    """Time each network with random weights on the same inputs; see `generation`."""
     vocab = min(config.vocab_size for config in configs.values())
     inputs = random_tokens(vocab, batch_size, inputs_length)
     turns = {}
@@ -105,5 +105,5 @@ def measure(
 
 
 def random_tokens(vocab_size: int, batch_size: int, length: int, seed: int = 0) -> Array:
-    """Tokens [B, length] that are neither padding nor an end."""
+    """Return random token ids [B, length] without padding and EOS."""
     return jax.random.randint(jax.random.key(seed), (batch_size, length), 3, vocab_size)

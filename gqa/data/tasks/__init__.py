@@ -1,13 +1,22 @@
-"""Datasets, one module each, found by name.
+"""The datasets ("tasks"): one module each, found by its name.
 
-A module offers `load(split, *, corpus, **options)` for split train, validation or test, which gives
-examples or documents. If they are examples it says how they are scored: `METRICS`, and the one of
-them that a report averages, `HEADLINE`. Adding a dataset is adding a file here. It may also have
+To add a dataset, add a module to this package; nothing else changes. The module has
 
-    check(**options)        refuses what it can see is wrong; returns what it would leave out
-    fingerprint(**options)  what its text is made from, as JSON, if that is not the corpus
-    parts(**options)        training data with the weights of a mixture, [(data, weight)]
-    SPLITS, LENGTHS         if they are not those below
+    load(split, *, corpus, **options)
+                            the data of split train, validation or test: a list of `Example`, or
+                            of str if it is text for pretraining (documents). A task that is not
+                            made from the corpus of installed packages has the default corpus=None.
+    METRICS, HEADLINE       names of its metrics, and the metric that a report averages; a task of
+                            documents has neither
+
+and, where they are needed,
+
+    check(**options)        raises UserError for data that is missing or wrong, before the job
+                            begins; returns reports of the rows that would be left out
+    fingerprint(**options)  what determines its text, as JSON; needed without the corpus
+    parts(**options)        the parts of a mixture with their weights, [(data, weight)]
+    SPLITS                  if it lacks a split
+    LENGTHS                 tokens of inputs and targets, if they differ from those below
 """
 
 import importlib
@@ -21,32 +30,33 @@ LENGTHS = (512, 256)  # tokens of inputs and targets
 
 
 def names() -> list[str]:
-    """Every task there is."""
+    """Return the names of all tasks."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def get(name: str) -> types.ModuleType:
-    """The module of one task."""
+    """Return the module of one task."""
     if name not in names():
         raise UserError(f"task={name!r} is unknown; choose from {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 
 def needs_corpus(name: str) -> bool:
-    """Whether the task is made from the corpus of installed packages."""
+    """Return whether the task is made from the corpus of installed packages."""
     return inspect.signature(get(name).load).parameters["corpus"].default is inspect.Parameter.empty
 
 
 def option_names(name: str) -> list[str]:
-    """What the task can be told beside the split."""
+    """Return the names of the options of a task."""
     parameters = inspect.signature(get(name).load).parameters
     return [key for key in parameters if key not in ("split", "corpus")]
 
 
 def check(name: str, **options) -> list:
-    """Refuse an unknown task or option, and what the task itself can see is wrong.
+    """Check the options and the data of a task; return reports of rows that it will leave out.
 
-    Returns what it says of rows that it will leave out.
+    Raises:
+        UserError: for an unknown task or option, and whatever the task's own check refuses.
     """
     task, known = get(name), option_names(name)
     for option in options:
@@ -57,7 +67,7 @@ def check(name: str, **options) -> list:
 
 
 def parts(name: str, **options) -> list[tuple]:
-    """Training examples or documents of a mixture's parts, and how often each is drawn from."""
+    """Return the training data of each part of a mixture, with its weight."""
     task = get(name)
     if hasattr(task, "parts"):
         return task.parts(**{key: value for key, value in options.items() if key != "corpus"})
@@ -65,7 +75,7 @@ def parts(name: str, **options) -> list[tuple]:
 
 
 def scoring(name: str, **options) -> tuple[tuple[str, ...], str]:
-    """Names of a task's metrics, and the one that a report averages."""
+    """Return the names of a task's metrics, and the metric that a report averages."""
     task = get(name)
     metrics = tuple(options.get("metrics") or task.METRICS)
     return metrics, task.HEADLINE if task.HEADLINE in metrics else metrics[0]

@@ -1,4 +1,4 @@
-"""Write the abstract of a arXiv article (Cohan et al., 2018)."""
+"""Write the abstract of an arXiv article (Cohan et al., 2018)."""
 
 from gqa.data import tfds
 from gqa.data.examples import Example

@@ -12,7 +12,7 @@ VALIDATION = 10_000  # documents of the validation split, some 5 million tokens
 
 def load(split: str, *, corpus=None, data_dir: str = "") -> grain.MapDataset | list[str]:
     """Documents: for training a sequence that reads them from disk, else the first in a list."""
-    del corpus  # for the tasks that read it
+    del corpus  # every task takes it
     records = tfds.records(DATASET, data_dir, split)
     if split == "train":
         return grain.MapDataset.source(records).map(lambda row: row["text"])
@@ -20,7 +20,7 @@ def load(split: str, *, corpus=None, data_dir: str = "") -> grain.MapDataset | l
 
 
 def check(*, data_dir: str = "") -> list:
-    """Refuse what is not there, or not C4."""
+    """Refuse a folder that is missing or is not C4."""
     for split in SPLITS:
         if not isinstance(tfds.records(DATASET, data_dir, split)[0].get("text"), str):
             raise UserError(f"{tfds.find(DATASET, data_dir)}: not the features of {DATASET}")
@@ -28,5 +28,5 @@ def check(*, data_dir: str = "") -> list:
 
 
 def fingerprint(*, data_dir: str = "") -> list:
-    """What the documents are made from, as JSON."""
+    """Return what determines the documents, as JSON."""
     return tfds.describe(DATASET, data_dir)

@@ -1,4 +1,7 @@
-"""The user's own pretraining text: plain text files, or a column of other ones; see `gqa.rows`."""
+"""The user's own pretraining text: plain text files, or one column of files in other formats.
+
+`gqa.data.user_files` finds the files and their columns.
+"""
 
 from gqa.data import user_files
 from gqa.runtime.errors import UserError
@@ -7,14 +10,14 @@ from gqa.runtime.errors import UserError
 def load(
     split: str, *, corpus=None, train: str = "", validation: str = "", column: str = "text"
 ) -> list[str]:
-    """Documents of one split: rows of its files, which are paragraphs where they are plain text."""
-    del corpus  # for the tasks that read it
-    found = [_documents(entry, column)[0] for entry in _entries(split, train, validation)]
-    return [document for part in found for document in part]
+    """Return the documents of one split: paragraphs of plain text, or rows of the other formats."""
+    del corpus  # every task takes it
+    parts = [_documents(entry, column)[0] for entry in _entries(split, train, validation)]
+    return [document for part in parts for document in part]
 
 
 def parts(*, train: str, column: str, **options) -> list[tuple[list[str], float]]:
-    """Training documents of each part of a mixture, with its weight."""
+    """Return the training documents of each part of a mixture, with its weight."""
     del options
     return [
         (_documents(entry, column)[0], entry.weight) for entry in user_files.entries(train, "train")
@@ -24,9 +27,10 @@ def parts(*, train: str, column: str, **options) -> list[tuple[list[str], float]
 def check(
     *, train: str = "", validation: str = "", column: str = "text"
 ) -> list[user_files.Report]:
-    """Refuse wrong paths and what has many bad rows, by reading every file given.
+    """Read every file; return a report for each file of which bad rows are left out.
 
-    Returns what is left out.
+    Raises:
+        UserError: for a wrong path or column, or a file with many bad rows.
     """
     reports = []
     for split in ("train", "validation"):
@@ -36,7 +40,7 @@ def check(
 
 
 def fingerprint(*, column: str, **options) -> list:
-    """What the documents are made from, not where it lies, as JSON."""
+    """Return what determines the documents, as JSON: contents of the files, not their paths."""
     return [user_files.contents(options), column]
 
 
@@ -48,7 +52,7 @@ def _entries(split: str, train: str, validation: str) -> list[user_files.Entry]:
 
 
 def _documents(entry: user_files.Entry, column: str):
-    """Documents of an entry, and what was left out."""
+    """Return the documents of an entry, and the reports of its bad rows."""
     return user_files.collect(
         entry, user_files.needed(column), lambda row: user_files.text(row, column)
     )

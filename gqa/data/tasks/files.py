@@ -1,6 +1,7 @@
-"""The user's own text: files with a source and a target column, see `gqa.rows` and `gqa.formats`.
+"""The user's own examples: files with a source column and a target column.
 
-A target may be a list of references.
+A target may be a list of references. `gqa.data.user_files` finds the files and their columns,
+`gqa.data.file_formats` reads them.
 """
 
 from gqa.data import user_files
@@ -23,22 +24,22 @@ def load(
     prefix: str = "",
     metrics: tuple[str, ...] = METRICS,
 ) -> list[Example]:
-    """Examples of one split from its files: `prefix` + `source` -> `target`.
+    """Return the examples of one split: `prefix` + `source` -> `target`.
 
     `source` is a column or a template such as "{question} context: {context}".
     """
-    del corpus, metrics  # for the tasks that read the corpus; for whoever scores
+    del corpus, metrics  # every task takes `corpus`; `metrics` is for `tasks.scoring`
     names = {"train": train, "validation": validation, "test": test}[split]
     if not names:
         raise UserError(f"task files needs {split}=PATH here")
-    found = [
+    parts = [
         _examples(entry, source, target, prefix)[0] for entry in user_files.entries(names, split)
     ]
-    return [example for part in found for example in part]
+    return [example for part in parts for example in part]
 
 
 def parts(*, source: str, target: str, train: str, prefix: str = "", **options):
-    """Training examples of each part of a mixture, with its weight."""
+    """Return the training examples of each part of a mixture, with its weight."""
     del options
     return [
         (_examples(entry, source, target, prefix)[0], entry.weight)
@@ -49,9 +50,10 @@ def parts(*, source: str, target: str, train: str, prefix: str = "", **options):
 def check(
     *, source: str = "", target: str = "", metrics=METRICS, **options
 ) -> list[user_files.Report]:
-    """Refuse wrong paths, columns or metrics and what has many bad rows; reads every file.
+    """Read every file; return a report for each file of which bad rows are left out.
 
-    Returns what is left out.
+    Raises:
+        UserError: for a wrong path, column or metric, or a file with many bad rows.
     """
     if not (source and target and options.get("train")):
         raise UserError("task files needs train=PATH and the columns source=NAME and target=NAME")
@@ -68,12 +70,12 @@ def check(
 
 
 def fingerprint(*, source: str, target: str, prefix: str, **options) -> list:
-    """What the examples are made from, not where it lies, as JSON."""
+    """Return what determines the examples, as JSON: contents of the files, not their paths."""
     return [user_files.contents(options), source, target, prefix]
 
 
 def _examples(entry: user_files.Entry, source: str, target: str, prefix: str):
-    """Examples of an entry, and what was left out."""
+    """Return the examples of an entry, and the reports of its bad rows."""
 
     def make(row: dict) -> Example:
         return Example(prefix + user_files.text(row, source), tuple(user_files.texts(row, target)))
