@@ -14,6 +14,10 @@ from gqa.runtime.errors import UserError
 EQUAL, LARGEST, TRAINING = "equal", "largest", "training"
 TITLES = {LARGEST: "the largest batch that fits", EQUAL: "the largest batch that all hold"}
 CONVERTED = {"MHA / GQA-8": ("MHA-XXL", "GQA-8-XXL", 8), "MHA / MQA": ("MHA-XXL", "MQA-XXL", 1)}
+QUESTION = (
+    "This page answers how fast a network with each number of KV heads would generate on "
+    "accelerators that were not at hand, and what bounds it."
+)
 NOTES = """Nothing here was run: XLA's own compiler made each program for the slice, without weights
 or devices, and these are the program's own numbers, a chip. Memory is what XLA reports. "Must move"
 is the weights a token reads and the KV cache, counted from shapes (self-attention's as the mean
@@ -38,7 +42,7 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, name: str) -
     records = [r for r in records if r["time"] == records[-1]["time"]]
     rows = _rows(records)
     folder = Path(folder)
-    lines, plain = ["# Ahead of time", NOTES], []
+    lines, plain = ["# Ahead of time", QUESTION, NOTES], []
     for title, header, cells in _sections(rows):
         lines += [f"## {title}", tables.markdown(header, cells)]
         plain.append(f"{title}\n\n{tables.plain(header, cells)}")

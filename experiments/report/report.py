@@ -28,6 +28,10 @@ from gqa.runtime.errors import UserError
 
 STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
 TITLE = "Grouped-query attention: quality against cost"
+QUESTION = (
+    "This page answers two questions: how much time and memory a network with fewer KV heads saves "
+    "against multi-head attention (MHA), and how much quality it loses."
+)
 
 
 def run(results_path: str | os.PathLike, folder: str | os.PathLike, within: float = 1.0) -> str:
@@ -47,6 +51,7 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, within: floa
     drawn = _draw(summary, folder)
     sections = [
         f"# {TITLE}",
+        QUESTION,
         how_many_heads.markdown(summary, within),
         variants_section.section(summary),
         *(f"![{ALT[name]}]({name}.png)\n\n{CAPTIONS[name]}" for name in drawn),

@@ -88,6 +88,10 @@ TRAINING = (
     Column("target tokens/s", "target_tokens_per_second", _rate),
     Column("MFU", "mfu", _percent, spread=True),
 )
+QUESTION = (
+    "This page answers how fast generation and training are for each number of KV heads, beside "
+    "other libraries and what the machine can do at most."
+)
 NOTES = """Medians over turns [quartiles]; everything of a table took turns, and a ratio or a share
 is that of numbers from the same turn. Time per token is that of a step of the whole batch. Prefill
 is the encoder and every layer's cross-attention keys and values; for other libraries it is the time
@@ -106,7 +110,7 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, name: str) -
         raise UserError(f"{results_path}: no timings of {name}; run it without --stage=report")
     sections = [*_inference_sections(rows["inference"]), *_training_sections(rows["training"])]
     folder = Path(folder)
-    lines = ["# Speed", NOTES]
+    lines = ["# Speed", QUESTION, NOTES]
     for title, header, cells in sections:
         lines += [f"## {title}", tables.markdown(header, cells)]
     if rows["inference"]:
