@@ -1,9 +1,11 @@
 """Rows of one file: JSON lines, JSON, TSV, CSV and plain text (all also .gz), Parquet and Arrow.
 
-A reader yields (number, row). Lines count from 1, and so do rows where there are no lines. A row is
-a dict of columns or, where there is none to read, a str that says why; a file that cannot be read
-at all is a UserError. Nothing in a file is believed: lines have a longest size, and Arrow's offsets
-are checked before they are followed.
+A reader yields (number, row). The number is that of the line, or of the row in formats without
+lines; both count from 1. A row is a dict of columns, or a str that says why the row cannot be read.
+A file that cannot be read at all raises UserError.
+
+No content of a file is trusted: the size of a line is limited, and Arrow's offsets are validated
+before they are followed. `gqa.data.user_files` chooses files and columns.
 """
 
 import collections
@@ -32,19 +34,19 @@ csv.field_size_limit(LONGEST)  # 131,072 otherwise: an article can be longer
 
 
 class _Wrong(ValueError):
-    """Why a line is no row."""
+    """A line that cannot be read as a row; the message says why."""
 
 
 def ending(path: str) -> str:
-    """The part of a file name that says its format, e.g. .jsonl.gz; empty if none does."""
+    """Return the ending of a file name that tells its format, e.g. .jsonl.gz; "" if unknown."""
     return next((end for end in READERS if str(path).endswith(end)), "")
 
 
 def read(path: str, columns: Collection[str]) -> Rows:
-    """The rows of a file by the ending of its name; of columnar files no more than `columns`.
+    """Yield the rows of a file; columnar formats read only the columns `columns`.
 
     Raises:
-        UserError: naming a file that is none, of an unknown format or damaged.
+        UserError: for a path that is no file, an unknown format, or a damaged file.
     """
     if not ending(path):
         raise UserError(f"{path}: file name must end in {', '.join(READERS)}")
@@ -82,7 +84,7 @@ def _parse(text: str):
 
 
 def _tsv(path: str, columns: Collection[str]) -> Rows:
-    """A header, and no quoting."""
+    """Read tab-separated values: a header line, no quoting."""
     del columns
     names: list[str] = []
 
@@ -115,7 +117,7 @@ def _check_header(where: str, names: list[str], wrong: str | None) -> None:
 
 
 def _csv(path: str, columns: Collection[str]) -> Rows:
-    """A header; quotes and line ends in quotes as spreadsheets write them."""
+    """Read comma-separated values: a header line; quotes may enclose commas and line ends."""
     del columns
     # Undecodable bytes become half surrogates, which are found in the row they end up in.
     lines = (raw.decode(errors="surrogateescape") for _, raw in _lines(path))
@@ -139,7 +141,7 @@ def _csv(path: str, columns: Collection[str]) -> Rows:
 
 
 def _txt(path: str, columns: Collection[str]) -> Rows:
-    """A paragraph a row, as column `text`; a blank line ends it."""
+    """Read paragraphs, each a row with the column `text`; a blank line ends a paragraph."""
     del columns
     paragraph, first, size = [], 0, 0
     for number, raw in itertools.chain(_lines(path), [(0, b"")]):
@@ -161,7 +163,7 @@ def _paragraph(lines: list[bytes]) -> Row:
 
 
 def _each_line(path: str, make: Callable[[str], dict | None]) -> Rows:
-    """What `make` makes of every line that is not blank; one of tabs alone is not."""
+    """Apply `make` to every line that is not blank. A line of tabs is a row of empty columns."""
     for number, raw in _lines(path):
         try:
             text = _decode(raw).rstrip("\r\n")
@@ -187,7 +189,7 @@ def _check_encodes(text: str) -> None:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines with their ends; of one that is too long the beginning."""
+    """Yield numbered lines with their line ends; a line that is too long is cut off."""
     open_file = gzip.open if str(path).endswith(".gz") else open
     number = 0
     try:
@@ -205,7 +207,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _json(path: str, columns: Collection[str]) -> Rows:
-    """A list of objects, alone or under `data`; in SQuAD's layout each question is one."""
+    """Read a list of objects, alone or under `data`; in SQuAD's layout, a row per question."""
     del columns
     content = bytearray()
     for _, line in _lines(path):
@@ -259,7 +261,7 @@ def _parquet(path: str, columns: Collection[str]) -> Rows:
 
 
 def _arrow(path: str, columns: Collection[str]) -> Rows:
-    """An IPC stream, which is what Hugging Face's `datasets` keeps."""
+    """Read an Arrow IPC stream, the format in which Hugging Face's `datasets` saves."""
     try:
         with pa.OSFile(path) as source, pa.ipc.open_stream(source) as stream:
             names = _present(path, stream.schema.names, columns)
@@ -269,7 +271,7 @@ def _arrow(path: str, columns: Collection[str]) -> Rows:
 
 
 def _present(path: str, names: list[str], columns: Collection[str]) -> list[str]:
-    """The columns that are there; all of them if one that is needed is not, for the message."""
+    """Return the columns to read; refuse a file that lacks one of `columns`."""
     for column in columns:
         if column not in names and column.partition(".")[0] not in names:
             raise UserError(f"{path}: no column {column!r}; it has {', '.join(names)}")

@@ -1,7 +1,8 @@
 """Datasets that tensorflow-datasets (TFDS) prepared on disk, read without TensorFlow.
 
-A dataset is the folder DATA_DIR/NAME/VERSION in array_record format. What stands in its JSON files
-is not believed: features are TFDS's own, and files are those of the folder.
+A dataset is the folder DATA_DIR/NAME/VERSION in array_record format. Its JSON files are not
+trusted: only TFDS's own feature classes are accepted, and only files inside the folder are read.
+Each dataset of the paper is a module of `gqa.data.tasks` that calls `task` of this file.
 """
 
 import json
@@ -15,7 +16,7 @@ import tensorflow_datasets as tfds
 from gqa.data.examples import SPLITS, Example
 from gqa.runtime.errors import UserError
 
-CHARACTERS = 1 << 15  # of an input: 16 for each of 2048 tokens, the rest is never read
+CHARACTERS = 1 << 15  # of an input: 16 for each of 2048 tokens; what follows is never read
 LARGEST = 1 << 24  # bytes of a JSON file
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 CLASS_KEYS = ("pythonClassName", "python_class_name", "type", "proto_cls")
@@ -35,7 +36,7 @@ def task(
     """
 
     def load(split: str, *, corpus=None, data_dir: str = "") -> list[Example]:
-        del corpus  # for the tasks that read it
+        del corpus  # every task takes it
         made = (example(row) for row in records(dataset, data_dir, split))
         return [
             Example((prefix + inputs)[:CHARACTERS], targets)
@@ -59,7 +60,7 @@ def task(
 
 
 class Records(Sequence):
-    """Rows of one split, read as they are asked for."""
+    """The rows of one split; each is read from disk when it is indexed."""
 
     def __init__(self, source: Sequence, folder: Path):
         self._source, self._folder = source, folder
@@ -77,7 +78,7 @@ class Records(Sequence):
 
 
 def _decode(value):
-    """Text features as str, in whatever they are nested."""
+    """Return `value` with all bytes decoded to str, at any depth."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, dict):
@@ -88,7 +89,7 @@ def _decode(value):
 
 
 def records(dataset: str, data_dir: str, split: str) -> Records:
-    """The rows of a split.
+    """Return the rows of a split.
 
     Raises:
         UserError: naming the folder and, if it is not there, the command that prepares it.
@@ -110,7 +111,7 @@ def records(dataset: str, data_dir: str, split: str) -> Records:
 
 
 def describe(dataset: str, data_dir: str) -> list:
-    """What identifies a prepared dataset, not where it lies, as JSON."""
+    """Return what identifies a prepared dataset, as JSON; its path does not count."""
     folder = find(dataset, data_dir)
     splits = _open(folder, dataset, data_dir).info.splits
     sizes = {name: [split.num_bytes, split.shard_lengths] for name, split in splits.items()}
@@ -118,7 +119,7 @@ def describe(dataset: str, data_dir: str) -> list:
 
 
 def find(dataset: str, data_dir: str) -> Path:
-    """The folder of the newest version that is there."""
+    """Return the folder of the newest version on disk."""
     parent = _root(data_dir) / dataset
     versions = [
         path
@@ -135,7 +136,7 @@ def _root(data_dir: str) -> Path:
 
 
 def _command(dataset: str, data_dir: str) -> str:
-    """TFDS itself reads without TensorFlow, but prepares with it."""
+    """Return advice: the command that prepares the dataset, which needs TensorFlow."""
     return (
         "where tensorflow and apache-beam are installed, run: "
         f"tfds build {dataset} --data_dir={_root(data_dir)} --file_format=array_record"
