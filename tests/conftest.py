@@ -7,11 +7,15 @@ import os
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
-from gqa.model.config import Config
-from gqa.model.transformer import Transformer
+# Check the annotated shapes of this module on each call; this comes before it is imported.
+jaxtyping.install_import_hook(["gqa.model.cpu_attention"], "beartype.beartype")
+
+from gqa.model.config import Config  # noqa: E402
+from gqa.model.transformer import Transformer  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Accelerators round float32 products to fewer bits unless told; the tests compare to 1e-5.

@@ -1,6 +1,7 @@
 """The layouts of XLA:CPU compute what the definition computes, for training and for decoding."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,8 +14,8 @@ from tests.support.random_arrays import B, H, N, S, T, random_bias, random_qkv
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_custom_gradient_has_the_values_and_gradients_of_the_definition(K, mask_rows):
     q, k, v = random_qkv(K)
-    bias, keep = random_bias(1, N, T, S), np.abs(random_bias(B, N, 1, S))
-    mask = np.where(random_bias(B, 1, mask_rows, S) > 1, -1e10, 0).astype(np.float32)
+    bias, keep = random_bias(1, N, T, S), jnp.abs(random_bias(B, N, 1, S))
+    mask = jnp.where(random_bias(B, 1, mask_rows, S) > 1, -1e10, 0.0)
     weights = random_bias(B, T, N, H)
 
     def trained(q, k, v, bias):
