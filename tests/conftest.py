@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 
 # The programs of the tests are compiled for longer than they run, so LLVM may leave out its passes.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
@@ -27,6 +28,16 @@ def pytest_configure(config):
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")  # jax does not write atomically
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"compiled-{worker}")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that tests/slow.txt lists: `make test` leaves them out."""
+    lines = (Path(__file__).parent / "slow.txt").read_text().splitlines()
+    slow = {line for line in lines if line and not line.startswith("#")}
+    for item in items:
+        test = item.nodeid.split("[")[0]
+        if {test, test.split("::")[0]} & slow:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

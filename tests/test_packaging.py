@@ -84,3 +84,11 @@ def test_python_3_11_and_every_newer_one_is_accepted():
     assert [f"3.{minor}" for minor in range(9, 20) if accepted.contains(f"3.{minor}")] == [
         f"3.{minor}" for minor in range(11, 20)
     ]
+
+
+def test_the_slow_tests_exist():
+    lines = (ROOT / "tests" / "slow.txt").read_text().splitlines()
+    for line in [line for line in lines if line and not line.startswith("#")]:
+        file, _, test = line.partition("::")
+        assert not test or f"def {test}(" in (ROOT / file).read_text(), line
+        assert (ROOT / file).is_file(), line

@@ -27,10 +27,9 @@ def test_convert_stays_a_function_when_submodules_are_imported(tiny, random_para
     import gqa.conversion
     import gqa.decoder_only.convert
 
-    params, config = gqa.convert(random_params(tiny), tiny, 2, "mean")
-    assert config.num_kv_heads_self_attention == 2
-    assert gqa.Transformer(config).apply is not None
-    assert params.keys() == random_params(tiny).keys()
+    converted = gqa.convert(random_params(tiny), tiny, 2, "mean")
+    assert converted.config.num_kv_heads_self_attention == 2
+    assert converted.params.keys() == random_params(tiny).keys()
 
 
 def test_importing_gqa_loads_neither_jax_nor_numpy():
