@@ -1,9 +1,9 @@
-"""Second moments of what attention reads, by sending calibration batches through the layers.
+"""Measure the covariances of what attentions read, by running calibration batches.
 
-Conversions in closed form weigh a direction of a layer's input by how much the input moves along
-it. All they need of the data are the second moments E[x x'] of these inputs, a matrix [D, D] each,
-in float64. They come one layer at a time, since those of a large network would not fit together.
-The letters are those of `gqa/model/attention.py`.
+closed_form.py and grouping.py weigh a direction of a layer's input by how much the input varies
+along it. All they need of the data is the uncentred covariance E[x x'] of each input, a matrix
+[D, D] in float64. Covariances are yielded one layer at a time, because those of a large network
+would not fit in memory together. Letters are those of gqa/model/attention.py.
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -21,9 +21,9 @@ from gqa.model.config import Config
 from gqa.model.layers import RelativePositionBias, RMSNorm
 from gqa.model.transformer import DecoderLayer, EncoderLayer, Transformer, each_layer, shift_right
 
-TOKENS = 65_536  # to calibrate on, where nothing else is asked for
+TOKENS = 65_536  # default number of calibration tokens
 
-# The attentions of the network and where their kernels are in the tree.
+# The attentions of the network, and the stack and the module that hold their kernels.
 ATTENTIONS = {
     "encoder": ("encoder", "attention"),
     "self_attention": ("decoder", "self_attention"),
@@ -32,24 +32,33 @@ ATTENTIONS = {
 
 
 class InputCovariance(NamedTuple):
-    """What one attention ("encoder", "self_attention" or "cross_attention") of one layer reads.
+    """The covariances of what one attention of one layer reads.
 
-    keys [D, D] is the mean of x x' over the tokens x that its keys and values are made of, queries
-    [D, D] over those of its queries; both float64, over `num_keys` and `num_queries` tokens.
+    Attributes:
+        attention: "encoder", "self_attention" or "cross_attention".
+        keys: [D, D] float64, the mean of x x' over the `num_keys` tokens x from which keys and
+            values are computed. None if nothing was measured.
+        queries: the same over the `num_queries` tokens from which queries are computed.
     """
 
     attention: str
     layer: int
-    keys: np.ndarray
-    queries: np.ndarray
+    keys: np.ndarray | None
+    queries: np.ndarray | None
     num_keys: int
     num_queries: int
 
 
-class _Rows(NamedTuple):
-    """A batch on its way: x [B, T, D], which positions are real [B, T], what all layers read."""
+class _Activations(NamedTuple):
+    """A batch on its way through a stack.
 
-    x: np.ndarray
+    Attributes:
+        x: [B, T, D], the input of the next layer.
+        real: [B, T], false where a position is padding.
+        shared: further arguments of every layer: position bias, segments, the encoder's output.
+    """
+
+    x: Array
     real: np.ndarray
     shared: tuple
 
@@ -60,85 +69,114 @@ def input_covariances(
     batches: Iterable[dict[str, np.ndarray]],
     attentions: Sequence[str] = ("self_attention", "cross_attention"),
 ) -> Generator[InputCovariance, dict | None, None]:
-    """Yield the `InputCovariance` of each of `attentions`, layer by layer; padding does not count.
+    """Yield the `InputCovariance` of each of `attentions`, layer by layer; padding is left out.
 
-    The activations of all batches are held on the host, [tokens, D] of them, and one layer's
-    covariances at a time. `list(input_covariances(...))` keeps all, to convert with more than once.
+    The host holds the activations [tokens, D] of all batches and one layer's covariances.
+    `list(input_covariances(...))` keeps them all, to convert more than once.
 
-    A caller that converts as it goes may `send` the new kernels of the attention it was just given
-    (a dict of arrays, keys and values [D, K, H] for any K that divides the heads): the batches then
-    go on through these, and what follows are the covariances of the network as converted so far.
+    A caller that converts on the way may `send` new kernels for the attention that was just
+    yielded, a dict of arrays with keys and values [D, K, H] for any K that divides the heads. The
+    batches then continue through these kernels, so later covariances are those of the network as
+    converted so far.
     """
     batches = list(batches)
     sources = [_source(batch) for batch in batches]
     embed = jax.jit(partial(Transformer(config).apply, method="embed"))
-    rows, bias = [], cache(partial(_bias, params["encoder"], config, True))
+
+    activations, bias = [], cache(partial(_bias, params["encoder"], config, True))
     for batch, source in zip(batches, sources, strict=True):
         S, packed = source.shape[1], "inputs_segments" in batch
         shared = (bias(S), Segments(source, source, packed))
-        rows.append(_Rows(embed({"params": params}, batch["inputs"]), source > 0, shared))
-    rows = yield from _stack("encoder", params, config, rows, attentions, None)
-    norm = RMSNorm(jnp.dtype(config.dtype))
-    encoded = [norm.apply({"params": params["encoder"]["norm"]}, r.x) for r in rows]
-    memory = (
-        second_moment(encoded, [r.real for r in rows]) if "cross_attention" in attentions else None
-    )
+        x = embed({"params": params}, batch["inputs"])
+        activations.append(_Activations(x, source > 0, shared))
+    activations = yield from _stack("encoder", params, config, activations, attentions, None)
 
-    rows, bias = [], cache(partial(_bias, params["decoder"], config, False))
+    # All cross-attentions make keys and values from the encoder's normalised output.
+    norm = RMSNorm(jnp.dtype(config.dtype))
+    encoded = [norm.apply({"params": params["encoder"]["norm"]}, r.x) for r in activations]
+    memory = None
+    if "cross_attention" in attentions:
+        memory = second_moment(encoded, [r.real for r in activations])
+
+    activations, bias = [], cache(partial(_bias, params["decoder"], config, False))
     for batch, source, y in zip(batches, sources, encoded, strict=True):
         targets, packed = batch["targets"], "targets_segments" in batch
         segments = batch["targets_segments"] if packed else np.ones_like(targets)
-        own = Segments(segments, segments, packed) if packed else None
-        shared = (y, bias(targets.shape[1]), own, Segments(segments, source, packed))
+        self_segments = Segments(segments, segments, packed) if packed else None
+        shared = (y, bias(targets.shape[1]), self_segments, Segments(segments, source, packed))
         x = embed({"params": params}, shift_right(targets, batch.get("targets_positions")))
-        rows.append(_Rows(x, targets > 0, shared))
-    yield from _stack("decoder", params, config, rows, attentions, memory)
+        activations.append(_Activations(x, targets > 0, shared))
+    yield from _stack("decoder", params, config, activations, attentions, memory)
 
 
 def _source(batch: dict) -> np.ndarray:
-    """Segments [B, S] of the inputs, 0 being padding."""
+    """Return the segment of each input position [B, S]; 0 is padding."""
     inputs = np.asarray(batch["inputs"])
     return np.asarray(batch.get("inputs_segments", (inputs > 0).astype(np.int32)))
 
 
 def _bias(stack: dict, config: Config, bidirectional: bool, length: int) -> Array:
-    c = config
-    module = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, bidirectional)
+    """Return a stack's position bias for sequences of `length`."""
+    module = RelativePositionBias(
+        config.num_heads, config.num_buckets, config.max_distance, bidirectional
+    )
     return module.apply({"params": stack["position_bias"]}, length, length)
 
 
-def _stack(stack: str, params: dict, config: Config, rows: list[_Rows], attentions, memory):
-    """Send rows through all layers of a stack; yields covariances, returns the rows that come
-    out.
+def _stack(
+    stack: str,
+    params: dict,
+    config: Config,
+    activations: list[_Activations],
+    attentions: Sequence[str],
+    memory: tuple[np.ndarray, int] | None,
+) -> Generator[InputCovariance, dict | None, list[_Activations]]:
+    """Yield the covariances of a stack's layers, and return the activations after the last.
+
+    `memory` is the covariance of the encoder's output and its number of tokens.
     """
     for index, layer in enumerate(each_layer(params[stack])):
-        own = config.at_layer(index) if stack == "decoder" else config
-        rows = yield from _layer(stack, layer, own, rows, attentions, memory, index)
-    return rows
+        layer_config = config.at_layer(index) if stack == "decoder" else config
+        activations = yield from _layer(
+            stack, layer, layer_config, activations, attentions, memory, index
+        )
+    return activations
 
 
-def _layer(stack, layer: dict, config: Config, rows: list[_Rows], attentions, memory, index: int):
-    """`_stack` for one layer, which runs again from its input whenever its kernels change."""
+def _layer(
+    stack: str,
+    layer: dict,
+    config: Config,
+    activations: list[_Activations],
+    attentions: Sequence[str],
+    memory: tuple[np.ndarray, int] | None,
+    index: int,
+) -> Generator[InputCovariance, dict | None, list[_Activations]]:
+    """Do what `_stack` does for one layer, which runs again whenever its kernels are replaced."""
     module = EncoderLayer if stack == "encoder" else DecoderLayer
     results = None
     for name, (_, attention) in ATTENTIONS.items():
         if name not in attentions or attention not in layer:
             continue
-        results = results or [_run(module, config, layer, r.x, r.shared) for r in rows]
-        normed = [captured[f"{attention}_norm"] for _, captured in results]
-        queries, count = second_moment(normed, [r.real for r in rows])
-        keys, num_keys = memory if name == "cross_attention" else (queries, count)
-        new = yield InputCovariance(name, index, keys, queries, num_keys, count)
-        if new is not None:
-            layer = layer | {attention: _repeated(new, layer[attention])}
+        results = results or [_run(module, config, layer, r.x, r.shared) for r in activations]
+        normed = [norms[f"{attention}_norm"] for _, norms in results]
+        queries, count = second_moment(normed, [r.real for r in activations])
+        keys, num_keys = (queries, count)
+        if name == "cross_attention" and memory is not None:
+            keys, num_keys = memory
+        new_kernels = yield InputCovariance(name, index, keys, queries, num_keys, count)
+        if new_kernels is not None:
+            layer = layer | {attention: _repeated(new_kernels, layer[attention])}
             results = None
-    results = results or [_run(module, config, layer, r.x, r.shared) for r in rows]
-    return [r._replace(x=x) for r, (x, _) in zip(rows, results, strict=True)]
+    results = results or [_run(module, config, layer, r.x, r.shared) for r in activations]
+    return [r._replace(x=x) for r, (x, _) in zip(activations, results, strict=True)]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _run(module: type[nn.Module], config: Config, params: dict, x: Array, shared: tuple):
-    """A layer's output [B, T, D] and what each of its norms gave, by name."""
+def _run(
+    module: type[nn.Module], config: Config, params: dict, x: Array, shared: tuple
+) -> tuple[Array, dict[str, Array]]:
+    """Return a layer's output [B, T, D], and the output of each of its norms by name."""
     (x, _), captured = module(config, train=False).apply(
         {"params": params},
         x,
@@ -150,14 +188,19 @@ def _run(module: type[nn.Module], config: Config, params: dict, x: Array, shared
 
 
 def _repeated(new: dict, old: dict) -> dict:
-    """Kernels with as many KV heads as before, the same function: each head once a member."""
+    """Repeat new KV heads to the old number, so that the layer's compiled shapes stay the same."""
     times = old["key"].shape[1] // new["key"].shape[1]
     wide = {name: jnp.repeat(jnp.asarray(new[name]), times, axis=1) for name in ("key", "value")}
     return new | wide
 
 
 def second_moment(xs: Sequence[Array], real: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
-    """Mean [D, D] of x x' over the real positions of xs [B, T, D], in float64, and their number."""
+    """Return the mean of x x' over all real positions, [D, D] in float64, and their number.
+
+    Args:
+        xs: activations [B, T, D] of each batch.
+        real: [B, T] of each batch, false where a position is padding.
+    """
     total, count = np.zeros((xs[0].shape[-1],) * 2), 0
     for x, mask in zip(xs, real, strict=True):
         tokens = np.asarray(x, np.float64)[mask]

@@ -1,25 +1,31 @@
-"""Closed forms in which queries and outputs absorb what pooling does to keys and values.
+"""Closed forms: queries and outputs absorb the change of basis that pools keys and values.
 
-T5 turns and scales nothing between the products with W_q and W_k, so q . k stays as it is when keys
-are multiplied by any invertible matrix and queries by its inverse; so do values and outputs. A
-method here gives two matrices [H, H] for each head h of a group, `down` and `up`. The group's head
-and its partners (queries, or outputs transposed) become
+The derivation, with numbered equations, is in docs/conversion.md. In short: T5 has no operation
+between a projection and the dot product, so a group's keys may be multiplied by any invertible
+matrix if its queries are multiplied by the inverse transpose (eq. 2); likewise values and outputs.
+For each head h of a group a method chooses two matrices [H, H], `down` and `up`. The group's head W
+and the partners P_h (query kernels, or output kernels transposed) become
 
-    W = sum_h W_h down_h          P_h <- P_h up_h
+    W = sum_h W_h down_h          P_h <- P_h up_h          (eq. 3)
 
-so that head h is read as W up_h', its approximation. Everything is float64 on the host, a group at
-a time: `heads` [G, D, H], `partners` [G, P, D, H], where P query heads share a head already.
+so that head h reads W up_h', its approximation. All is computed in float64 on the host, one group
+at a time: `heads` [G, D, H] and `partners` [G, P, D, H], where P query heads read each head.
+
+This file knows one layer. calibration.py measures the covariances, assemble.py visits the layers.
 """
 
 import numpy as np
+from jaxtyping import Float
 
 from gqa.conversion.calibration import InputCovariance
 
 METHODS = ("svd", "procrustes")
 SPACES = ("weight", "activation", "logit")
 
-FLOOR = 1e-9  # of the largest eigenvalue, for those of a matrix that is inverted
-ROUNDS, TOLERANCE = 100, 1e-10  # of the generalised Procrustes iteration; relative gain of a round
+# Eigenvalues of a matrix that is inverted are raised to this share of the largest.
+FLOOR = 1e-9
+# The Procrustes iteration ends after so many rounds, or when a round gains relatively less.
+ROUNDS, TOLERANCE = 100, 1e-10
 
 
 def convert_layer(
@@ -30,15 +36,22 @@ def convert_layer(
     covariance: InputCovariance,
     shrinkage: float,
 ) -> tuple[dict, float]:
-    """One layer's kernels, query [D, N, H], key, value [D, K, H], out [N, H, D], with fewer heads.
+    """Convert one layer's attention to `num_groups` KV heads.
 
-    Without covariances (`covariance.keys` is None), or with zeros, inputs count as white. Returns
-    float32
-    kernels and the largest condition number among the covariances of inputs and of heads' partners.
+    Args:
+        kernels: query [D, N, H], key and value [D, K, H], out [N, H, D].
+        method: one of METHODS.
+        space: one of SPACES, what the approximation keeps best.
+        covariance: of the layer's inputs. If its `keys` are None or zero, C is the identity.
+        shrinkage: of the covariances toward the identity (eq. 10).
+
+    Returns:
+        The new kernels in float32, and the largest condition number among the covariances of the
+        inputs and of the heads' partners.
     """
     conditions = [] if covariance.keys is None else [condition(covariance.keys)]
     new, partners = {}, {}
-    for name, groups in _groups(kernels, num_groups, covariance, shrinkage).items():
+    for name, groups in _split_groups(kernels, num_groups, covariance, shrinkage).items():
         pooled = [pool(heads, partner, method, space, *C) for heads, partner, *C in groups]
         new[name] = np.stack([head for head, _, _ in pooled], axis=1)
         partners[name] = np.concatenate([p.reshape(-1, *p.shape[2:]) for _, p, _ in pooled])
@@ -51,52 +64,75 @@ def convert_layer(
 def discarded_energy(
     kernels: dict, num_groups: int, space: str, covariance: InputCovariance, shrinkage: float
 ) -> float:
-    """The share of the energy of one layer's keys that svd cannot keep, plus that of its values."""
+    """Return the share of a layer's energy that `num_groups` heads cannot keep (eq. 11).
+
+    It is the share of the keys plus that of the values, from 0 to 2.
+    """
     total = 0.0
-    for groups in _groups(kernels, num_groups, covariance, shrinkage).values():
+    for groups in _split_groups(kernels, num_groups, covariance, shrinkage).values():
         lost = whole = 0.0
         for heads, partner, C, C_partner in groups:
-            root, _, _ = _roots_in(space, partner, C_partner)
-            values = np.maximum(np.linalg.eigvalsh(_weighted(gram_matrix(heads, C), root)), 0)
+            root, _, _ = _head_weights(space, partner, C_partner)
+            values = np.maximum(np.linalg.eigvalsh(_weighted_gram(gram_matrix(heads, C), root)), 0)
             lost, whole = lost + values[: -heads.shape[-1]].sum(), whole + values.sum()
         total += lost / whole if whole > 0 else 0.0
     return float(total)
 
 
-def _groups(
+def _split_groups(
     kernels: dict, num_groups: int, covariance: InputCovariance, shrinkage: float
 ) -> dict[str, list]:
-    """Of keys and of values: each group's heads, partners, and the covariances C and C_partner."""
+    """Return, for "key" and "value", each group's heads, partners, C and C_partner.
+
+    Keys have the queries as partners, which read an input of their own. Values have the transposed
+    output kernel, which reads nothing, so that C_partner is None: the identity.
+    """
     C, C_query = None, None
     if covariance.keys is not None:
         C, C_query = shrunk(covariance.keys, shrinkage), shrunk(covariance.queries, shrinkage)
     query, out = (np.asarray(kernels[name], np.float64) for name in ("query", "out"))
     partners = {"key": (query.transpose(1, 0, 2), C_query), "value": (out.transpose(0, 2, 1), None)}
-    found = {}
+    groups_of = {}
     for name, (partner, C_partner) in partners.items():
         heads = np.asarray(kernels[name], np.float64).transpose(1, 0, 2)
         K, D, H = heads.shape
         groups = heads.reshape(num_groups, K // num_groups, D, H)
         split = partner.reshape(num_groups, K // num_groups, -1, D, H)
-        found[name] = [(*group, C, C_partner) for group in zip(groups, split, strict=True)]
-    return found
+        groups_of[name] = [(*group, C, C_partner) for group in zip(groups, split, strict=True)]
+    return groups_of
 
 
-def pool(heads, partners, method: str, space: str, C, C_partner):
-    """A group's head [D, H], its partners, and the condition number of what had to be inverted.
+def pool(
+    heads: Float[np.ndarray, "G D H"],
+    partners: Float[np.ndarray, "G P D H"],
+    method: str,
+    space: str,
+    C: Float[np.ndarray, "D D"] | None,
+    C_partner: Float[np.ndarray, "D D"] | None,
+) -> tuple[Float[np.ndarray, "D H"], Float[np.ndarray, "G P D H"], float]:
+    """Make one head of a group.
 
-    C and C_partner [D, D] are the covariances of the inputs of both; None is the identity.
+    Args:
+        C, C_partner: covariances of the inputs of heads and of partners; None is the identity.
+
+    Returns:
+        The group's head, its partners, and the condition number of the matrices that had to be
+        inverted.
     """
     G = len(heads)
     gram = gram_matrix(heads, C)
     if method == "procrustes":
         up = procrustes(gram)
         return np.einsum("GDH,GHI->DI", heads, up) / G, partners @ up[:, None], 1.0
-    root, inverse, worst = _roots_in(space, partners, C_partner)
+
+    # The best rank-H approximation of the weighted heads (eq. 6).
+    root, inverse, worst = _head_weights(space, partners, C_partner)
     V = svd(gram, root)
-    # Keys and queries could share out any invertible matrix. This one undoes the roots, over the
-    # group's heads together, and keys keep the size of those they replace. Nothing depends on it
-    # but training: Adafactor's steps are relative to the size of a parameter.
+
+    # Keys and queries can still share out any invertible matrix (eq. 8). `balance` takes the
+    # weights back out of the keys, and `scale` gives them the mean norm of the heads they replace.
+    # The network does not depend on the choice, but training does: Adafactor's steps are relative
+    # to the size of a parameter.
     balance, undo, _ = roots(np.einsum("GHI,GHJ->IJ", root @ V, root @ V)[None])
     new = np.einsum("GDH,GHI->DI", heads, root @ V @ undo)
     norm = np.linalg.norm(new)
@@ -104,74 +140,87 @@ def pool(heads, partners, method: str, space: str, C, C_partner):
     return new * scale, partners @ (inverse @ V @ balance / scale)[:, None], worst
 
 
-def _roots_in(space: str, partners: np.ndarray, C_partner: np.ndarray | None):
-    """What weighs the columns of a group's heads: `roots` of what their partners give, or ones."""
+def _head_weights(
+    space: str, partners: np.ndarray, C_partner: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return R_h of eq. 5, the root of M_h, for each head [G, H, H]; see `roots`.
+
+    In the space "logit" M_h is the covariance of what the partners compute, otherwise the identity.
+    """
     if space == "logit":
         return roots(partner_covariances(partners, C_partner))
     G, *_, H = partners.shape
-    same = np.broadcast_to(np.eye(H), (G, H, H))
-    return same, same, 1.0
+    identity = np.broadcast_to(np.eye(H), (G, H, H))
+    return identity, identity, 1.0
 
 
-def gram_matrix(heads: np.ndarray, C: np.ndarray | None) -> np.ndarray:
-    """Inner products [G, H, G, H] of the columns of heads [G, D, H] in the metric C [D, D]."""
+def gram_matrix(
+    heads: Float[np.ndarray, "G D H"], C: Float[np.ndarray, "D D"] | None
+) -> Float[np.ndarray, "G H G H"]:
+    """Return the inner products of the columns of all heads in the metric C (eq. 7 without R)."""
     G, D, H = heads.shape
     flat = heads.transpose(1, 0, 2).reshape(D, G * H)
     return (flat.T @ (flat if C is None else C @ flat)).reshape(G, H, G, H)
 
 
-def partner_covariances(partners: np.ndarray, C: np.ndarray | None) -> np.ndarray:
-    """Second moments [G, H, H] of what partners [G, P, D, H] give for inputs with covariances C."""
+def partner_covariances(
+    partners: Float[np.ndarray, "G P D H"], C: Float[np.ndarray, "D D"] | None
+) -> Float[np.ndarray, "G H H"]:
+    """Return M_h = sum over P of P_h' C P_h, the covariance of what a head's partners compute."""
     right = partners if C is None else C @ partners
     return (partners.swapaxes(2, 3) @ right).sum(1)
 
 
-def svd(gram: np.ndarray, root: np.ndarray) -> np.ndarray:
-    """Top H right singular vectors of the heads side by side, head h times root_h: [G, H, H].
+def svd(
+    gram: Float[np.ndarray, "G H G H"], root: Float[np.ndarray, "G H H"]
+) -> Float[np.ndarray, "G H H"]:
+    """Return the top H right singular vectors of the weighted heads side by side (eqs. 5 and 6).
 
-    They are eigenvectors of the Gram matrix, so neither a root of the covariances is taken nor a
-    matrix with a row a token. They are turned so that the first head's block is symmetric: nearest
-    to leaving that head as it is.
+    They are eigenvectors of the Gram matrix (eq. 7), so neither the root of C nor a matrix with a
+    row per token is formed. The rotation that is left free makes the first head's block symmetric
+    and positive semidefinite, which is nearest to leaving that head as it is.
     """
     G, H = gram.shape[:2]
-    _, vectors = np.linalg.eigh(_weighted(gram, root))
+    _, vectors = np.linalg.eigh(_weighted_gram(gram, root))
     V = vectors[:, -H:].reshape(G, H, H)
     return V @ polar(V[0]).T
 
 
-def _weighted(gram: np.ndarray, root: np.ndarray) -> np.ndarray:
-    """The Gram matrix [G * H, G * H] of the heads, head h times root_h."""
+def _weighted_gram(gram: np.ndarray, root: np.ndarray) -> np.ndarray:
+    """Return the Gram matrix [G * H, G * H] of the heads times their roots R_h (eq. 7)."""
     size = gram.shape[0] * gram.shape[1]
     return np.einsum("GIH,GIKJ,KJL->GHKL", root, gram, root).reshape(size, size)
 
 
-def procrustes(gram: np.ndarray) -> np.ndarray:
-    """Rotations [G, H, H] of the heads to their mean (generalised Procrustes), the first fixed.
+def procrustes(gram: Float[np.ndarray, "G H G H"]) -> Float[np.ndarray, "G H H"]:
+    """Return the rotations of the heads to their mean (generalised Procrustes, eq. 9).
 
-    The start is the nearest to the singular vectors, which is exact for rotated copies.
+    The first head keeps its basis. The iteration starts from the rotations nearest to the singular
+    vectors, which is already exact for heads that are rotated copies of each other.
     """
     G, H = gram.shape[:2]
     R = polar(svd(gram, np.broadcast_to(np.eye(H), (G, H, H))))
-    before = -np.inf
+    last_fit = -np.inf
     for _ in range(ROUNDS):
-        towards = np.einsum("GHKJ,KJI->GHI", gram, R)
-        fit = np.einsum("GHI,GHI->", R, towards)
-        if fit - before <= TOLERANCE * abs(fit):
+        sum_of_heads = np.einsum("GHKJ,KJI->GHI", gram, R)
+        fit = np.einsum("GHI,GHI->", R, sum_of_heads)
+        if fit - last_fit <= TOLERANCE * abs(fit):
             break
-        R, before = polar(towards), fit
+        R, last_fit = polar(sum_of_heads), fit
     return R @ R[0].T
 
 
 def polar(x: np.ndarray) -> np.ndarray:
-    """The orthogonal matrices nearest to x [..., H, H]."""
+    """Return the orthogonal matrices nearest to x [..., H, H]."""
     U, _, Vh = np.linalg.svd(x)
     return U @ Vh
 
 
 def roots(covariances: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Symmetric roots of covariances [G, H, H], their inverses, and the largest condition number.
+    """Return symmetric roots of covariances [G, H, H], their inverses, and the worst condition.
 
-    Small eigenvalues are raised to FLOOR of the group's largest; if all are zero, to one.
+    Eigenvalues below FLOOR of the group's largest are raised to it, so that the inverse exists. If
+    all are zero, because no partner reads anything, they are raised to 1.
     """
     values, vectors = np.linalg.eigh(covariances)
     worst = max(condition(m) for m in covariances)
@@ -180,15 +229,20 @@ def roots(covariances: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     return (left * root[:, None]) @ right, (left / root[:, None]) @ right, worst
 
 
-def condition(covariances: np.ndarray) -> float:
-    """Largest by smallest eigenvalue of [n, n]; infinite when the smallest is not positive."""
-    values = np.linalg.eigvalsh(covariances)
+def condition(covariance: Float[np.ndarray, "n n"]) -> float:
+    """Return the largest eigenvalue divided by the smallest; infinite if that is not positive."""
+    values = np.linalg.eigvalsh(covariance)
     return float(values[-1] / values[0]) if values[0] > 0 else np.inf
 
 
-def shrunk(covariances: np.ndarray, shrinkage: float) -> np.ndarray | None:
-    """Moments [D, D] drawn to the multiple of the identity with their trace; None if all zero."""
-    scale = np.trace(covariances) / len(covariances)
+def shrunk(
+    covariance: Float[np.ndarray, "D D"], shrinkage: float
+) -> Float[np.ndarray, "D D"] | None:
+    """Shrink a covariance toward the multiple of the identity with its trace (eq. 10).
+
+    Returns None for a covariance of zeros, which says nothing about the inputs.
+    """
+    scale = np.trace(covariance) / len(covariance)
     if scale <= 0:
         return None
-    return (1 - shrinkage) * covariances + shrinkage * scale * np.eye(len(covariances))
+    return (1 - shrinkage) * covariance + shrinkage * scale * np.eye(len(covariance))

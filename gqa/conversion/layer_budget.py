@@ -1,8 +1,7 @@
-"""KV heads by layer: the cache that one number would take, spread over layers and attentions.
+"""Choose KV heads for each layer, in a cache no larger than with one number everywhere.
 
-Some layers lose more by grouping than others. What a layer loses with K heads is the energy that
-`svd` has to discard of its keys and of its values, each as a share of their own; the heads chosen
-are those with the least sum of all shares whose cache is not larger.
+Layers differ in what they lose by grouping. The losses are computed in closed_form.py
+(docs/conversion.md, eq. 11); this file finds the cheapest choice among them (eq. 12).
 """
 
 import math
@@ -15,17 +14,22 @@ def allocate(
     num_kv_heads: dict[str, int],
     lengths: dict[str, int],
 ) -> dict[str, tuple[int, ...]]:
-    """KV heads of each layer of each attention, with the least energy discarded in all.
+    """Return the KV heads of each attention's layers with the least total loss (eq. 12).
+
+    It is a knapsack, solved exactly by dynamic programming over the size of the cache.
 
     Args:
-        discarded: of each attention and layer, by the number of heads that would be left.
-        num_kv_heads: of each attention, the number that would take the same cache everywhere.
-        lengths: positions that the cache of each attention holds.
+        discarded: by attention and layer, the loss with each possible number of KV heads.
+        num_kv_heads: by attention, the number whose cache is the budget.
+        lengths: by attention, the positions in the cache.
     """
+    # One unit of the cache holds one KV head at as many positions as divide all lengths.
     unit = math.gcd(*(lengths[name] for name in num_kv_heads))
     cost = {name: lengths[name] // unit for name in num_kv_heads}
     budget = sum(cost[name] * num_kv_heads[name] for name, _ in discarded)
-    # best[b] is the least that is discarded with a cache of b; chosen[i][b] how item i gets there.
+
+    # best[b] is the least loss of the layers so far in a cache of b units; chosen[i][b] is the
+    # number of heads that layer i has there.
     best, chosen = np.zeros(budget + 1), []
     for (name, _), options in discarded.items():
         heads = sorted(options)
@@ -36,9 +40,11 @@ def allocate(
                 row[taken:] = best[: budget + 1 - taken] + options[K]
         chosen.append(np.array(heads)[reached.argmin(0)])
         best = reached.min(0)
-    found = {name: {} for name in num_kv_heads}
+
+    # Walk back from the full budget to the choice of the first layer.
+    heads_of: dict[str, dict[int, int]] = {name: {} for name in num_kv_heads}
     for (name, layer), by_budget in zip(reversed(discarded), reversed(chosen), strict=True):
         K = int(by_budget[budget])
-        found[name][layer] = K
+        heads_of[name][layer] = K
         budget -= cost[name] * K
-    return {name: tuple(layers[i] for i in sorted(layers)) for name, layers in found.items()}
+    return {name: tuple(layers[i] for i in sorted(layers)) for name, layers in heads_of.items()}

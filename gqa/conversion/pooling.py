@@ -1,7 +1,8 @@
-"""Methods that make a group's head of its members' kernels alone; queries and outputs stay.
+"""Methods that pool keys and values alone; queries and outputs stay as they are.
 
-A method is a function of this file from the keys and values of an attention, each seen as
-[L, D, K, G, H], and a random key to the new ones [L, D, K, H].
+Each method is a function with the method's name. It takes the key and value kernels of an
+attention, grouped as [L, D, K, G, H], and a random key, and returns the pooled kernels
+[L, D, K, H]. Methods that change queries and outputs too are in closed_form.py.
 """
 
 import jax
@@ -15,19 +16,19 @@ METHODS = ("mean", "first", "random", "medoid", "largest")
 
 
 def mean(keys: Array, values: Array, rng: Array) -> Kernels:
-    """Mean of the heads of each group: the paper's choice."""
+    """Return the mean of the heads of each group: the paper's choice."""
     del rng
     return keys.mean(3), values.mean(3)
 
 
 def first(keys: Array, values: Array, rng: Array) -> Kernels:
-    """The first head of each group (paper, section 3.3 "First")."""
+    """Return the first head of each group (paper, section 3.3 "First")."""
     del rng
     return keys[:, :, :, 0], values[:, :, :, 0]
 
 
 def random(keys: Array, values: Array, rng: Array) -> Kernels:
-    """Fresh heads from the initialiser (paper, section 3.3 "Random")."""
+    """Draw fresh heads from the initialiser (paper, section 3.3 "Random")."""
 
     def fresh(groups: Array, rng: Array) -> Array:
         L, D, K, _, H = groups.shape
@@ -38,29 +39,39 @@ def random(keys: Array, values: Array, rng: Array) -> Kernels:
 
 
 def medoid(keys: Array, values: Array, rng: Array) -> Kernels:
-    """The head nearest to the others of its group: least sum of distances, K and V joined."""
+    """Return the head of each group with the least sum of distances to the others.
+
+    The distance of two heads is that of their key and value kernels side by side.
+    """
     del rng
-    apart = sum(
+    squared_distances = sum(
         jnp.square(x[:, :, :, :, None] - x[:, :, :, None]).sum((1, 5)) for x in (keys, values)
     )
-    return _take(keys, values, jnp.sqrt(apart).sum(3).argmin(2))
+    return _take(keys, values, jnp.sqrt(squared_distances).sum(3).argmin(2))
 
 
 def largest(keys: Array, values: Array, rng: Array) -> Kernels:
-    """The head of each group with the largest norm, K and V joined."""
+    """Return the head of each group with the largest norm of key and value kernel side by side."""
     del rng
     square = sum(jnp.square(x).sum((1, 4)) for x in (keys, values))
     return _take(keys, values, square.argmax(2))
 
 
 def _take(keys: Array, values: Array, index: Array) -> Kernels:
-    """Member index[l, k] of every group."""
+    """Return member index[l, k] of every group."""
     index = index[:, None, :, None, None]
     return tuple(jnp.take_along_axis(x, index, axis=3)[:, :, :, 0] for x in (keys, values))
 
 
 def restore_norm(pooled: Array, groups: Array) -> Array:
-    """Blocks [L, D, K, H] with their members' mean Frobenius norm; a block of zeros stays."""
+    """Scale each pooled head to the mean Frobenius norm of its group (docs/conversion.md, eq. 13).
+
+    A head of zeros stays zero.
+
+    Args:
+        pooled: the new heads [L, D, K, H].
+        groups: the heads that they replace, [L, D, K, G, H].
+    """
     target = jnp.sqrt(jnp.square(groups).sum((1, 4), keepdims=True)).mean(3)
     norm = jnp.sqrt(jnp.square(pooled).sum((1, 3), keepdims=True))
     return pooled * jnp.where(norm > 0, target / jnp.where(norm > 0, norm, 1.0), 1.0)

@@ -295,7 +295,7 @@ def test_a_missing_tensor_or_whole_numbers_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("more", "kv_heads", "method", "message"),
     [
-        ({}, 3, "mean", "--num-kv-heads=3 does not divide num_key_value_heads=8; use one of 1, 2"),
+        ({}, 3, "mean", "num_kv_heads=3 does not divide num_key_value_heads=8; use one of 1, 2"),
         ({}, 2, "median", "method='median'; use one of mean, first, svd"),
         ({"model_type": "cohere"}, 2, "svd", "model_type='cohere'; use mean or first"),
         ({"is_encoder_decoder": True}, 2, "mean", "is_encoder_decoder is set"),

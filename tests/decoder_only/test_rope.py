@@ -25,7 +25,7 @@ def random_turn(rng, G, H, rotary):
     """A turn of pairs by random angles, and of the rest by random rotations."""
     angles = rng.uniform(-3, 3, (G, rotary // 2))
     rest = np.linalg.qr(rng.normal(size=(G, H - rotary, H - rotary)))[0]
-    return rope.Turn(np.exp(1j * angles), rest)
+    return rope.Rotation(np.exp(1j * angles), rest)
 
 
 @pytest.mark.parametrize("rotary", [8, 4])
@@ -39,19 +39,19 @@ def test_keys_and_queries_turned_alike_keep_their_logits_under_rope(rotary):
         q, k = (rotary_embedding(x, positions, rotary) for x in (queries, keys))
         return np.einsum("GQH,GKH->GQK", q, k)
 
-    turned = logits(rope.turn(queries, by), rope.turn(keys, by))
+    turned = logits(rope.rotate(queries, by), rope.rotate(keys, by))
     np.testing.assert_allclose(turned, logits(queries, keys), atol=1e-9)
-    assert np.abs(rope.turn(keys, by) - keys).max() > 0.1
+    assert np.abs(rope.rotate(keys, by) - keys).max() > 0.1
 
 
 def test_a_turn_is_by_head_whatever_axes_are_between():
     rng = RNG(1)
     by = random_turn(rng, 3, 6, 4)
     x = rng.normal(size=(3, 2, 5, 6))
-    found = rope.turn(x, by)
+    found = rope.rotate(x, by)
     assert found.shape == x.shape
     for g, i in itertools.product(range(3), range(2)):
-        one = rope.turn(x[g : g + 1, i], rope.Turn(by.phases[g : g + 1], by.rest[g : g + 1]))
+        one = rope.rotate(x[g : g + 1, i], rope.Rotation(by.phases[g : g + 1], by.rest[g : g + 1]))
         np.testing.assert_allclose(found[g, i], one[0], atol=1e-12)
     # Numbers 0 and 2, and 1 and 3, are pairs: real and imaginary part of one number.
     expected = (x[2, 1, 4, 1] + 1j * x[2, 1, 4, 3]) * by.phases[2, 1]
@@ -60,7 +60,7 @@ def test_a_turn_is_by_head_whatever_axes_are_between():
 
 def distance(heads, by):
     """Squared distance of turned heads from their mean, for each pair of numbers [R/2]."""
-    turned = rope.turn(heads, by)
+    turned = rope.rotate(heads, by)
     square = np.square(turned - turned.mean(0)).sum((0, 1))
     half = by.phases.shape[1]
     return square[:half] + square[half : 2 * half]
@@ -89,7 +89,7 @@ def test_turns_of_several_heads_are_never_farther_than_none(seed):
     heads = RNG(seed).normal(size=(5, 2, 40))
     by = rope.align(heads, 40)
     found = distance(heads, by)
-    none = rope.Turn(np.ones_like(by.phases), by.rest)
+    none = rope.Rotation(np.ones_like(by.phases), by.rest)
     assert (found <= distance(heads, none) + 1e-9).all()
     for head, angle in itertools.product(range(5), np.linspace(0, 2 * np.pi, 30)):
         phases = by.phases.copy()
@@ -110,7 +110,7 @@ def test_turned_copies_of_a_head_become_it(seed):
     rng, G, P, H, rotary = RNG(seed), 3, 2, 6, 4
     first = rng.normal(size=(7, H))
     by = random_turn(rng, G, H, rotary)
-    heads = rope.turn(np.stack([first] * G), by)
+    heads = rope.rotate(np.stack([first] * G), by)
     queries = rng.normal(size=(G, P, 7, H))
     head, new, error = rope.keys(heads, queries, rotary)
     np.testing.assert_allclose(error, 0, atol=1e-12)
@@ -124,10 +124,10 @@ def test_keys_are_the_mean_of_the_turned_heads_and_tell_their_distance():
     heads, queries = rng.normal(size=(2, 7, 6)), rng.normal(size=(2, 1, 7, 6))
     by = rope.align(heads, 4)
     head, new, error = rope.keys(heads, queries, 4)
-    turned = rope.turn(heads, by)
+    turned = rope.rotate(heads, by)
     np.testing.assert_allclose(head, (turned[0] + turned[1]) / 2)
     np.testing.assert_allclose(error, np.square(turned[0] - turned[1]).sum() / 2)
-    np.testing.assert_allclose(new, rope.turn(queries, by))
+    np.testing.assert_allclose(new, rope.rotate(queries, by))
 
 
 def test_values_miss_what_the_singular_values_beyond_h_hold():
