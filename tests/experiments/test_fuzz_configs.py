@@ -23,8 +23,7 @@ from configs.sizes import SIZES
 from experiments.graph.validate import CHOICES, ZERO_TOO, flatten
 from experiments.stages import text
 from gqa import conversion
-from gqa.model import layers
-from gqa.model.config import REMAT
+from gqa.model.config import GATED_GELU, RELU, REMAT
 from gqa.runtime import sharding
 from gqa.training import progress
 
@@ -36,7 +35,7 @@ NAMES = CHOICES | {
     "convert.method": tuple(conversion.CLOSED),
     "convert.space": tuple(conversion.SPACES),
     "convert.grouping": tuple(conversion.GROUPINGS),
-    "model.activation": (layers.GATED_GELU, layers.RELU),
+    "model.activation": (GATED_GELU, RELU),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMAT),
     "mesh.kv_heads": sharding.KV_HEADS,
