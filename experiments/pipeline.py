@@ -10,17 +10,18 @@ from ml_collections import ConfigDict
 
 from experiments.graph import sweep
 from experiments.graph import validate as checks
-from experiments.graph.plan import KINDS as STAGE_KINDS
-from experiments.graph.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
+from experiments.graph.plan import evaluate_checkpoint, plan
+from experiments.graph.stage import Stage, ancestors, merge
 from experiments.report import report
 from experiments.run import local, slurm, worker
 from experiments.stages import text
-from experiments.stages.stage import open_parent
+from experiments.stages.inputs import open_parent
+from experiments.stages.settings import SETTINGS, TextSettings
 from experiments.workdir import lock, make_workdir
 from gqa.runtime.distributed import is_primary, is_several
 from gqa.runtime.errors import UserError
 
-KINDS = (*STAGE_KINDS, "report")
+KINDS = (*SETTINGS, "report")
 EXECUTORS = ("local", "slurm")
 
 
@@ -121,7 +122,7 @@ def _stages(config: ConfigDict, workdir: Path, kind: str | None, prepare: Callab
     return [stage for stage in stages if stage.key in wanted]
 
 
-def _prepared(wanted: dict, workdir: Path) -> text.Text | None:
+def _prepared(wanted: TextSettings, workdir: Path) -> text.Text | None:
     return text.prepare(wanted, workdir) if text.is_prepared(wanted, workdir) else None
 
 
@@ -129,10 +130,10 @@ def score_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> None:
     """Score any checkpoint: on the task it was fine-tuned on, else on every task of the config."""
     parent = open_parent(path)
     make_workdir(workdir)
-    tuned_on = parent.info.get("task")
+    tuned_on = parent.info.task
     with lock(workdir / "lock", str(workdir)):
         for task in [tuned_on] if tuned_on else text.split_names(config.finetune.tasks):
-            stage = evaluate_checkpoint(config, parent.path, parent.info["variant"], task)
+            stage = evaluate_checkpoint(config, parent.path, parent.info.variant, task)
             folder = worker.describe(stage, workdir)
-            (folder / "done.json").unlink(missing_ok=True)
+            folder.discard_outcome()
             worker.run(folder)

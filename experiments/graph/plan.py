@@ -1,274 +1,264 @@
-"""A config as a graph of stages, each found again by what determines it.
+"""A config as a graph of stages.
 
     pretrain (multi-head) ---------------------> finetune -> evaluate     a task each
         `-> convert -> uptrain ----------------> finetune -> evaluate     a task each
     benchmark (both networks in turn; needs no checkpoint unless its KV heads differ by layer)
 
-Without uptraining what was converted is fine-tuned; uptraining also reads the multi-head parent.
+Without uptraining the converted network is fine-tuned. Uptraining also reads the multi-head parent.
 
-A stage's key is a hash of its settings and its parents' keys, its folder `stages/KIND-KEY`. What
-several configs have in common is the same stage in each.
+A stage's key is a hash of its settings and its parents' keys, so a stage that several configs have
+in common is one stage, done once. This module alone turns config keys into settings; it must put
+into them whatever determines a result, and nothing else. What a stage is, is in `stage.py`.
 """
 
 import dataclasses
-import functools
-import hashlib
 import itertools
-import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.graph.stage import Stage
 from experiments.stages import initial_checkpoint, text
 from experiments.stages.network import network_config
-from experiments.stages.variant import NOT_CONVERTED, Variant, method_label
+from experiments.stages.settings import (
+    BenchmarkSettings,
+    CheckpointOptions,
+    ConvertSettings,
+    EvaluateSettings,
+    FinetuneSettings,
+    PretrainSettings,
+    Recipe,
+    Setup,
+    TimedNetwork,
+    TrackingOptions,
+    TrainOptions,
+    UptrainSettings,
+)
+from experiments.stages.variant import Variant
 from gqa import conversion
-from gqa.conversion import learned
 from gqa.model.config import Config
+from gqa.runtime.sharding import Layout
 
-KINDS = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
-# Which of the decoder's attentions convert.where has converted; the others stay multi-head.
+# The decoder's attentions that each value of convert.where converts; the others stay multi-head.
 WHERE = {
     "self_attention": ("self_attention",),
     "cross_attention": ("cross_attention",),
     "both": ("self_attention", "cross_attention"),
 }
-
-
-class Stage(NamedTuple):
-    """One piece of work: `settings` and `parents` determine its result, `setup` does not."""
-
-    kind: str
-    settings: dict[str, Any]
-    parents: tuple["Stage", ...]
-    setup: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        """Content hash."""
-        return _key(json.dumps(self._identity(), sort_keys=True))
-
-    def _identity(self) -> list:
-        return [self.kind, self.settings, [parent.key for parent in self.parents]]
-
-    @property
-    def task(self) -> str | None:
-        """The task it fine-tunes on or scores, if any."""
-        return self.settings.get("task")
-
-    def folder(self, workdir: Path) -> Path:
-        """Where it works and leaves its results."""
-        return workdir / "stages" / f"{self.kind}-{self.key}"
-
-    @property
-    def variant(self) -> dict[str, Any]:
-        """What result lines say of its network."""
-        return self.settings["variant"]
-
-    @property
-    def label(self) -> str:
-        """What a person calls it."""
-        task = f" {self.task}" if self.kind in ("finetune", "evaluate") else ""
-        return f"{self.kind}{task} ({', '.join(self._words())})"
-
-    @property
-    def title(self) -> str:
-        """The same as a folder's name, that of its TensorBoard events."""
-        task = [self.task] if self.kind in ("finetune", "evaluate") else []
-        return "-".join([self.kind, *task, *self._words(), self.key]).replace(" ", "_")
-
-    def _words(self) -> list[str]:
-        variant = self.variant
-        K, cross = variant["num_kv_heads"], variant["num_kv_heads_cross_attention"]
-        words = [variant["size"], f"{K} KV heads", *([f"cross {cross}"] if cross != K else [])]
-        if variant["method"] != NOT_CONVERTED or variant["beta"]:
-            words.append(method_label(variant))
-        if variant["alpha"]:
-            words.append(f"alpha {variant['alpha']:g}")
-        if self.kind != "benchmark":
-            words.append(f"seed {variant['seed']}")
-        return words
-
-
-@functools.cache
-def _key(identity: str) -> str:
-    return hashlib.sha256(identity.encode()).hexdigest()[:12]
-
-
-def parent_config(config: ConfigDict) -> Config:
-    """The multi-head network that everything starts from."""
-    heads = {f"num_kv_heads_{name}": config.model.num_heads for name in conversion.ATTENTIONS}
-    return network_config(config.model, heads)
-
-
-def target_heads(config: ConfigDict) -> dict[str, int]:
-    """KV heads of each attention after conversion."""
-    heads = {name: config.convert[f"num_kv_heads_{name}"] for name in conversion.ATTENTIONS}
-    left = {*WHERE["both"]} - {*WHERE[config.convert.where]}
-    return heads | dict.fromkeys(left, config.model.num_heads)
+# The keys of a config's section pretrain or finetune that a recipe takes as they are.
+RECIPE_KEYS = (
+    *("steps", "batch_size", "num_microbatches", "inputs_length", "targets_length"),
+    *("dropout_rate", "z_loss", "every", "validation_examples"),
+)
 
 
 def plan(
     config: ConfigDict, prepared: text.Text | None, reference: ConfigDict | None = None
 ) -> list[Stage]:
-    """The stages of a config in the order they run.
+    """Return the stages of a config in the order they run.
 
     Args:
-        prepared: None where only the shape of the graph is asked for: the keys are none to keep.
+        prepared: the text; None where only the shape of the graph is asked for. Such stages have
+            keys under which nothing must be kept.
         reference: the config whose multi-head network is timed beside this one's; itself if None.
     """
-    plan_stage = functools.partial(_stage, setup=_setup(config))
-    multi_head = dict.fromkeys(conversion.ATTENTIONS, config.model.num_heads)
-    mha = _variant(config, multi_head, {}, 0.0)
-    settings = {"model": parent_config(config).__dict__, "seed": config.seed}
-    settings["text"] = prepared and [prepared.source(config.pretrain.task), prepared.tokenizer.hash]
-    if init := initial_checkpoint.identity(config):
-        settings["init"] = init
-    pretrain = plan_stage("pretrain", config.pretrain.to_dict() | settings, (), mha)
-    stages = [pretrain]
-    leaves = [pretrain]
-    for stage in _grouped(config, pretrain, plan_stage):
-        stages.append(stage)
-        leaves = [pretrain, stage]  # the last one is what is fine-tuned
+    setup = make_setup(config)
+    pretrain = Stage("pretrain", _pretrain_settings(config, prepared), (), setup)
+    grouped = list(_grouped(config, pretrain))
+    stages = [pretrain, *grouped]
     tasks = text.split_names(config.finetune.tasks)
     if not tasks:
         return stages
+
+    # The multi-head parent is fine-tuned, and the last stage of converting and uptraining it.
+    leaves = [pretrain, *grouped[-1:]]
     for leaf, task in itertools.product(leaves, tasks):
-        stages += _tune_and_score(config, leaf, task, prepared, plan_stage)
-    return [*stages, _benchmark(config, reference or config, leaves[-1], plan_stage)]
+        stages += _tune_and_score(config, leaf, task, prepared)
+    return [*stages, _benchmark(config, reference or config, leaves[-1])]
 
 
-def _grouped(config: ConfigDict, pretrain: Stage, plan_stage) -> Iterable[Stage]:
-    """Conversion and uptraining, where the config asks for them."""
-    heads, alpha = target_heads(config), config.uptrain.alpha
-    start, conversion_settings = pretrain, {}
+def evaluate_checkpoint(config: ConfigDict, path: Path, variant: Variant, task: str) -> Stage:
+    """Return the stage that scores any checkpoint on one task."""
+    options = config.evaluate.to_dict()
+    settings = EvaluateSettings(variant, task, metrics=None, checkpoint=str(path), **options)
+    return Stage("evaluate", settings, (), make_setup(config))
+
+
+def parent_config(config: ConfigDict) -> Config:
+    """Return the multi-head network that everything starts from."""
+    heads = {f"num_kv_heads_{name}": config.model.num_heads for name in conversion.ATTENTIONS}
+    return network_config(config.model, heads)
+
+
+def target_heads(config: ConfigDict) -> dict[str, int]:
+    """Return the number of KV heads of each attention after conversion."""
+    heads = {name: config.convert[f"num_kv_heads_{name}"] for name in conversion.ATTENTIONS}
+    multi_head = {*WHERE["both"]} - {*WHERE[config.convert.where]}
+    return heads | dict.fromkeys(multi_head, config.model.num_heads)
+
+
+def converted_config(config: ConfigDict) -> Config:
+    """Return the network after conversion, with one number of KV heads for all layers."""
+    heads = {f"num_kv_heads_{name}": K for name, K in target_heads(config).items()}
+    return dataclasses.replace(parent_config(config), **heads)
+
+
+def pretrain_recipe(config: ConfigDict) -> Recipe:
+    """Return how the multi-head parent is trained."""
+    section = config.pretrain
+    return Recipe(
+        task=section.task,
+        pack=False,
+        schedule="rsqrt",
+        learning_rate=section.scale,
+        warmup=section.warmup,
+        seed=config.seed,
+        **{key: section[key] for key in RECIPE_KEYS},
+    )
+
+
+def finetune_recipe(config: ConfigDict, task: str) -> Recipe:
+    """Return how a network is fine-tuned on one task."""
+    section = config.finetune
+    keys = {key: section[key] for key in RECIPE_KEYS} | text.lengths(section, task)
+    return Recipe(
+        task=task,
+        pack=section.pack,
+        schedule="constant",
+        learning_rate=section.learning_rate,
+        warmup=0,
+        seed=config.seed,
+        **keys,
+    )
+
+
+def make_setup(config: ConfigDict) -> Setup:
+    """Return what a stage is told that does not determine its result."""
+    return Setup(
+        run=config.name,
+        text=text.settings(config),
+        checkpoint=CheckpointOptions(**config.checkpoint),
+        train=TrainOptions(**config.train),
+        wandb=TrackingOptions(**config.wandb),
+        mesh=Layout(**config.mesh),
+    )
+
+
+def _pretrain_settings(config: ConfigDict, prepared: text.Text | None) -> PretrainSettings:
+    return PretrainSettings(
+        variant=_multi_head(config),
+        recipe=pretrain_recipe(config),
+        model=parent_config(config),
+        text=prepared and prepared.source(config.pretrain.task),
+        vocabulary=prepared and prepared.tokenizer.hash,
+        initial_checkpoint=initial_checkpoint.identity(config),
+    )
+
+
+def _grouped(config: ConfigDict, pretrain: Stage) -> Iterator[Stage]:
+    """Yield conversion and uptraining, where the config asks for them."""
+    heads, alpha, beta = target_heads(config), config.uptrain.alpha, config.uptrain.beta
+    parents: tuple[Stage, ...] = (pretrain,)
+    how_converted: dict[str, Any] = {}
     if set(heads.values()) != {config.model.num_heads}:
-        conversion_settings = _conversion(config)
-        settings = conversion_settings | {"num_kv_heads": heads, "seed": config.seed}
-        variant = _variant(config, heads, conversion_settings, 0.0)
-        start = plan_stage("convert", settings, (pretrain,), variant)
-        yield start
+        how_converted = _conversion(config)
+        settings = ConvertSettings(
+            variant=_variant(config, heads, **how_converted),
+            optimizer=config.convert.optimizer,
+            cache_lengths=_cache_lengths(config) if config.convert.per_layer_budget else None,
+        )
+        converted = Stage("convert", settings, (pretrain,), pretrain.setup)
+        yield converted
+        parents = (converted, pretrain)
     if alpha > 0:
-        beta = config.uptrain.beta
-        variant = _variant(config, heads, conversion_settings, alpha) | {"beta": beta}
-        settings = {"alpha": alpha, "beta": beta}
-        if conversion_settings.get("method") in learned.METHODS:
-            settings["learned"] = conversion_settings["method"]
-        parents = (pretrain,) if start is pretrain else (start, pretrain)
-        yield plan_stage("uptrain", settings, parents, variant)
+        variant = _variant(config, heads, alpha=alpha, beta=beta, **how_converted)
+        yield Stage("uptrain", UptrainSettings(variant), parents, pretrain.setup)
 
 
 def _conversion(config: ConfigDict) -> dict[str, Any]:
-    """The settings that say how to convert, as far as they make a difference."""
+    """Return the fields of a variant that say how it is converted.
+
+    A key of the config is left out where it makes no difference, so that one conversion has one
+    stage: the mean of kernels, say, depends neither on a space nor on calibration tokens.
+    """
     section = config.convert
-    settings = {key: section[key] for key in ("method", "grouping", "renorm", "optimizer")}
-    if section.method in conversion.ABSORBING:
-        settings["space"] = section.space
+    keys = {"method", "grouping", "renorm", "per_layer_budget"}
+    if section.method in conversion.ABSORBING or section.per_layer_budget:
+        keys |= {"space"}
     if conversion.needs_input_covariances(section.method, section.space, section.grouping):
-        settings["calibration_tokens"] = section.calibration_tokens
+        keys |= {"calibration_tokens"}
     if conversion.needs_input_covariances(section.method, section.space):
-        settings |= {key: section[key] for key in ("sequential", "shrinkage")}
-    if section.per_layer_budget:
-        lengths = {"self_attention": "targets_length", "cross_attention": "inputs_length"}
-        settings["per_layer_budget"] = {
-            name: config.benchmark[key] for name, key in lengths.items()
-        }
-        settings["space"] = section.space
-        if section.space != "weight":
-            settings |= {key: section[key] for key in ("calibration_tokens", "shrinkage")}
-    return settings
+        keys |= {"sequential", "shrinkage"}
+    # A budget is spread by what svd would lose in each layer, whatever the method is.
+    if section.per_layer_budget and section.space != "weight":
+        keys |= {"calibration_tokens", "shrinkage"}
+    return {key: section[key] for key in keys}
+
+
+def _cache_lengths(config: ConfigDict) -> dict[str, int]:
+    """Return the positions that the cache of each of the decoder's attentions is counted with."""
+    return {
+        "self_attention": config.benchmark.targets_length,
+        "cross_attention": config.benchmark.inputs_length,
+    }
 
 
 def _tune_and_score(
-    config: ConfigDict, leaf: Stage, task: str, prepared: text.Text | None, plan_stage
+    config: ConfigDict, leaf: Stage, task: str, prepared: text.Text | None
 ) -> list[Stage]:
-    settings = config.finetune.to_dict() | {"task": task, "seed": config.seed}
-    settings |= text.lengths(config.finetune, task)
-    settings["text"] = prepared and prepared.source(task)
-    del settings["tasks"]
-    tuned = plan_stage("finetune", settings, (leaf,), leaf.variant)
-    settings = config.evaluate.to_dict() | {"task": task}
-    settings["metrics"] = prepared and prepared.metrics(task)
-    return [tuned, plan_stage("evaluate", settings, (tuned,), leaf.variant)]
+    settings = FinetuneSettings(
+        variant=leaf.variant,
+        recipe=finetune_recipe(config, task),
+        text=prepared and prepared.source(task),
+    )
+    tuned = Stage("finetune", settings, (leaf,), leaf.setup)
+    metrics = tuple(prepared.metrics(task)) if prepared else None
+    scores = EvaluateSettings(
+        leaf.variant, task, metrics, checkpoint=None, **config.evaluate.to_dict()
+    )
+    return [tuned, Stage("evaluate", scores, (tuned,), leaf.setup)]
 
 
-def _benchmark(config: ConfigDict, reference: ConfigDict, leaf: Stage, plan_stage) -> Stage:
-    """Times depend on shapes alone: not on how a network was reached, nor on the seed.
+def _benchmark(config: ConfigDict, reference: ConfigDict, leaf: Stage) -> Stage:
+    """Return the stage that times the multi-head reference and the network of `leaf` in turn.
 
-    KV heads that were spread over layers are those of the checkpoint `leaf`.
+    Times depend on shapes alone: neither on how a network was reached nor on the seed. Only KV
+    heads that a budget spread over the layers are not known before the conversion: then the network
+    is that of the checkpoint of `leaf`, and its variant says how it was converted.
     """
-    variant, parents = leaf.variant, ()
-    heads = {
-        "num_kv_heads_self_attention": variant["num_kv_heads"],
-        "num_kv_heads_cross_attention": variant["num_kv_heads_cross_attention"],
-        "num_kv_heads_encoder": variant["num_kv_heads_encoder"],
-    }
-    multi_head = dict.fromkeys(conversion.ATTENTIONS, reference.model.num_heads)
+    heads = target_heads(config)
+    parents: tuple[Stage, ...] = ()
+    how_converted: dict[str, Any] = {}
+    model: Config | None = converted_config(config)
+    if leaf.variant.per_layer_budget:
+        parents, how_converted, model = (leaf,), _conversion(config), None
+
     networks = [
-        [_variant(reference, multi_head, {}, 0.0) | {"seed": 0}, parent_config(reference).__dict__]
+        TimedNetwork(_multi_head(reference, seed=0), parent_config(reference)),
+        TimedNetwork(_variant(config, heads, seed=0, **how_converted), model),
     ]
-    network = parent_config(config).__dict__ | heads
-    conversion_settings = {}
-    if variant["per_layer_budget"]:
-        conversion_settings, network, parents = _conversion(config), None, (leaf,)
-    shape = _variant(config, target_heads(config), conversion_settings, 0.0) | {"seed": 0}
-    if [shape, network] not in networks:
-        networks.append([shape, network])
-    settings = config.benchmark.to_dict() | {"networks": networks}
-    return plan_stage("benchmark", settings, parents, shape)
+    settings = BenchmarkSettings(
+        variant=networks[-1].variant,
+        networks=tuple(dict.fromkeys(networks)),  # one, if the network is the reference itself
+        **config.benchmark.to_dict(),
+    )
+    return Stage("benchmark", settings, parents, leaf.setup)
 
 
-def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, variant: dict, task: str) -> Stage:
-    """The stage that scores any checkpoint on one task."""
-    settings = config.evaluate.to_dict() | {"task": task, "checkpoint": str(checkpoint)}
-    return _stage("evaluate", settings, (), variant, _setup(config))
+def _multi_head(config: ConfigDict, **fields: Any) -> Variant:
+    return _variant(config, dict.fromkeys(conversion.ATTENTIONS, config.model.num_heads), **fields)
 
 
-def _stage(kind: str, settings: dict, parents: tuple[Stage, ...], variant: dict, setup: dict):
-    return Stage(kind, settings | {"variant": variant}, parents, setup)
-
-
-def _setup(config: ConfigDict) -> dict[str, Any]:
-    """What a stage must know besides, as JSON: how to find its text, what to keep, its run."""
-    return {
-        "run": config.name,
-        "text": text.settings(config),
-        "checkpoint": config.checkpoint.to_dict(),
-        "train": config.train.to_dict(),
-        "wandb": config.wandb.to_dict(),
-        "mesh": config.mesh.to_dict(),
-    }
-
-
-def _variant(
-    config: ConfigDict, heads: dict[str, int], conversion_settings: dict, alpha: float
-) -> dict:
-    """What a result line says of its network; without a conversion, its settings are empty."""
-    settings = {key: value for key, value in conversion_settings.items() if key != "optimizer"}
-    settings["per_layer_budget"] = "per_layer_budget" in settings
-    variant = Variant(
+def _variant(config: ConfigDict, heads: dict[str, int], **fields: Any) -> Variant:
+    """Return the variant with these KV heads by attention; `fields` are those without a default."""
+    fixed = {"alpha": 0.0, "seed": config.seed}
+    return Variant(
         size=config.size,
         num_heads=config.model.num_heads,
         num_kv_heads=heads["self_attention"],
         num_kv_heads_cross_attention=heads["cross_attention"],
         num_kv_heads_encoder=heads["encoder"],
-        alpha=alpha,
-        seed=config.seed,
-        **settings,
+        **fixed | fields,
     )
-    return dataclasses.asdict(variant)
-
-
-def merge(plans: Iterable[list[Stage]]) -> list[Stage]:
-    """Every stage of several plans once, in the order they first come."""
-    merged = {}
-    for stage in itertools.chain(*plans):
-        merged.setdefault(stage.key, stage)
-    return list(merged.values())
-
-
-def ancestors(stage: Stage) -> list[Stage]:
-    """The stage and everything it builds on, itself first and the multi-head parent last."""
-    return merge([[stage], *(ancestors(parent) for parent in stage.parents)])

@@ -1,6 +1,5 @@
 """What a config may not say: refused in one line, before any compute and before any writing."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments.graph.plan import WHERE, parent_config, target_heads
+from experiments.graph.plan import WHERE, converted_config, parent_config, target_heads
 from experiments.stages import text
 from gqa import conversion
 from gqa.data import tasks, tokenizer
@@ -53,8 +52,7 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
     _check_conversion(config)
     layout = sharding.Layout(**config.mesh)
     count, local_count = devices or (jax.device_count(), jax.local_device_count())
-    for heads in ({}, {f"num_kv_heads_{n}": K for n, K in target_heads(config).items()}):
-        network = dataclasses.replace(parent_config(config), **heads)
+    for network in (parent_config(config), converted_config(config)):
         sharding.check(network, layout, count, local_count)
         size, generate = config.evaluate.batch_size, max(local_count, layout.model)
         sharding.check_rows("evaluate.batch_size", size, network, layout, generate)

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from experiments.graph.plan import Stage, ancestors
+from experiments.graph.stage import Stage, ancestors
 from experiments.run import worker
-from experiments.stages.stage import read_done
+from experiments.stages.settings import FinetuneSettings, PretrainSettings
 from gqa.runtime import hardware
 from gqa.runtime.command_line import USER_ERROR
 from gqa.runtime.distributed import is_several
@@ -35,7 +35,7 @@ def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
     failed: dict[str, Exception] = {}
     todo = []
     for stage in stages:
-        if read_done(folders[stage.key]) is None:
+        if folders[stage.key].read_outcome() is None:
             todo.append(stage)
         else:
             print(f"{stage.label}: done before, in {folders[stage.key]}")
@@ -119,7 +119,7 @@ def _busy(running: dict[str, Running]) -> dict[str, Stage]:
 
 def _end(ended: Running, workdir: Path, failed: dict[str, Exception]) -> dict[str, Stage]:
     """What a process has left of its stages, without the one that failed."""
-    left = {k: s for k, s in ended.stages.items() if read_done(s.folder(workdir)) is None}
+    left = {k: s for k, s in ended.stages.items() if s.folder(workdir).read_outcome() is None}
     error = _outcome(ended)
     if error is None and left:
         error = RuntimeError("its process ended without a result")
@@ -163,7 +163,7 @@ def _shares(jobs: int) -> list[frozenset[int]]:
 
 
 def _start(chain: dict[str, Stage], workdir: Path, cores: frozenset[int]) -> Running:
-    folders = [str(stage.folder(workdir).absolute()) for stage in chain.values()]
+    folders = [str(stage.folder(workdir.absolute())) for stage in chain.values()]
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read when the process has ended)
     process = subprocess.Popen([*WORKER, *folders], cwd=ROOT, stderr=errors)
     alone = next(iter(chain.values())).kind == "benchmark"
@@ -209,25 +209,37 @@ def _rates(stages: Iterable[Stage], workdir: Path) -> dict[tuple, float]:
     """Seconds per unit of work, by kind and size, of the stages done without an interruption."""
     seconds, work = {}, {}
     for stage in stages:
-        done = read_done(stage.folder(workdir))
-        if done and done["seconds"]:
+        outcome = stage.folder(workdir).read_outcome()
+        if outcome is not None and outcome.seconds:
             pace = _pace(stage)
-            seconds[pace] = seconds.get(pace, 0.0) + done["seconds"]
+            seconds[pace] = seconds.get(pace, 0.0) + outcome.seconds
             work[pace] = work.get(pace, 0) + _work(stage)
     return {pace: seconds[pace] / work[pace] for pace in seconds}
 
 
 def _pace(stage: Stage) -> tuple[str, str]:
-    kind = "pretrain" if stage.kind == "uptrain" else stage.kind  # the same steps
-    return "init" if "init" in stage.settings else kind, stage.variant["size"]
+    """Return what stages share that take equally long for a unit of work: a kind, and a size."""
+    kind = stage.kind
+    if _takes_checkpoint(stage):
+        kind = "take a checkpoint"
+    elif kind == "uptrain":
+        kind = "pretrain"  # a step of either takes equally long
+    return kind, stage.variant.size
 
 
 def _work(stage: Stage) -> float:
-    """Steps where there are any."""
+    """Return the training steps of a stage; 1 for a stage that does not train."""
     if stage.kind == "uptrain":
-        recipe = ancestors(stage)[-1].settings
-        return max(1, round(stage.settings["alpha"] * recipe["steps"]))
-    return 1 if "init" in stage.settings else stage.settings.get("steps", 1)
+        pretrain = ancestors(stage)[-1]
+        return max(1, round(stage.variant.alpha * _work(pretrain)))
+    if isinstance(stage.settings, PretrainSettings | FinetuneSettings):
+        return 1 if _takes_checkpoint(stage) else stage.settings.recipe.steps
+    return 1
+
+
+def _takes_checkpoint(stage: Stage) -> bool:
+    settings = stage.settings
+    return isinstance(settings, PretrainSettings) and settings.initial_checkpoint is not None
 
 
 def _duration(seconds: float) -> str:
@@ -240,14 +252,18 @@ def _duration(seconds: float) -> str:
 def describe(stages: list[Stage], workdir: Path) -> str:
     """The graph, a line a stage: its state, what it builds on, where it is."""
     number = {stage.key: i for i, stage in enumerate(stages, start=1)}
-    # Until the text is there, what its stages will be called is not known.
-    named = all(stage.settings.get("text", True) for stage in stages)
+    # Keys depend on the text: until it is prepared, the names of the folders are not known.
+    named = not any(
+        isinstance(stage.settings, PretrainSettings | FinetuneSettings)
+        and stage.settings.text is None
+        for stage in stages
+    )
     lines, left = [], []
     for stage in stages:
         folder = stage.folder(workdir)
-        done = read_done(folder) is not None
+        done = folder.read_outcome() is not None
         left += [] if done else [stage]
-        state = "done" if done else "begun" if (folder / "checkpoints").exists() else "to do"
+        state = "done" if done else "begun" if folder.is_begun else "to do"
         after = ", ".join(str(number[parent.key]) for parent in stage.parents)
         line = f"{number[stage.key]:4d}  {state:5s}  {stage.label}"
         line += f", after {after}" if after else ""

@@ -84,7 +84,7 @@ def submit(
     check()
     workdir = workdir.absolute()
     queue = _Queue(workdir)
-    done = {s.key for s in stages if (s.folder(workdir) / "done.json").exists()}
+    done = {s.key for s in stages if s.folder(workdir).is_finished}
     ids = {s.key: i for s in stages if s.key not in done and (i := queue.find(_name(s)))}
     for stage in stages:
         if stage.key in ids:
@@ -96,7 +96,7 @@ def submit(
         options = settings | {"dependency": dependency(job, ids)}
         options["nodes"] = settings["nodes"] if kind in SPREAD else 1
         options["exclusive"] = kind == "benchmark"  # timings do not share a node
-        calls = [([*worker, str(folder)], folder) for folder in folders]
+        calls = [([*worker, str(folder)], folder.checkpoints) for folder in folders]
         new = queue.submit([folder.name for folder in folders], calls, options)
         ids |= {stage.key: i for stage, i in zip(job.stages, new, strict=True)}
         _say(new, job.stages[0].label, options["dependency"])
@@ -106,9 +106,7 @@ def submit(
         return
     after = sorted({i.split("_")[0] for i in (*ids.values(), before) if i})
     options = settings | {"dependency": ":".join(["afterany", *after]) if after else "", "nodes": 1}
-    _say(
-        queue.submit([REPORT], [(list(report), workdir)], options), "report", options["dependency"]
-    )
+    _say(queue.submit([REPORT], [(list(report), None)], options), "report", options["dependency"])
     print(f"logs: {queue.folder}/JOB_0_log.out")
 
 
@@ -150,7 +148,7 @@ def plan_jobs(stages: Sequence, done: set[str], ids: dict[str, str]) -> list[Pla
 
 def _but_for_seed(stage) -> tuple:
     """The same for stages that differ in nothing but their seed, and their parents' seeds."""
-    settings = json.dumps(_without_seed(stage.settings), sort_keys=True)
+    settings = json.dumps(_without_seed(stage.settings_json), sort_keys=True)
     return (stage.kind, settings, *(_but_for_seed(parent) for parent in stage.parents))
 
 
@@ -241,11 +239,12 @@ def squeue(which: str) -> dict[str, str]:
     return dict(line.split() for line in asked.stdout.splitlines())
 
 
-def run_task(command: list[str], folder: Path) -> None:
+def run_task(command: list[str], checkpoints: Path | None) -> None:
     """Run the command of one stage inside its job; what it exits with is the job's exit status.
 
     Args:
-        folder: the stage's; after a time limit only what left `checkpoints` there is run again.
+        checkpoints: where the stage saves checkpoints, if it is one that does. After a time limit,
+            only a stage that has left something there is run again.
     """
     # SLURM sends USR2 to the worker as well, which would die of it: a child inherits the mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
@@ -262,7 +261,7 @@ def run_task(command: list[str], folder: Path) -> None:
     if status == 0:
         return
     if status in STOPPED:
-        if timed_out and not (folder / "checkpoints").exists():
+        if timed_out and not (checkpoints and checkpoints.exists()):
             sys.exit(
                 "error: over the time limit with nothing to go on from; raise slurm.timeout_min"
             )

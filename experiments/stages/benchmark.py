@@ -3,7 +3,10 @@
 from pathlib import Path
 
 from experiments.stages import timings
-from experiments.stages.stage import Job, Outcome, open_parent, record
+from experiments.stages.folder import Outcome, StageFolder, record
+from experiments.stages.inputs import Job, open_parent
+from experiments.stages.settings import BenchmarkSettings
+from experiments.stages.typed_json import to_json
 from gqa import kv_cache
 from gqa.evaluation import timing
 from gqa.inference.step import Inference
@@ -11,25 +14,33 @@ from gqa.model.config import Config
 from gqa.model.transformer import count_params
 
 
-def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
-    """Settings: the config's section benchmark, and networks: (variant, model.Config as a dict).
+def run(
+    label: str, settings: BenchmarkSettings, folder: StageFolder, parents: list[Path], job: Job
+) -> Outcome:
+    """Time `settings.networks` in turns, with random weights.
 
-    Without the latter, the network is that of the parent's checkpoint. All are timed in turn, with
-    random weights. The first is the multi-head reference: the others' timings say what it took
-    beside them, and of what size it is.
+    The first network is the multi-head reference. Each record of another network carries the time
+    and the size of the reference beside its own time, because a machine may be faster or slower by
+    the time that another stage measures the reference again.
     """
     del folder, job
-    shape = {key: settings[key] for key in ("batch_size", "inputs_length", "targets_length")}
+    shape = {
+        "batch_size": settings.batch_size,
+        "inputs_length": settings.inputs_length,
+        "targets_length": settings.targets_length,
+    }
     networks = [
-        (variant, Config(**config) if config else open_parent(parents[0]).config)
-        for variant, config in settings["networks"]
+        (to_json(network.variant), network.model or open_parent(parents[0]).config)
+        for network in settings.networks
     ]
     configs = {i: config for i, (_, config) in enumerate(networks)}
-    measured = timing.measure(configs, **shape, repetitions=settings["repetitions"])
-    records, reference = [], {}
+    measured = timing.measure(configs, **shape, repetitions=settings.repetitions)
+
+    records: list[dict] = []
+    reference: dict[str, float] = {}
     for i, (variant, config) in enumerate(networks):
         times = timings.generation(
-            measured[i], shape["batch_size"], decoded=shape["targets_length"]
+            measured[i], settings.batch_size, decoded=settings.targets_length
         )
         timed = timings.records(times, variant)
         if i == 0:
@@ -42,12 +53,12 @@ def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) 
             ]
         sizes = _sizes(config, **shape)
         records += [*(entry | {"variant": variant} for entry in sizes), *timed]
-        print(f"{name}: {_line(config, [*sizes, *timed])}")
+        print(f"{label}: {_line(config, [*sizes, *timed])}")
     return Outcome(records)
 
 
 def _sizes(config: Config, batch_size: int, inputs_length: int, targets_length: int) -> list[dict]:
-    """What can be said of a network and a shape without timing it."""
+    """Return the numbers of a network and a shape that need no timing."""
     net = Inference(config)
     cache = kv_cache.kv_cache_bytes(config, 1, inputs_length, targets_length, net.cache_dtype)
     step = kv_cache.step(net, batch_size, inputs_length, targets_length)
@@ -63,16 +74,17 @@ def _sizes(config: Config, batch_size: int, inputs_length: int, targets_length: 
 
 
 def _line(config: Config, entries: list[dict]) -> str:
-    of = {entry["metric"]: entry["value"] for entry in entries}
-    token, read = of["token_seconds"], of["step_weight_bytes"] + of["step_cache_bytes"]
+    values = {entry["metric"]: entry["value"] for entry in entries}
+    token = values["token_seconds"]
+    read = values["step_weight_bytes"] + values["step_cache_bytes"]
     return (
         f"{_heads(config)} KV heads: {1e3 * token:.2f} ms a token "
         f"({read / 2**20:.1f} MiB at {read / token / 1e9:.1f} GB/s), "
-        f"prefill {1e3 * of['prefill_seconds']:.1f} ms, "
-        f"KV cache {of['kv_cache_bytes'] / 2**20:.2f} MiB a sequence"
+        f"prefill {1e3 * values['prefill_seconds']:.1f} ms, "
+        f"KV cache {values['kv_cache_bytes'] / 2**20:.2f} MiB a sequence"
     )
 
 
 def _heads(config: Config) -> str:
-    own = config.num_kv_heads_self_attention
-    return "/".join(map(str, own)) if isinstance(own, tuple) else str(own)
+    heads = config.num_kv_heads_self_attention
+    return "/".join(map(str, heads)) if isinstance(heads, tuple) else str(heads)

@@ -1,16 +1,23 @@
-"""Convert a pretrained checkpoint to fewer KV heads (paper, section 2.1); no training."""
+"""Convert a pretrained checkpoint to fewer KV heads (paper, section 2.1); no training.
+
+The conversion itself is `gqa.conversion`. Here the parent is loaded, measured where the method asks
+for it, and the grouped network saved with its optimizer state and the place in the data.
+"""
 
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from experiments.stages.stage import NATS, Job, Outcome, Parent, load_state, open_parent, record
+from experiments.stages.folder import NATS, Outcome, StageFolder, record
+from experiments.stages.inputs import Job, Parent, load_state, open_parent
+from experiments.stages.settings import ConvertSettings
 from experiments.stages.text import Training, training
+from experiments.stages.typed_json import to_json
 from gqa import conversion
 from gqa.checkpoints import checkpoint
 from gqa.conversion import Conversion, calibration
@@ -19,88 +26,97 @@ from gqa.conversion.optimizer_state import convert_optimizer_state
 from gqa.model.config import Config
 from gqa.training import loop
 
-KEPT = 2**30  # bytes of input_covariances, at most, that stay for the next stage of the same parent
+# Bytes of input covariances, at most, that stay in memory for the next stage of the same parent.
+LARGEST_KEPT = 2**30
 
 
-def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
-    """Settings: the config's section convert, num_kv_heads for each attention, seed and variant."""
-    parent = open_parent(parents[0])
+def run(
+    label: str, settings: ConvertSettings, folder: StageFolder, parents: list[Path], job: Job
+) -> Outcome:
+    """Convert the parent to the KV heads of `settings.variant`, and compare the two networks."""
+    variant, parent = settings.variant, open_parent(parents[0])
     state, data_state = load_state(parent, job)
-    recipe = parent.info["recipe"]
-    data = training(job.text, recipe["task"], recipe, recipe["seed"])
-    heads = {n: K for n, K in settings["num_kv_heads"].items() if parent.config.num_heads > K}
+    data = training(job.text, parent.info.recipe)
+    heads = {name: K for name, K in variant.heads.items() if parent.config.num_heads > K}
+
+    # The time of a conversion is from the first calibration batch to the last converted array.
     begun = time.monotonic()
-    batches, tokens = _batches(data, settings.get("calibration_tokens", 0))
-    input_covariances, earlier = _calibrated(parent, state.params, settings, tuple(heads), batches)
-    conversion = _convert(state.params, parent.config, settings, heads, batches, input_covariances)
-    params, config = conversion.params, conversion.config
+    batches, tokens = _calibration_batches(data, variant.calibration_tokens or 0)
+    input_covariances, earlier_seconds = _measured(
+        parent, state.params, settings, tuple(heads), batches
+    )
+    converted = _convert(state.params, parent.config, settings, heads, batches, input_covariances)
+    params, config = converted.params, converted.config
     jax.block_until_ready(params)
-    seconds = time.monotonic() - begun + earlier
+    seconds = time.monotonic() - begun + earlier_seconds
+
     opt_state = convert_optimizer_state(
-        state.opt_state, state.params, conversion, settings["optimizer"]
+        state.opt_state, state.params, converted, settings.optimizer
     )
     before, after = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, params))
-    print(f"{name}: {before:,} -> {after:,} parameters, optimizer state: {settings['optimizer']}")
+    print(f"{label}: {before:,} -> {after:,} parameters, optimizer state: {settings.optimizer}")
 
     loss = loop.make_validation(config, job.mesh)(params, data.validation())
     divergence = loop.make_divergence(parent.config, config, job.mesh)
-    apart = divergence(state.params, params, data.validation())
-    print(f"{name}: validation loss {loss:.3f}, KL to the parent {apart:.3f}")
-    step = int(state.step)
-    info = parent.info | {"model": config.__dict__, "variant": settings["variant"]}
-    info["orders"] = {name: order.tolist() for name, order in conversion.head_orders.items()}
-    with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
-        if checkpoints.latest is None:  # else a run was killed between this and its last line
-            items = {"params": params, "opt_state": opt_state, "data": data_state, "config": info}
-            checkpoints.save(step, items, {"validation_loss": loss})
-    scales = conversion.query_scale(state.params, params)
-    scale = max((x for each in scales.values() for x in each), key=lambda x: abs(np.log(x)))
+    kl = divergence(state.params, params, data.validation())
+    print(f"{label}: validation loss {loss:.3f}, KL to the parent {kl:.3f}")
+
+    scale = _query_scale(state.params, params)
+
+    info = dataclasses.replace(
+        parent.info,
+        model=config,
+        variant=variant,
+        head_orders={name: order.tolist() for name, order in converted.head_orders.items()},
+    )
+    with checkpoint.Checkpoints(folder.checkpoints) as checkpoints:
+        # A stage that was killed after this checkpoint, before its outcome, is run again.
+        if checkpoints.latest is None:
+            items = {"params": params, "opt_state": opt_state, "data": data_state}
+            items["config"] = to_json(info)
+            checkpoints.save(parent.step, items, {"validation_loss": loss})
     return Outcome(
         [
             record("validation_loss", loss, NATS, n=data.validation_size),
-            record("kl_to_parent", apart, NATS, n=data.validation_size),
+            record("kl_to_parent", kl, NATS, n=data.validation_size),
             record("convert_seconds", seconds, "s"),
             record("calibration_tokens", tokens, "tokens"),
-            record("query_scale", float(scale), "RMS of queries by the parent's"),
-            *_by_layer(name, config, settings),
+            record("query_scale", scale, "RMS of queries by the parent's"),
+            *_heads_by_layer(label, config, settings),
         ],
-        str(step),
+        str(parent.step),
     )
 
 
-def _by_layer(name: str, config: Config, settings: dict) -> list[dict]:
-    """The KV heads of each layer, where they were spread."""
+def _query_scale(old: dict, new: dict) -> float:
+    """Return how much larger than the parent's the queries are, in the layer that changed most."""
+    scales = conversion.query_scale(old, new).values()
+    return float(max((x for layers in scales for x in layers), key=lambda x: abs(np.log(x))))
+
+
+def _heads_by_layer(label: str, config: Config, settings: ConvertSettings) -> list[dict]:
+    """Return the number of KV heads of each layer, where a budget was spread over the layers."""
     records = []
-    for attention in settings.get("per_layer_budget", ()):
+    for attention in settings.cache_lengths or ():
         heads = config.kv_heads(attention)
-        print(f"{name}: KV heads by layer of {attention}: {' '.join(map(str, heads))}")
+        print(f"{label}: KV heads by layer of {attention}: {' '.join(map(str, heads))}")
         records += [record(f"kv_heads_{attention}_{i}", K, "KV heads") for i, K in enumerate(heads)]
     return records
 
 
-def _calibrated(
-    parent: Parent, params: dict, settings: dict, attentions: tuple[str, ...], batches: list[dict]
-) -> tuple[Iterable[InputCovariance], float]:
-    """Return the parent's covariances, and the seconds an earlier stage took to measure them.
+class _Measured(NamedTuple):
+    """The input covariances of a checkpoint, what they are of, and the seconds they took."""
 
-    They do not depend on the order of heads, and the stages that a process does in turn have them
-    in common. Those of a large network are measured wherever they are wanted, a layer at a time.
-    """
-    config = parent.config
-    measured = _MeasuredAnew(params, config, batches, attentions)
-    whole = settings["grouping"] in conversion.MEASURED or "per_layer_budget" in settings
-    as_converted = settings.get("sequential") and not whole
-    matrices = config.num_encoder_layers + 2 * config.num_decoder_layers
-    if not batches or as_converted or matrices * 8 * config.d_model**2 > KEPT:
-        return measured, 0.0
-    kept = _kept(parent.path, len(batches), attentions)
-    if kept:
-        input_covariances, seconds = kept[0]
-        return input_covariances, seconds
-    begun = time.monotonic()
-    input_covariances = list(measured)
-    kept.append((input_covariances, time.monotonic() - begun))
-    return input_covariances, 0.0
+    checkpoint: Path
+    num_batches: int
+    attentions: tuple[str, ...]
+    input_covariances: list[InputCovariance]
+    seconds: float
+
+
+# The covariances that were measured last. They do not depend on method or order of heads, so the
+# conversions of one parent that a process does in turn share them.
+_last_measured: _Measured | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,54 +134,88 @@ class _MeasuredAnew:
         )
 
 
-@lru_cache(maxsize=1)
-def _kept(path: Path, batches: int, attentions: tuple[str, ...]) -> list:
-    """The place for what was measured of a checkpoint; empty at first."""
-    del path, batches, attentions
-    return []
+def _measured(
+    parent: Parent,
+    params: dict,
+    settings: ConvertSettings,
+    attentions: tuple[str, ...],
+    batches: list[dict],
+) -> tuple[Iterable[InputCovariance], float]:
+    """Return the parent's covariances, and the seconds an earlier stage took to measure them.
+
+    The seconds are 0.0 if this stage measures the covariances itself. The covariances of a large
+    network are not kept: they are measured wherever they are wanted, a layer at a time.
+    """
+    global _last_measured
+    config, variant = parent.config, settings.variant
+    measured_anew = _MeasuredAnew(params, config, batches, attentions)
+    # Sequential conversion measures the network as converted so far, unless something before it
+    # needs the covariances of the whole parent.
+    needs_parent = variant.grouping in conversion.MEASURED or variant.per_layer_budget
+    matrices = config.num_encoder_layers + 2 * config.num_decoder_layers
+    num_bytes = matrices * 8 * config.d_model**2
+    if not batches or (variant.sequential and not needs_parent) or num_bytes > LARGEST_KEPT:
+        return measured_anew, 0.0
+
+    kept, identity = _last_measured, (parent.path, len(batches), attentions)
+    if kept is not None and kept[:3] == identity:
+        return kept.input_covariances, kept.seconds
+    begun = time.monotonic()
+    input_covariances = list(measured_anew)
+    _last_measured = _Measured(*identity, input_covariances, time.monotonic() - begun)
+    return input_covariances, 0.0
 
 
 def _convert(
     params: dict,
     config: Config,
-    settings: dict,
+    settings: ConvertSettings,
     heads: dict[str, int],
     batches: list[dict],
     input_covariances: Iterable[InputCovariance],
 ) -> Conversion:
     """Convert the parameters as the settings say."""
-    s = settings
-    weighing = {"space": s.get("space", "weight"), "shrinkage": s.get("shrinkage", 0.0)}
-    by_activations = weighing["space"] != "weight"
-    if "per_layer_budget" in s:
-        heads = conversion.per_layer_kv_heads(
+    variant = settings.variant
+    space, shrinkage = variant.space or "weight", variant.shrinkage or 0.0
+    by_activations = space != "weight"
+    num_kv_heads: dict[str, int | tuple[int, ...]] = {**heads}
+    if settings.cache_lengths is not None:
+        per_layer = conversion.per_layer_kv_heads(
             params,
             config,
             heads,
-            s["per_layer_budget"],
+            settings.cache_lengths,
             input_covariances=input_covariances if by_activations else None,
-            **weighing,
+            space=space,
+            shrinkage=shrinkage,
         )
-    sequential = bool(s.get("sequential"))
-    measured = s["grouping"] in conversion.MEASURED or (by_activations and not sequential)
+        num_kv_heads |= per_layer
+
+    grouping = variant.grouping or "contiguous"
+    measured = grouping in conversion.MEASURED or (by_activations and not variant.sequential)
     return conversion.convert(
         params,
         config,
-        heads,
-        s["method"],
-        s["seed"],
+        num_kv_heads,
+        variant.method,
+        variant.seed,
         input_covariances=input_covariances if measured else None,
-        batches=batches if sequential else None,
-        grouping=s["grouping"],
-        renorm=s["renorm"],
-        **weighing,
+        batches=batches if variant.sequential else None,
+        space=space,
+        grouping=grouping,
+        renorm=variant.renorm,
+        shrinkage=shrinkage,
     )
 
 
-def _batches(data: Training, tokens: int) -> tuple[list[dict], int]:
-    """Training batches, never those of the evaluation, with at least so many input tokens."""
-    batches, seen = [], 0
-    while seen < tokens:
+def _calibration_batches(data: Training, tokens: int) -> tuple[list[dict], int]:
+    """Return training batches with at least `tokens` input tokens in all, and how many they have.
+
+    They are the next batches that uptraining would see, never those of the validation.
+    """
+    batches: list[dict] = []
+    num_tokens = 0
+    while num_tokens < tokens:
         batches.append(next(data.batches))
-        seen += int((batches[-1]["inputs"] > 0).sum())
-    return batches, seen
+        num_tokens += int((batches[-1]["inputs"] > 0).sum())
+    return batches, num_tokens

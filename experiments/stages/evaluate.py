@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from experiments.stages.stage import Job, Outcome, load_params, open_parent, record
+from experiments.stages.folder import NATS, Outcome, StageFolder, record
+from experiments.stages.inputs import Job, load_params, open_parent
+from experiments.stages.settings import EvaluateSettings
 from experiments.workdir import write_whole
 from gqa.data import tasks
 from gqa.data.examples import Example
@@ -14,62 +16,75 @@ from gqa.inference.step import Inference
 from gqa.runtime.sharding import choose
 from gqa.training import loop
 
-SHOWN = 10  # predictions in the report
+SHOWN = 10  # examples whose prediction stands in the report
 
 
-def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
-    """Settings: the config's section evaluate, and task. Lengths are the checkpoint's own."""
-    parent, task = open_parent(parents[0]), settings["task"]
+def run(
+    label: str, settings: EvaluateSettings, folder: StageFolder, parents: list[Path], job: Job
+) -> Outcome:
+    """Answer the examples of a split and score the answers; lengths are the checkpoint's."""
+    parent, task = open_parent(parents[0]), settings.task
     params = load_params(parent, job)
-    recipe = parent.info["recipe"]
-    examples = job.text.examples(task, settings["split"])[: settings["examples"] or None]
+    examples = job.text.examples(task, settings.split)[: settings.examples or None]
     pairs = job.text.pairs(examples)
     train_examples = job.text.examples(task, "train")
-    shape = {key: recipe[key] for key in ("inputs_length", "targets_length")}
-    shape |= {"batch_size": settings["batch_size"], "shard": job.text.share}
+    batch_size, recipe = settings.batch_size, parent.info.recipe
+    lengths = {"inputs_length": recipe.inputs_length, "targets_length": recipe.targets_length}
 
-    lengths = recipe["inputs_length"], recipe["targets_length"]
-    layout = choose(parent.config, job.layout, job.mesh, settings["batch_size"], *lengths)
+    layout = choose(parent.config, job.layout, job.mesh, batch_size, *lengths.values())
     generator = Generator(
-        Inference(parent.config, settings["cache_dtype"], layout=layout),
+        Inference(parent.config, settings.cache_dtype, layout=layout),
         _make_search(settings),
-        recipe["targets_length"],
+        recipe.targets_length,
         mesh=job.mesh,
     )
     tokens = scoring.predict(
         generator,
         generator.prepare(params),
         [inputs for inputs, _ in pairs],
-        inputs_length=recipe["inputs_length"],
-        batch_size=settings["batch_size"],
+        inputs_length=recipe.inputs_length,
+        batch_size=batch_size,
         together=job.mesh.is_multi_process,
     )
     predictions = [job.text.tokenizer.decode(row) for row in tokens]
-    shown = _keep(folder / "predictions.jsonl", examples, predictions)
+    shown = _keep(folder.predictions, examples, predictions)
+
     validation_loss = loop.make_validation(parent.config, job.mesh)
-    losses = scoring.losses(validation_loss, params, pairs, job.text.pairs(train_examples), **shape)
+    losses = scoring.losses(
+        validation_loss,
+        params,
+        pairs,
+        job.text.pairs(train_examples),
+        batch_size=batch_size,
+        shard=job.text.share,
+        **lengths,
+    )
     n = len(pairs)
-    records = [record(metric, value, "nats per token", n=n) for metric, value in losses.items()]
+    records = [record(metric, value, NATS, n=n) for metric, value in losses.items()]
     records += _scores(task, job, examples, predictions, train_examples)
     for entry in records:
-        print(f"{name}: {entry['metric']} {entry['value']:.2f} {entry['unit']}")
+        print(f"{label}: {entry['metric']} {entry['value']:.2f} {entry['unit']}")
     return Outcome(records + shown)
 
 
-def _make_search(settings: dict) -> decoding.Search:
-    if settings["search"] == "beam":
-        return decoding.beam_search(settings["num_beams"], settings["length_penalty"])
-    if settings["search"] == "sample":
-        options = {key: settings[key] for key in ("temperature", "top_k", "top_p")}
-        return decoding.Sample(**options, seed=settings["variant"]["seed"])
+def _make_search(settings: EvaluateSettings) -> decoding.Search:
+    if settings.search == "beam":
+        return decoding.beam_search(settings.num_beams, settings.length_penalty)
+    if settings.search == "sample":
+        return decoding.Sample(
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=settings.variant.seed,
+        )
     return decoding.GREEDY
 
 
 def _keep(path: Path, examples: list[Example], predictions: list[str]) -> list[dict]:
-    """Write one JSON object an example, whole or not at all; records of the first few."""
+    """Write one JSON object an example; return records of the first few for the report."""
     rows = [
-        {"inputs": e.inputs, "targets": list(e.targets), "prediction": p}
-        for e, p in zip(examples, predictions, strict=True)
+        {"inputs": example.inputs, "targets": list(example.targets), "prediction": prediction}
+        for example, prediction in zip(examples, predictions, strict=True)
     ]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     write_whole(path, "\n".join(lines) + "\n")
@@ -86,7 +101,11 @@ def _scores(
     predictions: list[str],
     train_examples: list[Example],
 ) -> list[dict]:
-    """Every metric of the task; its headline again, also for two answers that need no model."""
+    """Score the predictions by every metric of the task.
+
+    The headline metric is reported again for two answers that need no network: the best constant
+    answer, and the first sentence of the input.
+    """
     options = job.text.options.get(task, {})
     names, headline = tasks.scoring(task, **options)
     references = [list(example.targets) for example in examples]
@@ -103,7 +122,8 @@ def _scores(
     records = []
     for key, (metric, texts, unit) in scored.items():
         number = metrics.score(metric, texts, references)._asdict()
-        if key != "headline":  # the one that the report compares
+        # Only the headline is compared between networks, and needs the bootstrap replicates.
+        if key != "headline":
             del number["replicates"]
         records.append(record(key, unit=unit, **number))
     return records

@@ -1,4 +1,8 @@
-"""A checkpoint of another program in the place of pretraining: its sizes, vocabulary and arrays."""
+"""A checkpoint of another program in the place of pretraining: its sizes, vocabulary and arrays.
+
+The config is fitted to the checkpoint here, before anything is planned; the files are read by
+`gqa.interop`, and `pretrain.py` writes the arrays into a checkpoint of this program.
+"""
 
 import dataclasses
 import hashlib
@@ -6,9 +10,11 @@ import importlib
 import json
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from experiments.stages.settings import InitialCheckpoint
 from gqa import conversion
 from gqa.checkpoints import pieces
 from gqa.interop import huggingface, t5x
@@ -17,77 +23,85 @@ from gqa.model.config import Config
 from gqa.runtime.errors import UserError
 
 READERS = {"huggingface": huggingface, "t5x": t5x}
-# Sizes that say nothing of other programs' checkpoints: theirs give way.
-OURS = ("pico", "nano", "mini")
-# What T5 1.0, 1.1 and mT5 of one size do not share.
+# Sizes that only this project has. No checkpoint of another program has them, so a config of such
+# a size takes the checkpoint's sizes instead of being refused.
+OUR_SIZES = ("pico", "nano", "mini")
+# Fields in which T5 1.0, T5 1.1 and mT5 of one named size differ.
 FAMILY = ("vocab_size", "activation", "tied_logits")
-# What a checkpoint does not say: how its network is run.
-RUN = ("dtype", "remat", "dropout_rate")
-SAMPLES, SAMPLE = 64, 2**16  # of a file, for telling one checkpoint from another
+# Fields that a checkpoint does not say: they are no part of the network, but how it is run.
+HOW_IT_IS_RUN = ("dtype", "remat", "dropout_rate")
+# A fingerprint reads this many samples of each file, of this many bytes.
+SAMPLES, SAMPLE_BYTES = 64, 2**16
 
 
 def adopted(config: ConfigDict) -> ConfigDict:
-    """The config with the sizes and the vocabulary of the checkpoint it names, or as it is.
+    """Return the config with the sizes and the vocabulary of the checkpoint that it names.
+
+    A config that names none is returned as it is.
 
     Raises:
-        UserError: when what was set contradicts the checkpoint, naming both.
+        UserError: when a key that was set contradicts the checkpoint, naming both.
     """
-    given = _named(config)
-    if given is None:
+    named = _open_named(config)
+    if named is None:
         return config
-    found = given.source.config
-    if any(
-        getattr(found, f"num_kv_heads_{name}") != found.num_heads for name in conversion.ATTENTIONS
-    ):
-        raise UserError(f"{given.folder} has grouped attention; init.* takes a multi-head network")
+    network = named.source.config
+    heads = [f"num_kv_heads_{name}" for name in conversion.ATTENTIONS]
+    if any(getattr(network, key) != network.num_heads for key in heads):
+        raise UserError(f"{named.folder} has grouped attention; init.* takes a multi-head network")
+
     config = config.copy_and_resolve_references()
-    sizes = dataclasses.asdict(found)
-    known = [key for key in config.model if key not in RUN]
-    known += [key for key in ("num_buckets", "max_distance") if key not in known]
-    _check(config, given.folder, sizes)
-    attentions = [f"num_kv_heads_{name}" for name in conversion.ATTENTIONS]
-    full = [key for key in attentions if config.convert[key] == config.model.num_heads]
+    sizes = dataclasses.asdict(network)
+    _check_sizes(config, named.folder, sizes)
+    taken = [key for key in config.model if key not in HOW_IT_IS_RUN]
+    taken += [key for key in ("num_buckets", "max_distance") if key not in taken]
+    # Attentions that were to stay multi-head stay so with the checkpoint's number of heads.
+    multi_head = [key for key in heads if config.convert[key] == config.model.num_heads]
     with config.unlocked():
-        config.model.update({key: sizes[key] for key in known})
-        config.convert.update(dict.fromkeys(full, found.num_heads))
-        if config.size in OURS and "sweep" not in config:
-            config.size = given.folder.name
-        config.text.vocabulary = config.text.vocabulary or _vocabulary(given)
+        config.model.update({key: sizes[key] for key in taken})
+        config.convert.update(dict.fromkeys(multi_head, network.num_heads))
+        if config.size in OUR_SIZES and "sweep" not in config:
+            config.size = named.folder.name
+        config.text.vocabulary = config.text.vocabulary or _vocabulary(named)
     return config
 
 
-def identity(config: ConfigDict) -> dict[str, str] | None:
-    """What a stage has to know to read the checkpoint, and to tell it from others; or None."""
+def identity(config: ConfigDict) -> InitialCheckpoint | None:
+    """Return which checkpoint the config names, if any, and a hash of its contents."""
     kinds = [kind for kind in READERS if config.init[kind]]
     if not kinds:
         return None
     folder = Path(config.init[kinds[0]]).absolute()
-    return {"kind": kinds[0], "folder": str(folder), "contents": _fingerprint(folder)}
+    return InitialCheckpoint(kinds[0], str(folder), _fingerprint(folder))
 
 
-def open_source(settings: dict[str, str]) -> pieces.Source:
-    """The parameters of what `identity` described."""
-    return READERS[settings["kind"]].open_folder(settings["folder"])
+def open_source(initial: InitialCheckpoint) -> pieces.Source:
+    """Return the network of a checkpoint and its parameters, which are read piece by piece."""
+    return READERS[initial.kind].open_folder(initial.folder)
 
 
-def check_network(settings: dict[str, str], found: Config, wanted: Config) -> None:
-    """Refuse a checkpoint of another network, e.g. of another size of a sweep."""
-    run = {key: getattr(wanted, key) for key in RUN}
-    found = dataclasses.replace(found, **run)
-    for field in dataclasses.fields(found):
-        theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
-        if theirs != ours:
-            raise _conflict(field.name, ours, settings["folder"], theirs)
+def check_network(initial: InitialCheckpoint, theirs: Config, ours: Config) -> None:
+    """Refuse a checkpoint of another network, e.g. of another size of a sweep.
+
+    Args:
+        theirs: the network of the checkpoint.
+        ours: the network that the stage was planned with.
+    """
+    theirs = dataclasses.replace(theirs, **{key: getattr(ours, key) for key in HOW_IT_IS_RUN})
+    for field in dataclasses.fields(theirs):
+        their_value, our_value = getattr(theirs, field.name), getattr(ours, field.name)
+        if their_value != our_value:
+            raise _conflict(field.name, our_value, initial.folder, their_value)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    kind: str
+class _Named(NamedTuple):
+    """The checkpoint that a config names, opened."""
+
     folder: Path
     source: pieces.Source
 
 
-def _named(config: ConfigDict) -> _Given | None:
+def _open_named(config: ConfigDict) -> _Named | None:
     kinds = [kind for kind in READERS if config.init[kind]]
     if len(kinds) > 1:
         raise UserError(f"init.{kinds[0]} and init.{kinds[1]} are both set; use one")
@@ -95,40 +109,41 @@ def _named(config: ConfigDict) -> _Given | None:
         return None
     folder = Path(config.init[kinds[0]]).absolute()
     with naming(f"init.{kinds[0]}"):
-        return _Given(kinds[0], folder, READERS[kinds[0]].open_folder(folder))
+        return _Named(folder, READERS[kinds[0]].open_folder(folder))
 
 
-def _check(config: ConfigDict, folder: Path, sizes: dict) -> None:
-    """Refuse sizes that were set, by name or key by key, and are not the checkpoint's."""
+def _check_sizes(config: ConfigDict, folder: Path, sizes: dict[str, Any]) -> None:
+    """Refuse sizes that the user set, by name or key by key, and the checkpoint does not have."""
     default = importlib.import_module("configs.base").get_config(config.size).model
     for key, value in config.model.items():
-        chosen = value != default.get(key) or (config.size not in OURS and key not in FAMILY)
-        if key not in RUN and chosen and value != sizes[key]:
+        named_size = config.size not in OUR_SIZES and key not in FAMILY
+        was_set = named_size or value != default.get(key)
+        if key not in HOW_IT_IS_RUN and was_set and value != sizes[key]:
             raise _conflict(key, value, folder, sizes[key])
 
 
-def _conflict(key: str, ours, folder: str | Path, theirs) -> UserError:
+def _conflict(key: str, ours: Any, folder: str | Path, theirs: Any) -> UserError:
     return UserError(
         f"model.{key}={ours!r} contradicts {folder}, which has {theirs!r}; "
         f"use --config.model.{key}={theirs} or another size"
     )
 
 
-def _vocabulary(given: _Given) -> str:
-    path = given.folder / huggingface.VOCABULARY
+def _vocabulary(named: _Named) -> str:
+    path = named.folder / huggingface.VOCABULARY
     if not path.is_file():
         raise UserError(f"{path} is missing; set text.vocabulary to the checkpoint's vocabulary")
     return str(path)
 
 
 def _fingerprint(folder: Path) -> str:
-    """A hash of names, sizes and samples of all files: tens of gigabytes are not read whole."""
+    """Return a hash of names, sizes and samples of all files, which may be tens of gigabytes."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         size = path.stat().st_size
         digest.update(json.dumps([str(path.relative_to(folder)), size]).encode())
         with open(path, "rb") as file:
-            for start in range(0, size, max(SAMPLE, size // SAMPLES)):
+            for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
                 file.seek(start, os.SEEK_SET)
-                digest.update(file.read(SAMPLE))
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()

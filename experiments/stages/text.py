@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.stages.settings import Recipe, TextSettings
 from gqa.data import batching, corpus, span_corruption, tasks, token_cache, tokenizer
 from gqa.data.corpus_packages import DEFAULT_PACKAGES
 from gqa.data.examples import SPLITS, Example, TokenPair
@@ -69,17 +70,18 @@ def task_names(config: ConfigDict) -> tuple[str, ...]:
     return (config.pretrain.task, *split_names(config.finetune.tasks))
 
 
-def settings(config: ConfigDict) -> dict:
-    """What `prepare` is to prepare, as JSON; paths are absolute."""
+def settings(config: ConfigDict) -> TextSettings:
+    """Return what `prepare` is to prepare for a config."""
     vocabulary = config.text.vocabulary
-    return {
-        "packages": list(_packages(config)),
-        "vocabulary": vocabulary and os.path.abspath(vocabulary),
-        "vocab_size": config.model.vocab_size,
-        "pretraining": config.pretrain.task,
-        "tasks": sorted(set(task_names(config))),
-        "options": {name: _options(config, name) for name in sorted(set(task_names(config)))},
-    }
+    names = sorted(set(task_names(config)))
+    return TextSettings(
+        packages=_packages(config),
+        vocabulary=vocabulary and os.path.abspath(vocabulary),
+        vocab_size=config.model.vocab_size,
+        pretraining=config.pretrain.task,
+        tasks=tuple(names),
+        options={name: _options(config, name) for name in names},
+    )
 
 
 def _options(config: ConfigDict, task: str) -> dict:
@@ -107,20 +109,20 @@ def check(config: ConfigDict) -> None:
     """Refuse unknown tasks, unreadable files and packages that are not installed."""
     wanted = settings(config)
     for name in dict.fromkeys(task_names(config)):
-        for report in tasks.check(name, **wanted["options"][name]):
+        for report in tasks.check(name, **wanted.options[name]):
             print(f"task {name}: {report}; left out")
     for name in split_names(config.finetune.tasks):
         if not hasattr(tasks.get(name), "METRICS"):
             raise UserError(f"finetune.tasks: {name} has documents, not examples to fine-tune on")
-    if wanted["vocabulary"]:
-        tokenizer.load(wanted["vocabulary"])
+    if wanted.vocabulary:
+        tokenizer.load(wanted.vocabulary)
     if _needs_corpus(wanted):
-        corpus.distributions(wanted["packages"])
+        corpus.distributions(wanted.packages)
     span_corruption.span_lengths(config.pretrain.inputs_length)
 
 
-def _needs_corpus(wanted: dict) -> bool:
-    return any(map(tasks.needs_corpus, wanted["tasks"]))
+def _needs_corpus(wanted: TextSettings) -> bool:
+    return any(map(tasks.needs_corpus, wanted.tasks))
 
 
 def _packages(config: ConfigDict) -> tuple[str, ...]:
@@ -130,30 +132,30 @@ def _packages(config: ConfigDict) -> tuple[str, ...]:
     return DEFAULT_PACKAGES
 
 
-def prepare(wanted: dict, workdir: Path) -> Text:
+def prepare(wanted: TextSettings, workdir: Path) -> Text:
     """Build, or read back, what the `settings` of a config name, in `workdir`/text."""
     with primary_first("text"):
         return _prepare(wanted, workdir)
 
 
-def _prepare(wanted: dict, workdir: Path) -> Text:
-    folder, options = workdir / "text", wanted["options"]
+def _prepare(wanted: TextSettings, workdir: Path) -> Text:
+    folder = workdir / "text"
     built = None
     if _needs_corpus(wanted):
-        built = corpus.build(folder / "corpus", wanted["packages"])
-    text = Text(None, built, options, folder)
-    return text._replace(tokenizer=_vocabulary(wanted, text))
+        built = corpus.build(folder / "corpus", wanted.packages)
+    vocabulary = _vocabulary(wanted, built, folder)
+    return Text(vocabulary, built, wanted.options, folder)
 
 
-def is_prepared(wanted: dict, workdir: Path) -> bool:
+def is_prepared(wanted: TextSettings, workdir: Path) -> bool:
     """Whether `prepare` would only read."""
-    folder, found = workdir / "text", None
+    folder, built = workdir / "text", None
     if _needs_corpus(wanted):
-        found = corpus.find(folder / "corpus", wanted["packages"])
-        if found is None:
+        built = corpus.find(folder / "corpus", wanted.packages)
+        if built is None:
             return False
-    source = _source(wanted["pretraining"], found, wanted["options"])
-    return bool(wanted["vocabulary"]) or _vocabulary_path(wanted, source, folder).exists()
+    source = _source(wanted.pretraining, built, wanted.options)
+    return bool(wanted.vocabulary) or _vocabulary_path(wanted, source, folder).exists()
 
 
 def _source(task: str, built: corpus.Corpus | None, options: dict[str, dict]) -> str:
@@ -162,21 +164,25 @@ def _source(task: str, built: corpus.Corpus | None, options: dict[str, dict]) ->
     return _hash(tasks.get(task).fingerprint(**options[task]))
 
 
-def _vocabulary(wanted: dict, text: Text) -> tokenizer.Tokenizer:
-    if wanted["vocabulary"]:
-        return tokenizer.load(wanted["vocabulary"])
-    task = wanted["pretraining"]
-    path = _vocabulary_path(wanted, text.source(task), text.folder)
+def _vocabulary(
+    wanted: TextSettings, built: corpus.Corpus | None, folder: Path
+) -> tokenizer.Tokenizer:
+    """Load the vocabulary, or train one on the pretraining text and keep it in `folder`."""
+    if wanted.vocabulary:
+        return tokenizer.load(wanted.vocabulary)
+    task, options = wanted.pretraining, wanted.options
+    path = _vocabulary_path(wanted, _source(task, built, options), folder)
     if path.exists():
         return tokenizer.load(path)
-    texts = text.examples(task, "train")[:VOCABULARY_TEXTS]
+
+    texts = tasks.get(task).load("train", corpus=built, **options.get(task, {}))[:VOCABULARY_TEXTS]
     if isinstance(texts[0], Example):
         texts = [part for example in texts for part in (example.inputs, *example.targets)]
-    return tokenizer.train(texts, wanted["vocab_size"], path)
+    return tokenizer.train(texts, wanted.vocab_size, path)
 
 
-def _vocabulary_path(wanted: dict, source: str, folder: Path) -> Path:
-    key = _hash([source, wanted["vocab_size"], wanted["pretraining"]])
+def _vocabulary_path(wanted: TextSettings, source: str, folder: Path) -> Path:
+    key = _hash([source, wanted.vocab_size, wanted.pretraining])
     return folder / f"vocabulary-{key[:12]}.model"
 
 
@@ -196,24 +202,19 @@ class Training(NamedTuple):
     validation_size: int
 
 
-def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
-    """The data of a training stage: span corruption of documents, or examples as they are.
-
-    `recipe` is a config's section pretrain or finetune, as a dict.
-    """
-    shape = {name: recipe[name] for name in ("inputs_length", "targets_length")}
-    stream = {"batch_size": recipe["batch_size"], "seed": seed, "shard": text.share}
-    limit = recipe["validation_examples"]
-    train, weights = zip(*text.parts(task), strict=True)
-    validation = text.examples(task, "validation")
+def training(text: Text, recipe: Recipe) -> Training:
+    """Return the data to train on: span corruption of documents, or examples as they are."""
+    shape = {"inputs_length": recipe.inputs_length, "targets_length": recipe.targets_length}
+    stream = {"batch_size": recipe.batch_size, "seed": recipe.seed, "shard": text.share}
+    limit = recipe.validation_examples
+    train, weights = zip(*text.parts(recipe.task), strict=True)
+    validation = text.examples(recipe.task, "validation")
     if isinstance(train[0][0], Example):
         pairs = [text.pairs(part) for part in train]
-        batches = batching.finetuning_batches(
-            pairs, weights, **shape, **stream, pack=recipe.get("pack", False)
-        )
+        batches = batching.finetuning_batches(pairs, weights, **shape, **stream, pack=recipe.pack)
         held_out = text.pairs(validation[:limit])
     else:
-        shape["targets_length"] = span_corruption.span_lengths(recipe["inputs_length"]).targets
+        shape["targets_length"] = span_corruption.span_lengths(recipe.inputs_length).targets
         first_sentinel = text.tokenizer.sentinel(0)
         corruption = {"inputs_length": shape["inputs_length"], "first_sentinel": first_sentinel}
         if isinstance(train[0], list):
@@ -229,7 +230,7 @@ def training(text: Text, task: str, recipe: dict, seed: int) -> Training:
         batching.evaluation_batches,
         held_out,
         **shape,
-        batch_size=recipe["batch_size"],
+        batch_size=recipe.batch_size,
         shard=text.share,
     )
     return Training(batches, shape, evaluation, len(held_out))

@@ -6,7 +6,7 @@ measured, so a machine that is slow for a minute is slow on both sides of a shar
 
 import numpy as np
 
-from experiments.stages.stage import record
+from experiments.stages.folder import record
 from gqa import kv_cache
 
 Numbers = dict[str, np.ndarray]

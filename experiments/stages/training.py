@@ -1,16 +1,22 @@
-"""The part that the three training stages share."""
+"""The part that pretraining, uptraining and fine-tuning share: from a stage's settings to `fit`.
+
+The training loop itself is `gqa/training/loop.py`, which knows nothing of stages.
+"""
 
 import functools
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from experiments.stages.stage import NATS, Job, Outcome, record
+from experiments.stages.folder import NATS, Outcome, StageFolder, record
+from experiments.stages.inputs import CheckpointInfo, Job
+from experiments.stages.settings import Recipe
 from experiments.stages.text import Training
+from experiments.stages.typed_json import to_json
 from gqa.checkpoints import checkpoint
 from gqa.model.config import Config
 from gqa.model.flops import train_flops
@@ -19,124 +25,171 @@ from gqa.runtime.hardware import peak_flops
 from gqa.runtime.sharding import Layout, check_batch, put
 from gqa.training import divergence, loop, optimizer, progress
 
-CURVE = "curve.jsonl"  # validation losses, in the stage's folder
 
-
-class Pooling(NamedTuple):
-    """What is trained in the place of a network's parameters, for a pooling that is learned.
+@dataclass(frozen=True)
+class Pooling:
+    """A pooling that is learned: what is trained instead of a grouped network's parameters.
 
     Args:
-        config: of the network that runs while training.
-        whole: of the one whose parameters are expanded.
-        expand: makes what is trained from parameters.
-        view: (trained, step) -> the parameters to run.
-        fold: trained -> the parameters that are left at the end.
+        running_config: of the network that runs while training.
+        expanded_config: of the network whose parameters `expand` takes.
+        expand: makes the trained tree from parameters.
+        view: (trained tree, step) -> the parameters that run at this step.
+        fold: trained tree -> the grouped parameters that are left at the end.
     """
 
-    config: Config
-    whole: Config
+    running_config: Config
+    expanded_config: Config
     expand: Callable[[dict], dict]
-    view: Callable
+    view: Callable[[dict, jax.Array], dict]
     fold: Callable[[dict], dict]
 
     def abstract(self, mesh: Mesh, layout: Layout) -> loop.State:
-        """Shapes and placement of what is trained."""
-        return loop.abstract(self.whole, mesh, layout, self.start)
+        """Return the shapes and placement of the training state."""
+        return loop.abstract(self.expanded_config, mesh, layout, self.start)
 
     def start(self, state: loop.State) -> loop.State:
-        """The state to train from; only what is new begins without moments."""
+        """Return the state to train from; only leaves that `expand` adds begin without moments."""
         params = self.expand(state.params)
         fresh = optimizer.adafactor().init(params)
-        return state._replace(params=params, opt_state=_merged(fresh, state.opt_state))
+        return state._replace(params=params, opt_state=_merge(fresh, state.opt_state))
 
 
-def _merged(fresh: Any, old: Any) -> Any:
-    """`fresh` with whatever `old` has in the same place."""
+def _merge(fresh: Any, old: Any) -> Any:
+    """Return `fresh` with the subtrees of `old` wherever `old` has the same key."""
     if not isinstance(fresh, dict):
         return old
-    return {key: _merged(fresh[key], old[key]) if key in old else fresh[key] for key in fresh}
+    return {key: _merge(fresh[key], old[key]) if key in old else fresh[key] for key in fresh}
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """What a stage trains, and how.
+
+    Args:
+        info: what the checkpoints say of themselves. Its network is the one that is validated, and
+            that is left at the end.
+        recipe: batches, learning rate and loss.
+        steps: how many, after `first_step`.
+        keep: which checkpoint is handed on: the "last", or the one with the "best" validation loss.
+        pooling: for a pooling that is learned. Then the start and the checkpoints hold what
+            `pooling.expand` makes of parameters.
+        teacher: a network to stay near to.
+    """
+
+    info: CheckpointInfo
+    recipe: Recipe
+    steps: int
+    first_step: int = 0
+    keep: str = "last"
+    pooling: Pooling | None = None
+    teacher: loop.Teacher | None = None
+
+
+@dataclass(frozen=True)
+class _StepSpec:
+    """What a compiled training step depends on: less than a `TrainingSpec`."""
+
+    config: Config
+    pooling: Pooling | None
+    teacher: loop.Teacher | None
+    schedule: str
+    learning_rate: float
+    warmup: int
+    z_loss: float
+    seed: int
+    num_microbatches: int
+    mesh: Mesh
+    layout: Layout
 
 
 def run_training(
-    name: str,
+    label: str,
     job: Job,
-    folder: Path,
+    folder: StageFolder,
     data: Training,
-    *,
     start: Callable[[], loop.State],
-    config: Config,
-    info: dict,
-    recipe: dict,
-    learning_rate: Callable,
-    first_step: int = 0,
-    steps: int,
-    keep: str,
-    pooling: Pooling | None = None,
-    teacher: loop.Teacher | None = None,
-    given: tuple = (),
+    spec: TrainingSpec,
+    teacher_params: dict | None = None,
 ) -> Outcome:
-    """`gqa.train.fit`, for `steps` after `first_step`, with what it needs made from settings.
+    """Train in a stage's folder until step `spec.first_step + spec.steps`; resumes what was begun.
 
     Args:
-        config: of the network that is left at the end, and validated.
-        keep: which checkpoint is handed on: "last" or "best".
-        pooling: if that network's pooling is learned: `start` gives, and checkpoints hold, what
-            `pooling.expand` makes of parameters.
-        given: what each step takes after its batch: the parameters of the teacher, if there is one.
+        start: makes the state to begin with; not called where there is a checkpoint to resume.
+        teacher_params: of `spec.teacher`, if there is one.
     """
-    check_batch("batch_size", recipe["batch_size"], recipe["num_microbatches"], job.layout)
-    numbers = (recipe[name] for name in ("z_loss", "seed", "num_microbatches"))
-    what = (config, pooling, teacher, learning_rate, *numbers)
-    abstract, step = _compiled(*what, job.mesh, job.layout)
-    running = config if pooling is None else pooling.config
+    recipe, config, pooling = spec.recipe, spec.info.model, spec.pooling
+    check_batch("batch_size", recipe.batch_size, recipe.num_microbatches, job.layout)
+    step_spec = _StepSpec(
+        config=config,
+        pooling=pooling,
+        teacher=spec.teacher,
+        schedule=recipe.schedule,
+        learning_rate=recipe.learning_rate,
+        warmup=recipe.warmup,
+        z_loss=recipe.z_loss,
+        seed=recipe.seed,
+        num_microbatches=recipe.num_microbatches,
+        mesh=job.mesh,
+        layout=job.layout,
+    )
+    abstract, step = _compile(step_spec)
+    loss_arguments = () if teacher_params is None else (teacher_params,)
+
+    # Losses are those of the grouped network, also while its pooling is being learned.
     fold = (lambda params: params) if pooling is None else jax.jit(pooling.fold)
     validation_loss = loop.make_validation(config, job.mesh)
-    checkpoints = folder.absolute() / "checkpoints"
-    step_flops = train_flops(running, recipe["batch_size"], **data.lengths)
-    with _show(name, job, folder, recipe["every"], step_flops, config.dtype) as shown:
+    running_config = config if pooling is None else pooling.running_config
+    step_flops = train_flops(running_config, recipe.batch_size, **data.lengths)
+
+    checkpoints, keep_last = folder.checkpoints.absolute(), job.setup.checkpoint.keep_last
+    with _make_progress(label, job, folder, recipe.every, step_flops, config.dtype) as shown:
         rollbacks = loop.fit(
             lambda: put(start(), loop.shardings(abstract)),
             abstract,
-            lambda state, batch: step(state, batch, *given),
+            lambda state, batch: step(state, batch, *loss_arguments),
             data.batches,
-            steps=first_step + steps,
-            every=recipe["every"],
+            steps=spec.first_step + spec.steps,
+            every=recipe.every,
             validate=lambda params: validation_loss(fold(params), data.validation()),
-            config=info | {"model": config.__dict__, "vocabulary": job.text.tokenizer.hash},
+            config=to_json(spec.info),
             folder=checkpoints,
             mesh=job.mesh,
             progress=shown,
-            mishaps=divergence.Settings(**job.train),
-            keep_last=job.keep_last,
+            mishaps=divergence.Settings(**to_json(job.setup.train)),
+            keep_last=keep_last,
         )
-    with checkpoint.Checkpoints(checkpoints, job.keep_last) as saved:
-        chosen = saved.best if keep == "best" else saved.latest
+
+    with checkpoint.Checkpoints(checkpoints, keep_last) as saved:
+        chosen = saved.best if spec.keep == "best" else saved.latest
         loss = saved.metric(chosen)
-    records = _records(loss, data.validation_size, chosen - first_step, rollbacks)
-    return Outcome(records + _curve(folder, first_step), str(chosen))
+    records = _records(loss, data.validation_size, chosen - spec.first_step, rollbacks)
+    return Outcome(records + _curve(folder, spec.first_step), str(chosen))
 
 
-# A process that does stages in turn has them in the order of their networks.
+# Stages that one process does in turn come ordered by network: the last step serves the next stage.
 @functools.lru_cache(maxsize=1)
-def _compiled(
-    config: Config,
-    pooling: Pooling | None,
-    teacher: loop.Teacher | None,
-    learning_rate: Callable,
-    z_loss: float,
-    seed: int,
-    num_microbatches: int,
-    mesh: Mesh,
-    layout: Layout,
-) -> tuple[loop.State, Callable]:
-    """The state's shapes and placement, and the step, compiled at its first call."""
-    if pooling is None:
-        abstract, view = loop.abstract(config, mesh, layout), None
+def _compile(spec: _StepSpec) -> tuple[loop.State, Callable]:
+    """Return the state's shapes and placement, and the step, which compiles at its first call."""
+    if spec.pooling is None:
+        config, view = spec.config, None
+        abstract = loop.abstract(config, spec.mesh, spec.layout)
     else:
-        abstract, view = pooling.abstract(mesh, layout), pooling.view
-        config = pooling.config
-    loss, placed = loop.make_loss(config, z_loss, teacher), loop.shardings(abstract)
-    step = loop.make_step(loss, learning_rate, seed, num_microbatches, placed=placed, view=view)
+        config, view = spec.pooling.running_config, spec.pooling.view
+        abstract = spec.pooling.abstract(spec.mesh, spec.layout)
+
+    if spec.schedule == "rsqrt":
+        learning_rate = optimizer.rsqrt(spec.warmup, spec.learning_rate)
+    else:
+        learning_rate = optimizer.constant(spec.learning_rate)
+    step = loop.make_step(
+        loop.make_loss(config, spec.z_loss, spec.teacher),
+        learning_rate,
+        spec.seed,
+        spec.num_microbatches,
+        placed=loop.shardings(abstract),
+        view=view,
+    )
     return abstract, step
 
 
@@ -145,26 +198,32 @@ def _records(loss: float, examples: int, steps: int, rollbacks: int) -> list[dic
     return records + ([record("rollbacks", rollbacks, "times")] if rollbacks else [])
 
 
-def _curve(folder: Path, first_step: int) -> list[dict]:
-    """The learning curve; of uptraining none, since it may begin where a shorter one ended."""
+def _curve(folder: StageFolder, first_step: int) -> list[dict]:
+    """Return the learning curve as records.
+
+    Uptraining has none, because it may have begun at the end of a shorter uptraining, whose part of
+    the curve lies in another folder.
+    """
     if first_step:
         return []
-    points = distributed.by_primary(lambda: progress.read_curve(folder / CURVE))
+    points = distributed.by_primary(lambda: progress.read_curve(folder.curve))
     return [record("learning_curve", loss, NATS, step=step) for step, loss in points]
 
 
-def _show(
-    name: str, job: Job, folder: Path, every: int, step_flops: float, dtype: str
+def _make_progress(
+    label: str, job: Job, folder: StageFolder, every: int, step_flops: float, dtype: str
 ) -> progress.Progress:
-    """What shows a training run, under names that a person knows again."""
-    tracking = None
-    if job.wandb and job.wandb["mode"] != "off":
-        # The same for the same folder, and no other's.
-        place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
+    """Return what prints, plots and tracks a training run, under the label that a person knows."""
+    tracking, wandb = None, job.setup.wandb
+    if wandb.mode != "off":
+        # A stage that is resumed goes on in its Weights & Biases run; the same stage in another
+        # workdir has a run of its own.
+        place = hashlib.sha256(str(folder.path.absolute()).encode()).hexdigest()[:8]
         tracking = progress.Tracking(
-            **job.wandb,
-            group=job.run_name,
-            name=name,
+            mode=wandb.mode,
+            project=wandb.project,
+            group=job.setup.run,
+            name=label,
             id=f"{folder.name}-{place}",
             folder=job.workdir,
         )
@@ -172,5 +231,5 @@ def _show(
     if distributed.is_primary():
         events = job.workdir / "tensorboard" / (job.title or folder.name)
     return progress.Progress(
-        name, events, every, step_flops, peak_flops(dtype), tracking, folder / CURVE
+        label, events, every, step_flops, peak_flops(dtype), tracking, folder.curve
     )

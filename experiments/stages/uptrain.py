@@ -1,11 +1,11 @@
 """Continue pretraining a converted checkpoint for alpha times its steps (paper, section 2.1).
 
-Recipe, learning-rate schedule, text and the place in it are the parent's, as if nothing had
-happened but the conversion.
+Recipe, learning-rate schedule, text and the place in the text are the multi-head parent's: the
+network goes on as if the conversion had happened between two steps.
 """
 
+import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,110 +14,101 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.stages.stage import (
-    NATS,
-    Job,
-    Outcome,
-    Parent,
-    load_params,
-    load_state,
-    open_parent,
-    read_done,
-    record,
-)
+from experiments.stages.folder import NATS, Outcome, StageFolder, record
+from experiments.stages.inputs import Job, Parent, load_params, load_state, open_parent
+from experiments.stages.settings import UptrainSettings
 from experiments.stages.text import Training, training
-from experiments.stages.training import Pooling, run_training
+from experiments.stages.training import Pooling, TrainingSpec, run_training
+from experiments.stages.typed_json import to_json
 from gqa import conversion
 from gqa.checkpoints import checkpoint
 from gqa.conversion import grouping, learned, optimizer_state
-from gqa.model.config import Config
 from gqa.runtime import distributed
-from gqa.training import loop, optimizer
+from gqa.training import loop
 
 
-def run(name: str, settings: dict, folder: Path, parents: list[Path], job: Job) -> Outcome:
-    """Settings: alpha, beta and variant, and the method if it is learned meanwhile.
+def run(
+    label: str, settings: UptrainSettings, folder: StageFolder, parents: list[Path], job: Job
+) -> Outcome:
+    """Train the first of the parents; the last parent is the multi-head network.
 
-    The last parent is the multi-head one; the first is what is uptrained.
+    A network that is not converted is uptrained, too, as a control: then there is one parent.
     """
+    variant = settings.variant
     converted, origin = open_parent(parents[0]), open_parent(parents[-1])
-    recipe, first_step = origin.info["recipe"], int(origin.path.name)
-    data = training(job.text, recipe["task"], recipe, recipe["seed"])
-    steps = round(settings["alpha"] * recipe["steps"])
-    pooling, teacher, given = None, None, ()
-    if "learned" in settings:
-        pooling = _pooling(settings["learned"], converted, origin, first_step, steps)
-        orders = {name: np.array(x) for name, x in converted.info.get("orders", {}).items()}
-    if settings["beta"]:
-        teacher = loop.Teacher(origin.config, settings["beta"])
-        given = (load_params(origin, job),)
+    recipe = origin.info.recipe
+    data = training(job.text, recipe)
+    steps = round(variant.alpha * recipe.steps)
+
+    pooling, teacher, teacher_params = None, None, None
+    if variant.method in learned.METHODS:
+        pooling = _make_pooling(variant.method, converted, origin, steps)
+    if variant.beta:
+        teacher = loop.Teacher(origin.config, variant.beta)
+        teacher_params = load_params(origin, job)
 
     def start() -> loop.State:
+        # A learned pooling trains the multi-head parameters themselves.
         parent = (_head_start(folder) or converted) if pooling is None else origin
         state, data_state = load_state(parent, job)
         data.batches.set_state(distributed.own(data_state))
-        return state if pooling is None else pooling.start(_permuted(state, orders))
+        return state if pooling is None else pooling.start(_permute_heads(state, converted))
 
-    outcome = run_training(
-        name,
-        job,
-        folder if pooling is None else folder / "learned",
-        data,
-        start=start,
-        config=converted.config,
-        info=converted.info | {"variant": settings["variant"]},
+    spec = TrainingSpec(
+        info=dataclasses.replace(converted.info, variant=variant),
         recipe=recipe,
-        learning_rate=optimizer.rsqrt(recipe["warmup"], recipe["scale"]),
-        first_step=first_step,
         steps=steps,
-        keep="last",
+        first_step=origin.step,
         pooling=pooling,
         teacher=teacher,
-        given=given,
     )
+    training_folder = folder if pooling is None else folder.learned
+    outcome = run_training(label, job, training_folder, data, start, spec, teacher_params)
     if pooling is not None:
-        _fold(folder, outcome, pooling, converted.config, job)
-    apart = _divergence(open_parent(folder / "checkpoints" / outcome.checkpoint), origin, data, job)
-    return outcome._replace(records=[*outcome.records, record("kl_to_parent", apart, NATS)])
+        _save_folded(folder, outcome, pooling, converted, job)
+
+    uptrained = open_parent(folder.checkpoints / str(outcome.checkpoint))
+    divergence = _divergence(uptrained, origin, data, job)
+    records = [*outcome.records, record("kl_to_parent", divergence, NATS)]
+    return dataclasses.replace(outcome, records=records)
 
 
-def _permuted(state: loop.State, orders: dict[str, np.ndarray]) -> loop.State:
-    """The parent with its heads in the order that conversion chose, so that neighbours share."""
+def _permute_heads(state: loop.State, converted: Parent) -> loop.State:
+    """Put the parent's heads in the order of the conversion, so that neighbours share a group."""
+    head_orders = converted.info.head_orders or {}
+    orders = {attention: np.array(order) for attention, order in head_orders.items()}
     opt_state = optimizer_state.permute_heads(state.opt_state, state.params, orders)
-    return state._replace(params=grouping.permute_heads(state.params, orders), opt_state=opt_state)
+    params = grouping.permute_heads(state.params, orders)
+    return state._replace(params=params, opt_state=opt_state)
 
 
-def _head_start(folder: Path) -> Parent | None:
-    """The end of the longest finished uptraining that is how this one begins.
+def _head_start(folder: StageFolder) -> Parent | None:
+    """Return the end of the longest finished uptraining that differs from this one in alpha alone.
 
-    It differs in alpha alone: its last step is one of this one's, bit for bit.
+    The last step of such an uptraining is a step of this one, bit for bit. None if there is none.
     """
-    found = distributed.by_primary(lambda: _beginning(folder))  # others may be finishing just now
-    if found is None:
-        return None
-    stage = Path(found)
-    return open_parent(stage / "checkpoints" / read_done(stage)["checkpoint"])
+    # The primary decides for all processes, because a stage may finish while they look.
+    name = distributed.by_primary(lambda: _find_shorter(folder))
+    return None if name is None else open_parent(folder.sibling(name).result())
 
 
-def _beginning(folder: Path) -> str | None:
-    def read(stage: Path) -> tuple[dict, float]:
-        what = json.loads((stage / "stage.json").read_text())
-        settings = {
-            key: x for key, x in what["settings"].items() if key not in ("alpha", "variant")
-        }
-        alpha = what["settings"]["alpha"]
-        return {"settings": settings, "parents": what["parents"]}, alpha
+def _find_shorter(folder: StageFolder) -> str | None:
+    def read(stage: StageFolder) -> tuple[tuple, float]:
+        description = stage.load_description()
+        variant = description.settings.variant
+        return (dataclasses.replace(variant, alpha=0.0), description.parents), variant.alpha
 
-    own, longest = read(folder)
-    found = []
-    for path in folder.parent.glob("uptrain-*/done.json"):
-        same, alpha = read(path.parent)
-        if same == own and alpha < longest:
-            found.append((alpha, path.parent))
-    return str(max(found)[1]) if found else None
+    identity, alpha = read(folder)
+    shorter = []
+    for sibling in folder.finished_siblings("uptrain"):
+        sibling_identity, sibling_alpha = read(sibling)
+        if sibling_identity == identity and sibling_alpha < alpha:
+            shorter.append((sibling_alpha, sibling.name))
+    return max(shorter)[1] if shorter else None
 
 
-def _pooling(method: str, converted: Parent, origin: Parent, first_step: int, steps: int):
+def _make_pooling(method: str, converted: Parent, origin: Parent, steps: int) -> Pooling:
+    """Return the pooling that a learned method trains, from step `origin.step` on."""
     heads = {
         name: getattr(converted.config, f"num_kv_heads_{name}") for name in conversion.ATTENTIONS
     }
@@ -128,36 +119,38 @@ def _pooling(method: str, converted: Parent, origin: Parent, first_step: int, st
         return learned.fold(tree)
 
     def fuse(tree: dict, step: Array) -> dict:
-        return learned.blend(tree, (step - first_step).astype(jnp.float32) / steps)
+        return learned.blend(tree, (step - origin.step).astype(jnp.float32) / steps)
 
     if method == "weighted":
         return Pooling(converted.config, origin.config, expand, weighted, learned.fold)
     return Pooling(origin.config, origin.config, expand, fuse, learned.fold)
 
 
-def _fold(folder: Path, outcome: Outcome, pooling: Pooling, config: Config, job: Job) -> None:
-    """Save what the pooling has become as a plain grouped checkpoint."""
-    step = int(outcome.checkpoint)
-    path = folder.absolute() / "learned" / "checkpoints" / outcome.checkpoint
-    with checkpoint.Checkpoints(folder / "checkpoints", job.keep_last) as checkpoints:
+def _save_folded(
+    folder: StageFolder, outcome: Outcome, pooling: Pooling, converted: Parent, job: Job
+) -> None:
+    """Save the network that a learned pooling ended as, as a plain grouped checkpoint."""
+    step = int(str(outcome.checkpoint))
+    trained = folder.learned.checkpoints.absolute() / str(step)
+    with checkpoint.Checkpoints(folder.checkpoints, job.setup.checkpoint.keep_last) as checkpoints:
         if checkpoints.latest is not None:
             return
         state = pooling.abstract(job.mesh, job.layout)
         shapes = {"params": state.params, "opt_state": state.opt_state}
-        items = checkpoint.load(path, shapes | {"data": None, "config": None})
-        items["params"], items["opt_state"] = jax.jit(_plain, static_argnums=2)(
+        items = checkpoint.load(trained, shapes | {"data": None, "config": None})
+        items["params"], items["opt_state"] = jax.jit(_fold, static_argnums=2)(
             items["params"], items["opt_state"], pooling.fold
         )
-        items["config"] |= {"model": config.__dict__}
+        items["config"] |= {"model": to_json(converted.config)}
         checkpoints.save(step, items, {"validation_loss": outcome.records[0]["value"]})
 
 
-def _plain(tree: dict, opt_state: dict, fold: Callable) -> tuple[dict, dict]:
+def _fold(tree: dict, opt_state: dict, fold: Callable) -> tuple[dict, dict]:
     old, params = learned.without_pools(tree), fold(tree)
     return params, optimizer_state.pool_moments(learned.without_pools(opt_state), old, params)
 
 
 def _divergence(parent: Parent, origin: Parent, data: Training, job: Job) -> float:
-    """KL(multi-head parent || network) on the validation text, nats per token."""
+    """Return KL(multi-head parent || network) on the validation text, in nats per token."""
     divergence = loop.make_divergence(origin.config, parent.config, job.mesh)
     return divergence(load_params(origin, job), load_params(parent, job), data.validation())

@@ -4,6 +4,7 @@ A variant holds settings, never a name: `method_label` derives the name from the
 direction, from a name typed in a sweep to settings, is in `experiments/graph/method_names.py`.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,15 @@ class Variant:
     beta: float = 0.0
 
     @property
+    def heads(self) -> dict[str, int]:
+        """The number of KV heads of each attention, by the attention's name."""
+        return {
+            "encoder": self.num_kv_heads_encoder,
+            "self_attention": self.num_kv_heads,
+            "cross_attention": self.num_kv_heads_cross_attention,
+        }
+
+    @property
     def is_converted(self) -> bool:
         """Whether the network was made from one with more KV heads."""
         return self.method != NOT_CONVERTED
@@ -55,7 +65,7 @@ class Variant:
     @property
     def method_label(self) -> str:
         """The name of how the network was made, e.g. `svd-logit` or `mean-kl1`."""
-        return method_label(vars(self))
+        return method_label(dataclasses.asdict(self))
 
 
 def method_label(settings: dict[str, Any]) -> str:

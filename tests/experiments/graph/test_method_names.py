@@ -5,7 +5,6 @@ import pytest
 from configs import base
 from experiments.graph import method_names
 from experiments.graph.plan import plan
-from experiments.stages.variant import method_label
 from gqa.runtime.errors import UserError
 
 
@@ -27,9 +26,9 @@ def test_a_name_leads_to_the_config_that_is_called_so(name):
     config = base.get_config("nano", kv_heads=4)
     config.update_from_flattened_dict(method_names.keys(name))
     uptrained = next(stage for stage in plan(config, None) if stage.kind == "uptrain")
-    assert method_label(uptrained.variant) == name
+    assert uptrained.variant.method_label == name
     converted = next(stage for stage in plan(config, None) if stage.kind == "convert")
-    assert method_label(converted.variant) == name.partition("-kl")[0]
+    assert converted.variant.method_label == name.partition("-kl")[0]
 
 
 def test_words_left_out_leave_the_config_alone():

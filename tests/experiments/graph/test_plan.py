@@ -1,13 +1,17 @@
 """Stages are keyed by what determines them, and by nothing else."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from configs import base
-from experiments.graph.plan import Stage, ancestors, evaluate_checkpoint, merge, plan
+from experiments.graph.plan import evaluate_checkpoint, make_setup, plan
+from experiments.graph.stage import Stage, ancestors, merge
+from experiments.stages.settings import SETTINGS, ConvertSettings, Setup, UptrainSettings
 from experiments.stages.text import Text
-from experiments.stages.variant import method_label
+from experiments.stages.typed_json import from_json, to_json
+from experiments.stages.variant import Variant
 
 
 class Prepared(Text):
@@ -26,6 +30,7 @@ class Vocabulary:
     hash = "pieces"
 
 
+VARIANT = Variant("nano", 16, 8, 8, 16, alpha=0.0, seed=1)
 PREPARED = Prepared(Vocabulary(), None, {}, None)
 
 
@@ -101,8 +106,8 @@ def test_what_is_not_converted_is_uptrained_from_the_parent():
     assert kinds == {"pretrain", "finetune", "evaluate", "benchmark"}
     (uptrained,) = [s for s in stages(kv_heads=16) if s.kind == "uptrain"]
     assert [parent.kind for parent in uptrained.parents] == ["pretrain"]
-    assert uptrained.variant["method"] == "none"
-    assert uptrained.variant["alpha"] == 0.05
+    assert uptrained.variant.method == "none"
+    assert uptrained.variant.alpha == 0.05
     other = stages(kv_heads=16, **{"convert.method": "first"})
     assert uptrained.key in {stage.key for stage in other}  # a method that does nothing is none
 
@@ -112,15 +117,15 @@ def test_conversions_have_names_and_only_the_settings_that_matter():
         planned = stages(**{f"convert.{key}": value for key, value in settings.items()})
         return next(stage for stage in planned if stage.kind == "convert")
 
-    assert method_label(converted().variant) == "mean"
+    assert converted().variant.method_label == "mean"
     assert converted().key == converted(space="weight", calibration_tokens=9).key
-    assert method_label(converted(method="svd").variant) == "svd-logit"
+    assert converted(method="svd").variant.method_label == "svd-logit"
     assert converted(method="svd").key != converted(method="svd", calibration_tokens=9).key
     weights = converted(method="svd", space="weight")
     assert weights.key == converted(method="svd", space="weight", calibration_tokens=9).key
     named = converted(grouping="act_cos", renorm=True)
-    assert method_label(named.variant) == "mean-act_cos-renorm"
-    assert "calibration_tokens" in named.settings
+    assert named.variant.method_label == "mean-act_cos-renorm"
+    assert named.variant.calibration_tokens == 65_536
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,7 @@ def test_conversions_have_names_and_only_the_settings_that_matter():
 def test_self_or_cross_attention_can_be_converted_alone(where, heads):
     (converted,) = [s for s in stages(**{"convert.where": where}) if s.kind == "convert"]
     own, cross = heads
-    assert converted.settings["num_kv_heads"] == {
+    assert converted.variant.heads == {
         "encoder": 16,
         "self_attention": own,
         "cross_attention": cross,
@@ -149,12 +154,12 @@ def test_times_depend_on_shapes_alone():
     changes = {"uptrain.alpha": 0.5, "convert.method": "first", "seed": 3}
     assert benchmark().key == benchmark(**changes).key != benchmark(kv_heads=1).key
     assert benchmark().parents == ()
-    variants = [variant for variant, _ in benchmark().settings["networks"]]
-    assert [v["num_kv_heads"] for v in variants] == [16, 8]
+    networks = benchmark().settings.networks
+    assert [network.variant.num_kv_heads for network in networks] == [16, 8]
     alone = benchmark(kv_heads=16, **{"uptrain.alpha": 0.0})
-    assert len(alone.settings["networks"]) == 1
+    assert len(alone.settings.networks) == 1
     other = benchmark(kv_heads=16, reference=base.get_config("mini"))
-    assert [v["size"] for v, _ in other.settings["networks"]] == ["mini", "nano"]
+    assert [network.variant.size for network in other.settings.networks] == ["mini", "nano"]
 
 
 def test_merged_plans_have_each_stage_once():
@@ -173,48 +178,52 @@ def test_ancestors_go_back_to_the_parent():
 
 def test_a_checkpoint_of_anyones_can_be_scored(tmp_path):
     config = base.get_config("nano")
-    stage = evaluate_checkpoint(config, tmp_path, {"seed": 1}, "parameter_qa")
-    assert stage.settings["checkpoint"] == str(tmp_path)
+    stage = evaluate_checkpoint(config, tmp_path, VARIANT, "parameter_qa")
+    assert stage.settings.checkpoint == str(tmp_path)
     assert not stage.parents
 
 
 def test_what_a_stage_is_can_be_written_down():
     for stage in stages():
-        again = json.loads(json.dumps([stage.settings, stage.setup]))
-        assert again[1]["run"] == "gqa8-nano"
-        assert again[0]["variant"]["num_heads"] == 16
+        settings, setup = json.loads(json.dumps([to_json(stage.settings), to_json(stage.setup)]))
+        assert from_json(SETTINGS[stage.kind], settings, "settings") == stage.settings
+        assert json.loads(json.dumps(to_json(from_json(Setup, setup, "setup")))) == setup
+        assert setup["run"] == "gqa8-nano"
+        assert settings["variant"]["num_heads"] == 16
 
 
 def test_a_key_is_of_kind_settings_and_parents_and_not_of_the_setup():
-    root = Stage("pretrain", {"x": 1}, (), {})
-    other = root._replace(settings={"x": 2})
-    child = Stage("convert", {"x": 1}, (root,), {})
+    setup = make_setup(base.get_config("nano"))
+    root = Stage("uptrain", UptrainSettings(VARIANT), (), setup)
+    other = replace(root, settings=UptrainSettings(replace(VARIANT, alpha=0.2)))
+    child = Stage("convert", ConvertSettings(VARIANT, "map", None), (root,), setup)
     different = [
         root,
         other,
-        root._replace(kind="convert"),
+        replace(root, kind="convert"),
         child,
-        child._replace(parents=(other,)),
-        child._replace(parents=(child,)),
+        replace(child, parents=(other,)),
+        replace(child, parents=(child,)),
     ]
     assert len({stage.key for stage in different}) == len(different)
-    assert root.key == root._replace(setup={"run": "another"}).key
+    assert root.key == replace(root, setup=replace(setup, run="another")).key
 
 
 def test_every_stage_that_draws_has_the_seed_of_the_config():
     found = stages(seed=7)
     drawing = [s for s in found if s.kind in ("pretrain", "convert", "finetune")]
-    assert {s.settings["seed"] for s in drawing} == {7}
-    assert {s.variant["seed"] for s in found if s.kind != "benchmark"} == {7}
+    seeds = {s.variant.seed if s.kind == "convert" else s.settings.recipe.seed for s in drawing}
+    assert seeds == {7}
+    assert {s.variant.seed for s in found if s.kind != "benchmark"} == {7}
 
 
 def test_uptraining_and_scores_are_told_all_that_determines_them():
     (plain,) = [s for s in stages() if s.kind == "uptrain"]
     (near,) = [s for s in stages(**{"uptrain.beta": 0.5}) if s.kind == "uptrain"]
-    assert (plain.settings["beta"], near.settings["beta"]) == (0.0, 0.5)
-    assert method_label(near.variant) == "mean-kl0.5"
-    assert all(s.settings["metrics"] == ["rougeL"] for s in stages() if s.kind == "evaluate")
-    sources = {s.settings["text"] for s in stages() if s.kind == "finetune"}
+    assert (plain.variant.beta, near.variant.beta) == (0.0, 0.5)
+    assert near.variant.method_label == "mean-kl0.5"
+    assert all(s.settings.metrics == ("rougeL",) for s in stages() if s.kind == "evaluate")
+    sources = {s.settings.text for s in stages() if s.kind == "finetune"}
     assert sources == {"source of parameter_qa", "source of docstring_summary"}
 
 
@@ -222,5 +231,5 @@ def test_results_name_the_heads_of_each_attention():
     (converted,) = [
         s for s in stages(**{"convert.where": "cross_attention"}) if s.kind == "convert"
     ]
-    assert converted.variant["num_kv_heads"] == 16
-    assert converted.variant["num_kv_heads_cross_attention"] == 8
+    assert converted.variant.num_kv_heads == 16
+    assert converted.variant.num_kv_heads_cross_attention == 8

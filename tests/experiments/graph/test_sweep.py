@@ -8,7 +8,8 @@ import pytest
 from configs import base
 from configs.sweeps import grid
 from experiments.graph import sweep
-from experiments.graph.plan import merge, parent_config, plan
+from experiments.graph.plan import parent_config, plan
+from experiments.graph.stage import merge
 from gqa.conversion import METHODS
 from gqa.runtime.errors import UserError
 

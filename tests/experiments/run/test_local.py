@@ -1,16 +1,19 @@
 """A graph of stages runs in order, each once, and a failure costs only what builds on it."""
 
-import dataclasses
 import json
 import os
 import sys
 import time
+from dataclasses import dataclass, replace
 
 import pytest
 
-from experiments.graph.plan import Stage
+from configs import base
+from experiments.graph.plan import plan
+from experiments.graph.stage import Stage
 from experiments.run import local, worker
-from experiments.stages.stage import Outcome, finish
+from experiments.stages.folder import Outcome
+from experiments.stages.settings import Setup, TextSettings
 from experiments.stages.variant import Variant
 from gqa.runtime.errors import UserError
 
@@ -20,39 +23,50 @@ import json, os, pathlib, signal, sys, time
 def say(event):
     log = folder.parent.parent / "log"
     with open(log, "a") as file:
-        print(time.monotonic(), event, what["settings"]["name"], os.getpid(), file=file)
+        print(time.monotonic(), event, settings["name"], os.getpid(), file=file)
 def stop(*_):
     say("stopped")
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
 for folder in map(pathlib.Path, sys.argv[1:]):
-    what = json.loads((folder / "stage.json").read_text())
+    settings = json.loads((folder / "stage.json").read_text())["settings"]
     say("begins")
     if hasattr(os, "sched_getaffinity"):
         (folder / "cores").write_text(json.dumps([*os.sched_getaffinity(0)]))
-    time.sleep(what["settings"].get("sleep", 0.2))
-    if what["settings"].get("fails"):
-        print("error: " + what["settings"]["fails"], file=sys.stderr)
+    time.sleep(settings["sleep"])
+    if settings["fails"]:
+        print("error: " + settings["fails"], file=sys.stderr)
         sys.exit(2)
     done = {"records": [], "checkpoint": None, "provenance": {}, "seconds": 1.0}
     (folder / "done.json").write_text(json.dumps(done))
     say("ends")
 """
-VARIANT = dataclasses.asdict(
-    Variant(
-        size="nano",
-        num_heads=16,
-        num_kv_heads=8,
-        num_kv_heads_cross_attention=8,
-        num_kv_heads_encoder=16,
-        alpha=0.0,
-        seed=0,
-    )
+VARIANT = Variant(
+    size="nano",
+    num_heads=16,
+    num_kv_heads=8,
+    num_kv_heads_cross_attention=8,
+    num_kv_heads_encoder=16,
+    alpha=0.0,
+    seed=0,
 )
 
 
+SETUP = Setup("r", TextSettings((), "", 512, "docstrings", (), {}))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Stands for the settings of a stage: what the script is to do."""
+
+    name: str
+    sleep: float = 0.2
+    fails: str = ""
+    variant: Variant = VARIANT
+
+
 def stage(name, *parents, kind="pretrain", **settings):
-    return Stage(kind, {"name": name, "variant": VARIANT, **settings}, parents, {"run": "r"})
+    return Stage(kind, Settings(name, **settings), parents, SETUP)
 
 
 @pytest.fixture
@@ -92,8 +106,8 @@ def test_stages_run_in_order_and_beside_each_other(run):
     assert len(events) == 10
     for child in (b, c, d, e):
         for parent in child.parents:
-            ended = events.index(("ends", parent.settings["name"]))
-            assert ended < events.index(("begins", child.settings["name"]))
+            ended = events.index(("ends", parent.settings.name))
+            assert ended < events.index(("begins", child.settings.name))
     assert most_at_once(events) == 2
 
 
@@ -151,7 +165,8 @@ def test_jobs_share_no_cores_and_timings_have_all(run, tmp_path):
     timed = stage("t", kind="benchmark")
     run([*apart, timed], jobs=2)
     a, b, c, d, t = (
-        {*json.loads((each.folder(tmp_path) / "cores").read_text())} for each in (*apart, timed)
+        {*json.loads((each.folder(tmp_path).path / "cores").read_text())}
+        for each in (*apart, timed)
     )
     assert t == every
     if len(every) > 1:
@@ -203,10 +218,10 @@ def test_one_job_runs_here_and_goes_on_after_a_failure(tmp_path, monkeypatch, ca
     seen = []
 
     def fake(folder):
-        what = json.loads((folder / "stage.json").read_text())
-        seen.append(what["settings"]["name"])
-        if "fails" in what["settings"]:
-            raise UserError(what["settings"]["fails"])
+        settings = json.loads((folder.path / "stage.json").read_text())["settings"]
+        seen.append(settings["name"])
+        if settings["fails"]:
+            raise UserError(settings["fails"])
 
     monkeypatch.setattr(worker, "run", fake)
     bad = stage("bad", fails="no luck")
@@ -219,14 +234,20 @@ def test_one_job_runs_here_and_goes_on_after_a_failure(tmp_path, monkeypatch, ca
 
 
 def done(stage, folder, seconds):
-    path = worker.describe(stage, folder)
-    finish(path, Outcome([]), {}, seconds)
+    worker.describe(stage, folder).write_outcome(Outcome([], None, {}, seconds))
 
 
 def test_what_is_left_is_reckoned_from_what_is_done(tmp_path):
-    parent = stage("a", steps=100)
-    short = stage("s", parent, kind="uptrain", alpha=0.5)
-    tuned = stage("f", short, kind="finetune", steps=10, task="t")
+    planned = plan(base.get_config(), None)
+
+    def pretraining(steps):
+        settings = planned[0].settings
+        recipe = replace(settings.recipe, steps=steps)
+        return replace(planned[0], settings=replace(settings, recipe=recipe))
+
+    parent = pretraining(steps=100)
+    short = stage("s", parent, kind="uptrain", variant=replace(VARIANT, alpha=0.5))
+    (tuned, *_) = [s for s in planned if s.kind == "finetune"]
     graph = [parent, short, tuned]
 
     def left(*stages, jobs=1):
@@ -237,14 +258,14 @@ def test_what_is_left_is_reckoned_from_what_is_done(tmp_path):
     assert left(short) == "1 of 3 stages left, about 2 min"
     assert left(short, tuned) == "2 of 3 stages left, about 2 min and 1 of a kind not timed yet"
     done(short, tmp_path, 50.0)  # 250 s for 150 steps together
-    assert left(stage("p", steps=50)) == "1 of 3 stages left, about 83 s"
+    assert left(pretraining(steps=50)) == "1 of 3 stages left, about 83 s"
     done(tuned, tmp_path, None)  # it was interrupted: not to be counted
     assert left(tuned) == "1 of 3 stages left"
-    assert left(stage("p", steps=12000), jobs=2) == "1 of 3 stages left, about 2 h 47 min"
+    assert left(pretraining(steps=12000), jobs=2) == "1 of 3 stages left, about 2 h 47 min"
 
 
 def test_a_graph_is_shown_with_what_is_done(tmp_path):
-    parent = stage("a", text="x")
+    parent = stage("a")
     child = stage("b", parent, kind="convert")
     done(parent, tmp_path, 1.0)
     shown = local.describe([parent, child], tmp_path).splitlines()
@@ -253,7 +274,7 @@ def test_a_graph_is_shown_with_what_is_done(tmp_path):
     assert shown[1].split()[:4] == ["2", "to", "do", "convert"]
     assert ", after 1" in shown[1]
     assert child.folder(tmp_path).name in shown[1]
-    (child.folder(tmp_path) / "checkpoints").mkdir(parents=True)
+    child.folder(tmp_path).checkpoints.mkdir(parents=True)
     assert " begun " in local.describe([parent, child], tmp_path)
-    unnamed = stage("a", text=None)
+    unnamed = plan(base.get_config(), None)[0]  # its text is not prepared
     assert unnamed.key not in local.describe([unnamed], tmp_path)

@@ -19,6 +19,7 @@ import pytest
 
 from configs import base
 from experiments.run import slurm
+from experiments.stages.folder import StageFolder
 from gqa.runtime.errors import UserError
 
 with contextlib.suppress(ImportError):  # optional, and it resets logging: not while pytest captures
@@ -49,7 +50,7 @@ if (folder / "fail").exists():
 
 
 class Stage(NamedTuple):
-    """As experiments.plan.Stage, with what `submit` looks at."""
+    """As experiments.graph.stage.Stage, with what `submit` looks at."""
 
     kind: str
     settings: dict
@@ -63,8 +64,12 @@ class Stage(NamedTuple):
     def label(self):
         return f"{self.kind} {self.settings}"
 
+    @property
+    def settings_json(self):
+        return self.settings
+
     def folder(self, workdir):
-        return workdir / "stages" / f"{self.kind}-{self.key}"
+        return StageFolder.of(workdir, self.kind, self.key)
 
 
 def stage(kind, seed, *parents, **settings):
@@ -226,7 +231,7 @@ class Cluster:
     def prepare(self, stages, **files):
         """Write each stage's folder; `files` names what else lies in those of a kind."""
         for each in stages:
-            folder = each.folder(self.workdir)
+            folder = each.folder(self.workdir).path
             folder.mkdir(parents=True)
             (folder / "needs").write_text(" ".join(p.folder(Path()).name for p in each.parents))
             if each.kind in files:
@@ -244,7 +249,7 @@ class Cluster:
         return jobs[each.folder(Path()).name]["id"]
 
     def log(self, each):
-        path = each.folder(self.workdir) / "log"
+        path = each.folder(self.workdir).path / "log"
         return path.read_text().split() if path.exists() else []
 
     def said(self, each):
@@ -264,7 +269,7 @@ class Cluster:
             time.sleep(0.1)
 
     def finished(self, stages):
-        return all((s.folder(self.workdir) / "done.json").exists() for s in stages)
+        return all(s.folder(self.workdir).is_finished for s in stages)
 
     def left(self):
         """The jobs that are pending or running."""
@@ -304,7 +309,7 @@ def test_seeds_run_in_order_survive_a_requeue_and_are_submitted_once(cluster, ca
         cluster.waits_until(lambda each=each: len(cluster.log(each)) == 4)
         assert cluster.log(each) == ["start", "TERM", "saved", "start"]
         assert cluster.said(each).count("here I am") == 2
-        (each.folder(cluster.workdir) / "wait").unlink()
+        (each.folder(cluster.workdir).path / "wait").unlink()
     cluster.waits_until((cluster.workdir / "report.md").exists)
     assert cluster.finished(stages)
     assert all(cluster.log(each) == ["start"] for each in stages if each.kind != "pretrain")
@@ -325,7 +330,7 @@ def test_a_failure_ends_what_builds_on_it(cluster):
     assert "error: a mistake" in said
     assert not any("Traceback" in line for line in said)
 
-    (stages[0].folder(cluster.workdir) / "fail").unlink()
+    (stages[0].folder(cluster.workdir).path / "fail").unlink()
     cluster.submit(stages)
     cluster.waits_until(lambda: cluster.finished(stages[:1]))
 

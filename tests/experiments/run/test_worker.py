@@ -10,29 +10,33 @@ from pathlib import Path
 
 import pytest
 
+from configs import base
 from experiments import workdir
-from experiments.graph.plan import Stage
+from experiments.graph.plan import plan
+from experiments.graph.stage import Stage
 from experiments.run import worker
-from experiments.stages.stage import Job, Outcome, finish, read_done, record
+from experiments.stages.folder import Outcome, StageFolder, record
+from experiments.stages.inputs import Job
+from experiments.stages.settings import CheckpointOptions, Setup, TextSettings, UptrainSettings
+from experiments.stages.typed_json import to_json
 from experiments.stages.variant import Variant
 from experiments.workdir import lock, write_whole
 from gqa.evaluation import results
 from gqa.runtime import sharding
 from gqa.runtime.errors import DamagedCheckpoint, UserError
 
-VARIANT = dataclasses.asdict(
-    Variant(
-        size="nano",
-        num_heads=16,
-        num_kv_heads=8,
-        num_kv_heads_cross_attention=8,
-        num_kv_heads_encoder=16,
-        alpha=0.0,
-        seed=0,
-    )
+VARIANT = Variant(
+    size="nano",
+    num_heads=16,
+    num_kv_heads=8,
+    num_kv_heads_cross_attention=8,
+    num_kv_heads_encoder=16,
+    alpha=0.0,
+    seed=0,
 )
-SETUP = {"run": "r", "text": {}}
-PLANNED = Stage("pretrain", {"variant": VARIANT}, (), SETUP)
+SETUP = Setup("r", TextSettings((), "", 512, "docstrings", (), {}))
+PLANNED = plan(base.get_config(), None)[0]
+PLANNED = dataclasses.replace(PLANNED, setup=SETUP)
 ORIGIN = {"commit": "c", "device": "d", "time": "t"}
 
 
@@ -40,17 +44,17 @@ ORIGIN = {"commit": "c", "device": "d", "time": "t"}
 def folder(tmp_path, monkeypatch):
     """A described stage whose work is two numbers, counted in the file `runs`."""
 
-    def outcome(folder, what):
+    def outcome(folder, description):
         with open(tmp_path / "runs", "a") as file:
-            file.write(what["label"] + "\n")
+            file.write(description.label + "\n")
         return Outcome([record("a", 1.0, "s"), record("b", 2.0, "s")])
 
-    monkeypatch.setattr(worker, "_outcome", outcome)
+    monkeypatch.setattr(worker, "_run_module", outcome)
     return worker.describe(PLANNED, tmp_path)
 
 
 def published(folder):
-    return [r["metric"] for r in results.read(folder.parent.parent / "results.jsonl")]
+    return [r["metric"] for r in results.read(folder.workdir / "results.jsonl")]
 
 
 def test_a_stage_is_done_once_and_published_once(folder, tmp_path):
@@ -61,12 +65,12 @@ def test_a_stage_is_done_once_and_published_once(folder, tmp_path):
     (line, _) = results.read(tmp_path / "results.jsonl")
     assert line["run"] == "r"
     assert line["stage_key"] == PLANNED.key
-    assert line["variant"] == VARIANT
-    assert read_done(folder)["seconds"] >= 0
+    assert line["variant"] == to_json(PLANNED.variant)
+    assert folder.read_outcome().seconds >= 0
 
 
 def test_what_a_kill_kept_from_being_published_is_published_later(folder, tmp_path):
-    finish(folder, Outcome([record("a", 1.0, "s"), record("b", 2.0, "s")]), ORIGIN, 1.0)
+    folder.write_outcome(Outcome([record("a", 1.0, "s"), record("b", 2.0, "s")], None, ORIGIN, 1.0))
     worker.run(folder)
     assert published(folder) == ["a", "b"]
     lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
@@ -77,9 +81,9 @@ def test_what_a_kill_kept_from_being_published_is_published_later(folder, tmp_pa
 
 
 def test_a_stage_that_was_interrupted_has_no_duration(folder):
-    (folder / "checkpoints").mkdir()
+    folder.checkpoints.mkdir()
     worker.run(folder)
-    assert read_done(folder)["seconds"] is None
+    assert folder.read_outcome().seconds is None
 
 
 def hold(path, ready, leave):
@@ -104,23 +108,36 @@ def test_a_lock_is_for_one_process_and_goes_with_it(tmp_path):
 
 
 def test_two_processes_do_not_share_a_stage(folder):
-    with lock(folder / "lock", "x"), pytest.raises(UserError, match=r"stage in .* is in use"):
+    with lock(folder.lock, "x"), pytest.raises(UserError, match=r"stage in .* is in use"):
         worker.run(folder)
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "[]", '{"kind": "launch", "parents": []}', '{"kind": "convert", "parents": ["../x"]}'],
+    ("change", "problem"),
+    [
+        ({"kind": "launch"}, "stage.kind is 'launch'; use one of pretrain, convert"),
+        ({"kind": "convert"}, "stage.settings.cache_lengths is missing"),
+        ({"parents": ["../x"]}, "stage.parents are not names of folders"),
+        ({"more": 1}, "stage.more is unknown"),
+    ],
 )
-def test_only_a_stage_is_run(folder, text):
-    (folder / "stage.json").write_text(text)
+def test_only_a_stage_is_run(folder, change, problem):
+    path = folder.path / "stage.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=rf"stage.json: not the description of a stage: {problem}"):
+        worker.run(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_description_that_is_no_json_object_is_refused(folder, text):
+    (folder.path / "stage.json").write_text(text)
     with pytest.raises(UserError, match=r"stage.json: not the description of a stage"):
         worker.run(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"records": []}', "\xff"])
 def test_a_damaged_result_is_named(folder, text):
-    (folder / "done.json").write_text(text, encoding="latin-1")
+    (folder.path / "done.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"done.json is damaged; remove it"):
         worker.run(folder)
 
@@ -141,9 +158,9 @@ def test_a_parent_that_is_not_finished_is_named(tmp_path):
     parent = tmp_path / "stages" / "pretrain-1"
     parent.mkdir(parents=True)
     with pytest.raises(UserError, match="pretrain-1 is not finished"):
-        worker._result(parent)
-    finish(parent, Outcome([], "../../elsewhere/12"), ORIGIN, 1.0)
-    assert worker._result(parent) == parent / "checkpoints" / "12"
+        StageFolder(parent).result()
+    StageFolder(parent).write_outcome(Outcome([], "../../elsewhere/12", ORIGIN, 1.0))
+    assert StageFolder(parent).result() == parent / "checkpoints" / "12"
 
 
 def parents_of(checkpoints):
@@ -158,10 +175,12 @@ class Module:
 
     def run(self, label, settings, folder, parents, job):
         self.done.append(folder.name.partition("-")[0])
-        for step in [d for d in self.damaged if d.parent.parent in (folder, *parents_of(parents))]:
+        for step in [
+            d for d in self.damaged if d.parent.parent in (folder.path, *parents_of(parents))
+        ]:
             self.damaged.remove(step)
             raise DamagedCheckpoint(step, "x is missing")
-        (folder / "checkpoints" / "4" / "params").mkdir(parents=True, exist_ok=True)
+        (folder.checkpoints / "4" / "params").mkdir(parents=True, exist_ok=True)
         return Outcome([record("a", 1.0, "s")], "4")
 
 
@@ -170,19 +189,20 @@ def family(tmp_path, monkeypatch):
     """A function of on_damage: the folders of a finished parent and of a child that is not."""
 
     def make(on_damage):
-        setup = SETUP | {"checkpoint": {"keep_last": 1, "on_damage": on_damage}}
-        parent = PLANNED._replace(setup=setup)
-        child = Stage("uptrain", {"variant": VARIANT, "alpha": 0.1}, (parent,), setup)
+        setup = dataclasses.replace(SETUP, checkpoint=CheckpointOptions(1, on_damage))
+        parent = dataclasses.replace(PLANNED, setup=setup)
+        child = Stage("uptrain", UptrainSettings(VARIANT), (parent,), setup)
         folders = [worker.describe(stage, tmp_path) for stage in (parent, child)]
         for folder in folders:
             for step in "246":
-                (folder / "checkpoints" / step / "params").mkdir(parents=True)
-        finish(folders[0], Outcome([record("a", 1.0, "s")], "4"), ORIGIN, 1.0)
+                (folder.checkpoints / step / "params").mkdir(parents=True)
+        folders[0].write_outcome(Outcome([record("a", 1.0, "s")], "4", ORIGIN, 1.0))
         return folders
 
     def use(module):
         monkeypatch.setattr(worker.importlib, "import_module", lambda _: module)
-        monkeypatch.setattr(worker, "_job", lambda *_: Job(tmp_path, None, sharding.make_mesh(), 1))
+        job = Job(tmp_path, SETUP, None, sharding.make_mesh(), sharding.WHOLE)
+        monkeypatch.setattr(worker, "_make_job", lambda *_: job)
         return module
 
     make.use = use
@@ -191,30 +211,30 @@ def family(tmp_path, monkeypatch):
 
 def test_damage_stops_a_stage_unless_the_user_said_otherwise(family):
     _, child = family("stop")
-    module = family.use(Module(child / "checkpoints" / "4"))
+    module = family.use(Module(child.checkpoints / "4"))
     with pytest.raises(DamagedCheckpoint, match="x is missing"):
         worker.run(child)
     assert module.done == ["uptrain"]
-    assert {p.name for p in (child / "checkpoints").iterdir()} == {"2", "4", "6"}
+    assert {p.name for p in child.checkpoints.iterdir()} == {"2", "4", "6"}
 
 
 def test_a_stage_goes_on_from_before_the_damage(family):
     _, child = family("previous")
-    module = family.use(Module(child / "checkpoints" / "4"))
+    module = family.use(Module(child.checkpoints / "4"))
     worker.run(child)
     assert module.done == ["uptrain", "uptrain"]
-    names = {p.name for p in (child / "checkpoints").iterdir()}
+    names = {p.name for p in child.checkpoints.iterdir()}
     assert names == {"2", "4.damaged", "6.later", "4"}
-    assert read_done(child)["checkpoint"] == "4"
+    assert child.read_outcome().checkpoint == "4"
 
 
 def test_a_damaged_parent_is_done_again_first(family):
     parent, child = family("previous")
-    module = family.use(Module(parent / "checkpoints" / "4"))
+    module = family.use(Module(parent.checkpoints / "4"))
     worker.run(child)
     assert module.done == ["uptrain", "pretrain", "uptrain"]
-    assert (parent / "checkpoints" / "4.damaged").exists()
-    assert read_done(parent)["seconds"] is None  # not of all of it
+    assert (parent.checkpoints / "4.damaged").exists()
+    assert parent.read_outcome().seconds is None  # not of all of it
 
 
 def test_what_others_left_is_not_set_aside(family, tmp_path):
@@ -233,7 +253,7 @@ def test_what_others_left_is_not_set_aside(family, tmp_path):
 
 
 def test_the_process_says_what_is_wrong_in_one_line(tmp_path):
-    root = Path(worker.__file__).parents[2]
+    root = Path(worker.__file__).parent.parent.parent
     command = [sys.executable, "-m", "experiments.run.worker", str(tmp_path / "stages" / "x")]
     for argv in (command, command[:-1]):
         done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
@@ -243,6 +263,8 @@ def test_the_process_says_what_is_wrong_in_one_line(tmp_path):
 
 
 def test_what_is_written_down_is_what_was_planned(folder):
-    what = json.loads((folder / "stage.json").read_text())
-    assert what["settings"] == PLANNED.settings
-    assert what["setup"] == SETUP
+    description = folder.read_description()
+    assert description.settings == PLANNED.settings
+    assert description.setup == SETUP
+    values = json.loads((folder.path / "stage.json").read_text())
+    assert values["settings"]["recipe"]["task"] == "docstrings"

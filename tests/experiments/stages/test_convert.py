@@ -1,13 +1,24 @@
 """Conversions of one parent have what was measured of it in common."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from experiments.stages import convert
-from experiments.stages.stage import Parent
+from experiments.stages.inputs import CheckpointInfo, Parent
+from experiments.stages.settings import ConvertSettings
+from experiments.stages.variant import Variant
 from gqa.conversion import calibration
 
-SETTINGS = {"method": "svd", "space": "logit", "grouping": "contiguous", "sequential": False}
+VARIANT = Variant(
+    *("nano", 4, 2, 2, 4),
+    alpha=0.0,
+    seed=0,
+    method="svd",
+    space="logit",
+    grouping="contiguous",
+)
 BOTH = ("self_attention", "cross_attention")
 
 
@@ -22,19 +33,19 @@ def measured(monkeypatch):
         return measure(*args)
 
     monkeypatch.setattr(calibration, "input_covariances", counted)
-    convert._kept.cache_clear()
-    yield times
-    convert._kept.cache_clear()
+    monkeypatch.setattr(convert, "_last_measured", None)
+    return times
 
 
 @pytest.fixture
 def calibrated(tiny, random_params, batch, tmp_path):
-    """`convert._calibrated` of a parent; `path` says of which."""
+    """`convert._measured` of a parent; `path` says of which."""
 
-    def of(path="1", settings=SETTINGS, attentions=BOTH, batches=1):
-        parent = Parent(tmp_path / path, tiny, {})
-        given = (random_params(tiny), settings, attentions, [batch] * batches)
-        return convert._calibrated(parent, *given)
+    def of(path="1", attentions=BOTH, batches=1, **conversion):
+        info = CheckpointInfo(tiny, "a hash", None, VARIANT)
+        settings = ConvertSettings(dataclasses.replace(VARIANT, **conversion), "map", None)
+        arguments = (random_params(tiny), settings, attentions, [batch] * batches)
+        return convert._measured(Parent(tmp_path / path, info), *arguments)
 
     return of
 
@@ -44,7 +55,7 @@ def test_they_are_measured_once(measured, calibrated):
     assert seconds == 0.0  # it is this stage's own time
     once = list(measure)
     assert [m[:2] for m in measure] == [m[:2] for m in once]
-    again, seconds = calibrated(settings=SETTINGS | {"grouping": "act_cos"})
+    again, seconds = calibrated(grouping="act_cos")
     assert seconds > 0.0
     for one, other in zip(again, once, strict=True):
         np.testing.assert_array_equal(one.keys, other.keys)
@@ -63,7 +74,7 @@ def test_others_are_measured_anew(measured, calibrated, other):
 
 
 def test_those_of_a_large_network_are_not_kept(measured, calibrated, monkeypatch):
-    monkeypatch.setattr(convert, "KEPT", 0)
+    monkeypatch.setattr(convert, "LARGEST_KEPT", 0)
     measure, _ = calibrated()
     assert measured == []
     for _ in range(2):
@@ -72,8 +83,8 @@ def test_those_of_a_large_network_are_not_kept(measured, calibrated, monkeypatch
 
 
 def test_sequential_conversion_takes_its_own(measured, calibrated):
-    calibrated(settings=SETTINGS | {"sequential": True})
+    calibrated(sequential=True)
     calibrated(batches=0)
     assert measured == []
-    calibrated(settings=SETTINGS | {"sequential": True, "grouping": "act_cos"})
+    calibrated(sequential=True, grouping="act_cos")
     assert len(measured) == 1

@@ -1,7 +1,6 @@
 """A checkpoint of Hugging Face or T5X takes the place of pretraining."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from configs import base
 from experiments.graph import plan
 from experiments.run import local
 from experiments.stages import initial_checkpoint
+from experiments.stages.folder import StageFolder
 from gqa.checkpoints import checkpoint
 from gqa.data import tokenizer
 from gqa.interop import huggingface
@@ -73,8 +73,8 @@ def test_the_job_goes_on_from_it(folder, network, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, arrays["opt_state"], fresh)
     uptrained = found["uptrain"] / "checkpoints"
     assert max(p.name for p in uptrained.iterdir()) == "9"  # and half of them more
-    done = json.loads((found["pretrain"] / "done.json").read_text())
-    assert [r["value"] for r in done["records"] if r["metric"] == "steps"] == [0]
+    outcome = StageFolder(found["pretrain"]).read_outcome()
+    assert [r["value"] for r in outcome.records if r["metric"] == "steps"] == [0]
     assert "validation loss" not in jobs.launch(tmp_path / "runs", settings, "--stage=uptrain")
 
 
@@ -144,11 +144,11 @@ def test_t5x_is_taken_too(network, vocabulary, tmp_path):
     config.init.t5x, config.text.vocabulary = str(tmp_path / "a"), str(vocabulary)
     ours = initial_checkpoint.adopted(config)
     assert plan.parent_config(ours) == network[1]
-    settings = initial_checkpoint.identity(ours)
-    assert initial_checkpoint.open_source(settings).config == network[1]
+    initial = initial_checkpoint.identity(ours)
+    assert initial_checkpoint.open_source(initial).config == network[1]
     other = dataclasses.replace(network[1], d_ff=8)
     with pytest.raises(UserError, match=r"model\.d_ff=8 contradicts .*a, which has 24"):
-        initial_checkpoint.check_network(settings, network[1], other)
+        initial_checkpoint.check_network(initial, network[1], other)
 
 
 def test_its_time_tells_nothing_of_training_steps(folder):

@@ -65,11 +65,10 @@ def test_own_files_and_text_become_batches(folder):
     first = prepared.examples("files", "train")[0]
     assert first == ("qa frage: frage 0", ("antwort 0", "x"))
     assert prepared.metrics("files") == ["f1"]
-    recipe = config.finetune.to_dict()
-    tuning = text.training(prepared, "files", recipe, seed=0)
+    tuning = text.training(prepared, plan.finetune_recipe(config, "files"))
     assert next(tuning.batches)["inputs"].shape == (8, 20)
     assert tuning.validation_size == 50
-    pretraining = text.training(prepared, "documents", config.pretrain.to_dict(), seed=0)
+    pretraining = text.training(prepared, plan.pretrain_recipe(config))
     assert next(pretraining.batches)["inputs"].shape == (8, 43)
 
 
@@ -86,7 +85,7 @@ def test_bad_rows_are_told_and_many_refused(folder, capsys):
 def test_a_mixture_is_trained_on_by_its_weights(folder):
     config = own(**{"files.train": "parts/0.jsonl@3,parts/1.jsonl@1", "finetune.pack": False})
     prepared = text.prepare(text.settings(config), folder / "work")
-    batches = text.training(prepared, "files", config.finetune.to_dict(), seed=0).batches
+    batches = text.training(prepared, plan.finetune_recipe(config, "files")).batches
     rows = np.concatenate([next(batches)["inputs"] for _ in range(20)])
     read = [int(prepared.tokenizer.decode(row).split()[-1]) for row in rows]
     assert np.mean(np.array(read) < 50) == pytest.approx(0.75, abs=0.01)
@@ -141,26 +140,30 @@ def test_c4_is_trained_on_as_a_stream(folder):
     wanted = text.settings(config)
     prepared = text.prepare(wanted, folder / "work")
     assert len(prepared.source("c4")) == 64
-    made = text.training(prepared, "c4", config.pretrain.to_dict(), seed=0)
+    made = text.training(prepared, plan.pretrain_recipe(config))
     assert next(made.batches)["inputs"].shape == (8, 43)
     assert made.validation_size > 0
     config.text.vocabulary, config.model.vocab_size = "", 460
     text.prepare(text.settings(config), folder / "work")  # a vocabulary of the documents
 
 
+def recipes(config):
+    """The recipes of the fine-tunings that a config plans."""
+    return [s.settings.recipe for s in plan.plan(config, None) if s.kind == "finetune"]
+
+
 def test_large_sizes_have_the_lengths_of_the_paper():
     config = make_config(
         "large", **{"finetune.tasks": "trivia_qa,arxiv,cnn_dailymail,parameter_qa"}
     )
-    found = {s.task: s.settings for s in plan.plan(config, None) if s.kind == "finetune"}
-    lengths = {task: (s["inputs_length"], s["targets_length"]) for task, s in found.items()}
+    lengths = {
+        recipe.task: (recipe.inputs_length, recipe.targets_length) for recipe in recipes(config)
+    }
     assert lengths.pop("trivia_qa") == (2048, 32)
     assert lengths.pop("arxiv") == (2048, 512)
     assert set(lengths.values()) == {(512, 256)}
     config.finetune.inputs_length = 99
-    found = [s.settings for s in plan.plan(config, None) if s.kind == "finetune"]
-    assert {s["inputs_length"] for s in found} == {99}
-    assert {s["targets_length"] for s in found} == {32, 512, 256}
+    assert {recipe.inputs_length for recipe in recipes(config)} == {99}
+    assert {recipe.targets_length for recipe in recipes(config)} == {32, 512, 256}
     small = make_config("nano", **{"finetune.tasks": "trivia_qa"})
-    found = [s.settings for s in plan.plan(small, None) if s.kind == "finetune"]
-    assert {(s["inputs_length"], s["targets_length"]) for s in found} == {(128, 48)}
+    assert {(r.inputs_length, r.targets_length) for r in recipes(small)} == {(128, 48)}

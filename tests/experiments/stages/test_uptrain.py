@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.run import worker
-from experiments.stages.variant import method_label
+from experiments.stages.folder import StageFolder
 from gqa.checkpoints import checkpoint
 from gqa.model.config import Config
 from tests.support.jobs import TINY, differences, launch, outputs
@@ -41,10 +41,11 @@ def sweep(workdir):
 def stages(workdir):
     """Of each uptraining, by its method and alpha: folder, records by metric."""
     found = {}
-    for path in (workdir / "stages").glob("uptrain-*/done.json"):
-        variant = json.loads((path.parent / "stage.json").read_text())["settings"]["variant"]
-        records = {r["metric"]: r["value"] for r in json.loads(path.read_text())["records"]}
-        found[method_label(variant), variant["alpha"]] = path.parent, records
+    for path in (workdir / "stages").glob("uptrain-*"):
+        folder = StageFolder(path)
+        variant = folder.read_description().settings.variant
+        records = {r["metric"]: r["value"] for r in folder.read_outcome().records}
+        found[variant.method_label, variant.alpha] = folder, records
     return found
 
 
@@ -58,23 +59,23 @@ def workdir(tmp_path_factory):
 def test_a_head_start_changes_nothing(workdir, tmp_path):
     """alpha 1 went on where alpha 0.5 ended; here it has to go all the way itself."""
     longest, _ = stages(workdir)["mean", 1.0]
-    steps = {int(path.name) for path in (longest / "checkpoints").iterdir()}
+    steps = {int(path.name) for path in longest.checkpoints.iterdir()}
     assert steps == {4}
     copy = tmp_path / "runs"
     shutil.copytree(workdir, copy)
     for folder, _ in stages(copy).values():
-        shutil.rmtree(folder / "checkpoints")
-        (folder / "done.json").unlink()
+        shutil.rmtree(folder.checkpoints)
+        folder.discard_outcome()
         if folder.name != longest.name:
-            shutil.rmtree(folder)
-    worker.run(copy / "stages" / longest.name)
+            shutil.rmtree(folder.path)
+    worker.run(StageFolder(copy / "stages" / longest.name))
     assert differences(outputs(copy), outputs(workdir, like=copy)) == []
 
 
 @pytest.mark.parametrize("method", ["weighted-random", "fuse"])
 def test_what_is_learned_ends_as_plain_heads(workdir, method):
     folder, records = stages(workdir)[method, 1.0]
-    path = folder / "checkpoints" / "4"
+    path = folder.checkpoints / "4"
     info = checkpoint.load_config(path)
     assert Config(**info["model"]).num_kv_heads_self_attention == 2
     found = outputs(workdir, like=workdir)
@@ -93,9 +94,9 @@ def test_what_is_learned_ends_as_plain_heads(workdir, method):
 def test_learned_heads_are_of_the_group_that_was_chosen(workdir):
     """Training begins from the parent's heads in the order of the conversion."""
     folder, _ = stages(workdir)["weighted-random", 1.0]
-    orders = checkpoint.load_config(folder / "checkpoints" / "4")["orders"]
+    orders = checkpoint.load_config(folder.checkpoints / "4")["head_orders"]
     assert sorted(orders) == ["cross_attention", "self_attention"]
-    converted, parent = json.loads((folder / "stage.json").read_text())["parents"]
+    converted, parent = folder.read_description().parents
     found = outputs(workdir, like=workdir)
     query = "['params']['decoder']['layers']['cross_attention']['query']"
     ends, before, whole = (found[f"{name}{query}"] for name in (folder.name, converted, parent))
@@ -106,7 +107,7 @@ def test_learned_heads_are_of_the_group_that_was_chosen(workdir):
 
 def test_a_cache_spread_over_layers_is_trained(workdir):
     folder, records = stages(workdir)["mean-weight-per_layer_budget", 1.0]
-    config = Config(**checkpoint.load_config(folder / "checkpoints" / "4")["model"])
+    config = Config(**checkpoint.load_config(folder.checkpoints / "4")["model"])
     heads = {name: config.kv_heads(name) for name in ("self_attention", "cross_attention")}
     # At the benchmark's lengths no more than 2 heads everywhere would take.
     assert sum(heads["self_attention"]) * 4 + sum(heads["cross_attention"]) * 16 <= 2 * 2 * (4 + 16)
@@ -118,7 +119,7 @@ def test_validation_is_of_the_plain_heads(workdir):
     """KL and loss are of what the checkpoint holds: the last logged loss is the stage's."""
     for method in ("weighted-random", "fuse"):
         folder, records = stages(workdir)[method, 1.0]
-        seal = json.loads((folder / "checkpoints" / "4" / "checksums.json").read_text())
+        seal = json.loads((folder.checkpoints / "4" / "checksums.json").read_text())
         assert seal["metrics"]["validation_loss"] == records["validation_loss"]
 
 

@@ -1,30 +1,26 @@
 """What a stage reads is checked, and a damaged checkpoint costs no more than was wished."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
 from configs import base
-from experiments.graph.plan import parent_config
-from experiments.stages import pretrain, stage
+from experiments.graph import plan
+from experiments.stages import inputs, pretrain
+from experiments.stages.folder import StageFolder
+from experiments.stages.typed_json import to_json
+from experiments.stages.variant import Variant
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.runtime.errors import UserError
 
-RECIPE = {
-    **dict.fromkeys(("steps", "batch_size", "num_microbatches", "every", "seed"), 2),
-    **dict.fromkeys(("inputs_length", "targets_length", "validation_examples"), 8),
-    **dict.fromkeys(("z_loss", "dropout_rate"), 0),
-    "task": "docstrings",
-    "warmup": 1,
-}
+VARIANT = Variant("nano", 4, 2, 2, 4, alpha=0.0, seed=0)
 
 
 @pytest.fixture
 def info(tiny):
-    model = dataclasses.asdict(tiny)
-    return {"model": model, "vocabulary": "a hash", "recipe": RECIPE, "variant": {"seed": 0}}
+    recipe = plan.pretrain_recipe(base.get_config())
+    return to_json(inputs.CheckpointInfo(tiny, "a hash", recipe, VARIANT))
 
 
 def save(folder, info):
@@ -34,10 +30,11 @@ def save(folder, info):
 
 
 def test_what_a_checkpoint_says_of_itself_is_read(info, tiny, tmp_path):
-    parent = stage.open_parent(save(tmp_path, info | {"task": "parameter_qa"}))
+    parent = inputs.open_parent(save(tmp_path, info | {"task": "parameter_qa"}))
     assert parent.config == tiny
     assert parent.path == tmp_path / "1"
-    assert parent.info["task"] == "parameter_qa"
+    assert parent.info.task == "parameter_qa"
+    assert parent.step == 1
 
 
 def changed(info, path, value):
@@ -55,6 +52,8 @@ def changed(info, path, value):
         ("model", None, "config.model is missing"),
         ("vocabulary", 3, "config.vocabulary is 3 instead of a value of type str"),
         ("more", {}, "config.more is unknown"),
+        ("variant.seed", None, "config.variant.seed is missing"),
+        ("variant", [], r"config.variant is \[\] instead of a value of type Variant"),
         ("model.d_model", None, "config.model.d_model is missing"),
         ("model.d_model", "16", "config.model.d_model is '16' instead of a value of type int"),
         ("model.d_model", True, "config.model.d_model is True instead of a value of type int"),
@@ -75,33 +74,20 @@ def changed(info, path, value):
 def test_what_it_says_wrong_is_named(info, tmp_path, path, value, problem):
     save(tmp_path, changed(info, path, value))
     with pytest.raises(UserError, match=problem):
-        stage.open_parent(tmp_path)
+        inputs.open_parent(tmp_path)
 
 
 def test_a_network_that_no_memory_holds_is_refused_before_any_compute(tmp_path):
     config = base.get_config("xxl")
     config.model.num_decoder_layers = 10_000
-    settings = config.pretrain.to_dict() | {"model": parent_config(config).__dict__, "seed": 0}
+    settings = plan.plan(config, None)[0].settings
     with pytest.raises(UserError, match=r"^training a network of [\d,]+ parameters takes .* GiB"):
-        pretrain.run("pretrain", settings, tmp_path, [], None)
+        pretrain.run("pretrain", settings, StageFolder(tmp_path), [], None)
 
 
-@pytest.mark.parametrize("load", [stage.load_params, stage.load_state])
+@pytest.mark.parametrize("load", [inputs.load_params, inputs.load_state])
 def test_a_checkpoint_of_another_vocabulary_is_refused(info, tmp_path, load):
-    parent = stage.open_parent(save(tmp_path / "1", info))
+    parent = inputs.open_parent(save(tmp_path / "1", info))
     text = SimpleNamespace(tokenizer=SimpleNamespace(hash="another hash"), folder=tmp_path / "text")
     with pytest.raises(UserError, match=r"trained with another vocabulary .* text in .*text; use"):
         load(parent, SimpleNamespace(text=text))
-
-
-def test_what_finish_wrote_is_read_and_half_of_it_refused(tmp_path):
-    assert stage.read_done(tmp_path) is None
-    outcome = stage.Outcome([stage.record("steps", 3, "steps", n=2)], "3")
-    done = stage.finish(tmp_path, outcome, {"commit": "abc"}, 1.5)
-    assert stage.read_done(tmp_path) == done
-    assert done["records"] == [{"metric": "steps", "value": 3, "unit": "steps", "n": 2}]
-    assert (done["checkpoint"], done["seconds"]) == ("3", 1.5)
-    for content in ("{}", '{"records": []}', "[]", "{"):
-        (tmp_path / stage.DONE).write_text(content)
-        with pytest.raises(UserError, match=r"done\.json is damaged; remove it"):
-            stage.read_done(tmp_path)

@@ -1,0 +1,228 @@
+"""A stage's folder: every file in it, what describes the stage, and what the stage leaves.
+
+    WORKDIR/stages/KIND-KEY/
+        stage.json           the description: settings, parents, and what does not determine results
+        lock                 held by the process that works on the stage
+        checkpoints/STEP/    of a stage that trains or converts
+        curve.jsonl          validation losses of a stage that trains
+        predictions.jsonl    of a stage that scores
+        learned/             a folder like this one, for an uptraining that learns its pooling
+        done.json            the outcome; a stage is finished if and only if this file is there
+
+No other module names these files.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.stages.settings import SETTINGS, Setup
+from experiments.stages.typed_json import from_json, to_json
+from experiments.workdir import write_whole
+from gqa.runtime import distributed
+from gqa.runtime.errors import UserError
+
+NATS = "nats per token"  # the unit of every loss
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage leaves.
+
+    Args:
+        records: numbers for results.jsonl, each made by `record`.
+        checkpoint: name of the step folder that is handed on; None if the stage makes none.
+        provenance: commit, device and time; empty until the stage is finished.
+        seconds: how long the stage took; None if it was interrupted in between.
+    """
+
+    records: list[dict[str, Any]]
+    checkpoint: str | None = None
+    provenance: dict[str, str] | None = None
+    seconds: float | None = None
+
+
+def record(metric: str, value: float, unit: str, **extra: Any) -> dict[str, Any]:
+    """Return one number of a stage; `extra` may be low, high, n, step, task or variant."""
+    return {"metric": metric, "value": value, "unit": unit, **extra}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a worker needs to know of a stage: the contents of stage.json.
+
+    Args:
+        task: the task that the stage fine-tunes on or scores, if any.
+        label: what a person calls the stage.
+        title: the label as a folder's name, for TensorBoard.
+        settings: an instance of `SETTINGS[kind]`.
+        parents: names of the folders of the stages that this one builds on.
+    """
+
+    kind: str
+    key: str
+    task: str | None
+    label: str
+    title: str
+    settings: Any
+    setup: Setup
+    parents: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The folder of one stage."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, workdir: Path, kind: str, key: str) -> "StageFolder":
+        """Return the folder of the stage with this kind and key."""
+        return cls(workdir / "stages" / f"{kind}-{key}")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """KIND-KEY."""
+        return self.path.name
+
+    @property
+    def workdir(self) -> Path:
+        """The workdir that the stage belongs to."""
+        return self.path.parent.parent
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are saved, each in a folder named by its step."""
+        return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        """The file that a process at work on the stage has locked."""
+        return self.path / "lock"
+
+    @property
+    def curve(self) -> Path:
+        """Validation losses by step."""
+        return self.path / "curve.jsonl"
+
+    @property
+    def predictions(self) -> Path:
+        """What the network answered to each example."""
+        return self.path / "predictions.jsonl"
+
+    @property
+    def learned(self) -> "StageFolder":
+        """Where uptraining trains a network with a pooling that is learned."""
+        return StageFolder(self.path / "learned")
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there are checkpoints to go on from."""
+        return self.checkpoints.exists()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is an outcome; it may be damaged."""
+        return self._outcome_file.exists()
+
+    @property
+    def _description_file(self) -> Path:
+        return self.path / "stage.json"
+
+    @property
+    def _outcome_file(self) -> Path:
+        return self.path / "done.json"
+
+    def sibling(self, name: str) -> "StageFolder":
+        """Return the folder of another stage of the same workdir by its name."""
+        return StageFolder(self.path.parent / name)
+
+    def finished_siblings(self, kind: str) -> list["StageFolder"]:
+        """Return the folders of all finished stages of a kind in the same workdir."""
+        names = self.path.parent.glob(f"{kind}-*/{self._outcome_file.name}")
+        return [StageFolder(path.parent) for path in sorted(names)]
+
+    def write_description(self, description: Description) -> None:
+        """Make the folder and write stage.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self._description_file, json.dumps(to_json(description), indent=1))
+
+    def read_description(self) -> Description:
+        """Read stage.json; every process returns what the primary has read.
+
+        Raises:
+            UserError: if it does not describe a stage of this program.
+        """
+        values = distributed.by_primary(lambda: to_json(self.load_description()))
+        return self._parse_description(values)
+
+    def load_description(self) -> Description:
+        """Do what `read_description` does, in this process alone."""
+        try:
+            values = json.loads(self._description_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise self._not_a_description(error) from error
+        return self._parse_description(values)
+
+    def _parse_description(self, values: Any) -> Description:
+        try:
+            description = from_json(Description, values, "stage")
+            kind = description.kind
+            if kind not in SETTINGS:
+                raise UserError(f"stage.kind is {kind!r}; use one of {', '.join(SETTINGS)}")
+            # A parent is a folder beside this one, not a path that leads elsewhere.
+            if any(Path(name).name != name for name in description.parents):
+                raise UserError("stage.parents are not names of folders")
+            settings = from_json(SETTINGS[kind], description.settings, "stage.settings")
+        except UserError as error:
+            raise self._not_a_description(error) from error
+        return replace(description, settings=settings)
+
+    def _not_a_description(self, error: Exception) -> UserError:
+        return UserError(f"{self._description_file}: not the description of a stage: {error}")
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        """Write done.json: from then on the stage is finished."""
+        write_whole(self._outcome_file, json.dumps(to_json(outcome), indent=1))
+
+    def read_outcome(self) -> Outcome | None:
+        """Read done.json, in every process what the primary reads; None if there is no such file.
+
+        Raises:
+            UserError: if the file does not hold an outcome.
+        """
+        values = distributed.by_primary(self._read_outcome)
+        return None if values is None else Outcome(**values)
+
+    def _read_outcome(self) -> dict[str, Any] | None:
+        path = self._outcome_file
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            from_json(Outcome, values, "outcome")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, UserError) as error:
+            raise UserError(
+                f"{path} is damaged; remove it to do the stage's last part again"
+            ) from error
+        return values
+
+    def discard_outcome(self) -> None:
+        """Delete done.json, so that the stage is to be done again from its last checkpoint."""
+        if distributed.is_primary():
+            self._outcome_file.unlink(missing_ok=True)
+
+    def result(self) -> Path:
+        """Return the path of the checkpoint that the finished stage hands on.
+
+        Raises:
+            UserError: if the stage is not finished.
+        """
+        outcome = self.read_outcome()
+        if outcome is None or outcome.checkpoint is None:
+            raise UserError(f"the stage in {self} is not finished; run it first")
+        return self.checkpoints / Path(outcome.checkpoint).name

@@ -1,0 +1,236 @@
+"""What determines the result of each kind of stage, and what a stage is told besides.
+
+The settings of a stage are hashed into its key, so a class here has a field if and only if the
+field can change the stage's result. `Setup` holds the rest: where the text lies, what to keep, how
+to spread the network over devices. The plan (`experiments/graph/plan.py`) makes these objects from
+a config, a stage's folder keeps them as JSON, and nothing below the plan reads a config.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.stages.variant import Variant
+from gqa.model.config import Config
+from gqa.runtime.sharding import Layout
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained, by pretraining or fine-tuning; its checkpoints carry it along.
+
+    Args:
+        inputs_length, targets_length: tokens of a row of a batch.
+        pack: put several examples into a row.
+        schedule: "rsqrt", for a learning rate of `learning_rate / sqrt(max(step, warmup))`, or
+            "constant", for `learning_rate` itself.
+        every: steps between validations, each of which saves a checkpoint.
+    """
+
+    task: str
+    steps: int
+    batch_size: int
+    num_microbatches: int
+    inputs_length: int
+    targets_length: int
+    pack: bool
+    schedule: str
+    learning_rate: float
+    warmup: int
+    dropout_rate: float
+    z_loss: float
+    every: int
+    validation_examples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class InitialCheckpoint:
+    """A checkpoint of another program that takes the place of pretraining.
+
+    Args:
+        kind: which program wrote it: "huggingface" or "t5x".
+        contents: a hash of its files.
+    """
+
+    kind: str
+    folder: str
+    contents: str
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What determines the multi-head parent.
+
+    Args:
+        text: a hash of the pretraining text; None before the text is prepared.
+        vocabulary: a hash of the vocabulary, likewise.
+    """
+
+    variant: Variant
+    recipe: Recipe
+    model: Config
+    text: str | None
+    vocabulary: str | None
+    initial_checkpoint: InitialCheckpoint | None
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """What determines a conversion; most of it is said by the variant.
+
+    Args:
+        optimizer: "map" the optimizer's state to the grouped network, or "reset" it.
+        cache_lengths: with `variant.per_layer_budget`, the positions that the cache of each of the
+            decoder's attentions holds, by which the budget is counted.
+    """
+
+    variant: Variant
+    optimizer: str
+    cache_lengths: dict[str, int] | None
+
+
+@dataclass(frozen=True)
+class UptrainSettings:
+    """What determines an uptraining; recipe and text are those of the multi-head parent."""
+
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """What determines a fine-tuning.
+
+    Args:
+        text: a hash of the task's text; None before the text is prepared.
+    """
+
+    variant: Variant
+    recipe: Recipe
+    text: str | None
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What determines the scores of a checkpoint.
+
+    Args:
+        metrics: names of what the task is scored by; None before the text is prepared.
+        checkpoint: a folder that the user named, to be scored instead of a parent stage's.
+        examples: how many of the split's first examples to score; 0 for all.
+        top_k: sample from the k likeliest tokens; 0 for all.
+        cache_dtype: of keys and values; "" for the backend's own.
+    """
+
+    variant: Variant
+    task: str
+    metrics: tuple[str, ...] | None
+    checkpoint: str | None
+    split: str
+    examples: int
+    batch_size: int
+    search: str
+    num_beams: int
+    length_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    cache_dtype: str
+
+
+@dataclass(frozen=True)
+class TimedNetwork:
+    """A network to time; without a `model`, that of the parent stage's checkpoint."""
+
+    variant: Variant
+    model: Config | None
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What determines timings: networks that take turns, the multi-head reference first."""
+
+    variant: Variant
+    networks: tuple[TimedNetwork, ...]
+    batch_size: int
+    inputs_length: int
+    targets_length: int
+    repetitions: int
+
+
+Settings = (
+    PretrainSettings
+    | ConvertSettings
+    | UptrainSettings
+    | FinetuneSettings
+    | EvaluateSettings
+    | BenchmarkSettings
+)
+# The kinds of stages in the order they run, each with the class of its settings.
+SETTINGS: dict[str, type[Settings]] = {
+    "pretrain": PretrainSettings,
+    "convert": ConvertSettings,
+    "uptrain": UptrainSettings,
+    "finetune": FinetuneSettings,
+    "evaluate": EvaluateSettings,
+    "benchmark": BenchmarkSettings,
+}
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """The text of a run: what `experiments.stages.text.prepare` prepares; paths are absolute.
+
+    Args:
+        packages: whose documentation is the default corpus.
+        vocabulary: a SentencePiece file; "" to train one on the text of the `pretraining` task.
+        options: of each task, the keyword arguments that its module takes.
+    """
+
+    packages: tuple[str, ...]
+    vocabulary: str
+    vocab_size: int
+    pretraining: str
+    tasks: tuple[str, ...]
+    options: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """The config's section `checkpoint`."""
+
+    keep_last: int = 1
+    on_damage: str = "stop"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The config's section `train`."""
+
+    on_divergence: str = "stop"
+    max_rollbacks: int = 3
+    spike: float = 3.0
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    """The config's section `wandb`."""
+
+    mode: str = "off"
+    project: str = "gqa"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a stage is told that does not determine its result, and so is no part of its key.
+
+    Args:
+        run: the config's name, which result records carry.
+        mesh: how networks are spread over devices.
+    """
+
+    run: str
+    text: TextSettings
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    train: TrainOptions = TrainOptions()
+    wandb: TrackingOptions = TrackingOptions()
+    mesh: Layout = field(default_factory=Layout)
