@@ -17,7 +17,7 @@ from experiments.aot.roofline import Work
 from experiments.graph.validate import check_numbers
 from experiments.run.worker import RESULTS
 from experiments.stages.network import network_config
-from experiments.stages.stage import record
+from experiments.stages.folder import record
 from experiments.workdir import make_workdir
 from gqa import kv_cache
 from gqa.aot import chips, hlo

@@ -101,8 +101,8 @@ def _set_aside(damaged: DamagedCheckpoint, folder: StageFolder, setup: Setup) ->
     """Set a damaged checkpoint aside, and do the stage that saved it again if it is a parent.
 
     Raises:
-        DamagedCheckpoint: the same again, if the user did not ask for this or no stage of the workdir saved
-            the checkpoint.
+        DamagedCheckpoint: the same again, if the user did not ask for this, or no stage of the
+            workdir saved the checkpoint.
     """
     owners = [path for path in damaged.step.parents if path.parent == folder.path.parent]
     if setup.checkpoint.on_damage != "previous" or not owners:

@@ -6,7 +6,7 @@ for it, and the grouped network saved with its optimizer state and the place in 
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,9 +178,9 @@ def _convert(
     variant = settings.variant
     space, shrinkage = variant.space or "weight", variant.shrinkage or 0.0
     by_activations = space != "weight"
-    num_kv_heads: dict[str, int | tuple[int, ...]] = {**heads}
+    num_kv_heads: Mapping[str, int | tuple[int, ...]] = heads
     if settings.cache_lengths is not None:
-        per_layer = conversion.per_layer_kv_heads(
+        num_kv_heads = conversion.per_layer_kv_heads(
             params,
             config,
             heads,
@@ -189,14 +189,13 @@ def _convert(
             space=space,
             shrinkage=shrinkage,
         )
-        num_kv_heads |= per_layer
 
     grouping = variant.grouping or "contiguous"
     measured = grouping in conversion.MEASURED or (by_activations and not variant.sequential)
     return conversion.convert(
         params,
         config,
-        num_kv_heads,
+        dict(num_kv_heads),
         variant.method,
         variant.seed,
         input_covariances=input_covariances if measured else None,
