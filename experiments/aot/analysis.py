@@ -16,8 +16,8 @@ from experiments.aot.report import EQUAL, LARGEST
 from experiments.aot.roofline import Work
 from experiments.graph.validate import check_numbers
 from experiments.run.worker import RESULTS
-from experiments.stages.network import network_config
 from experiments.stages.folder import record
+from experiments.stages.network import network_config
 from experiments.workdir import make_workdir
 from gqa import kv_cache
 from gqa.aot import chips, hlo
