@@ -120,20 +120,7 @@ def run_training(
     """
     recipe, config, pooling = spec.recipe, spec.info.model, spec.pooling
     check_batch("batch_size", recipe.batch_size, recipe.num_microbatches, job.layout)
-    step_spec = _StepSpec(
-        config=config,
-        pooling=pooling,
-        teacher=spec.teacher,
-        schedule=recipe.schedule,
-        learning_rate=recipe.learning_rate,
-        warmup=recipe.warmup,
-        z_loss=recipe.z_loss,
-        seed=recipe.seed,
-        num_microbatches=recipe.num_microbatches,
-        mesh=job.mesh,
-        layout=job.layout,
-    )
-    abstract, step = _compile(step_spec)
+    abstract, step = _compile(_step_spec(spec, job))
     loss_arguments = () if teacher_params is None else (teacher_params,)
 
     # Losses are those of the grouped network, also while its pooling is being learned.
@@ -165,6 +152,23 @@ def run_training(
         loss = saved.metric(chosen)
     records = _records(loss, data.validation_size, chosen - spec.first_step, rollbacks)
     return Outcome(records + _curve(folder, spec.first_step), str(chosen))
+
+
+def _step_spec(spec: TrainingSpec, job: Job) -> _StepSpec:
+    recipe = spec.recipe
+    return _StepSpec(
+        config=spec.info.model,
+        pooling=spec.pooling,
+        teacher=spec.teacher,
+        schedule=recipe.schedule,
+        learning_rate=recipe.learning_rate,
+        warmup=recipe.warmup,
+        z_loss=recipe.z_loss,
+        seed=recipe.seed,
+        num_microbatches=recipe.num_microbatches,
+        mesh=job.mesh,
+        layout=job.layout,
+    )
 
 
 # Stages that one process does in turn come ordered by network: the last step serves the next stage.

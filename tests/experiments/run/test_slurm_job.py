@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.experiments.run.test_slurm import answers
+from tests.experiments.run.test_slurm_cluster import answers
 from tests.support.jobs import TINY, differences, launch, outputs
 
 SWEEP = "configs/sweeps/groups.py"
