@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts SLURM as root on this one machine for tests/test_slurm.py: Debian's packages, one node, one
+# Starts SLURM as root on this one machine for tests/experiments/run/test_slurm_cluster.py: Debian's packages, one node, one
 # partition, no accounting. Does nothing where a node answers already.
 set -euo pipefail
 
