@@ -1,8 +1,11 @@
-"""Compile a network's programs for a slice of accelerators that this machine lacks, and count them.
+"""Run the ahead-of-time experiment: compile programs for absent accelerators, count their costs.
 
 Generation is compiled for each number of KV heads at two batches: the largest that fits, up to
-`aot.largest_batch_size` a chip, and the largest that all of them hold. Training is compiled for
-each slice of `aot.training_targets` until one holds it.
+`aot.largest_batch_size` sequences a chip, and the largest that fits for every number of KV heads.
+Training is compiled for each slice of `aot.training_targets` until its state fits.
+
+This file chooses the programs and turns their costs into records. `compilation.py` compiles,
+`roofline.py` turns costs into times, and `report.py` writes the page.
 """
 
 from pathlib import Path
@@ -20,7 +23,7 @@ from experiments.stages.folder import record
 from experiments.stages.network import network_config
 from experiments.workdir import make_workdir
 from gqa import kv_cache
-from gqa.aot import chips, hlo
+from gqa.aot import chips, costs, hlo
 from gqa.aot.chips import Target
 from gqa.conversion import ATTENTIONS
 from gqa.evaluation import results
@@ -28,15 +31,15 @@ from gqa.inference.step import Inference
 from gqa.model import flops
 from gqa.model.config import Config, check_kv_heads
 from gqa.runtime import sharding
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import ConfigError, UserError
 from gqa.runtime.sharding import Layout
 
 KINDS = (None, "aot", "report")
-KEPT_BACK = 0.04  # of HBM, which the runtime and the compiler's own reserve take
+KEPT_BACK = 0.04  # share of HBM that the runtime and the compiler's own reserve take
 
 
 class Point(NamedTuple):
-    """One network's step and prefill, at one batch."""
+    """One network with its compiled step, at one batch size, and its compiled prefill."""
 
     net: Inference
     batch_size: int
@@ -45,13 +48,21 @@ class Point(NamedTuple):
 
 
 def _targets(config: ConfigDict) -> list[Target]:
-    """Return the slice that generates, followed by those that are tried for training."""
-    training = [chips.find(name, "aot.training_targets") for name in config.aot.training_targets]
-    return [chips.find(config.aot.target, "aot.target"), *training]
+    """Return the slice that generates, followed by the slices that are tried for training."""
+    training = [_target(name, "aot.training_targets") for name in config.aot.training_targets]
+    return [_target(config.aot.target, "aot.target"), *training]
+
+
+def _target(name: str, key: str) -> Target:
+    """Return the slice `name`; an error names the config's `key` that holds the name."""
+    try:
+        return chips.find(name)
+    except ConfigError as error:
+        raise error.renamed(key) from None
 
 
 def check(config: ConfigDict) -> None:
-    """Refuse, in one line and before any compute, what could not be compiled."""
+    """Raise a UserError, before anything is compiled, if the config cannot be compiled."""
     check_numbers(config)
     target = _targets(config)[0]
     for K in _kv_heads(config):
@@ -66,48 +77,59 @@ def run(config: ConfigDict, workdir: Path, kind: str | None) -> None:
     if kind not in KINDS:
         raise UserError(f"--stage={kind}; use aot or report")
     check(config)
+
     if kind != "report":
+        # JAX has to be prepared before anything else asks for its devices.
         target, *training = targets = _targets(config)
         compilation.start(targets)
         make_workdir(workdir)
+
         variants = _generation(config, target, workdir) + _training(config, training, workdir)
         common = {"run": config.name, "stage": "aot", "stage_key": None, "task": None}
         common |= results.provenance()
-        results.append(workdir / RESULTS, [common | r for r in variants])
+        results.append(workdir / RESULTS, [common | variant for variant in variants])
     print(report.run(workdir / RESULTS, workdir, config.name))
 
 
 def _kv_heads(config: ConfigDict) -> tuple[int, ...]:
+    """Return the numbers of KV heads to compile for; by default the number that convert makes."""
     return tuple(config.aot.kv_heads) or (config.convert.num_kv_heads_self_attention,)
 
 
 def _network(config: ConfigDict, K: int) -> Config:
-    """Multi-head but for K KV heads in decoder self- and cross-attention."""
+    """Return a network with K KV heads in the decoder's attentions; its encoder is multi-head."""
     heads = dict.fromkeys((f"num_kv_heads_{name}" for name in ATTENTIONS), config.model.num_heads)
     grouped = dict.fromkeys(("num_kv_heads_self_attention", "num_kv_heads_cross_attention"), K)
     return network_config(config.model, heads | grouped)
 
 
 def _generation(config: ConfigDict, target: Target, workdir: Path) -> list[dict]:
+    """Compile generation for each number of KV heads; return the records of both batches."""
     compiler = Compiler(target, Layout(model=target.chips), workdir / "aot")
     S, T = config.benchmark.inputs_length, config.benchmark.targets_length
-    points = {}
+
+    # Each network at the largest batch that fits.
+    points = []
     for K in _kv_heads(config):
         net = _inference(config, compiler, K)
-        points[K] = _largest(config, compiler, net, S, T)
-        _say(config, points[K])
-    common = min(point.batch_size for point in points.values())
-    made = [r for p in points.values() for r in _records(config, target, p, LARGEST)]
-    for point in points.values():
+        point = _largest(config, compiler, net, S, T)
+        _print_point(config, point)
+        points.append(point)
+    records = [r for point in points for r in _records(config, target, point, LARGEST)]
+
+    # All networks at one batch, so that their times differ by the number of KV heads alone.
+    common = min(point.batch_size for point in points)
+    for point in points:
         if point.batch_size != common:
             step = compiler.step(point.net, common, S, T)
             point = point._replace(batch_size=common, step=step)
-            _say(config, point)
-        made += _records(config, target, point, EQUAL)
-    return made
+            _print_point(config, point)
+        records += _records(config, target, point, EQUAL)
+    return records
 
 
 def _inference(config: ConfigDict, compiler: Compiler, K: int) -> Inference:
+    """Return the network with K KV heads, in the layout that generation would choose there."""
     network = _network(config, K)
     S, T = config.benchmark.inputs_length, config.benchmark.targets_length
     rows = compiler.target.chips
@@ -116,31 +138,40 @@ def _inference(config: ConfigDict, compiler: Compiler, K: int) -> Inference:
 
 
 def _largest(config: ConfigDict, compiler: Compiler, net: Inference, S: int, T: int) -> Point:
-    """The largest batch that fits, in whole rows a chip, found by compiling, by halves."""
-    chips_, most = compiler.target.chips, config.aot.largest_batch_size
+    """Return the largest batch that fits, a multiple of the chips, found by bisection."""
+    num_chips, most = compiler.target.chips, config.aot.largest_batch_size
     prefill = compiler.prefill(net, config.aot.prefill_batch_size, S)
     if prefill.failure:
         raise UserError(f"aot.prefill_batch_size: {prefill.failure}; use a smaller one")
-    fits, low, high = {}, 0, most + 1
+
+    # `low` rows a chip fit and `high` do not. The most that may be used is tried first, because it
+    # often fits and every compilation takes minutes.
+    steps: dict[int, Compiled] = {}
+    low, high = 0, most + 1
     rows = most
     while high - low > 1:
-        fits[rows] = compiler.step(net, rows * chips_, S, T)
-        if _fits(compiler.target, fits[rows]):
+        steps[rows] = compiler.step(net, rows * num_chips, S, T)
+        if _fits(compiler.target, steps[rows]):
             low = rows
         else:
             high = rows
         rows = (low + high + 1) // 2 if high - low > 2 else low + 1
+
     if low == 0:
-        held = fits[1].failure or f"{fits[1].peak / 2**30:.1f} GiB a chip"
-        raise UserError(f"aot.target={compiler.target.name}: {held}; use a larger one")
-    return Point(net, low * chips_, fits[low], prefill)
+        used = steps[1].failure or f"{steps[1].peak / 2**30:.1f} GiB a chip"
+        raise UserError(
+            f"aot.target={compiler.target.name} cannot hold one sequence a chip: {used}; use a "
+            "larger slice"
+        )
+    return Point(net, low * num_chips, steps[low], prefill)
 
 
 def _fits(target: Target, compiled: Compiled) -> bool:
+    """Return whether a program leaves the runtime enough of a chip's memory."""
     return not compiled.failure and compiled.peak <= target.chip.hbm * (1 - KEPT_BACK)
 
 
-def _say(config: ConfigDict, point: Point) -> None:
+def _print_point(config: ConfigDict, point: Point) -> None:
     K, gib = point.net.config.num_kv_heads_self_attention, point.step.peak / 2**30
     print(
         f"{config.aot.target}: {K} KV heads, batch {point.batch_size}: {gib:.1f} GiB a chip, "
@@ -150,42 +181,62 @@ def _say(config: ConfigDict, point: Point) -> None:
 
 
 def _records(config: ConfigDict, target: Target, point: Point, batch: str) -> list[dict]:
-    """Return the records of a point: memory, bytes, communication, and the times they take."""
+    """Return a point's records: memory, bytes, communication, and the times that they take."""
     S, T = config.benchmark.inputs_length, config.benchmark.targets_length
-    R = config.aot.prefill_batch_size
     net, B, n = point.net, point.batch_size, target.chips
-    whole, encoder = (flops.forward_flops(net.config, B, S, length) for length in (T, 0))
-    program = hlo.parse(point.step.text)
-    step = _analysed(point.step, program, "step", (whole - encoder) / T / n, config, target)
-    work, encoded = flops.forward_flops(net.config, R, S, 0) / n, hlo.parse(point.prefill.text)
-    prefill = _analysed(point.prefill, encoded, "prefill", work, config, target)
-    moved = kv_cache.step(net, B, S, T)
-    numbers = step | prefill
-    numbers["step_must_bytes"] = (moved.weights + moved.cross_cache + moved.self_cache) / n
-    # The smaller of a layer's caches: keys or values of self-attention.
-    least = min(moved.cross_cache, moved.self_cache) // (2 * net.config.num_decoder_layers * n)
-    numbers["step_moves"] = len(hlo.moves(program, int(least)))
-    numbers["step_cache_reads"] = hlo.reads(program, ("cache[", "memory.kv["))
+
+    # One token: the decoder's share of a forward pass, which has T tokens, on each of n chips.
+    forward, encoder = (flops.forward_flops(net.config, B, S, length) for length in (T, 0))
+    step_program = hlo.parse(point.step.text)
+    step_flops = (forward - encoder) / T / n
+    numbers = _program_numbers(point.step, step_program, "step", step_flops, config, target)
+
+    # Prefill, of R inputs at once.
+    R = config.aot.prefill_batch_size
+    prefill_program = hlo.parse(point.prefill.text)
+    prefill_flops = flops.forward_flops(net.config, R, S, 0) / n
+    numbers |= _program_numbers(
+        point.prefill, prefill_program, "prefill", prefill_flops, config, target
+    )
+
+    # How the step treats the caches, beside the bytes that any program would have to read. Only
+    # copies as large as keys or values of the smaller of a layer's caches count as moves.
+    needed = kv_cache.step(net, B, S, T)
+    numbers["step_must_bytes"] = (needed.weights + needed.cross_cache + needed.self_cache) / n
+    smaller_cache = min(needed.cross_cache, needed.self_cache)
+    one_array = smaller_cache // (2 * net.config.num_decoder_layers * n)
+    numbers["step_moves"] = len(costs.moves(step_program, int(one_array)))
+    numbers["step_cache_reads"] = costs.reads(step_program, ("cache[", "memory.kv["))
+
     numbers["sample_seconds"] = roofline.sample_seconds(
         numbers["prefill_seconds"], R, numbers["step_seconds"], T, B, n
     )
     K = net.config.num_kv_heads_self_attention
-    about = {"num_kv_heads": K, "batch": batch, "batch_size": B, "layout": net.layout.kv_heads}
-    return _variant_records(config, target.name, about, numbers)
+    shape = {"num_kv_heads": K, "batch": batch, "batch_size": B, "layout": net.layout.kv_heads}
+    return _variant_records(config, target.name, shape, numbers)
 
 
-def _analysed(
+def _program_numbers(
     compiled: Compiled,
     program: hlo.Program,
     name: str,
-    work: float,
+    num_flops: float,
     config: ConfigDict,
     target: Target,
 ) -> dict[str, float]:
-    """Return the numbers of one program on one device, which does `work` FLOPs."""
-    found = hlo.collectives(program)
-    nbytes, sent = hlo.traffic(program), sum(c.sent for c in found.values())
-    time = roofline.time(Work(nbytes, work, sent), target, config.aot.efficiency)
+    """Return one program's numbers on one device, their names beginning with `name`.
+
+    Args:
+        compiled: the program with XLA's account of its memory.
+        program: its text, parsed.
+        name: of the program, such as "step".
+        num_flops: model FLOPs of one device; XLA's own count leaves out kernels.
+        config: of the experiment.
+        target: the slice that the program is compiled for.
+    """
+    collectives = costs.collectives(program)
+    nbytes, sent = costs.traffic(program), sum(c.sent for c in collectives.values())
+    time = roofline.time(Work(nbytes, num_flops, sent), target, config.aot.efficiency)
     numbers = {
         "seconds": time.seconds,
         **{f"{part}_seconds": getattr(time, part) for part in time._fields},
@@ -194,18 +245,19 @@ def _analysed(
         "aliased_bytes": compiled.aliased,
         "peak_bytes": compiled.peak,
         "accessed_bytes": nbytes,
-        "flops": work,
+        "flops": num_flops,
         "sent_bytes": sent,
         "compile_seconds": compiled.seconds,
-        **{f"{kind}_count": c.count for kind, c in found.items()},
-        **{f"{kind}_bytes": c.nbytes for kind, c in found.items()},
+        **{f"{kind}_count": c.runs for kind, c in collectives.items()},
+        **{f"{kind}_bytes": c.nbytes for kind, c in collectives.items()},
     }
     return {f"{name}_{number}": float(value) for number, value in numbers.items()}
 
 
-def _variant_records(config: ConfigDict, target: str, about: dict, numbers: dict) -> list[dict]:
+def _variant_records(config: ConfigDict, target: str, shape: dict, numbers: dict) -> list[dict]:
+    """Return a record of each number; the last word of a number's name tells its unit."""
     variant = {"size": config.size, "num_heads": config.model.num_heads, "target": target}
-    variant |= {"efficiency": config.aot.efficiency} | about
+    variant |= {"efficiency": config.aot.efficiency} | shape
     units = {"seconds": "s", "bytes": "bytes", "flops": "FLOPs"}
     return [
         record(name, value, units.get(name.rpartition("_")[2], ""), variant=variant)
@@ -214,7 +266,7 @@ def _variant_records(config: ConfigDict, target: str, about: dict, numbers: dict
 
 
 def _training(config: ConfigDict, targets: list[Target], workdir: Path) -> list[dict]:
-    """The multi-head network's pretraining step, on the first slice that holds it."""
+    """Return the records of the multi-head pretraining step, on the first slice where it fits."""
     settings = config.pretrain
     B, S, T = settings.batch_size, settings.inputs_length, settings.targets_length
     network = _network(config, config.model.num_heads)
@@ -222,15 +274,17 @@ def _training(config: ConfigDict, targets: list[Target], workdir: Path) -> list[
         layout = Layout(model=config.aot.training_model, fsdp=True)
         compiler = Compiler(target, layout, workdir / "aot")
         step = compiler.train(network, B, S, T, settings.num_microbatches)
-        fits = _fits(target, step)
-        held = f"{step.peak / 2**30:.1f} GiB a chip" if not step.failure else step.failure
-        print(f"{target.name}: training, batch {B}: {held}, in {step.seconds:.0f} s", flush=True)
-        if fits:
-            work = flops.train_flops(network, B, S, T) / target.chips
+        used = step.failure or f"{step.peak / 2**30:.1f} GiB a chip"
+        print(
+            f"{target.name}: training, batch {B}: {used}, compiled in {step.seconds:.0f} s",
+            flush=True,
+        )
+        if _fits(target, step):
+            num_flops = flops.train_flops(network, B, S, T) / target.chips
             program = hlo.parse(step.text)
-            numbers = _analysed(step, program, "train", work, config, target)
-            about = {"num_kv_heads": network.num_heads, "batch": "training", "batch_size": B}
-            about |= {"model": config.aot.training_model, "remat": network.remat}
-            about |= {"num_microbatches": settings.num_microbatches}
-            return _variant_records(config, target.name, about, numbers)
+            numbers = _program_numbers(step, program, "train", num_flops, config, target)
+            shape = {"num_kv_heads": network.num_heads, "batch": "training", "batch_size": B}
+            shape |= {"model": config.aot.training_model, "remat": network.remat}
+            shape |= {"num_microbatches": settings.num_microbatches}
+            return _variant_records(config, target.name, shape, numbers)
     return []

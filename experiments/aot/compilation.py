@@ -1,7 +1,8 @@
 """Compile a network's programs for a slice that this machine lacks, without weights or devices.
 
-XLA's own compilers run on any machine: libtpu has the one for TPUs, JAX's CUDA plugin the one for
-GPUs. What comes out is the program that would run, with its memory, layouts and communication.
+XLA's own compilers run on any machine: libtpu contains the compiler for TPUs, JAX's CUDA plugin the
+compiler for GPUs. The result is the program that would run there, with its memory, layouts and
+communication. `experiments/aot/analysis.py` chooses what is compiled and counts what it costs.
 """
 
 import gzip
@@ -13,7 +14,7 @@ import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +31,20 @@ from gqa.runtime.errors import UserError
 from gqa.runtime.sharding import Layout
 from gqa.training import loop, optimizer
 
-# Without these libtpu looks for the machine it is on.
+# Without these libtpu asks the cloud which TPU machine it runs on, and fails elsewhere.
 ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v4-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else one process at a time holds it
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise only one process at a time may load libtpu
 }
-# By platform: the package that has the compiler, and what to install.
+# By platform: the package with the compiler, and the arguments of pip that install it.
 COMPILERS = {
     "tpu": ("libtpu", "-r requirements-aot.txt"),
     "gpu": ("jax_cuda12_plugin", f'"jax[cuda12]=={jax.__version__}"'),
 }
-# What XLA asks a GPU about itself, as an H100 answers.
+# The properties that XLA asks a GPU for, as an H100 answers. A GPU that is not there cannot answer.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -59,13 +60,13 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 8 }
 runtime_version { major: 12 minor: 8 }
 """
-TOO_LARGE = "RESOURCE_EXHAUSTED"
+TOO_LARGE = "RESOURCE_EXHAUSTED"  # how XLA's error begins if a program does not fit in memory
 
 
 class Compiled(NamedTuple):
     """A program for one device: bytes of memory by use, its text, and seconds of compilation.
 
-    Where it does not fit, `failure` says so and there is nothing else.
+    If the program does not fit in memory, only `failure` (XLA's reason) and `seconds` are set.
     """
 
     arguments: int = 0
@@ -79,15 +80,15 @@ class Compiled(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Bytes in use at once: results that take an argument's place need none of their own."""
+        """Bytes in use at once; a result that reuses an argument's memory needs none of its own."""
         return self.arguments + self.temporary + self.outputs - self.aliased + self.code
 
 
 def start(targets: Iterable[Target]) -> None:
-    """Keep JAX off devices, and see that there are compilers; before anything asks for devices.
+    """Prepare JAX to compile for `targets`, before anything else asks JAX for its devices.
 
     Raises:
-        UserError: saying what to install.
+        UserError: if a compiler is missing, with the command that installs it.
     """
     for target in targets:
         package, install = COMPILERS[target.platform]
@@ -96,12 +97,14 @@ def start(targets: Iterable[Target]) -> None:
                 f"--stage=aot needs XLA's compiler for {target.name}; pip install {install}, best "
                 "into an environment of its own"
             )
+
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
+    # The compilers need no device, and a TPU library that looks for one may wait for minutes.
     jax.config.update("jax_platforms", "cpu")
 
 
-def devices(target: Target) -> list:
+def devices(target: Target) -> list[Any]:
     """Return descriptions of a slice's devices, one per chip, for JAX to compile for."""
     if target.platform == "gpu":
         return topologies.get_topology_desc(
@@ -110,11 +113,13 @@ def devices(target: Target) -> list:
             topology=f"1x1x{target.chips}",
             target_config=H100,
         ).devices
-    name = "x".join(map(str, target.shape))
+
+    # The two cores of a chip count as one device where JAX shows them so ("megacore").
+    shape = "x".join(map(str, target.shape))
     megacore = chips.CORES[target.kind] == 2
     topology = topologies.get_topology_desc(
         platform="tpu",
-        topology_name=f"{target.kind}:{name}",
+        topology_name=f"{target.kind}:{shape}",
         chip_config_name="megacore" if megacore else "default",
         chips_per_host_bounds=(2, 2, 1),
     )
@@ -122,43 +127,51 @@ def devices(target: Target) -> list:
 
 
 class Compiler:
-    """Compile for one slice and layout; compiled programs are kept in `folder` and reused."""
+    """Compile for one slice and layout, and keep compiled programs in `folder` for later calls."""
 
     def __init__(self, target: Target, layout: Layout, folder: Path):
         self.target, self.layout, self.folder = target, layout, folder
         self.mesh: Mesh = sharding.make_mesh(layout, devices=devices(target))
 
     def step(self, net: Inference, batch_size: int, S: int, T: int) -> Compiled:
-        """One token of `batch_size` rows, inputs of S, a cache of T that is updated in place.
+        """Compile one step of generation: one token of each of `batch_size` sequences.
 
-        The weights that only prefill reads are arguments too: they stay in memory.
+        The inputs have S tokens; the self-attention cache holds T and is updated in place. The
+        weights that only prefill reads are arguments too, because they stay in memory.
         """
         caches = sharding.cache_sharding(net.config, self.mesh, net.layout, net.fused)
         rows = sharding.batch_sharding(self.mesh)
         weights = self._weights(net)
+
+        # Shapes of the caches, which prefill and init_cache would return, with their shardings.
         inputs = jax.ShapeDtypeStruct((batch_size, S), jnp.int32)
         memory = jax.eval_shape(net.prefill, weights, inputs)
         cache = jax.eval_shape(lambda: net.init_cache(batch_size, 1, T))
-        cache = _each_at(cache, caches.own)
+        cache = _with_shardings(cache, caches.own)
         mask = memory.mask.update(sharding=caches.mask)
-        memory = Memory(_each_at(memory.kv, caches.cross), mask)
+        memory = Memory(_with_shardings(memory.kv, caches.cross), mask)
+
+        # The tokens and their position. The caches that go out lie as those that came in, and are
+        # donated, so that XLA updates them in place.
         tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=rows)
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
         out = (None, jax.tree.map(lambda x: x.sharding, cache))
         step = jax.jit(net.step, donate_argnums=3, keep_unused=True, out_shardings=out)
         return self._compile(step, weights, tokens, index, cache, memory)
 
     def prefill(self, net: Inference, batch_size: int, S: int) -> Compiled:
-        """The encoder and every layer's cross-attention keys and values."""
+        """Compile prefill: the encoder and every decoder layer's cross-attention keys and values."""
         caches = sharding.cache_sharding(net.config, self.mesh, net.layout, net.fused)
         rows = sharding.batch_sharding(self.mesh)
         inputs = jax.ShapeDtypeStruct((batch_size, S), jnp.int32, sharding=rows)
         prefill = jax.jit(net.prefill, out_shardings=Memory(caches.cross, caches.mask))
         return self._compile(prefill, self._weights(net), inputs)
 
-    def train(self, config: Config, batch_size: int, S: int, T: int, parts: int) -> Compiled:
-        """One step of pretraining in `parts` microbatches, the state updated in place."""
+    def train(
+        self, config: Config, batch_size: int, S: int, T: int, num_microbatches: int
+    ) -> Compiled:
+        """Compile one step of pretraining, which updates the state in place."""
         state = loop.abstract(config, self.mesh, self.layout)
         rows = sharding.batch_sharding(self.mesh)
         batch = {
@@ -169,50 +182,58 @@ class Compiler:
             loop.make_loss(config, z_loss=1e-4),
             optimizer.rsqrt(10_000),
             0,
-            parts,
+            num_microbatches,
             placed=loop.shardings(state),
         )
         return self._compile(step, state, batch)
 
     def _weights(self, net: Inference) -> dict:
         weights = weight_shapes(net)
-        at = sharding.param_shardings(weights, self.mesh, net.layout)
-        return jax.tree.map(lambda x, at: x.update(sharding=at), weights, at)
+        shardings = sharding.param_shardings(weights, self.mesh, net.layout)
+        return jax.tree.map(lambda x, at: x.update(sharding=at), weights, shardings)
 
-    def _compile(self, function, *arguments) -> Compiled:
+    def _compile(self, function: Any, *arguments: Any) -> Compiled:
+        """Compile a jitted function for arguments given as shapes, or read an earlier result."""
         with jax.set_mesh(self.mesh):
             lowered = function.lower(*arguments)
+
+            # Compiling takes minutes, so its result is kept under a hash of all that it depends on.
             versions = f"{jax.__version__} {self.target} {self.mesh.shape}"
             key = hashlib.sha256(f"{versions} {lowered.as_text()}".encode()).hexdigest()[:20]
             numbers, text = self.folder / f"{key}.json", self.folder / f"{key}.hlo.gz"
             if numbers.exists() and text.exists():
-                found = json.loads(numbers.read_text())
-                return Compiled(**found, text=gzip.decompress(text.read_bytes()).decode())
+                fields = json.loads(numbers.read_text())
+                return Compiled(**fields, text=gzip.decompress(text.read_bytes()).decode())
+
             compiled = _compile(lowered)
+
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_files.write(text, gzip.compress(compiled.text.encode(), mtime=0))
-        kept = {name: value for name, value in compiled._asdict().items() if name != "text"}
-        atomic_files.write(numbers, json.dumps(kept))
+        fields = {name: value for name, value in compiled._asdict().items() if name != "text"}
+        atomic_files.write(numbers, json.dumps(fields))
         return compiled
 
 
-def _each_at(layers: list, shardings: list) -> list:
-    """Return the arrays of all layers, each with its sharding."""
+def _with_shardings(layers: list[Any], shardings: list[Any]) -> list[Any]:
+    """Return the shapes of all layers' keys and values, each with its layer's sharding."""
     return [
         tuple(x.update(sharding=at) for x in kv) for kv, at in zip(layers, shardings, strict=True)
     ]
 
 
 def _compile(lowered: jax.stages.Lowered) -> Compiled:
+    """Run XLA's compiler; a program that does not fit in memory is a result, not an error."""
     begin = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if TOO_LARGE not in str(error):
             raise
+        # The TPU compiler's error says "Used 40G of 30G hbm" among hundreds of lines.
         used = re.search(r"Used \S+ of \S+ \w+", str(error))
         seconds = time.perf_counter() - begin
         return Compiled(seconds=seconds, failure=used[0] if used else str(error).splitlines()[0])
+
     memory = compiled.memory_analysis()
     return Compiled(
         memory.argument_size_in_bytes,

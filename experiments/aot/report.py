@@ -84,7 +84,7 @@ def _sections(rows: list) -> list[tuple[str, list, list]]:
 
 
 def _slice(v: dict) -> str:
-    target = chips.find(v["target"], "target")
+    target = chips.find(v["target"])
     name = f"TPU {target.kind}" if target.platform == "tpu" else f"NVIDIA {target.kind.upper()}"
     return f"{target.chips} chips of {name} ({v['target']})"
 
@@ -118,7 +118,7 @@ def _memory(rows: list) -> tuple[list, list]:
     header += ["accessed / must"]
     cells = []
     for v, n in rows:
-        hbm, must = chips.find(v["target"], "target").chip.hbm, n["step_must_bytes"]
+        hbm, must = chips.find(v["target"]).chip.hbm, n["step_must_bytes"]
         names = ("step_argument_bytes", "step_temporary_bytes", "step_peak_bytes")
         share = f"{100 * n['step_peak_bytes'] / hbm:.0f}%"
         moved = [tables.size(must), tables.size(n["step_accessed_bytes"])]

@@ -1,15 +1,17 @@
-"""Accelerators as their makers describe them, and slices of them as XLA's compilers know them.
+"""Describe accelerators by their data sheets, and the slices of them that XLA can compile for.
 
-Names of slices are those of Google Cloud, which counts TensorCores for v4 and v5p and chips for
-v5e and v6e: v4-16 is 8 chips, v6e-8 is 8 chips. The two cores of a v4 or v5p chip are one device
-("megacore"), as they are to JAX on such a machine. h100-8 is 8 GPUs of one machine, each joined to
-all others by its switch.
+Slices have Google Cloud's names. Cloud counts TensorCores for v4 and v5p, of which a chip has two,
+and chips for v5e and v6e: v4-16 is 8 chips, v6e-8 is 8 chips. JAX shows the two cores of a v4 or
+v5p chip as one device ("megacore"). h100-8 is 8 GPUs of one machine, which a switch joins.
+
+How fast this machine is belongs in `gqa/runtime/hardware.py`; what a compiled program costs is
+counted in `gqa/aot/costs.py`.
 """
 
 import math
 from typing import NamedTuple
 
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import ConfigError
 
 
 class Chip(NamedTuple):
@@ -23,8 +25,9 @@ class Chip(NamedTuple):
 
 
 CLOUD = "cloud.google.com/tpu/docs"
-# A link's rate is that of all links of a chip, which the sources give, over their number: 6 on v4
-# and v5p, 4 on v5e and v6e; for v5e, v5p and v6e the source counts both directions.
+# The sources give the rate of all links of a chip together. A link's rate is that rate over the
+# number of links: 6 on v4 and v5p, 4 on v5e and v6e. For v5e, v5p and v6e the source counts both
+# directions, so half of it is a link's rate in one direction.
 CHIPS = {
     "v4": Chip(
         32 * 2**30,
@@ -44,13 +47,15 @@ CHIPS = {
         "NVIDIA's data sheet of the H100 SXM: NVLink 900 GB/s in both directions",
     ),
 }
-# Shapes of slices by chips: 3-D for v4 and v5p, 2-D for v5e and v6e.
-SHAPES = {
+
+# Chips along each axis of the slices that Cloud offers, by number of axes: v4 and v5p are joined
+# in three dimensions, v5e and v6e in two.
+SHAPES: dict[int, tuple[tuple[int, ...], ...]] = {
     3: ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)),
     2: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
 }
-CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
-GPUS = (1, 2, 4, 8)  # of a machine
+CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}  # cores that Cloud counts, of one chip
+GPUS = (1, 2, 4, 8)  # GPUs of a machine
 
 
 class Target(NamedTuple):
@@ -62,45 +67,54 @@ class Target(NamedTuple):
 
     @property
     def chip(self) -> Chip:
-        """What one chip can do."""
+        """The data sheet of one chip."""
         return CHIPS[self.kind]
 
     @property
     def platform(self) -> str:
-        """Of its devices, as JAX names it."""
+        """JAX's name for the kind of device: "tpu" or "gpu"."""
         return "tpu" if self.kind in CORES else "gpu"
 
     @property
     def backend(self) -> str:
-        """What fuses attention there, of `gqa.kernels`."""
+        """The kernels that fuse attention there, as `gqa.inference.step.Inference` names them."""
         return {"tpu": "tpu", "gpu": "cudnn"}[self.platform]
 
     @property
     def chips(self) -> int:
-        """How many there are."""
+        """The number of chips."""
         return math.prod(self.shape)
 
     @property
     def links(self) -> int:
-        """Links of a chip that lead to others of the slice; an axis of 2 has one, a longer two."""
+        """Links of a chip that lead to others of the slice.
+
+        An axis of 2 chips gives a chip one link, a longer axis two. A GPU counts as one link, its
+        whole NVLink, because the switch sends all of NVLink's bandwidth to any other GPU.
+        """
         if self.platform == "gpu":
-            return 1  # all of NVLink, to whichever other
+            return 1
         return max(1, sum(min(size - 1, 2) for size in self.shape))
 
 
 def targets() -> dict[str, Target]:
-    """Every slice there is a name for."""
-    named: dict[str, Target] = {}
+    """Return every slice by its name."""
+    by_name: dict[str, Target] = {}
     for kind, cores in CORES.items():
+        # Chips with two cores are those that are joined in three dimensions.
         for shape in SHAPES[1 + cores]:
             name = f"{kind}-{cores * math.prod(shape)}"
-            named[name] = Target(name, kind, shape)
-    return named | {f"h100-{n}": Target(f"h100-{n}", "h100", (n,)) for n in GPUS}
+            by_name[name] = Target(name, kind, shape)
+    return by_name | {f"h100-{n}": Target(f"h100-{n}", "h100", (n,)) for n in GPUS}
 
 
-def find(name: str, key: str) -> Target:
-    """The slice of a name; `key` is what a mistake is reported under."""
-    known = targets()
-    if name not in known:
-        raise UserError(f"{key}={name!r}; use one of {', '.join(known)}")
-    return known[name]
+def find(name: str) -> Target:
+    """Return the slice called `name`, such as "v4-16".
+
+    Raises:
+        ConfigError: naming the parameter `target`, if there is no such slice.
+    """
+    by_name = targets()
+    if name not in by_name:
+        raise ConfigError("target", name, f"use one of {', '.join(by_name)}")
+    return by_name[name]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gqa.aot import hlo
+from gqa.aot import costs, hlo
 
 # As libtpu writes it, shortened: a loop of 24 over a stack of weights, half of it in fast memory.
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -75,7 +75,7 @@ def test_tiles_are_filled_up():
 
 def test_a_loop_reads_a_layer_each_time(program):
     loop = sum(
-        times * hlo._moved(program, it, program.computations[where])
+        times * costs.accessed(program, it, program.computations[where])
         for it, where, times in program.executed()
         if where == "body"
     )
@@ -85,26 +85,26 @@ def test_a_loop_reads_a_layer_each_time(program):
 def test_traffic_is_what_touches_hbm(program):
     update = 2 * ROW  # the row is read and written; the cache stays
     prefetch, gather, moves = CACHE, CACHE + 2 * CACHE, 4 * CACHE
-    assert hlo.traffic(program) == 24 * LAYER + update + prefetch + gather + moves
+    assert costs.traffic(program) == 24 * LAYER + update + prefetch + gather + moves
 
 
 def test_copies_and_transposes_of_a_size(program):
-    assert [it.name for it in hlo.moves(program, CACHE)] == ["turn", "copy"]
-    assert hlo.moves(program, CACHE + 1) == []
+    assert [it.name for it in costs.moves(program, CACHE)] == ["turn", "copy"]
+    assert costs.moves(program, CACHE + 1) == []
 
 
 def test_an_array_updated_in_place_is_read_where_its_copies_are_made(program):
     """By the prefetch, the all-gather and the transpose; the update reads none of it."""
-    assert hlo.reads(program, ("cache[",)) == 3
+    assert costs.reads(program, ("cache[",)) == 3
     twice = TEXT.replace("all-gather-start(%new)", "all-gather-start(%new, %cache)")
-    assert hlo.reads(hlo.parse(twice), ("cache[",)) == 4
+    assert costs.reads(hlo.parse(twice), ("cache[",)) == 4
 
 
 def test_collectives_by_kind(program):
-    found = hlo.collectives(program)
+    found = costs.collectives(program)
     assert found["all-reduce"] == (24, 24 * 8 * 128 * 4, 24 * 8 * 128 * 4 * 2 * 3 / 4)
     assert found["all-gather"] == (1, 2 * CACHE, CACHE)
-    gathers = [t for t in hlo.transfers(program) if t.kind == "all-gather"]
+    gathers = [t for t in costs.transfers(program) if t.kind == "all-gather"]
     assert gathers == [("all-gather", 1, 2 * CACHE, 2)]
 
 
@@ -118,12 +118,12 @@ def test_collectives_by_kind(program):
     ],
 )
 def test_groups_are_read_in_every_notation(text, size):
-    assert hlo.group_size(text) == size
+    assert costs.group_size(text) == size
 
 
 def test_a_known_number_of_turns_comes_first(program):
     known = TEXT.replace("body=%body", 'body=%body, config={"known_trip_count":{"n":"3"}}')
-    assert hlo.collectives(hlo.parse(known))["all-reduce"].count == 3
+    assert costs.collectives(hlo.parse(known))["all-reduce"].runs == 3
 
 
 def test_text_that_is_no_program():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gqa.aot import hlo
+from gqa.aot import costs, hlo
 
 HEAD = "HloModule m\n\n"
 
@@ -32,7 +32,7 @@ SIZE, ROW = 8 * 16 * 4, 16 * 4
 )
 def test_bytes_of_an_instruction(line, moved):
     more = "  %row = f32[1,16]{1,0} parameter(2)\n  %fast = f32[8,16]{1,0:S(1)} parameter(3)\n"
-    assert hlo.traffic(program(f"{A}{more}  ROOT {line}\n")) == moved
+    assert costs.traffic(program(f"{A}{more}  ROOT {line}\n")) == moved
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def test_sizes_of_types(dtype, bytes_of_16):
 )
 def test_bytes_sent_on_a_ring_of_four(op, share):
     line = f"  ROOT %x = f32[8,16]{{1,0}} {op}(%a), replica_groups={{{{0,1,2,3}}}}\n"
-    found = hlo.collectives(program(A + line))
+    found = costs.collectives(program(A + line))
     assert found == {op: (1, SIZE, pytest.approx(share * SIZE))}
-    assert [t.nbytes for t in hlo.transfers(program(A + line))] == [SIZE]
+    assert [t.nbytes for t in costs.transfers(program(A + line))] == [SIZE]
 
 
 def test_a_variadic_start_counts_all_of_its_results():
@@ -67,7 +67,7 @@ def test_a_variadic_start_counts_all_of_its_results():
 replica_groups={{{{0,1}}}}
   ROOT %x = f32[8,16]{{1,0}} all-reduce-done(%s)
 """
-    assert hlo.collectives(program(body))["all-reduce"].nbytes == SIZE + SIZE // 2
+    assert costs.collectives(program(body))["all-reduce"].nbytes == SIZE + SIZE // 2
 
 
 NESTED = """%inner (p: f32[8,16]) -> f32[8,16] {
@@ -89,8 +89,8 @@ def test_loops_in_loops_multiply_and_branches_and_calls_count_once():
         "  ROOT %x = f32[8,16]{1,0} while(%a), condition=%c, body=%outer, "
         'config={"known_trip_count":{"n":"5"}}\n'
     )
-    assert hlo.traffic(program(A + loop, NESTED)) == 15 * 2 * SIZE
+    assert costs.traffic(program(A + loop, NESTED)) == 15 * 2 * SIZE
     call = "  ROOT %x = f32[8,16]{1,0} call(%a), to_apply=%inner\n"
-    assert hlo.traffic(program(A + call, NESTED)) == 2 * SIZE
+    assert costs.traffic(program(A + call, NESTED)) == 2 * SIZE
     both = "  ROOT %x = f32[8,16]{1,0} conditional(%i, %a), branch_computations={%inner, %outer}\n"
-    assert hlo.traffic(program(A + both, NESTED)) == (1 + 3) * 2 * SIZE
+    assert costs.traffic(program(A + both, NESTED)) == (1 + 3) * 2 * SIZE

@@ -153,6 +153,6 @@ def test_a_part_of_the_devices_has_the_largest_common_number():
 )
 def test_slices_by_hand(name, chip_count, links, backend):
     """Each axis of 2 is one link of a chip, each longer one two; cores count in v4's names."""
-    target = chips.find(name, "aot.target")
+    target = chips.find(name)
     assert (target.chips, target.links, target.backend) == (chip_count, links, backend)
     assert target.platform == ("tpu" if backend == "tpu" else "gpu")
