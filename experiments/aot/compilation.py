@@ -161,7 +161,7 @@ class Compiler:
         return self._compile(step, weights, tokens, index, cache, memory)
 
     def prefill(self, net: Inference, batch_size: int, S: int) -> Compiled:
-        """Compile prefill: the encoder and every decoder layer's cross-attention keys and values."""
+        """Compile prefill: the encoder and every layer's cross-attention keys and values."""
         caches = sharding.cache_sharding(net.config, self.mesh, net.layout, net.fused)
         rows = sharding.batch_sharding(self.mesh)
         inputs = jax.ShapeDtypeStruct((batch_size, S), jnp.int32, sharding=rows)

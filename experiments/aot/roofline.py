@@ -36,7 +36,7 @@ class Time(NamedTuple):
 
 
 def time(work: Work, target: Target, efficiency: float) -> Time:
-    """Return how long `work` takes one device of `target`, at a share `efficiency` of its ceilings."""
+    """Return how long `work` takes one device at a share `efficiency` of its ceilings."""
     chip = target.chip
     return Time(
         work.nbytes / (chip.bandwidth * efficiency),
