@@ -51,6 +51,26 @@ def test_a_layer_that_loses_nothing_gives_its_heads_to_the_one_that_does():
     }
 
 
+def test_what_a_layer_takes_is_gone_for_those_before_it():
+    little, much = {1: 0.2, 2: 0.1, 4: 0.0}, {1: 9.0, 2: 8.0, 4: 0.0}
+    lost = {
+        ("cross_attention", 0): little,
+        ("cross_attention", 1): little,
+        ("cross_attention", 2): much,
+    }
+    assert layer_budget.allocate(lost, {"cross_attention": 2}, {"cross_attention": 3}) == {
+        "cross_attention": (1, 1, 4)
+    }  # 6 in all
+
+
+def test_one_layer_may_take_the_whole_cache():
+    lost = {("self_attention", 0): {1: 0.9, 2: 0.5, 4: 0.0}}
+    for heads in (1, 2, 4):
+        assert layer_budget.allocate(lost, {"self_attention": heads}, {"self_attention": 3}) == {
+            "self_attention": (heads,)
+        }
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_no_other_choice_within_the_cache_loses_less(seed):
     """Of all choices for three layers, one attention whose cache is 3 times as long."""

@@ -139,3 +139,31 @@ def test_only_the_attention_that_was_named_changes(tiny, params, name):
     for other in ATTENTIONS:
         if other != name:
             assert_equal(kernels_of(new, other), kernels_of(params, other))
+
+
+@pytest.mark.parametrize("method", ["mean", "svd"])
+def test_a_deeper_encoder_is_converted_in_all_its_layers(tiny, random_params, method):
+    """Its layers are one run, however those of the decoder are divided."""
+    config = dataclasses.replace(tiny, num_encoder_layers=3)
+    params = random_params(config)
+    heads = {"encoder": 2, "self_attention": (2, 1)}
+    new, *_ = convert(params, config, heads, method, space="weight")
+    found = kernels_of(new, "encoder")["key"]
+    expected = kernels_of(
+        convert(params, config, {"encoder": 2}, method, space="weight")[0], "encoder"
+    )
+    assert found.shape == (3, 16, 2, 8)
+    np.testing.assert_array_equal(found, expected["key"])
+
+
+def test_a_layer_that_keeps_its_heads_keeps_every_bit_and_warns_of_nothing(tiny, params):
+    """Its covariances are not used, so that it does not matter how bad they are."""
+    covariances = of_condition(tiny, {("self_attention", 0): 7e12})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new, *_ = convert(
+            params, tiny, {"self_attention": (4, 2)}, "procrustes", input_covariances=covariances
+        )
+    before = kernels_of(params, "self_attention")
+    for side, kernel in new["decoder"]["layers"]["0"]["self_attention"].items():
+        np.testing.assert_array_equal(kernel[0], before[side][0])

@@ -249,6 +249,10 @@ def test_strided_groups_take_every_kth_head_and_random_ones_go_by_seed(tiny, ran
     assert found.keys() == {"cross_attention", "self_attention"}
     np.testing.assert_array_equal(found["cross_attention"], [[0, 2, 1, 3]] * 2)
     np.testing.assert_array_equal(found["self_attention"], [[0, 1, 2, 3]] * 2)
+    six = {"decoder": {"layers": {"cross_attention": {"key": np.zeros((1, 2, 6, 2))}}}}
+    for K, order in {2: [0, 2, 4, 1, 3, 5], 3: [0, 3, 1, 4, 2, 5]}.items():
+        found = find_head_orders(six, {"cross_attention": K}, "strided")["cross_attention"]
+        np.testing.assert_array_equal(found, [order])
     draws = [
         find_head_orders(params, {"cross_attention": 2}, "random", seed)["cross_attention"]
         for seed in (0, 0, 1, 2)

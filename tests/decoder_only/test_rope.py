@@ -142,3 +142,33 @@ def test_values_miss_what_the_singular_values_beyond_h_hold():
         up = np.linalg.pinv(outputs[g, p]) @ new[g, p]
         missed += np.square(heads[g] - head @ up.T).sum() / P
     np.testing.assert_allclose(missed, best)
+
+
+def test_the_rest_of_a_head_is_rotated_as_said():
+    rng = RNG(6)
+    by = random_turn(rng, 2, 6, 4)
+    x = rng.normal(size=(2, 7, 6))
+    for g in range(2):
+        np.testing.assert_allclose(rope.rotate(x, by)[g, :, 4:], x[g, :, 4:] @ by.rest[g])
+
+
+def test_turns_are_the_better_of_two_climbs():
+    """From no turn and from the principal direction; of many pairs each wins some."""
+    n = 800
+    heads = RNG(0).normal(size=(6, 5, 2 * n))
+    found = distance(heads, rope.align(heads, 2 * n))
+    pairs = heads[..., :n] + 1j * heads[..., n:]
+    # Of each pair, heads side by side [D, G]: the combination of them that is largest.
+    principal = np.linalg.svd(pairs.transpose(2, 1, 0))[2][:, 0].conj().T
+    reached = []
+    for start in (np.ones((6, n)), principal):
+        phases = start / np.abs(start)
+        for _ in range(100):
+            total = (pairs * phases[:, None]).sum(0)  # [D, n]
+            towards = (pairs.conj() * total).sum(1)
+            phases = towards / np.abs(towards)
+        turned = pairs * phases[:, None]
+        reached.append(np.square(np.abs(turned - turned.mean(0))).sum((0, 1)))
+    np.testing.assert_allclose(found, np.minimum(*reached), rtol=1e-6)
+    assert (reached[0] < 0.999 * reached[1]).any()
+    assert (reached[1] < 0.999 * reached[0]).any()

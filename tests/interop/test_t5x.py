@@ -155,3 +155,47 @@ def test_an_array_that_does_not_fit_is_named(network, tmp_path, name, shape, mes
 def test_a_folder_of_something_else_is_told(tmp_path):
     with pytest.raises(UserError, match="no T5X checkpoint; it would have folders target"):
         t5x.open_folder(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("scanned", [None, "{}"])
+def test_sizes_are_told_apart_by_their_arrays(tiny, random_params, tmp_path, scanned):
+    """KV heads of their own for each attention, other buckets than heads, unequal stacks."""
+    config = dataclasses.replace(
+        tiny,
+        num_encoder_layers=3,
+        num_kv_heads_encoder=4,
+        num_kv_heads_self_attention=2,
+        num_kv_heads_cross_attention=1,
+        num_buckets=16,
+        d_ff=40,
+    )
+    params = random_params(config)
+    write(tmp_path / "a", their_arrays(params, config, scanned))
+    source = t5x.open_folder(tmp_path / "a")
+    assert source.config == config
+    check_equal(pieces.collect(source), params)
+    assert source.chunks["decoder/layers/mlp/wo"] == (1, 40, 16)
+    assert source.chunks["embedding"] == (32, 16)
+
+
+def test_a_bias_that_differs_in_an_unscanned_layer_is_named(network, tmp_path):
+    params, config = network
+    arrays = their_arrays(params, config)
+    for stack in ("encoder", "decoder"):
+        table = arrays.pop(f"{stack}.relpos_bias.rel_embedding")
+        for i in range(getattr(config, f"num_{stack}_layers")):
+            arrays[f"{stack}.layers_{i}.relpos_bias.rel_embedding"] = table.copy()
+    write(tmp_path / "a", arrays)
+    check_equal(pieces.collect(t5x.open_folder(tmp_path / "a")), params)
+    arrays["encoder.layers_2.relpos_bias.rel_embedding"][0, 0] += 1
+    write(tmp_path / "b", arrays)
+    with pytest.raises(UserError, match=r"encoder.layers_0.relpos_bias.* differs from layer to"):
+        t5x.open_folder(tmp_path / "b")
+
+
+def test_the_last_step_is_that_of_the_largest_number(network, tmp_path):
+    params, config = network
+    write(tmp_path / "checkpoint_2000", their_arrays(params, config))
+    (tmp_path / "checkpoint_10000.tmp").mkdir()  # no number: being written
+    write(tmp_path / "checkpoint_300", {})
+    check_equal(pieces.collect(t5x.open_folder(tmp_path)), params)

@@ -104,6 +104,86 @@ def test_what_config_json_says(tmp_path, config, decoder):
     assert find(str(tmp_path)) == Decoder(*decoder)
 
 
+PER_TOKEN = {  # KiB of one position in 16 bits, of the published networks
+    "T5-small": 12,
+    "T5-base": 36,
+    "T5-large": 96,
+    "T5-XL": 192,
+    "T5-XXL": 384,
+    "Llama-2-7B": 512,
+    "Llama-2-13B": 800,
+    "Llama-2-34B": 192,
+    "Llama-2-70B": 320,
+    "Llama-3-8B": 128,
+    "Llama-3-70B": 320,
+    "Llama-3-405B": 504,
+    "Mistral-7B": 128,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_take_what_their_networks_do(name):
+    decoder = PRESETS[name]
+    assert command.cache_bytes(decoder, decoder.kv_heads, 1, 0, 2) == PER_TOKEN[name] * 1024
+    # Of an encoder's outputs it keeps as much again, if there is one.
+    both = command.cache_bytes(decoder, decoder.kv_heads, 3, 5, 2)
+    assert both == PER_TOKEN[name] * 1024 * (8 if name.startswith("T5") else 3)
+
+
+def test_inputs_are_as_long_as_the_decoder_unless_told(capsys):
+    rows, _ = table(capsys, "T5-XL", "--length=100")
+    same, _ = table(capsys, "T5-XL", "--length=100", "--inputs-length=100")
+    assert rows == same
+    assert rows["32*"][0] == f"{2 * 32 * 200:,}"
+    run_command(["kv-cache", "T5-XL", "--length=100", "--inputs-length=30", "--batch=3"])
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "24 layers, 32 heads of 64, bfloat16, 100 positions after 30 of input, batch 3"
+    )
+
+
+def test_units_follow_the_size(capsys):
+    rows, _ = table(capsys, "T5-small", "--length=1", "--inputs-length=1")
+    assert rows["6*"][1:5] == ["24.00", "KiB", "24.00", "KiB"]
+    rows, _ = table(capsys, "Llama-2-7B", "--length=2", "--batch=1024")
+    assert rows["32*"][1:5] == ["1.00", "MiB", "1.00", "GiB"]
+
+
+@pytest.mark.parametrize(
+    ("more", "kv_heads"),
+    [
+        ({"multi_query": True, "num_kv_heads": 4}, 1),
+        ({"multi_query": True, "new_decoder_architecture": True, "num_kv_heads": 4}, 4),
+        ({"multi_query": False, "num_kv_heads": 4}, 4),
+        ({"num_key_value_heads": 2, "num_kv_heads": 4}, 2),
+        ({}, 8),
+    ],
+)
+def test_falcons_two_ways_to_say_kv_heads(tmp_path, more, kv_heads):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"n_layer": 2, "n_head": 8, "hidden_size": 64} | more)
+    )
+    assert find(str(tmp_path / "config.json")).kv_heads == kv_heads
+
+
+@pytest.mark.parametrize(
+    ("more", "window"),
+    [
+        ({"sliding_window": 9}, 9),
+        ({"sliding_window": 9, "use_sliding_window": True}, 9),
+        ({"sliding_window": 9, "use_sliding_window": False}, 0),
+        ({"sliding_window": 9, "layer_types": ["sliding_attention"] * 2}, 9),
+        ({"sliding_window": None, "layer_types": ["full_attention"] * 2}, 0),
+    ],
+)
+def test_a_window_counts_where_all_layers_have_it(tmp_path, more, window):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"n_layer": 2, "n_head": 8, "hidden_size": 64} | more)
+    )
+    decoder = find(str(tmp_path))
+    assert decoder.window == window
+    assert command.cache_bytes(decoder, 8, 5, 0, 2) == 2 * 2 * 8 * 8 * 5 * 2  # within the window
+
+
 def test_a_window_bounds_the_cache(capsys, tmp_path):
     config = {"n_layer": 2, "n_head": 4, "n_embd": 32, "sliding_window": 100}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -116,6 +196,9 @@ def test_a_window_bounds_the_cache(capsys, tmp_path):
     [
         (["gpt-5"], "'gpt-5' is no config.json; use one, or one of T5-small, "),
         (["T5-XL", "--batch=0"], "--batch=0; use more than 0"),
+        (["T5-XL", f"--batch={10**12 + 1}"], "--batch=1000000000001; use more than 0"),
+        (["T5-XL", "--inputs-length=0"], "--inputs-length=0; use more than 0"),
+        (["T5-XL", "--memory=0"], "--memory=0.0; use more than 0"),
         (["T5-XL", "--memory=nan"], "--memory=nan; use more than 0"),
         (["T5-XL", "--dtype=float7"], "--dtype='float7'; use one of float32, "),
         (["T5-XL", "--length=x"], "argument --length: invalid int value: 'x'"),
