@@ -52,7 +52,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
 
 
 def _check_arguments(argv: list[str]) -> None:
-    """Refuse what could be neither printed nor written into results, and keys that are no keys."""
+    """Refuse arguments that are not UTF-8, which no result could hold, and malformed keys."""
     for argument in argv:
         try:
             argument.encode()
@@ -64,7 +64,7 @@ def _check_arguments(argv: list[str]) -> None:
 
 
 def _unknown_key(error: Exception, argv: list[str]) -> str:
-    """What ml_collections' error means: it names only the part of the key it did not find."""
+    """Return a message that names the whole key; ml_collections names only the part not found."""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     part, _, hint = str(error.args[0] if error.args else "").partition("\n")
@@ -91,7 +91,8 @@ def _define(argv: list[str]) -> flags.FlagValues:
 
 
 def _run(values: flags.FlagValues) -> None:
-    import jax  # after the flags, so that a mistake in them is told at once
+    # Imported after the flags are parsed, so that a mistake in them is reported at once.
+    import jax
 
     from experiments import pipeline
     from experiments.aot import analysis

@@ -34,7 +34,7 @@ class Options(NamedTuple):
 
 
 def check(config: ConfigDict, options: Options) -> None:
-    """Refuse, in one line and before any compute, what could not run."""
+    """Refuse, in one line and before any compute, a config that could not run."""
     read = set()
     for point in sweep.expand(config):
         checks.check(point, slurm.devices(point) if options.executor == "slurm" else None)
@@ -45,7 +45,7 @@ def check(config: ConfigDict, options: Options) -> None:
 
 
 def check_options(options: Options) -> None:
-    """Refuse what could not be run that way."""
+    """Refuse options that contradict each other, or that this machine cannot do."""
     if options.executor not in EXECUTORS:
         raise UserError(f"--executor={options.executor}; use one of {', '.join(EXECUTORS)}")
     if options.executor == "slurm":
@@ -63,7 +63,7 @@ def check_options(options: Options) -> None:
 
 
 def run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) -> None:
-    """Do what is not done yet: everything, or the stages of one kind and what they build on."""
+    """Run the stages that are not finished: all, or those of one kind and their ancestors."""
     if kind == "report":
         _report(config, workdir)
     elif options.dry_run:
@@ -95,7 +95,7 @@ def _report(config: ConfigDict, workdir: Path) -> None:
 
 
 def _report_command(config: ConfigDict, workdir: Path) -> list[str]:
-    """The report reads the results alone: any config makes it."""
+    """Return the command of the report, which reads the results alone: any config will do."""
     command = [sys.executable, "launch.py", "--config=configs/mha.py", "--stage=report"]
     return [
         *command,
@@ -105,7 +105,7 @@ def _report_command(config: ConfigDict, workdir: Path) -> list[str]:
 
 
 def _stages(config: ConfigDict, workdir: Path, kind: str | None, prepare: Callable) -> list[Stage]:
-    """The graph, as far as `kind` needs it."""
+    """Return the stages of a config: all, or those of one kind and their ancestors."""
     points = sweep.expand(config)
     texts, plans = {}, []
     for point in points:
@@ -127,7 +127,7 @@ def _prepared(wanted: TextSettings, workdir: Path) -> text.Text | None:
 
 
 def score_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> None:
-    """Score any checkpoint: on the task it was fine-tuned on, else on every task of the config."""
+    """Score a checkpoint on the task it was fine-tuned on, or else on every task of the config."""
     parent = open_parent(path)
     make_workdir(workdir)
     tuned_on = parent.info.task

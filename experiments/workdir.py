@@ -1,4 +1,7 @@
-"""The workdir: that it is there, whose it is, and that no file in it is ever half written."""
+"""The workdir: making it, locking it for one process, and writing its files whole.
+
+What lies in a stage's folder is in `experiments/stages/folder.py`.
+"""
 
 import contextlib
 import fcntl
@@ -13,7 +16,11 @@ from gqa.runtime.errors import UserError
 
 
 def make_workdir(workdir: Path) -> None:
-    """Raise a UserError unless there is, or can be, such a folder."""
+    """Make the folder if it is not there.
+
+    Raises:
+        UserError: if the folder cannot be made.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -23,13 +30,17 @@ def make_workdir(workdir: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold a file's lock; `what` it guards is for one run at a time.
+def lock(path: Path, guarded: str) -> Iterator[None]:
+    """Hold the lock of a file, so that one run at a time works on what the file guards.
 
-    The lock goes with the process, however that ends. Of several processes the primary has it.
+    The system releases the lock when the process ends, however it ends. Where several processes
+    run together, the primary holds the lock for all.
+
+    Args:
+        guarded: what an error message calls the thing that is locked.
 
     Raises:
-        UserError: if another process has it, saying which.
+        UserError: if another process holds the lock, naming the process.
     """
     if not is_primary():
         yield
@@ -40,7 +51,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{what} is in use by {file.read().strip() or 'another process'}; wait for it, "
+                f"{guarded} is in use by {file.read().strip() or 'another process'}; wait for it, "
                 "stop it, or use another --workdir"
             ) from None
         except OSError as error:  # some network file systems have no locks
@@ -52,9 +63,10 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file by another name first: a reader sees all of it or the one before.
+    """Write a file under another name and rename it: a reader sees the old text or the new one.
 
-    Of several processes the primary writes it, and the others must not count on it yet.
+    Where several processes run together, the primary writes, and the others must not expect the
+    file to be there when this function returns.
     """
     if is_primary():
         atomic_files.write(path, text)

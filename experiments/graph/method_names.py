@@ -1,7 +1,9 @@
-"""What a way of converting is called, in results and in a sweep's list of methods.
+"""Parse the names of conversions in a sweep's list of methods into keys of the config.
 
-A method, and whatever departs from the usual, each a word: `svd-logit`, `mean-strided-renorm`,
-`svd-logit-8192` (calibration tokens), `mean-kl1` (uptrain.beta), `svd-logit-shrink0.1`.
+A name is a method, followed by a word for every setting that is not the default: `svd-logit`,
+`mean-strided-renorm`, `svd-logit-8192` (calibration tokens), `mean-kl1` (uptrain.beta),
+`svd-logit-shrink0.1`. Only what a user typed is parsed; a result record holds the settings, and
+`experiments/stages/variant.py` derives the name from them.
 """
 
 import math
@@ -15,28 +17,28 @@ RATES = {"shrink": "convert.shrinkage", "kl": "uptrain.beta"}
 
 
 def keys(text: str) -> dict[str, Any]:
-    """The config's keys that a name stands for; those it does not speak of are left out.
+    """Return the config keys that a name sets, with their values; other keys are left out.
 
     Raises:
-        UserError: naming the word that says nothing.
+        UserError: naming the first word that is not known.
     """
     method, *words = text.split("-")
-    found = {"convert.method": method}
+    values: dict[str, Any] = {"convert.method": method}
     for word in words:
         if word in conversion.SPACES:
-            found["convert.space"] = word
+            values["convert.space"] = word
         elif word in conversion.GROUPINGS:
-            found["convert.grouping"] = word
+            values["convert.grouping"] = word
         elif word in FLAGS:
-            found[f"convert.{word}"] = True
+            values[f"convert.{word}"] = True
         elif word.isdecimal() and len(word) < 10:
-            found["convert.calibration_tokens"] = int(word)
+            values["convert.calibration_tokens"] = int(word)
         else:
-            found |= _rate(text, word)
-    return found
+            values |= _parse_rate(text, word)
+    return values
 
 
-def _rate(text: str, word: str) -> dict[str, float]:
+def _parse_rate(text: str, word: str) -> dict[str, float]:
     for prefix, key in RATES.items():
         try:
             value = float(word.removeprefix(prefix)) if word.startswith(prefix) else math.nan

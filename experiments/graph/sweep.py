@@ -24,7 +24,7 @@ NUMBERS = {"kv_heads": (8, 1), "alphas": (0.05, 0.1), "seeds": (0, 1)}
 
 
 def expand(config: ConfigDict) -> list[ConfigDict]:
-    """The configs of a sweep, each like one of a single run; of any other config, itself.
+    """Return the configs that a sweep stands for; a config without a sweep stands for itself.
 
     Raises:
         UserError: for an empty list or an unknown size.
@@ -69,17 +69,17 @@ def _check_numbers(name: str, values: tuple, example: tuple) -> None:
 
 
 def _groups(num_heads: int) -> list[int]:
-    """Every number of KV heads below that of the parent, which is in every plan anyway."""
+    """Return every number of KV heads below the parent's, which is in every plan anyway."""
     return [K for K in range(num_heads - 1, 0, -1) if num_heads % K == 0]
 
 
 def _resized(config: ConfigDict, size: str) -> ConfigDict:
-    """The base config of another size, with what the user changed in this one."""
+    """Return the base config of another size, with the keys that the user changed in this one."""
     if size == config.size:
         return config
     get_config = importlib.import_module("configs.base").get_config
-    own, other = get_config(config.size), get_config(size)
-    changed = set(flatten(config)) - set(flatten(own))
+    default, other = get_config(config.size), get_config(size)
+    changed = set(flatten(config)) - set(flatten(default))
     keys = dict(flatten(other)).keys()
     other.update_from_flattened_dict({k: v for k, v in changed if k in keys - {"name", "size"}})
     other.name = config.name

@@ -1,4 +1,8 @@
-"""What a config may not say: refused in one line, before any compute and before any writing."""
+"""Refuse a config that could not run, in one line, before anything is computed or written.
+
+The library checks its own arguments; here its errors get the config's key. Checks that need more
+than one section of the config, or its files, are made here alone.
+"""
 
 import math
 from collections.abc import Iterator
@@ -17,6 +21,7 @@ from gqa.runtime.errors import ConfigError, UserError
 from gqa.training import progress
 
 LARGEST = 2**31 - 1  # steps, lengths, seeds and token ids are int32
+# Whole numbers that may be 0, where 0 mostly means "all" or "the default".
 ZERO_TOO = (
     *("seed", "evaluate.examples", "evaluate.top_k", "train.max_rollbacks"),
     *("finetune.inputs_length", "finetune.targets_length"),
@@ -35,9 +40,11 @@ CHOICES = {
 
 
 def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
-    """Refuse a config of the main job that could not run; its text is for `check_text`.
+    """Refuse a config of the main job that could not run; `check_text` checks its text.
 
-    It will have so many `devices` in all and in each process; by default, those that are here.
+    Args:
+        devices: how many devices the job will have in all, and in each process; None for the
+            devices of this machine.
 
     Raises:
         UserError: naming the key and what would do.
@@ -63,7 +70,7 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
 
 
 def check_text(config: ConfigDict) -> None:
-    """Refuse tasks, files and vocabularies that could not be used; reads them all.
+    """Refuse tasks, files and vocabularies that could not be used, having read them all.
 
     Raises:
         UserError: naming the key, or the file and line, and what would do.
@@ -73,7 +80,7 @@ def check_text(config: ConfigDict) -> None:
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a config with its sections before it, and its value."""
+    """Yield every key of a config, such as pretrain.steps, with its value."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -82,7 +89,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_numbers(config: ConfigDict) -> None:
-    """Counts are 1 or more, rates not negative; 0 stands for all examples and tokens."""
+    """Refuse counts below 1, negative rates, and numbers that no int32 holds."""
     for name, value in flatten(config):
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -94,7 +101,7 @@ def check_numbers(config: ConfigDict) -> None:
 
 
 def _check_conversion(config: ConfigDict) -> None:
-    """Refuse what cannot be converted."""
+    """Refuse a conversion that the library would refuse, naming the config's key."""
     section = config.convert
     if section.per_layer_budget and config.mesh.model > 1:
         raise UserError("convert.per_layer_budget=True goes with mesh.model=1 alone")

@@ -20,13 +20,15 @@ from gqa.runtime.errors import UserError
 POLL_SECONDS = 0.1
 ROOT = Path(__file__).parent.parent.parent
 WORKER = (sys.executable, "-m", "experiments.run.worker")  # and the folders of stages
-CHAIN = 16  # stages at most that one process does in turn: it starts and compiles once
+# At most this many stages run in turn in one process, which starts and compiles once for all.
+CHAIN = 16
 
 
 def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
-    """Do what is not done yet, `jobs` stages at a time.
+    """Run the stages that are not finished, `jobs` at a time.
 
-    A stage that fails takes only those that build on it along; of several processes, all.
+    If a stage fails, the stages that build on it are left out and all others are run. Where several
+    processes run together, the first failure ends the run.
 
     Raises:
         UserError: at the end, if any stage failed.
@@ -39,7 +41,8 @@ def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
             todo.append(stage)
         else:
             print(f"{stage.label}: done before, in {folders[stage.key]}")
-            worker.run(folders[stage.key])  # publishes what a kill may have kept it from
+            # A kill may have come between the outcome and its publication.
+            worker.run(folders[stage.key])
     if jobs == 1:
         _one_by_one(todo, stages, workdir, failed)
     else:
@@ -60,14 +63,15 @@ def _one_by_one(todo, stages, workdir, failed) -> None:
         try:
             worker.run(stage.folder(workdir))
         except UserError as error:
-            if is_several():  # the others may know nothing of it, and wait in the middle of it
+            # Other processes may wait in the middle of the stage, knowing nothing of the error.
+            if is_several():
                 raise
             failed[stage.key] = error
             print(f"{stage.label}: failed: {error}", flush=True)
 
 
 class Running(NamedTuple):
-    """Stages in turn in a process of their own, its cores, and the file of its stderr."""
+    """A process that runs stages in turn, the cores it is bound to, and the file of its stderr."""
 
     stages: dict[str, Stage]
     process: subprocess.Popen
@@ -76,9 +80,9 @@ class Running(NamedTuple):
 
 
 def _several(todo, stages, workdir, jobs, failed) -> None:
-    """Start stages as soon as what they build on is done and there is room for them."""
+    """Start each stage as soon as its parents are finished and a job is free."""
     waiting = {stage.key: stage for stage in todo}
-    # Asked for again and again, so worked out once: keys are hashes.
+    # The scheduling below asks for these keys many times a second, and a key is a hash.
     above = {key: {a.key for a in ancestors(stage)[1:]} for key, stage in waiting.items()}
     running: dict[str, Running] = {}  # by the key of each one's first stage
     shares = _shares(jobs)
@@ -107,7 +111,7 @@ def _several(todo, stages, workdir, jobs, failed) -> None:
 
 
 def _next(waiting: dict, above: dict, running: dict[str, Running], jobs: int) -> str | None:
-    """The first stage that can be started."""
+    """Return the key of the first stage that can be started now; None if there is none."""
     unfinished = waiting.keys() | _busy(running).keys()
     ready = (key for key in waiting if not above[key] & unfinished)
     return next((key for key in ready if _room(waiting[key], waiting, running, jobs)), None)
@@ -118,7 +122,7 @@ def _busy(running: dict[str, Running]) -> dict[str, Stage]:
 
 
 def _end(ended: Running, workdir: Path, failed: dict[str, Exception]) -> dict[str, Stage]:
-    """What a process has left of its stages, without the one that failed."""
+    """Return the stages that an ended process has not finished, without the one that failed."""
     left = {k: s for k, s in ended.stages.items() if s.folder(workdir).read_outcome() is None}
     error = _outcome(ended)
     if error is None and left:
@@ -132,16 +136,18 @@ def _end(ended: Running, workdir: Path, failed: dict[str, Exception]) -> dict[st
 
 
 def _room(stage: Stage, waiting: dict, running: dict, jobs: int) -> bool:
-    """Timings come last and alone: nothing builds on them, and they share with nothing."""
+    """Whether a stage can start now. Timings come last and alone, so that nothing disturbs them."""
     if stage.kind == "benchmark":
         return not running and all(other.kind == "benchmark" for other in waiting.values())
     return len(running) < jobs
 
 
 def _chain(key: str, waiting: dict, above: dict, busy: dict, jobs: int) -> dict[str, Stage]:
-    """The stage and others of its kind that can be started, first those of the same parents.
+    """Return the stages that one process runs in turn: the stage `key` and others of its kind.
 
-    They are few enough that every job gets some. Pretraining is long and timings are alone.
+    Stages with the same parents come first, because they share compiled programs. The chain is
+    short enough that every job gets some stages. Pretraining, which is long, and timings, which run
+    alone, have a process each.
     """
     kind = waiting[key].kind
     if kind in ("pretrain", "benchmark"):
@@ -153,9 +159,9 @@ def _chain(key: str, waiting: dict, above: dict, busy: dict, jobs: int) -> dict[
 
 
 def _shares(jobs: int) -> list[frozenset[int]]:
-    """The cores of each job: threads of two processes on the same ones would wait for each other.
+    """Return the cores that each job is bound to, so that no two processes wait for one core.
 
-    Empty where there are too few, or the system cannot keep a process on some.
+    The sets are empty where there are fewer cores than jobs, or the system cannot bind a process.
     """
     cores = hardware.cores()
     n = len(cores) if len(cores) >= jobs and hasattr(os, "sched_setaffinity") else 0
@@ -173,7 +179,7 @@ def _start(chain: dict[str, Stage], workdir: Path, cores: frozenset[int]) -> Run
 
 
 def _outcome(ended: Running) -> Exception | None:
-    """What went wrong, if anything did."""
+    """Return the error that a process ended by; None if it succeeded."""
     with ended.errors as file:
         file.seek(0)
         lines = file.read().splitlines()
@@ -194,7 +200,7 @@ def _announce(stage, left, stages, workdir, jobs: int = 1) -> None:
 
 
 def remaining(left: list[Stage], stages: list[Stage], workdir: Path, jobs: int = 1) -> str:
-    """How many stages are left and how long they take, reckoned from those that are done."""
+    """Say how many stages are left, and estimate their time from the stages that are finished."""
     rates = _rates(stages, workdir)
     known = [rates[_pace(s)] * _work(s) for s in left if _pace(s) in rates]
     text = f"{len(left)} of {len(stages)} stages left"
@@ -206,7 +212,7 @@ def remaining(left: list[Stage], stages: list[Stage], workdir: Path, jobs: int =
 
 
 def _rates(stages: Iterable[Stage], workdir: Path) -> dict[tuple, float]:
-    """Seconds per unit of work, by kind and size, of the stages done without an interruption."""
+    """Return seconds per unit of work, by kind and size, of stages that were not interrupted."""
     seconds, work = {}, {}
     for stage in stages:
         outcome = stage.folder(workdir).read_outcome()
@@ -250,7 +256,7 @@ def _duration(seconds: float) -> str:
 
 
 def describe(stages: list[Stage], workdir: Path) -> str:
-    """The graph, a line a stage: its state, what it builds on, where it is."""
+    """Show the graph with one line for each stage: its state, its parents and its folder."""
     number = {stage.key: i for i, stage in enumerate(stages, start=1)}
     # Keys depend on the text: until it is prepared, the names of the folders are not known.
     named = not any(

@@ -1,4 +1,7 @@
-"""What every process of ours begins with, and what becomes of what ends it."""
+"""How a main program starts, and how an exception becomes one line and an exit status.
+
+This is the one place that adds the flag of `launch.py` which helps against an error of the library.
+"""
 
 import os
 import shlex
@@ -63,16 +66,16 @@ def _leave(code: int, error: Exception | None = None) -> None:
 
 
 def start() -> None:
-    """What only a main program may do: own the memory allocator's settings, and the signals."""
+    """Set up what only a main program may change: the memory allocator and the signal handlers."""
     _start_with_huge_pages()
     signals.install()
 
 
 def _start_with_huge_pages() -> None:
-    """Have glibc, which reads this once at its start, back large arrays by huge pages.
+    """Start this program again with glibc told to back large arrays by huge pages.
 
-    XLA on a CPU takes new memory for every step; with small pages a fifth of a training step went
-    into their faults.
+    glibc reads the variable once, when a process starts. XLA on a CPU allocates new memory in every
+    step, and with small pages the page faults took a fifth of a training step.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:

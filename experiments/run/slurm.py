@@ -33,7 +33,7 @@ STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter before the worke
 
 
 def devices(config: ConfigDict) -> tuple[int, int]:
-    """How many a stage has that trains or generates, and how many each of its processes."""
+    """Return the devices of a stage that trains or generates: in all, and in each process."""
     local = max(1, config.slurm.gpus_per_node)
     return config.slurm.nodes * local, local
 
@@ -42,8 +42,8 @@ class Planned(NamedTuple):
     """One job to submit.
 
     Args:
-        stages: its tasks; several are an array.
-        waits: for each of them, the stages it builds on that are not done.
+        stages: the job's tasks; with several stages the job is an array.
+        waits: for each task, the stages that it builds on and that are not finished.
     """
 
     stages: tuple
@@ -69,10 +69,10 @@ def submit(
     report: Sequence[str],
     worker: Sequence[str] = WORKER,
 ) -> None:
-    """Submit what is neither done nor in the queue, print a line a job, and return.
+    """Submit the stages that are neither finished nor in the queue, and print a line for each job.
 
     Args:
-        stages: experiments.plan.Stage, each after what it builds on, its `stage.json` written.
+        stages: `experiments.graph.stage.Stage`s, parents first, each with its description written.
         workdir: a folder that every node has.
         settings: the config section `slurm`.
         report: the command of the last job, which runs however the others ended.
@@ -121,7 +121,7 @@ def _say(ids: list[str], label: str, dependency: str) -> None:
 
 
 def plan_jobs(stages: Sequence, done: set[str], ids: dict[str, str]) -> list[Planned]:
-    """The jobs that are still to be submitted, each after those it waits for.
+    """Return the jobs that are still to be submitted, each after the jobs that it waits for.
 
     Stages share a job if they differ only in their seed and build on the same jobs.
 
@@ -147,7 +147,7 @@ def plan_jobs(stages: Sequence, done: set[str], ids: dict[str, str]) -> list[Pla
 
 
 def _but_for_seed(stage) -> tuple:
-    """The same for stages that differ in nothing but their seed, and their parents' seeds."""
+    """Return a key that stages share if they differ only in their seed and their parents' seeds."""
     settings = json.dumps(_without_seed(stage.settings_json), sort_keys=True)
     return (stage.kind, settings, *(_but_for_seed(parent) for parent in stage.parents))
 
@@ -159,7 +159,7 @@ def _without_seed(settings: Any) -> Any:
 
 
 def dependency(job: Planned, ids: dict[str, str]) -> str:
-    """SLURM's name for what a job waits for: empty for nothing.
+    """Return SLURM's expression for what a job waits for; empty if it waits for nothing.
 
     A task waits for its counterpart alone where both arrays have the same seeds in the same order.
     """
@@ -175,7 +175,7 @@ def dependency(job: Planned, ids: dict[str, str]) -> str:
 
 
 class _Queue:
-    """What was submitted for a workdir, kept in `slurm/jobs.json`, and what is left of it."""
+    """The jobs submitted for a workdir, kept in `slurm/jobs.json`, and their state in SLURM."""
 
     def __init__(self, workdir: Path):
         self.folder = workdir / "slurm"
@@ -186,12 +186,12 @@ class _Queue:
         self._states = squeue(f"--name={','.join(names)}") if names else {}
 
     def find(self, name: str) -> str | None:
-        """The id under which a stage, or REPORT, is pending or running."""
+        """Return the id under which a stage, or REPORT, is pending or running, if it is."""
         job = self._jobs.get(name)
         return job["id"] if job and job["id"] in self._states else None
 
     def state(self, task: str) -> str:
-        """SLURM's word for it, in lower case."""
+        """Return SLURM's word for the state of a task, in lower case."""
         return self._states[task].lower()
 
     def submit(self, names: list[str], calls: list[tuple], options: dict) -> list[str]:
@@ -231,7 +231,7 @@ class _Queue:
 
 
 def squeue(which: str) -> dict[str, str]:
-    """The state of each task that is pending or running."""
+    """Return the state of each task that is pending or running, by the task's id."""
     command = ["squeue", "--noheader", "--array", "--format=%i %T", which]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     if asked.returncode:
@@ -240,7 +240,7 @@ def squeue(which: str) -> dict[str, str]:
 
 
 def run_task(command: list[str], checkpoints: Path | None) -> None:
-    """Run the command of one stage inside its job; what it exits with is the job's exit status.
+    """Run the command of one stage inside its job, and exit with the exit status of the command.
 
     Args:
         checkpoints: where the stage saves checkpoints, if it is one that does. After a time limit,

@@ -1,4 +1,8 @@
-"""From a config's names of tasks and files to token ids: corpus, vocabulary, examples."""
+"""The text of a run: from the names of tasks and files to token ids and batches.
+
+How a task's examples are read is in `gqa/data/tasks/`; how rows become batches, in
+`gqa/data/batching.py`.
+"""
 
 import functools
 import hashlib
@@ -18,13 +22,18 @@ from gqa.data.examples import SPLITS, Example, TokenPair
 from gqa.runtime.distributed import primary_first
 from gqa.runtime.errors import UserError
 
-VOCABULARY_TEXTS = 1_000_000  # the first so many make a vocabulary
+# A vocabulary is trained on at most this many texts, the first ones.
+VOCABULARY_TEXTS = 1_000_000
 
 
 class Text(NamedTuple):
-    """A vocabulary, and where the tasks' texts come from.
+    """The vocabulary of a run, and the texts of its tasks.
 
-    `share` is which part of every batch this process reads, and of how many.
+    Args:
+        corpus: the default corpus; None if no task reads it.
+        options: the keyword arguments of each task's module.
+        folder: WORKDIR/text, where corpus, vocabulary and token ids are kept.
+        share: (index, count): this process reads part `index` of the `count` parts of every batch.
     """
 
     tokenizer: tokenizer.Tokenizer
@@ -34,39 +43,39 @@ class Text(NamedTuple):
     share: tuple[int, int] = (0, 1)
 
     def examples(self, task: str, split: str) -> Sequence:
-        """Examples of a task, or documents."""
+        """Return the examples of a task, or its documents."""
         return tasks.get(task).load(split, corpus=self.corpus, **self.options.get(task, {}))
 
     def parts(self, task: str) -> list[tuple[Sequence, float]]:
-        """The same of the training split, in the parts of a mixture with their weights."""
+        """Return the training texts of a task, in the parts of a mixture with their weights."""
         return tasks.parts(task, corpus=self.corpus, **self.options.get(task, {}))
 
     def ids(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, kept on disk."""
+        """Return the token ids of each text; they are kept on disk."""
         with primary_first("tokens"):
             return token_cache.tokenize(texts, self.tokenizer, self.folder / "tokens")
 
     def pairs(self, examples: list[Example]) -> list[TokenPair]:
-        """Token ids of each example's inputs and first target."""
+        """Return the token ids of each example's inputs and first target."""
         with primary_first("tokens"):
             return token_cache.tokenize_examples(examples, self.tokenizer, self.folder / "tokens")
 
     def source(self, task: str) -> str:
-        """A hash of what the task's text is made from: not of where that lies."""
+        """Return a hash of the contents of the task's text, whatever folder the text lies in."""
         return _source(task, self.corpus, self.options)
 
     def metrics(self, task: str) -> list[str]:
-        """Names of the metrics that the task is scored by."""
+        """Return the names of the metrics that the task is scored by."""
         return list(tasks.scoring(task, **self.options.get(task, {}))[0])
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Names of a comma-separated list."""
+    """Return the names in a comma-separated list."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def task_names(config: ConfigDict) -> tuple[str, ...]:
-    """Every task a config trains on, pretraining first."""
+    """Return every task that a config trains on, the pretraining task first."""
     return (config.pretrain.task, *split_names(config.finetune.tasks))
 
 
@@ -85,7 +94,7 @@ def settings(config: ConfigDict) -> TextSettings:
 
 
 def _options(config: ConfigDict, task: str) -> dict:
-    """What a task is told, beside the split."""
+    """Return the keyword arguments of a task's module, beside the split."""
     if task in tasks.names() and "data_dir" in tasks.option_names(task):
         return {"data_dir": config.text.data_dir and os.path.abspath(config.text.data_dir)}
     if task not in ("files", "documents"):
@@ -99,7 +108,7 @@ def _options(config: ConfigDict, task: str) -> dict:
 
 
 def lengths(finetune: ConfigDict, task: str) -> dict[str, int]:
-    """inputs_length and targets_length of a task: its own where the config's section has 0."""
+    """Return the lengths of a task's rows: the task's own where the config's section has 0."""
     own = getattr(tasks.get(task), "LENGTHS", tasks.LENGTHS)
     keys = ("inputs_length", "targets_length")
     return {key: finetune[key] or length for key, length in zip(keys, own, strict=True)}
@@ -133,7 +142,7 @@ def _packages(config: ConfigDict) -> tuple[str, ...]:
 
 
 def prepare(wanted: TextSettings, workdir: Path) -> Text:
-    """Build, or read back, what the `settings` of a config name, in `workdir`/text."""
+    """Build corpus and vocabulary in `workdir`/text, or read back what is there."""
     with primary_first("text"):
         return _prepare(wanted, workdir)
 
@@ -148,7 +157,7 @@ def _prepare(wanted: TextSettings, workdir: Path) -> Text:
 
 
 def is_prepared(wanted: TextSettings, workdir: Path) -> bool:
-    """Whether `prepare` would only read."""
+    """Whether `prepare` would build nothing."""
     folder, built = workdir / "text", None
     if _needs_corpus(wanted):
         built = corpus.find(folder / "corpus", wanted.packages)
@@ -191,9 +200,13 @@ def _hash(value) -> str:
 
 
 class Training(NamedTuple):
-    """Batches to train on, without end, and the same validation batches each time.
+    """The data of a training stage.
 
-    `lengths` are those of a batch: inputs_length and targets_length.
+    Args:
+        batches: an endless iterator over training batches.
+        lengths: inputs_length and targets_length of a batch, in tokens.
+        validation: returns an iterator over the validation batches, which are always the same.
+        validation_size: how many examples these have.
     """
 
     batches: object

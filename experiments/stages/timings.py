@@ -1,7 +1,8 @@
-"""What turns measured -> numbers with quartiles: times, rates, shares of ceilings, ratios.
+"""From measured times to records with quartiles: times, rates, shares of ceilings, ratios.
 
-A turn's numbers are arrays over repetitions; arithmetic on them pairs what the same repetition
-measured, so a machine that is slow for a minute is slow on both sides of a share or a ratio.
+Networks are timed in turns, and each number is an array over the repetitions. Arithmetic on the
+arrays pairs what the same repetition measured, so that a machine which is slow for a minute is slow
+on both sides of a share or a ratio. The measuring itself is `gqa/evaluation/timing.py`.
 """
 
 import numpy as np
@@ -33,7 +34,7 @@ UNITS = {
 
 
 def records(numbers: Numbers, variant: dict) -> list[dict]:
-    """Each number's median over its repetitions, and its quartiles; ratios have no unit."""
+    """Return the median of each number over its repetitions, with the quartiles."""
     made = []
     for metric, values in numbers.items():
         values = np.atleast_1d(values)
@@ -44,7 +45,7 @@ def records(numbers: Numbers, variant: dict) -> list[dict]:
 
 
 def generation(parts: Numbers, batch_size: int, decoded: int) -> Numbers:
-    """Times of the parts that a turn measured: prefill and the `decoded` tokens after it."""
+    """Return the times of generation: of the prefill and of the `decoded` tokens after it."""
     token = parts["decode"] / decoded
     numbers = {
         "prefill_seconds": parts["prefill"],
@@ -56,7 +57,7 @@ def generation(parts: Numbers, batch_size: int, decoded: int) -> Numbers:
 
 
 def traffic(step: kv_cache.Step, times: Numbers, parts: Numbers, machine: Numbers) -> Numbers:
-    """What a step moves, and what shares of the machine's ceilings that makes.
+    """Return the bytes a decoding step moves, and its shares of the machine's ceilings.
 
     The floor is the time of reading the cache, and of the products with the weights at the slower
     of reading them and computing them.
@@ -81,7 +82,7 @@ def traffic(step: kv_cache.Step, times: Numbers, parts: Numbers, machine: Number
 
 
 def training(parts: Numbers, target_tokens: int, flops: float, machine: Numbers) -> Numbers:
-    """A step's time, the target tokens in it, and its model FLOPs against those of a product."""
+    """Return a training step's time, tokens per second, and share of the matrix-product rate."""
     seconds = parts["step_seconds"]
     return {
         "step_seconds": seconds,
@@ -90,13 +91,14 @@ def training(parts: Numbers, target_tokens: int, flops: float, machine: Numbers)
     }
 
 
-def ratios(own: Numbers, other: Numbers, name: str) -> Numbers:
-    """Every time over that of the other, as e.g. `token_ratio_mha`."""
-    found = {
-        f"{metric.removesuffix('_seconds')}_ratio_{name}": own[metric] / other[metric]
+def ratios(times: Numbers, other: Numbers, name: str) -> Numbers:
+    """Return each of `times` divided by that of the network `other`, as e.g. `token_ratio_mha`."""
+    quotients = {
+        f"{metric.removesuffix('_seconds')}_ratio_{name}": times[metric] / other[metric]
         for metric in ("prefill_seconds", "token_seconds", "sample_seconds", "step_seconds")
-        if metric in own and metric in other
+        if metric in times and metric in other
     }
     if "encoder_seconds" in other:
-        found[f"prefill_ratio_{name}_encoder"] = own["prefill_seconds"] / other["encoder_seconds"]
-    return found
+        encoder_seconds = other["encoder_seconds"]
+        quotients[f"prefill_ratio_{name}_encoder"] = times["prefill_seconds"] / encoder_seconds
+    return quotients
