@@ -126,7 +126,10 @@ def check(config: ConfigDict) -> None:
     if wanted.vocabulary:
         tokenizer.load(wanted.vocabulary)
     if _needs_corpus(wanted):
-        corpus.distributions(wanted.packages)
+        try:
+            corpus.distributions(wanted.packages)
+        except UserError as error:
+            raise UserError(f"text.packages: {error}") from error
     span_corruption.span_lengths(config.pretrain.inputs_length)
 
 

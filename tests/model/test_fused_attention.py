@@ -186,7 +186,7 @@ import numpy as np
 from jax.experimental import pallas
 from gqa.model import fused_attention
 from gqa.runtime import sharding
-from tests.toy import replicated
+from tests.support.toy import replicated
 
 pallas_call = pallas.pallas_call
 pallas.pallas_call = lambda *args, **kwargs: pallas_call(*args, **(kwargs | {"interpret": True}))

@@ -241,20 +241,35 @@ def record_dropout(config, params, batch):
     def record(call, args, kwargs, context):
         log = None
         if isinstance(context.module, Attention) and context.method_name == "__call__":
+            read = args[:2]
             args, log = (x, y, None, None, True), outputs
         elif isinstance(context.module, nn.Dropout):
             log = zeros
         out = call(*args, **kwargs)
-        if log is not None:
-            values = out == 0 if log is zeros else out
-            append = log.setdefault(context.module.path, []).append
-            jax.debug.callback(lambda v: append(np.array(v)), values, ordered=True)
-        return jnp.zeros_like(args[0]) + 1 if log is outputs else out
+        if log is None:
+            return out
+
+        # A pure callback whose result is used runs once for each layer. Flax also traces the layer
+        # once to look for values that no layer changes; a callback with an effect would disturb it.
+        layers = log.setdefault(context.module.path, [])
+        out = jax.pure_callback(functools.partial(keep, layers), out, out)
+        if log is zeros:
+            return out
+
+        # Ones for every output, which depend on what the attention would have read: otherwise XLA
+        # would leave out the whole encoder.
+        return 0 * out + 1 + 0 * sum(map(jnp.sum, read))
+
+    def keep(layers, value):
+        layers.append(np.array(value))
+        return value
 
     with nn.intercept_methods(record):
         rngs = {"dropout": jax.random.key(3)}
-        jax.jit(lambda: Transformer(config).apply({"params": params}, batch, True, rngs=rngs))()
-    jax.effects_barrier()
+        network = Transformer(config)
+        logits = jax.jit(lambda: network.apply({"params": params}, batch, True, rngs=rngs))()
+        jax.block_until_ready(logits)
+    zeros = {path: [layer == 0 for layer in layers] for path, layers in zeros.items()}
     return zeros, outputs
 
 

@@ -22,7 +22,7 @@ from gqa.runtime import sharding
 from gqa.inference.decoding import Beam, Sample
 from gqa.inference.step import Inference
 from gqa.model.config import Config
-from tests.toy import replicated
+from tests.support.toy import replicated
 counts = {"encoder": 4, "self_attention": 2, "cross_attention": 2}
 heads = {f"num_kv_heads_{name}": count for name, count in counts.items()}
 config = Config(32, 8, 8, 4, 4, 1, 1, **heads, dropout_rate=0.1)
