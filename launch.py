@@ -13,6 +13,7 @@ stopped by one, having saved what was done.
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -77,7 +78,7 @@ def _unknown_key(error: Exception, argv: list[str]) -> str:
 
 def _define(argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
-    options = {"flag_values": values}
+    options: dict[str, Any] = {"flag_values": values}
     config_flags.DEFINE_config_file(
         "config", None, "configs/NAME.py[:argument]", sys_argv=argv, **options
     )
@@ -117,7 +118,7 @@ def _run(values: flags.FlagValues) -> None:
         raise UserError(f"--stage={stage}; use one of {', '.join(experiment.KINDS)}, aot")
     if values.checkpoint and stage != "evaluate":
         raise UserError("--checkpoint goes with --stage=evaluate")
-    options = pipeline.Options(values.executor, values.jobs, values["dry-run"].value)
+    options = pipeline.Options(values.executor, values.jobs, bool(values["dry-run"].value))
     pipeline.check_options(options)
     if experiment is pipeline:
         config = initial_checkpoint.adopted(config)

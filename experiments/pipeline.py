@@ -107,7 +107,8 @@ def _report_command(config: ConfigDict, workdir: Path) -> list[str]:
 def _stages(config: ConfigDict, workdir: Path, kind: str | None, prepare: Callable) -> list[Stage]:
     """Return the stages of a config: all, or those of one kind and their ancestors."""
     points = sweep.expand(config)
-    texts, plans = {}, []
+    texts: dict[str, text.Text | None] = {}
+    plans: list[list[Stage]] = []
     for point in points:
         wanted = text.settings(point)
         if repr(wanted) not in texts:
@@ -116,10 +117,10 @@ def _stages(config: ConfigDict, workdir: Path, kind: str | None, prepare: Callab
     stages = merge(plans)
     if kind is None:
         return stages
-    wanted = {a.key for stage in stages if stage.kind == kind for a in ancestors(stage)}
-    if not wanted:
+    needed = {a.key for stage in stages if stage.kind == kind for a in ancestors(stage)}
+    if not needed:
         raise UserError(f"--stage={kind}: {config.name} has no such stage")
-    return [stage for stage in stages if stage.key in wanted]
+    return [stage for stage in stages if stage.key in needed]
 
 
 def _prepared(wanted: TextSettings, workdir: Path) -> text.Text | None:

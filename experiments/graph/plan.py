@@ -101,7 +101,7 @@ def target_heads(config: ConfigDict) -> dict[str, int]:
 
 def converted_config(config: ConfigDict) -> Config:
     """Return the network after conversion, with one number of KV heads for all layers."""
-    heads = {f"num_kv_heads_{name}": K for name, K in target_heads(config).items()}
+    heads: dict[str, Any] = {f"num_kv_heads_{name}": K for name, K in target_heads(config).items()}
     return dataclasses.replace(parent_config(config), **heads)
 
 

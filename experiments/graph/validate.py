@@ -110,7 +110,7 @@ def _check_conversion(config: ConfigDict) -> None:
             conversion.check_per_layer(section.method, section.grouping)
         conversion.check(
             parent_config(config),
-            target_heads(config),
+            dict(target_heads(config)),
             section.method,
             section.space,
             section.grouping,

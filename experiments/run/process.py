@@ -56,7 +56,7 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-def _leave(code: int, error: Exception | None = None) -> None:
+def _leave(code: int, error: BaseException | None = None) -> None:
     if "jax" in sys.modules:  # else it has joined no others, and takes a second to import
         from gqa.runtime import distributed
 

@@ -112,7 +112,7 @@ def _scores(
     validation = [list(e.targets) for e in job.text.examples(task, "validation")]
     targets = [example.targets[0] for example in train_examples]
     constant = metrics.constant_answer(targets, headline, validation)
-    prefix = options.get("prefix") or getattr(tasks.get(task), "PREFIX", "")
+    prefix = str(options.get("prefix") or getattr(tasks.get(task), "PREFIX", ""))
     sources = [example.inputs.removeprefix(prefix) for example in examples]
     scored = {name: (name, predictions, "%") for name in names} | {
         "headline": (headline, predictions, f"{headline} %"),

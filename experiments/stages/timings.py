@@ -68,9 +68,9 @@ def traffic(step: kv_cache.Step, times: Numbers, parts: Numbers, machine: Number
     products = np.maximum(step.weights / bandwidth, step.flops / machine["matmul_rate"])
     floor = cache / bandwidth + products
     return {
-        "step_weight_bytes": step.weights,
-        "step_self_cache_bytes": step.self_cache,
-        "step_cross_cache_bytes": step.cross_cache,
+        "step_weight_bytes": np.asarray(step.weights),
+        "step_self_cache_bytes": np.asarray(step.self_cache),
+        "step_cross_cache_bytes": np.asarray(step.cross_cache),
         "step_bandwidth": (step.weights + cache) / token,
         "step_bandwidth_share": (step.weights + cache) / token / bandwidth,
         "floor_seconds": floor,

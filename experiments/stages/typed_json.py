@@ -47,7 +47,7 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         kind = next((k for k in typing.get_args(kind) if _is_a(value, k)), kind)
     if not _is_a(value, kind):
         raise _wrong_type(name, value, kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return from_json(kind, value, name)
 
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
