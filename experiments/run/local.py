@@ -213,7 +213,8 @@ def remaining(left: list[Stage], stages: list[Stage], workdir: Path, jobs: int =
 
 def _rates(stages: Iterable[Stage], workdir: Path) -> dict[tuple, float]:
     """Return seconds per unit of work, by kind and size, of stages that were not interrupted."""
-    seconds, work = {}, {}
+    seconds: dict[tuple, float] = {}
+    work: dict[tuple, float] = {}
     for stage in stages:
         outcome = stage.folder(workdir).read_outcome()
         if outcome is not None and outcome.seconds:

@@ -8,9 +8,9 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -42,11 +42,11 @@ class Text(NamedTuple):
     folder: Path
     share: tuple[int, int] = (0, 1)
 
-    def examples(self, task: str, split: str) -> Sequence:
+    def examples(self, task: str, split: str) -> Any:
         """Return the examples of a task, or its documents."""
         return tasks.get(task).load(split, corpus=self.corpus, **self.options.get(task, {}))
 
-    def parts(self, task: str) -> list[tuple[Sequence, float]]:
+    def parts(self, task: str) -> list[tuple[Any, float]]:
         """Return the training texts of a task, in the parts of a mixture with their weights."""
         return tasks.parts(task, corpus=self.corpus, **self.options.get(task, {}))
 
@@ -172,6 +172,7 @@ def is_prepared(wanted: TextSettings, workdir: Path) -> bool:
 
 def _source(task: str, built: corpus.Corpus | None, options: dict[str, dict]) -> str:
     if tasks.needs_corpus(task):
+        assert built is not None  # `prepare` builds it for these tasks
         return built.manifest["sha256"]
     return _hash(tasks.get(task).fingerprint(**options[task]))
 
@@ -212,7 +213,7 @@ class Training(NamedTuple):
         validation_size: how many examples these have.
     """
 
-    batches: object
+    batches: Any
     lengths: dict[str, int]
     validation: Callable[[], Iterator]
     validation_size: int
@@ -220,9 +221,17 @@ class Training(NamedTuple):
 
 def training(text: Text, recipe: Recipe) -> Training:
     """Return the data to train on: span corruption of documents, or examples as they are."""
-    shape = {"inputs_length": recipe.inputs_length, "targets_length": recipe.targets_length}
-    stream = {"batch_size": recipe.batch_size, "seed": recipe.seed, "shard": text.share}
+    shape: dict[str, Any] = {
+        "inputs_length": recipe.inputs_length,
+        "targets_length": recipe.targets_length,
+    }
+    stream: dict[str, Any] = {
+        "batch_size": recipe.batch_size,
+        "seed": recipe.seed,
+        "shard": text.share,
+    }
     limit = recipe.validation_examples
+    batches: Any
     train, weights = zip(*text.parts(recipe.task), strict=True)
     validation = text.examples(recipe.task, "validation")
     if isinstance(train[0][0], Example):
@@ -232,13 +241,19 @@ def training(text: Text, recipe: Recipe) -> Training:
     else:
         shape["targets_length"] = span_corruption.span_lengths(recipe.inputs_length).targets
         first_sentinel = text.tokenizer.sentinel(0)
-        corruption = {"inputs_length": shape["inputs_length"], "first_sentinel": first_sentinel}
+        corruption: dict[str, Any] = {
+            "inputs_length": shape["inputs_length"],
+            "first_sentinel": first_sentinel,
+        }
         if isinstance(train[0], list):
             tokens = [np.concatenate(text.ids(part)) for part in train]
             batches = batching.pretraining_batches(tokens, weights, **corruption, **stream)
         else:
-            encode = text.tokenizer.encode
-            batches = batching.streamed_pretraining_batches(*train, encode, **corruption, **stream)
+            # Documents that are streamed are one dataset: they are no mixture.
+            (documents,) = train
+            batches = batching.streamed_pretraining_batches(
+                documents, text.tokenizer.encode, **corruption, **stream
+            )
         held_out = span_corruption.held_out_pairs(
             np.concatenate(text.ids(validation)), **corruption, seed=0
         )[:limit]

@@ -49,7 +49,8 @@ def verify(step: Path, items: Iterable[str]) -> None:
         items: names of folders in `step`; the files beside them are always compared.
 
     Raises:
-        DamagedCheckpoint: naming the first file, relative to `step`, that is missing, new or different.
+        DamagedCheckpoint: naming the first file, relative to `step`, that is missing, new or
+            different.
     """
     sealed, found = _read(step)["files"], _files(step)
     for name in sorted(sealed.keys() | found.keys()):
