@@ -1,7 +1,12 @@
-"""Time generation and training beside the machine's ceilings and beside other libraries.
+"""Run the speed experiment: time generation and training beside other libraries.
 
-Everything that is compared takes turns (`gqa.evaluation.timing.take_turns`), because a machine's
-speed drifts. Every result is a median with quartiles over the turns.
+All systems of a comparison take turns (`gqa.evaluation.timing.take_turns`), because a machine's
+speed drifts from minute to minute; the machine's own ceilings, its fastest read and its fastest
+matrix product, take turns too. Every result is a median over the turns, with quartiles.
+
+This file chooses what is timed and turns the times into records. `peers.py` builds the other
+libraries' networks, `report.py` writes the page, and experiments/stages/timings.py does arithmetic
+on times.
 """
 
 import dataclasses
@@ -41,7 +46,7 @@ LEARNING_RATE = 1e-3
 
 
 class Entry(NamedTuple):
-    """One participant of the turns: a library or the machine, and the shape it runs."""
+    """Who takes a turn: a system (a library or the machine itself), and the shape that it runs."""
 
     system: str
     num_kv_heads: int = 0
@@ -49,42 +54,49 @@ class Entry(NamedTuple):
 
 
 def check(config: ConfigDict) -> None:
-    """Refuse, in one line and before any compute, what could not run."""
+    """Raise a UserError, before any compute, if the config cannot be timed."""
     check_numbers(config)
     for S in config.benchmark.inputs_lengths or ("",):
         if not isinstance(S, int) or S < 1:
             raise UserError(f"benchmark.inputs_lengths={S}; use lengths such as 1024,2048")
     if config.benchmark.targets_length < 2:
         raise UserError("benchmark.targets_length=1; use 2 or more")
+
+    # Building a network's config checks it.
     parent = _multi_head(config.model)
     for network in config.training.networks.values():
         _multi_head(network)
     for K in config.benchmark.kv_heads:
         check_kv_heads("benchmark.kv_heads", K, parent.num_heads)
+
+    # Every network has to leave room for a batch of the longest inputs.
     for S in config.benchmark.inputs_lengths:
         for net in _nets(config).values():
             _batch_sizes(config, net, S)
 
 
 def run(config: ConfigDict, workdir: Path, kind: str | None, options: pipeline.Options) -> None:
-    """Measure everything, or one part of it; print it and leave `speed.md` and its figure."""
+    """Time both parts, or the part `kind`; print the tables and write `speed.md` and its figure.
+
+    With `kind` "report" nothing is timed: the last results in `workdir` are reported again.
+    """
     if options != pipeline.Options():
         raise UserError("--executor, --jobs and --dry-run go with the stages of the main job")
     path = workdir / RESULTS
     if kind != "report":
         make_workdir(workdir)
-        others = _others()
+        peer_names = _peers_to_time()
         for part, measure in (("inference", _inference), ("training", _training)):
             if kind in (None, part):
-                made = measure(config, others)
+                measured = measure(config, peer_names)
                 common = {"run": config.name, "stage": part, "stage_key": None, "task": None}
                 common |= results.provenance()
-                results.append(path, [common | r for r in made])
+                results.append(path, [common | record for record in measured])
     print(report.run(path, workdir, config.name))
 
 
-def _others() -> list[str]:
-    """Return the peers to time; print which are left out, and why."""
+def _peers_to_time() -> list[str]:
+    """Return the names of the peers to time; print which peers are left out, and why."""
     if jax.default_backend() != "cpu":
         print("Other libraries are timed on CPUs only.", flush=True)
         return []
@@ -94,71 +106,87 @@ def _others() -> list[str]:
 
 
 def _multi_head(settings: ConfigDict) -> Config:
+    """Return the network of a config's section, with as many KV heads as query heads."""
     heads = {f"num_kv_heads_{name}": settings.num_heads for name in ATTENTIONS}
     return network_config(settings, heads)
 
 
 def _nets(config: ConfigDict) -> dict[int, Inference]:
-    """Return the networks to time, by their KV heads in decoder self- and cross-attention."""
+    """Return the networks to time, by KV heads of the decoder; their encoder is multi-head."""
     parent, N = _multi_head(config.model), config.model.num_heads
-    wanted = config.benchmark.kv_heads or [K for K in range(N, 0, -1) if N % K == 0]
-    heads = ("num_kv_heads_self_attention", "num_kv_heads_cross_attention")
-    return {K: Inference(dataclasses.replace(parent, **dict.fromkeys(heads, K))) for K in wanted}
+    # By default, every number of KV heads that divides the query heads.
+    kv_heads = config.benchmark.kv_heads or [K for K in range(N, 0, -1) if N % K == 0]
+    fields = ("num_kv_heads_self_attention", "num_kv_heads_cross_attention")
+    return {K: Inference(dataclasses.replace(parent, **dict.fromkeys(fields, K))) for K in kv_heads}
 
 
 def _batch_sizes(config: ConfigDict, net: Inference, S: int) -> dict[str, int]:
-    """Return the batch size that all have and, if asked for, the largest that fits in memory."""
+    """Return the batch size that all networks have and, with `memory_gib`, the largest that fits.
+
+    Raises:
+        UserError: if not even one sequence of S input tokens fits beside the weights.
+    """
     settings = config.benchmark
     if not settings.memory_gib:
         return {EQUAL: settings.batch_size}
+
+    # The memory holds the weights and each sequence's KV cache.
     weights = kv_cache.nbytes(kv_cache.weight_shapes(net))
     lengths = (S, settings.targets_length)
     sequence = kv_cache.kv_cache_bytes(net.config, 1, *lengths, net.cache_dtype)
-    fit = int((settings.memory_gib * 2**30 - weights) // sequence)
-    if fit < 1:
+    sequences = int((settings.memory_gib * 2**30 - weights) // sequence)
+    if sequences < 1:
         raise UserError(
             f"benchmark.memory_gib={settings.memory_gib:g} holds no sequence beside the weights; "
             f"use {(weights + sequence) / 2**30:.3g} or more, or 0"
         )
-    return {EQUAL: settings.batch_size, LARGEST: min(fit, settings.largest_batch_size)}
+    return {EQUAL: settings.batch_size, LARGEST: min(sequences, settings.largest_batch_size)}
 
 
-def _inference(config: ConfigDict, others: list[str]) -> list[dict]:
+def _inference(config: ConfigDict, peer_names: list[str]) -> list[dict]:
+    """Time generation for each length of the inputs; return the records."""
     params = init_params(_multi_head(config.model), 0)
     lengths = config.benchmark.inputs_lengths
-    return [r for S in lengths for r in _generation(config, params, S, others)]
+    return [record for S in lengths for record in _generation(config, params, S, peer_names)]
 
 
-def _generation(config: ConfigDict, params: dict, S: int, others: list[str]) -> list[dict]:
-    """Time every number of KV heads, and every peer, on inputs of S tokens."""
+def _generation(config: ConfigDict, params: dict, S: int, peer_names: list[str]) -> list[dict]:
+    """Time every number of KV heads, and every peer, on inputs of S tokens; return the records."""
     parent, T = _multi_head(config.model), config.benchmark.targets_length
     nets = _nets(config)
     batches = {K: _batch_sizes(config, net, S) for K, net in nets.items()}
-    most = max(size for sizes in batches.values() for size in sizes.values())
-    inputs = timing.random_tokens(parent.vocab_size, most, S)
+
+    # Smaller batches are the first rows of the largest, so that all systems see the same inputs.
+    largest = max(size for sizes in batches.values() for size in sizes.values())
+    inputs = timing.random_tokens(parent.vocab_size, largest, S)
     equal = inputs[: config.benchmark.batch_size]
 
-    turns = {Entry(MACHINE): partial(_ceilings, parent.dtype)}
+    # Ours: converted networks. Every batch is prefilled as many rows at once as the equal batch.
+    turns: dict[Entry, timing.Turn] = {Entry(MACHINE): partial(_ceilings, parent.dtype)}
     for K, net in nets.items():
         weights = net.prepare(convert(params, parent, K).params)
         for size in set(batches[K].values()):
             turn = timing.generation(net, weights, inputs[:size], T, rows=len(equal))
             turns[Entry(OURS, K, size)] = turn
-    same = {}
-    for name in others:
+
+    # The peers run our multi-head parameters, and should choose the same tokens.
+    token_agreement = {}
+    for name in peer_names:
         peer = peers.build(name, params, parent, np.asarray(equal))
         entry = Entry(name, parent.num_heads, len(equal))
         turns[entry] = partial(_peer_turn, peer, T)
-        same[entry] = _same_tokens(peer, params, parent, equal, T)
+        token_agreement[entry] = _same_tokens(peer, params, parent, equal, T)
+
     print(f"input {S}: {len(turns)} take turns, {config.benchmark.repetitions} times", flush=True)
     measured = timing.take_turns(turns, config.benchmark.repetitions)
     numbers = _times(measured, T)
-    for entry in same:
-        numbers[entry]["same_tokens"] = same[entry]
+    for entry, share in token_agreement.items():
+        numbers[entry]["same_tokens"] = share
     return _generation_records(config, nets, batches, S, measured, numbers)
 
 
 def _ceilings(dtype: str) -> dict[str, float]:
+    """Measure the machine's fastest read in bytes/s and fastest matrix product in FLOP/s."""
     return {
         "read_bandwidth": hardware.read_bandwidth(),
         "matmul_rate": hardware.matmul_rate(dtype),
@@ -166,7 +194,10 @@ def _ceilings(dtype: str) -> dict[str, float]:
 
 
 def _peer_turn(peer: peers.Peer, length: int) -> dict[str, float]:
-    """Return the parts that `timing.generation` returns; here the first token counts as prefill."""
+    """Time a peer's generation of `length` tokens; return the parts that `timing.generation` has.
+
+    A library shows no time of its prefill, so the time to the first token stands for prefill.
+    """
     first, _ = timing.timed(partial(peer.generate, 1))
     whole, _ = timing.timed(partial(peer.generate, length))
     parts = {"prefill": first, "decode": whole - first}
@@ -176,13 +207,15 @@ def _peer_turn(peer: peers.Peer, length: int) -> dict[str, float]:
 
 
 def _same_tokens(peer: peers.Peer, params: dict, parent: Config, inputs: Array, T: int) -> float:
-    """Return the share of our multi-head network's tokens that the peer chooses as well."""
+    """Return the share of our multi-head network's tokens that the peer chooses too."""
     net = Inference(parent)
     ours = Generator(net, GREEDY, T, stop=False)(net.prepare(params), inputs)
     return float((ours == peer.generate(T)).mean())
 
 
 def _times(measured: dict[Entry, Numbers], T: int) -> dict[Entry, Numbers]:
+    """Return the times of every system but the machine."""
+    # Ours decode T tokens after prefill; a peer's prefill includes the first token.
     return {
         entry: timings.generation(
             parts, entry.batch_size, decoded=T if entry.system == OURS else T - 1
@@ -200,45 +233,65 @@ def _generation_records(
     measured: dict[Entry, Numbers],
     times: dict[Entry, Numbers],
 ) -> list[dict]:
-    """Return all records; ours include ratios to the machine's ceilings, MHA and the peers."""
+    """Return all records of one input length.
+
+    Those of our networks include shares of the machine's ceilings, and ratios to MHA at either
+    batch and to the peers at the equal batch.
+
+    Args:
+        config: of the experiment.
+        nets: our networks, by KV heads.
+        batches: the batch sizes of each network, by KV heads and kind of batch.
+        S: tokens of an input.
+        measured: what each turn measured.
+        times: the times computed from `measured`.
+    """
     T, N, machine = config.benchmark.targets_length, config.model.num_heads, Entry(MACHINE)
-    about = partial(_variant, config.size, N, S, T)
-    records = timings.records(measured[machine], about(machine, EQUAL))
-    others = [entry for entry in times if entry.system != OURS]
-    for entry in others:
-        records += timings.records(times[entry], about(entry, EQUAL))
+    variant = partial(_variant, config.size, N, S, T)
+    records = timings.records(measured[machine], variant(machine, EQUAL))
+
+    peer_entries = [entry for entry in times if entry.system != OURS]
+    for entry in peer_entries:
+        records += timings.records(times[entry], variant(entry, EQUAL))
+
     for K, net in nets.items():
         for batch, size in batches[K].items():
             entry = Entry(OURS, K, size)
-            own, step = times[entry], kv_cache.step(net, size, S, T)
-            numbers = own | timings.traffic(step, own, measured[entry], measured[machine])
+            step = kv_cache.step(net, size, S, T)
+            traffic = timings.traffic(step, times[entry], measured[entry], measured[machine])
+            numbers = times[entry] | traffic
             cache = kv_cache.kv_cache_bytes(net.config, size, S, T, net.cache_dtype)
             numbers["kv_cache_bytes"] = cache
-            compared = {other.system: times[other] for other in others if batch == EQUAL}
+
+            # The peers run the equal batch alone; the multi-head network runs both.
+            compared = {peer.system: times[peer] for peer in peer_entries if batch == EQUAL}
             if N in nets:
                 compared["mha"] = times[Entry(OURS, N, batches[N][batch])]
-            for name, other in compared.items():
-                numbers |= timings.ratios(own, other, name)
-            records += timings.records(numbers, about(entry, batch))
+            for name, other_times in compared.items():
+                numbers |= timings.ratios(times[entry], other_times, name)
+            records += timings.records(numbers, variant(entry, batch))
     return records
 
 
 def _variant(size: str, N: int, S: int, T: int, entry: Entry, batch: str) -> dict:
-    """Return what a record says about the system it measured, and at which shape."""
+    """Return the fields of a record that identify the system and the shape that it ran."""
     heads = {"num_kv_heads": entry.num_kv_heads, "num_kv_heads_cross_attention": entry.num_kv_heads}
     network = {"size": size, "num_heads": N, **heads, "num_kv_heads_encoder": N}
     shape = {"batch_size": entry.batch_size, "inputs_length": S, "targets_length": T}
-    made = {"method": "none", "alpha": 0.0, "seed": 0}
-    return network | made | shape | {"system": entry.system, "batch": batch}
+    # Fields that tell trained networks apart in every record; these networks are not trained.
+    conversion = {"method": "none", "alpha": 0.0, "seed": 0}
+    return network | conversion | shape | {"system": entry.system, "batch": batch}
 
 
-def _training(config: ConfigDict, others: list[str]) -> list[dict]:
-    """Time training steps of each network, ours and Hugging Face's, on the same batches."""
+def _training(config: ConfigDict, peer_names: list[str]) -> list[dict]:
+    """Time training steps of each network, ours and Hugging Face's; return the records."""
     settings, records = config.training, []
     B, S, T = settings.batch_size, settings.inputs_length, settings.targets_length
     for size, network in settings.networks.items():
         net = _multi_head(network)
         params = init_params(net, 0)
+
+        # All train on the same batches, which are new at every step.
         batches = [
             {
                 "inputs": timing.random_tokens(net.vocab_size, B, S, seed=2 * i),
@@ -246,31 +299,38 @@ def _training(config: ConfigDict, others: list[str]) -> list[dict]:
             }
             for i in range(settings.steps)
         ]
+
         N, machine = net.num_heads, Entry(MACHINE)
-        ours, other = Entry(OURS, N, B), Entry(peers.HUGGING_FACE, N, B)
-        turns = {machine: partial(_ceilings, net.dtype), ours: _train_turn(net, batches)}
-        if peers.HUGGING_FACE in others:
+        ours, hugging_face = Entry(OURS, N, B), Entry(peers.HUGGING_FACE, N, B)
+        turns: dict[Entry, timing.Turn] = {
+            machine: partial(_ceilings, net.dtype),
+            ours: _train_turn(net, batches),
+        }
+        if peers.HUGGING_FACE in peer_names:
             step = peers.hugging_face_training(params, net, LEARNING_RATE)
-            turns[other] = partial(_peer_train_turn, step, jax.device_get(batches))
+            turns[hugging_face] = partial(_peer_train_turn, step, jax.device_get(batches))
+
         print(f"{size}: {len(turns)} take turns, {settings.repetitions} times", flush=True)
         measured = timing.take_turns(turns, settings.repetitions)
-        about = partial(_variant, size, N, S, T, batch=EQUAL)
-        records += timings.records(measured[machine], about(machine))
-        work = flops.train_flops(net, B, S, T)
+
+        variant = partial(_variant, size, N, S, T, batch=EQUAL)
+        records += timings.records(measured[machine], variant(machine))
+        step_flops = flops.train_flops(net, B, S, T)
         for entry in turns.keys() - {machine}:
-            numbers = timings.training(measured[entry], B * T, work, measured[machine])
-            if entry == ours and other in turns:
-                numbers |= timings.ratios(numbers, measured[other], other.system)
-            records += timings.records(numbers, about(entry))
+            numbers = timings.training(measured[entry], B * T, step_flops, measured[machine])
+            if entry == ours and hugging_face in turns:
+                numbers |= timings.ratios(numbers, measured[hugging_face], peers.HUGGING_FACE)
+            records += timings.records(numbers, variant(entry))
     return records
 
 
 def _train_turn(config: Config, batches: list[dict]) -> timing.Turn:
-    """Return a turn that runs our step on each batch and gives seconds per step."""
+    """Return a turn that runs our training step on each batch and measures seconds per step."""
     loss = loop.make_loss(config, z_loss=0.0)
     step = loop.make_step(loss, optimizer.constant(LEARNING_RATE), seed=0)
     state = loop.init(config, 0)
 
+    # The state goes on from turn to turn, since a step's speed does not depend on it.
     def steps() -> Array:
         nonlocal state
         for batch in batches:
@@ -280,6 +340,7 @@ def _train_turn(config: Config, batches: list[dict]) -> timing.Turn:
     return lambda: {"step_seconds": timing.timed(steps)[0] / len(batches)}
 
 
-def _peer_train_turn(step, batches: list[dict]) -> dict[str, float]:
-    seconds, _ = timing.timed(lambda: [step(**batch) for batch in batches])
+def _peer_train_turn(step: peers.TrainStep, batches: list[dict]) -> dict[str, float]:
+    """Run a peer's training step on each batch; return seconds per step."""
+    seconds, _ = timing.timed(lambda: [step(b["inputs"], b["targets"]) for b in batches])
     return {"step_seconds": seconds / len(batches)}

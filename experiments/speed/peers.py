@@ -1,13 +1,14 @@
-"""Other implementations of T5 on the same weights and inputs, to be timed beside ours.
+"""Build other libraries' T5 with our weights and inputs, to be timed beside ours.
 
-Hugging Face Transformers (PyTorch) and CTranslate2, both in float32 on the CPU, from
-`requirements-bench.txt`. Both are multi-head only. Nothing else of the project imports them.
+The peers are Hugging Face Transformers (PyTorch) and CTranslate2, both in float32 on the CPU and
+multi-head only. `requirements-bench.txt` installs them. No other module of the project imports
+these libraries; `benchmark.py` times the networks that this file builds.
 """
 
 import importlib.util
 import tempfile
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,26 +20,40 @@ HUGGING_FACE, CTRANSLATE2 = "hugging_face", "ctranslate2"
 TITLES = {HUGGING_FACE: "Hugging Face", CTRANSLATE2: "CTranslate2"}
 PACKAGES = {
     HUGGING_FACE: ("torch", "transformers"),
-    CTRANSLATE2: ("torch", "transformers", "ctranslate2"),  # it reads a Transformers model
+    CTRANSLATE2: (
+        "torch",
+        "transformers",
+        "ctranslate2",
+    ),  # CTranslate2 converts a Transformers model
 }
 
 
 class Peer(NamedTuple):
-    """`generate(length)` gives tokens [B, length], greedily and without an end."""
+    """A network of another library with its inputs.
+
+    Args:
+        generate: returns tokens [B, length], decoded greedily without stopping at EOS.
+        encode: runs the encoder alone; None where the library cannot.
+    """
 
     generate: Callable[[int], np.ndarray]
     encode: Callable[[], object] | None
 
 
+# (inputs [B, S], targets [B, T]) -> loss of one training step.
+TrainStep = Callable[[np.ndarray, np.ndarray], float]
+
+
 def installed() -> list[str]:
-    """The names of the peers whose packages are here."""
+    """Return the names of the peers whose packages are installed."""
     return [name for name in PACKAGES if not _missing(name)]
 
 
 def missing() -> list[str]:
-    """A line for each of the others, which says how to install it."""
+    """Return a line for each peer that is not installed, which says how to install it."""
     return [
-        f"{TITLES[name]} is not timed: no {', '.join(packages)}; install requirements-bench.txt"
+        f"{TITLES[name]} is not timed because packages are missing ({', '.join(packages)}); "
+        "pip install -r requirements-bench.txt"
         for name in PACKAGES
         if (packages := _missing(name))
     ]
@@ -49,12 +64,12 @@ def _missing(name: str) -> list[str]:
 
 
 def build(name: str, params: dict, config: Config, inputs: np.ndarray) -> Peer:
-    """The peer `name` with our multi-head parameters, on inputs [B, S] without padding."""
+    """Return the peer `name` with our multi-head parameters, on inputs [B, S] without padding."""
     return {HUGGING_FACE: hugging_face, CTRANSLATE2: ctranslate2}[name](params, config, inputs)
 
 
 def hugging_face(params: dict, config: Config, inputs: np.ndarray) -> Peer:
-    """Transformers' own `generate`, with its cache."""
+    """Return Transformers' T5, which generates with its own `generate` and its KV cache."""
     import torch
     from transformers import DynamicCache, EncoderDecoderCache
 
@@ -70,31 +85,35 @@ def hugging_face(params: dict, config: Config, inputs: np.ndarray) -> Peer:
             eos_token_id=None,
             do_sample=False,
             num_beams=1,
-            # The cache it makes itself is too short for a decoder deeper than the encoder.
+            # The cache that `generate` would create has as many layers as the encoder, too few for
+            # a deeper decoder.
             past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
             use_cache=True,
         )
         return out[:, 1:].numpy()
 
     @torch.inference_mode()
-    def encode():
+    def encode() -> object:
         return network.encoder(input_ids=tokens, attention_mask=mask)
 
     return Peer(generate, encode)
 
 
-def _transformers(params: dict, config: Config):
-    """Transformers' T5 with our parameters; attention is SDPA if this version of T5 has it."""
+def _transformers(params: dict, config: Config) -> Any:
+    """Return Transformers' T5 with our parameters; attention is SDPA if this version has it."""
     import torch
     import transformers
 
+    # As many threads as our process may use cores; PyTorch would count those of the machine.
     torch.set_num_threads(len(hardware.cores()))
     hf_config = transformers.T5Config(**huggingface.from_config(config))
     network = transformers.T5ForConditionalGeneration(hf_config)
     network.set_attn_implementation("sdpa" if network._supports_sdpa else "eager")
     if not config.tied_logits:
-        # Transformers 5 ties the logits of every new T5; it keeps them apart where they differ.
+        # Transformers 5 ties the logits of every new T5 to the embedding, so untie them.
         network.lm_head.weight = torch.nn.Parameter(torch.empty_like(network.lm_head.weight))
+
+    # Transformers expects the copies of the embedding under their own names, too.
     state = huggingface.state_dict(params, config)
     state |= {copy: state["shared.weight"] for copy in huggingface.COPIES if copy not in state}
     network.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
@@ -103,22 +122,27 @@ def _transformers(params: dict, config: Config):
 
 
 def ctranslate2(params: dict, config: Config, inputs: np.ndarray) -> Peer:
-    """A CTranslate2 model in float32, whose tokens are the words "0", "1" and so on.
+    """Return a CTranslate2 model in float32, whose tokens are the words "0", "1" and so on.
 
-    It cannot do without an end, only put it off: a token 1 it would choose becomes another.
+    CTranslate2 always stops at EOS (token 1). A minimum length keeps it from choosing EOS, so where
+    the other systems choose token 1 it chooses the next likely token.
     """
     import ctranslate2
     from ctranslate2.converters.transformers import T5Loader
 
     network = _transformers(params, config)
-    # Transformers 5 says "tied" of every T5, which CTranslate2 takes for "scaled".
+    # Transformers 5 calls every T5 "tied"; CTranslate2 would scale the logits of a tied T5.
     network.config.tie_word_embeddings = config.tied_logits
     spec = T5Loader().get_model_spec(network)
+
+    # CTranslate2 takes words instead of ids, so every id is a word.
     words = [str(i) for i in range(config.vocab_size)]
     spec.register_source_vocabulary(words)
     spec.register_target_vocabulary(words)
     spec.config.decoder_start_token = spec.config.bos_token = words[0]
     spec.config.eos_token, spec.config.unk_token = words[1], words[2]
+
+    # A model is loaded from a folder; after that the folder is not needed.
     spec.validate()
     spec.optimize(quantization="float32")
     with tempfile.TemporaryDirectory() as folder:
@@ -141,12 +165,11 @@ def ctranslate2(params: dict, config: Config, inputs: np.ndarray) -> Peer:
     return Peer(generate, None)
 
 
-def hugging_face_training(
-    params: dict, config: Config, learning_rate: float
-) -> Callable[[np.ndarray, np.ndarray], float]:
-    """A training step (inputs [B, S], targets [B, T]) -> loss, with Transformers' Adafactor.
+def hugging_face_training(params: dict, config: Config, learning_rate: float) -> TrainStep:
+    """Return a training step of Transformers' T5 with Transformers' Adafactor.
 
-    Its settings are ours: updates scaled by the size of a parameter, a rate from outside.
+    Adafactor has the settings of ours: updates are scaled by the size of a parameter, and the
+    learning rate is constant.
     """
     import torch
     from transformers.optimization import Adafactor
@@ -157,9 +180,9 @@ def hugging_face_training(
     )
 
     def step(inputs: np.ndarray, targets: np.ndarray) -> float:
-        inputs, targets = torch.tensor(inputs).long(), torch.tensor(targets).long()
+        input_ids, labels = torch.tensor(inputs).long(), torch.tensor(targets).long()
         optimizer.zero_grad()
-        loss = network(input_ids=inputs, labels=targets).loss
+        loss = network(input_ids=input_ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         return loss.item()

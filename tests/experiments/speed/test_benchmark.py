@@ -1,4 +1,4 @@
-"""One small speed benchmark: everyone takes turns, records are complete, numbers fit together."""
+"""A small speed benchmark: all systems take turns, records are complete, numbers fit together."""
 
 import numpy as np
 import pytest
@@ -46,14 +46,14 @@ def config():
 
 @pytest.fixture(scope="module")
 def measured(config, tmp_path_factory):
-    """The whole benchmark with two scripted peers: workdir, records and what took turns."""
+    """Run the whole benchmark with two scripted peers; return workdir, records and all turns."""
     turns = []
 
     def take_turns(entries, repetitions):
         turns.append((list(entries), repetitions))
-        return real(entries, repetitions)
+        return real_take_turns(entries, repetitions)
 
-    real, workdir = benchmark.timing.take_turns, tmp_path_factory.mktemp("speed")
+    real_take_turns, workdir = benchmark.timing.take_turns, tmp_path_factory.mktemp("speed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "read_bandwidth", lambda: BANDWIDTH)
         patch.setattr(hardware, "matmul_rate", lambda dtype: RATE)
@@ -68,7 +68,7 @@ def measured(config, tmp_path_factory):
 
 
 def scripted(name, params, config, inputs):
-    """A peer that always says 0."""
+    """Return a peer that always generates token 0."""
     assert (
         config.num_kv_heads_self_attention
         == config.num_kv_heads_cross_attention
@@ -79,17 +79,17 @@ def scripted(name, params, config, inputs):
 
 
 def rows(measured, part):
-    """Values by (system, batch size, KV heads, batch) and metric."""
-    found = {}
+    """Return records by (system, KV heads, kind of batch) and metric."""
+    by_shape = {}
     for record in measured[1]:
         v = record["variant"]
         if record["stage"] == part:
-            row = found.setdefault((v["system"], v["num_kv_heads"], v["batch"]), {})
+            row = by_shape.setdefault((v["system"], v["num_kv_heads"], v["batch"]), {})
             row[record["metric"]] = record
-    return found
+    return by_shape
 
 
-def test_everyone_takes_turns(measured):
+def test_all_systems_take_turns(measured):
     inference, training = measured[2]
     ours = {("gqa", 4, 2), ("gqa", 4, 3), ("gqa", 1, 2), ("gqa", 1, 4)}
     others = {("hugging_face", 4, 2), ("ctranslate2", 4, 2)}
@@ -144,21 +144,21 @@ def test_weights_can_be_bound_by_their_products():
     times = {"token_seconds": np.array([2.0])}
     machine = {"read_bandwidth": np.array([1000.0]), "matmul_rate": np.array([1e5])}
     parts = {"attention": np.array([1.0])}
-    found = timings.traffic(step, times, parts, machine)
-    assert found["floor_seconds"] == 10
+    bound_by_products = timings.traffic(step, times, parts, machine)
+    assert bound_by_products["floor_seconds"] == 10
     machine["matmul_rate"] = np.array([1e7])
     assert timings.traffic(step, times, parts, machine)["floor_seconds"] == 1
 
 
 def test_ratios_pair_numbers_of_a_turn():
-    """A machine that slows down between turns, for all alike, changes no ratio."""
-    own, other = np.array([1.0, 5.0, 9.0]), np.array([2.0, 10.0, 18.0])
-    found = timings.ratios({"token_seconds": own}, {"token_seconds": other}, "peer")
-    assert found["token_ratio_peer"].tolist() == [0.5, 0.5, 0.5]
+    """A machine that slows every system down alike between turns changes no ratio."""
+    ours, theirs = np.array([1.0, 5.0, 9.0]), np.array([2.0, 10.0, 18.0])
+    ratios = timings.ratios({"token_seconds": ours}, {"token_seconds": theirs}, "peer")
+    assert ratios["token_ratio_peer"].tolist() == [0.5, 0.5, 0.5]
 
 
 def test_a_peers_first_token_is_prefill(monkeypatch):
-    """The rest is shared among one token less."""
+    """The time of the other tokens is divided by T - 1."""
     monkeypatch.setattr(benchmark.timing, "timed", lambda run: (run(), None))
     peer = peers.Peer(lambda length: 10.0 + length, lambda: 4.0)
     parts = benchmark._peer_turn(peer, 5)
@@ -191,7 +191,7 @@ def test_the_default_is_the_shape_that_is_published():
     assert model.dtype == "float32"
 
 
-def test_the_report_shows_everyone(measured, config, capsys):
+def test_the_report_shows_all_systems(measured, config, capsys):
     workdir, records, _ = measured
     text = (workdir / "speed.md").read_text()
     for label in ("ours, 4 KV heads", "ours, 1 KV heads", "Hugging Face, 4", "CTranslate2, 4"):
@@ -208,8 +208,8 @@ def test_the_report_shows_everyone(measured, config, capsys):
 
 def test_only_the_last_measurement_of_a_part_is_shown(measured, tmp_path):
     _, records, _ = measured
-    before = {"time": "2020-01-01T00:00:00+00:00"}
-    older = [r | before | {"variant": r["variant"] | {"inputs_length": 999}} for r in records]
+    earlier = {"time": "2020-01-01T00:00:00+00:00"}
+    older = [r | earlier | {"variant": r["variant"] | {"inputs_length": 999}} for r in records]
     results.append(tmp_path / "results.jsonl", older + records)
     again = speed_report.run(tmp_path / "results.jsonl", tmp_path, "speed")
     assert "999 input" not in again
@@ -218,6 +218,6 @@ def test_only_the_last_measurement_of_a_part_is_shown(measured, tmp_path):
         speed_report.run(tmp_path / "results.jsonl", tmp_path, "speed-large")
 
 
-def test_the_main_jobs_report_knows_nothing_of_it(measured, tmp_path):
+def test_the_main_jobs_report_leaves_out_speed_records(measured, tmp_path):
     with pytest.raises(UserError, match="no results yet"):
         report.run(measured[0] / "results.jsonl", tmp_path)

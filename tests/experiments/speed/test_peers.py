@@ -1,4 +1,4 @@
-"""Peers with our weights choose our tokens and have our loss; one that is missing is named."""
+"""Peers with our weights choose our tokens and have our loss; missing packages are named."""
 
 import importlib.util
 import json
@@ -21,17 +21,18 @@ VERSIONS = ("t5_1_0", "t5_1_1")
 LENGTH = 12
 
 
-def here(name):
+def if_installed(name):
+    """Return the peer's name as a parameter; its tests are skipped without its packages."""
     packages = peers.PACKAGES[name]
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     return pytest.param(name, marks=pytest.mark.skipif(bool(missing), reason=f"no {missing}"))
 
 
-PEERS = [here(name) for name in peers.PACKAGES]
+PEERS = [if_installed(name) for name in peers.PACKAGES]
 
 
 def network(version):
-    """Random weights that make texts of several tokens."""
+    """Return random weights that generate several different tokens, and their config."""
     arrays = dict(np.load(GOLDEN / f"{version}.npz"))
     state = {n.removeprefix("weight:"): x for n, x in arrays.items() if n.startswith("weight:")}
     return from_state_dict(state, json.loads(str(arrays["config"])))
@@ -39,17 +40,19 @@ def network(version):
 
 @pytest.fixture(scope="module")
 def ours():
-    """Parameters, config, inputs and our tokens, by version."""
-    found = {}
+    """Return parameters, config, inputs and our tokens, by version of T5."""
+    by_version = {}
     for version in VERSIONS:
         params, config = network(version)
         inputs = timing.random_tokens(config.vocab_size, 3, 20)
         generator = Generator(Inference(config), GREEDY, LENGTH, stop=False)
         tokens = generator(generator.prepare(params), inputs)
-        found[version] = params, config, np.asarray(inputs), tokens
-        assert 1 not in tokens, "CTranslate2 puts off an end that the others take as a token"
+        by_version[version] = params, config, np.asarray(inputs), tokens
+        assert 1 not in tokens, (
+            "CTranslate2 never chooses EOS, which the others choose like any token"
+        )
     assert len(np.unique(tokens)) > 5
-    return found
+    return by_version
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -62,7 +65,7 @@ def test_a_peer_chooses_our_tokens(ours, name, version):
     np.testing.assert_array_equal(peer.generate(1), tokens[:, :1])
 
 
-@pytest.mark.parametrize("name", [here(peers.HUGGING_FACE)])
+@pytest.mark.parametrize("name", [if_installed(peers.HUGGING_FACE)])
 def test_a_peer_trains_on_our_loss(name):
     del name
     params, config = network("t5_1_1")
@@ -78,15 +81,17 @@ def test_a_peer_trains_on_our_loss(name):
 
 
 def test_a_missing_peer_is_named_in_one_line(monkeypatch):
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     absent = {"torch", "ctranslate2"}
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in absent else found("json")
+        importlib.util, "find_spec", lambda name: None if name in absent else find_spec("json")
     )
     assert peers.installed() == []
     assert peers.missing() == [
-        "Hugging Face is not timed: no torch; install requirements-bench.txt",
-        "CTranslate2 is not timed: no torch, ctranslate2; install requirements-bench.txt",
+        "Hugging Face is not timed because packages are missing (torch); "
+        "pip install -r requirements-bench.txt",
+        "CTranslate2 is not timed because packages are missing (torch, ctranslate2); "
+        "pip install -r requirements-bench.txt",
     ]
     absent.remove("torch")
     assert peers.installed() == [peers.HUGGING_FACE]
