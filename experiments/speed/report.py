@@ -1,4 +1,7 @@
-"""Turn results.jsonl into speed.md and its figure: tables of a run's last speed benchmark."""
+"""Write speed.md and its figure from results.jsonl: tables of a run's last speed benchmark.
+
+`benchmark.py` measures and writes the records; experiments/report formats numbers and draws.
+"""
 
 import os
 from collections.abc import Callable
@@ -12,12 +15,17 @@ from gqa.runtime import atomic_files
 from gqa.runtime.errors import UserError
 
 OURS, MACHINE = "gqa", "machine"
-EQUAL, LARGEST = "equal", "largest"  # batches: the same for all, as many sequences as fit
+# Kinds of batches: the size that all systems have, and as many sequences as fit in memory.
+EQUAL, LARGEST = "equal", "largest"
 PARTS = ("inference", "training")
 
 
+# A title, the cells of the header, and the cells of each row.
+Section = tuple[str, list[str], list[list[str]]]
+
+
 class Row(NamedTuple):
-    """One system at one shape: what its records say it is, and the records by metric."""
+    """One system at one shape: the fields that identify it, and its records by metric."""
 
     variant: dict
     numbers: dict[str, dict]
@@ -34,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A number of every row and how it is written; `spread` adds its quartiles."""
+    """A column of a table: its metric and how a number is written; `spread` adds quartiles."""
 
     title: str
     metric: str
@@ -92,44 +100,54 @@ QUESTION = (
     "This page answers how fast generation and training are for each number of KV heads, beside "
     "other libraries and what the machine can do at most."
 )
-NOTES = """Medians over turns [quartiles]; everything of a table took turns, and a ratio or a share
-is that of numbers from the same turn. Time per token is that of a step of the whole batch. Prefill
-is the encoder and every layer's cross-attention keys and values; for other libraries it is the time
-to the first token. "Our tokens" is the share of our multi-head tokens that a library with the same
-weights chooses, too. The floor is the time of reading the caches at the bandwidth of a large read,
-and of the products with the weights at the slower of that and the rate of a large matrix product.
-"Attention" is cross-attention alone, without its projections; caches smaller than the processor's
-own can be read faster than memory. MFU is model FLOPs over the rate of a large matrix product."""
+NOTES = """Numbers are medians over turns, with quartiles in brackets. All systems of a table took
+turns, and a ratio or a share compares numbers from the same turn. Time per token is the time of one
+step of the whole batch. Prefill is the encoder and every layer's cross-attention keys and values;
+for other libraries it is the time to the first token. "Our tokens" is the share of our multi-head
+network's tokens that a library with the same weights chooses too. The floor is the least time that
+a step could take on this machine: the caches are read at the bandwidth of a large read, and the
+products with the weights take the longer of reading the weights at that bandwidth and computing at
+the rate of a large matrix product. "Attention" is cross-attention alone, without its projections;
+KV caches that fit in the processor's cache can be read faster than memory. MFU is the model's
+FLOP/s over the rate of a large matrix product."""
 
 
 def run(results_path: str | os.PathLike, folder: str | os.PathLike, name: str) -> str:
-    """Write speed.md, speed.png and speed.svg of the run `name`; return the tables as text."""
+    """Write speed.md, speed.png and speed.svg of the run `name`; return the tables as text.
+
+    Raises:
+        UserError: if the results have no timings of the run.
+    """
     records = [r for r in results.read(results_path) if r["run"] == name]
     rows = {part: _rows(_last(records, part)) for part in PARTS}
     if not any(rows.values()):
         raise UserError(f"{results_path}: no timings of {name}; run it without --stage=report")
+
     sections = [*_inference_sections(rows["inference"]), *_training_sections(rows["training"])]
     folder = Path(folder)
     lines = ["# Speed", QUESTION, NOTES]
     for title, header, cells in sections:
         lines += [f"## {title}", tables.markdown(header, cells)]
+    # A run with --stage=training has nothing to draw.
     if rows["inference"]:
         for suffix in ("png", "svg"):
             figures.time_by_groups(_lines(rows["inference"]), folder / f"speed.{suffix}")
         lines.append("![Time per sample against KV heads, ours and the paper's](speed.png)")
     lines.append(_provenance(records))
     atomic_files.write(folder / "speed.md", "\n\n".join(lines) + "\n")
+
     plain = [f"{title}\n\n{tables.plain(header, cells)}" for title, header, cells in sections]
     return "\n\n".join([*plain, f"report: {folder / 'speed.md'}"])
 
 
 def _last(records: list[dict], part: str) -> list[dict]:
     """Return the records of a part's last measurement, which all have the same time."""
-    of_part = [r for r in records if r["stage"] == part]
-    return [r for r in of_part if r["time"] == of_part[-1]["time"]]
+    part_records = [r for r in records if r["stage"] == part]
+    return [r for r in part_records if r["time"] == part_records[-1]["time"]]
 
 
 def _rows(records: list[dict]) -> list[Row]:
+    """Gather the records of each system at each shape into a row."""
     rows: dict[str, Row] = {}
     for record in records:
         row = rows.setdefault(str(record["variant"]), Row(record["variant"], {}))
@@ -137,15 +155,17 @@ def _rows(records: list[dict]) -> list[Row]:
     return list(rows.values())
 
 
-def _inference_sections(rows: list[Row]) -> list[tuple]:
+def _inference_sections(rows: list[Row]) -> list[Section]:
+    """Return the tables of times and of traffic, for each input length and kind of batch."""
     sections = []
     for S in dict.fromkeys(row.variant["inputs_length"] for row in rows):
-        here = [row for row in rows if row.variant["inputs_length"] == S]
-        machine = next(row for row in here if row.variant["system"] == MACHINE)
+        length_rows = [row for row in rows if row.variant["inputs_length"] == S]
+        machine = next(row for row in length_rows if row.variant["system"] == MACHINE)
         for batch in (EQUAL, LARGEST):
-            shown = _of(here, batch)
+            shown = _systems(length_rows, batch)
             if not shown:
                 continue
+
             v = shown[0].variant
             size = f"batch {v['batch_size']}" if batch == EQUAL else "the largest batch that fits"
             title = f"{v['size']}: {size}, {S} input and {v['targets_length']} output tokens"
@@ -155,36 +175,37 @@ def _inference_sections(rows: list[Row]) -> list[tuple]:
     return sections
 
 
-def _training_sections(rows: list[Row]) -> list[tuple]:
+def _training_sections(rows: list[Row]) -> list[Section]:
+    """Return the table of training, for each size of the network."""
     sections = []
     for size in dict.fromkeys(row.variant["size"] for row in rows):
-        here = [row for row in rows if row.variant["size"] == size]
-        machine = next(row for row in here if row.variant["system"] == MACHINE)
-        v = here[0].variant
-        shown = _of(here, EQUAL)
-        shape = f"batch {shown[0].variant['batch_size']}, {v['inputs_length']} input and "
+        size_rows = [row for row in rows if row.variant["size"] == size]
+        machine = next(row for row in size_rows if row.variant["system"] == MACHINE)
+        shown = _systems(size_rows, EQUAL)
+        v = shown[0].variant
+        shape = f"batch {v['batch_size']}, {v['inputs_length']} input and "
         title = f"Training {size}: {shape}{v['targets_length']} target tokens"
         sections.append((f"{title} ({_ceilings(machine)})", *_table(shown, TRAINING)))
     return sections
 
 
-def _of(rows: list[Row], batch: str) -> list[Row]:
-    """Return the rows of one kind of batch: ours first, then other libraries'."""
-    found = [r for r in rows if r.variant["system"] != MACHINE and r.variant["batch"] == batch]
-    return sorted(found, key=lambda row: row.variant["system"] != OURS)
+def _systems(rows: list[Row], batch: str) -> list[Row]:
+    """Return the rows of one kind of batch: our networks first, then other libraries."""
+    systems = [r for r in rows if r.variant["system"] != MACHINE and r.variant["batch"] == batch]
+    return sorted(systems, key=lambda row: row.variant["system"] != OURS)
 
 
 def _table(
     rows: list[Row], columns: tuple[Column, ...], with_batch: bool = False
 ) -> tuple[list[str], list[list[str]]]:
-    """Return header and cells; a column that no row has a number for is left out."""
-    columns = [c for c in columns if any(c.metric in row.numbers for row in rows)]
-    header = ["", *(["batch"] if with_batch else []), *(column.title for column in columns)]
+    """Return header and cells, without the columns of which no row has a number."""
+    filled = [c for c in columns if any(c.metric in row.numbers for row in rows)]
+    header = ["", *(["batch"] if with_batch else []), *(column.title for column in filled)]
     cells = [
         [
             row.label,
             *([str(row.variant["batch_size"])] if with_batch else []),
-            *(_cell(row.numbers.get(column.metric), column) for column in columns),
+            *(_cell(row.numbers.get(column.metric), column) for column in filled),
         ]
         for row in rows
     ]
@@ -202,6 +223,7 @@ def _cell(record: dict | None, column: Column) -> str:
 
 
 def _ceilings(machine: Row) -> str:
+    """Return the machine's measured ceilings for a title, such as "read 14.1 [13.9, 14.2] GB/s"."""
     read, product = (machine.numbers[name] for name in ("read_bandwidth", "matmul_rate"))
     return (
         f"read {read['value'] / 1e9:.1f} [{read['low'] / 1e9:.1f}, {read['high'] / 1e9:.1f}] GB/s, "
@@ -213,7 +235,7 @@ def _ceilings(machine: Row) -> str:
 def _lines(rows: list[Row]) -> dict[tuple[str, bool], list]:
     """Return the figure's lines: time per sample by KV heads, per system, length and batch."""
     lines: dict[tuple[str, bool], list] = {}
-    for row in [*_of(rows, EQUAL), *_of(rows, LARGEST)]:
+    for row in [*_systems(rows, EQUAL), *_systems(rows, LARGEST)]:
         label = f"{row.system}, input {row.variant['inputs_length']}"
         points = lines.setdefault((label, row.variant["batch"] == LARGEST), [])
         points.append((row.variant["num_kv_heads"], row.numbers["sample_seconds"]))
@@ -221,9 +243,10 @@ def _lines(rows: list[Row]) -> dict[tuple[str, bool], list]:
 
 
 def _provenance(records: list[dict]) -> str:
+    """Return the commit, the machine and the time of each part's measurement."""
     lines = []
     for part in PARTS:
-        if found := _last(records, part):
-            r = found[-1]
+        if part_records := _last(records, part):
+            r = part_records[-1]
             lines.append(f"- {part}: commit {r['commit']}, {r['device']}, {r['time']}")
     return "\n".join(lines)

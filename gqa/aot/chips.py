@@ -11,17 +11,24 @@ counted in `gqa/aot/costs.py`.
 import math
 from typing import NamedTuple
 
+from gqa.runtime import hardware
 from gqa.runtime.errors import ConfigError
 
 
 class Chip(NamedTuple):
-    """One chip: bytes, bytes/s, bfloat16 FLOP/s, and bytes/s of one link in one direction."""
+    """One chip: JAX's name of it, bytes, bytes/s, and bytes/s of one link in one direction."""
 
+    device_kind: str
     hbm: int
     bandwidth: float
-    peak: float
     link: float
     source: str
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of bfloat16 products, from the table that MFU is computed with."""
+        bfloat16, _ = hardware.PEAKS[self.device_kind]
+        return bfloat16 * 1e12
 
 
 CLOUD = "cloud.google.com/tpu/docs"
@@ -30,19 +37,19 @@ CLOUD = "cloud.google.com/tpu/docs"
 # directions, so half of it is a link's rate in one direction.
 CHIPS = {
     "v4": Chip(
+        "TPU v4",
         32 * 2**30,
         1200e9,
-        275e12,
         50e9,
         f"{CLOUD}/v4; links: Jouppi et al., 2023, arXiv:2304.01433",
     ),
-    "v5e": Chip(16 * 2**30, 819e9, 197e12, 50e9, f"{CLOUD}/v5e: 400 GB/s over 4 links"),
-    "v5p": Chip(95 * 2**30, 2765e9, 459e12, 50e9, f"{CLOUD}/v5p: 4800 Gbit/s over 6 links"),
-    "v6e": Chip(32 * 2**30, 1638e9, 918e12, 100e9, f"{CLOUD}/v6e: 800 GB/s over 4 links"),
+    "v5e": Chip("TPU v5e", 16 * 2**30, 819e9, 50e9, f"{CLOUD}/v5e: 400 GB/s over 4 links"),
+    "v5p": Chip("TPU v5p", 95 * 2**30, 2765e9, 50e9, f"{CLOUD}/v5p: 4800 Gbit/s over 6 links"),
+    "v6e": Chip("TPU v6e", 32 * 2**30, 1638e9, 100e9, f"{CLOUD}/v6e: 800 GB/s over 4 links"),
     "h100": Chip(
+        "NVIDIA H100",
         84_978_434_048,
         3352e9,
-        989.5e12,
         450e9,
         "NVIDIA's data sheet of the H100 SXM: NVLink 900 GB/s in both directions",
     ),
