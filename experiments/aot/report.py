@@ -24,8 +24,8 @@ QUESTION = (
     "This page answers how fast a network with each number of KV heads would generate on "
     "accelerators that were not at hand, and what bounds it."
 )
-NOTES = """No program was run. XLA's own compiler compiled each program for the slice, without weights
-or devices; all numbers are counted in the compiled program, for one chip. Memory is as XLA reports
+NOTES = """No program was run. XLA's compiler compiled each program for the slice without weights or
+devices; all numbers are counted in the compiled program, for one chip. Memory is as XLA reports
 it. "Must move" is the bytes that any program would have to read for a token, counted from shapes:
 the weights that a token uses and the KV cache (self-attention's at its mean length, because it
 grows). "Accessed" is every operand and result in HBM of the compiled program: decoder layers are
@@ -213,7 +213,7 @@ def _ratios(rows: list[Row]) -> Table:
 
 
 def _verdict(rows: list[Row]) -> str:
-    """Say whether these times show the paper's jump from 32 to 64 KV heads, and at which batches."""
+    """Say whether these times show the paper's jump from 32 to 64 KV heads."""
     largest, equal = (_samples(rows, batch) for batch in (LARGEST, EQUAL))
     published = _published(rows[0][0])
     if not all({32, 64} <= samples.keys() for samples in (largest, equal, published)):
@@ -227,8 +227,8 @@ def _verdict(rows: list[Row]) -> str:
     return (
         f"The roofline {answer} the paper's jump from 32 to 64 KV heads: the time grows "
         f"{published_jump:.1f}x in the paper, here {jump:.2f}x with batches of {batches[32]} and "
-        f"{batches[64]}, and {equal_jump:.2f}x at equal batches. Table 1's times are means over tasks of different lengths; "
-        "the ratios here are at the lengths above."
+        f"{batches[64]}, and {equal_jump:.2f}x at equal batches. Table 1's times "
+        "are means over tasks of different lengths; the ratios here are at the lengths above."
     )
 
 
