@@ -230,7 +230,7 @@ def _program_numbers(
         compiled: the program with XLA's account of its memory.
         program: its text, parsed.
         name: of the program, such as "step".
-        num_flops: model FLOPs of one device; XLA's own count leaves out kernels.
+        num_flops: model FLOPs of one device.
         config: of the experiment.
         target: the slice that the program is compiled for.
     """

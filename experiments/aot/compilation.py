@@ -31,7 +31,7 @@ from gqa.runtime.errors import UserError
 from gqa.runtime.sharding import Layout
 from gqa.training import loop, optimizer
 
-# Without these libtpu asks the cloud which TPU machine it runs on, and fails elsewhere.
+# Without these variables libtpu looks for the TPU machine that it runs on.
 ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -100,7 +100,7 @@ def start(targets: Iterable[Target]) -> None:
 
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
-    # The compilers need no device, and a TPU library that looks for one may wait for minutes.
+    # The compilers need no device, so JAX should not look for one.
     jax.config.update("jax_platforms", "cpu")
 
 
@@ -229,7 +229,7 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if TOO_LARGE not in str(error):
             raise
-        # The TPU compiler's error says "Used 40G of 30G hbm" among hundreds of lines.
+        # The TPU compiler's error says "Used 40G of 30G hbm" among other lines.
         used = re.search(r"Used \S+ of \S+ \w+", str(error))
         seconds = time.perf_counter() - begin
         return Compiled(seconds=seconds, failure=used[0] if used else str(error).splitlines()[0])

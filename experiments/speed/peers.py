@@ -104,7 +104,7 @@ def _transformers(params: dict, config: Config) -> Any:
     import torch
     import transformers
 
-    # As many threads as our process may use cores; PyTorch would count those of the machine.
+    # As many threads as cores that this process may use, like our own programs.
     torch.set_num_threads(len(hardware.cores()))
     hf_config = transformers.T5Config(**huggingface.from_config(config))
     network = transformers.T5ForConditionalGeneration(hf_config)
