@@ -46,8 +46,9 @@ def by_alpha(summary: Summary, folder: Path) -> str | None:
 
 
 def _uptrained(summary: Summary, shape: Variant) -> list[Method]:
-    found = method_comparison.methods(summary, shape)
-    return [m for m in found if len(method_comparison.curve(summary, shape, m)) > 2]
+    """Return the methods measured at three or more alphas; alpha 0 counts as one."""
+    methods = method_comparison.methods(summary, shape)
+    return [m for m in methods if len(method_comparison.curve(summary, shape, m)) > 2]
 
 
 def _draw_curves(summary, shape, methods, above, below):
@@ -57,21 +58,26 @@ def _draw_curves(summary, shape, methods, above, below):
         if len(points) < 3:
             continue
         plot.line(above, list(points.items()), i, method.label)
-        apart = {
+
+        # The lower axis is logarithmic, so only a loss above that of MHA can be drawn there.
+        excesses = {
             alpha: estimate.apart(loss, longer[alpha])
             for alpha, loss in points.items()
             if alpha in longer
         }
-        apart = [(alpha, e) for alpha, e in apart.items() if e and e.value > 0]
-        if apart:
-            plot.line(below, apart, i, method.label)
+        excesses = [(alpha, e) for alpha, e in excesses.items() if e and e.value > 0]
+        if excesses:
+            plot.line(below, excesses, i, method.label)
+
+    # MHA is what every method is compared with, so its line has no colour of the palette.
     if len(longer) > 1:
-        at, losses = zip(*longer.items(), strict=True)
-        above.plot(at, [e.value for e in losses], "--", color="black", label=LONGER)
+        alphas, losses = zip(*longer.items(), strict=True)
+        above.plot(alphas, [e.value for e in losses], "--", color="black", label=LONGER)
 
 
 def _alpha_axis(axes: Axes) -> None:
     """Scale alphas by ratios, with room for alpha 0 to the left of the smallest alpha."""
+    # A logarithmic scale has no 0; symlog is linear between 0 and the smallest alpha above it.
     alphas = sorted({float(x) for drawn in axes.lines for x in drawn.get_xdata()})
     if len(alphas) > 1:
         axes.set_xscale("symlog", linthresh=alphas[1], linscale=0.6)
@@ -88,9 +94,9 @@ def by_heads(summary: Summary, folder: Path) -> str | None:
     """
     lines = {}
     for v in sorted(summary.converted, key=lambda v: v.order):  # a set has no order of its own
-        found = method_comparison.damage(summary, v)
-        if v.groups_decoder_evenly and v.method.is_usual and found and found.value > 0:
-            lines.setdefault(summary.sized(v.method.label, v), []).append((v.num_kv_heads, found))
+        damage = method_comparison.damage(summary, v)
+        if v.groups_decoder_evenly and v.method.is_usual and damage and damage.value > 0:
+            lines.setdefault(summary.sized(v.method.label, v), []).append((v.num_kv_heads, damage))
     lines = {name: sorted(points) for name, points in lines.items() if len(points) > 2}
     if len(lines) < 2:
         return None
@@ -112,23 +118,29 @@ def by_saving(summary: Summary, folder: Path) -> str | None:
 
     Return the figure's name, None unless there is a method beside the mean that does.
     """
-    found = {}
+    alphas_by_shape = {}
     for shape in method_comparison.shapes(summary):
         for method in method_comparison.methods(summary, shape):
             saved = method_comparison.saved(summary, shape, method)
             if saved and saved.alpha:
-                found.setdefault(shape, {})[method.label] = saved.alpha
-    found = {shape: alphas for shape, alphas in found.items() if len(alphas) > 1}
-    if not found:
+                alphas_by_shape.setdefault(shape, {})[method.label] = saved.alpha
+
+    # The mean reaches its own loss, so one method alone would be nothing to compare.
+    alphas_by_shape = {s: alphas for s, alphas in alphas_by_shape.items() if len(alphas) > 1}
+    if not alphas_by_shape:
         return None
-    names = list(dict.fromkeys(name for alphas in found.values() for name in alphas))
-    height = 1.3 + 0.32 * len(names) + plot.legend_height(len(found))
+
+    names = list(dict.fromkeys(name for alphas in alphas_by_shape.values() for name in alphas))
+    height = 1.3 + 0.32 * len(names) + plot.legend_height(len(alphas_by_shape))
     figure = Figure(figsize=(6.2, height), layout="constrained")
     axes = figure.subplots()
-    for i, (shape, alphas) in enumerate(found.items()):
-        shift = 0.4 * ((i + 0.5) / len(found) - 0.5)
-        points = [(names.index(name) + shift, e) for name, e in alphas.items()]
+    for i, (shape, alphas) in enumerate(alphas_by_shape.items()):
+        # Spread the shapes around a method's row, so that their intervals do not overlap.
+        shift = 0.4 * ((i + 0.5) / len(alphas_by_shape) - 0.5)
+        points = [(names.index(name) + shift, alpha) for name, alpha in alphas.items()]
         plot.marks(axes, points, i, summary.sized(shape.network, shape))
+
+    # Rows run downwards: the first method is at the top, as in the tables.
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     reference, alpha = method_comparison.REFERENCE.label, method_comparison.ALPHA
@@ -147,6 +159,7 @@ def by_calibration(summary: Summary, folder: Path) -> str | None:
     """
     lines = {}
     for v in summary.converted:
+        # Compare runs that differ in nothing but their calibration tokens.
         tokens, usual = v.method.calibration_tokens, v.method._replace(calibration_tokens=None)
         loss_above_parent = method_comparison.damage(summary, v)
         comparable = v.groups_decoder_evenly and usual.is_usual and not usual.renorm

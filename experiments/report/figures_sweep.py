@@ -25,18 +25,22 @@ def by_method(summary: Summary, folder: Path) -> str | None:
     groups = {key: scores for key, scores in groups.items() if len(scores) > 1}
     if not groups:
         return None
-    found = {method for scores in groups.values() for method in scores}
-    methods = method_comparison.in_order(found)
+
+    methods = method_comparison.in_order({m for scores in groups.values() for m in scores})
     height = 1.2 + 0.45 * max(len(methods), 3) + plot.legend_height(len(groups))
     figure = Figure(figsize=(7.2, height), layout="constrained")
     ours, published = figure.subplots(1, 2)
     for i, (key, scores) in enumerate(groups.items()):
+        # Spread the networks around a method's row, so that their intervals do not overlap.
         shift = 0.5 * ((i + 0.5) / len(groups) - 0.5)
         points = [(methods.index(m) + shift, e) for m, e in scores.items()]
         plot.marks(ours, points, i, summary.sized(f"{key.network}, alpha {key.alpha:g}", key))
     published.plot(list(paper.FIGURE4.values()), range(3), linestyle="none", **plot.style(6))
+
     ours.set(title="Ours", xlabel=score_name(summary))
     published.set(title="Published: T5-Large to MQA", xlabel="Average of 3 tasks", xlim=(55, 56))
+
+    # Rows run downwards, the paper's methods first, so that both panels have the same order.
     labels = [method.label for method in methods]
     for axes, names in ((ours, labels), (published, list(paper.FIGURE4))):
         axes.set_yticks(range(len(names)), names)
@@ -67,13 +71,17 @@ def _alpha_lines(summary):
     """Return, by variant without alpha, pairs of an alpha and the score there."""
     lines = {}
     for v in summary.variants:
-        if found := summary.average(v):
-            lines.setdefault(v._replace(alpha=-1.0), {})[v.alpha] = found
+        if score := summary.average(v):
+            # Networks that differ in alpha alone share a line: give all of them one alpha as key.
+            lines.setdefault(v._replace(alpha=-1.0), {})[v.alpha] = score
     return {key: sorted(points.items()) for key, points in lines.items()}
 
 
 def _draw_alpha_lines(summary, axes, lines):
-    """A multi-head network that was not uptrained is a level to compare with, as in the paper."""
+    """Draw a line for each network that was scored at two or more alphas.
+
+    A multi-head network that was not uptrained is drawn as a horizontal level, as in the paper.
+    """
     for i, (key, points) in enumerate(lines.items()):
         name = f"{key.network} {key.method.label}" if key.is_converted else key.network
         label = summary.sized(name, key)
@@ -119,13 +127,15 @@ def by_groups(summary: Summary, folder: Path) -> str | None:
     }
     if not lines["time"] and not lines["score"]:
         return None
-    labels = list(dict.fromkeys(label for found in lines.values() for label in found))
+
+    # Number the labels over all panels, so that a label has one colour in the whole figure.
+    labels = list(dict.fromkeys(label for panel in lines.values() for label in panel))
     figure = Figure(figsize=(7.2, 5.8 + plot.legend_height(len(labels))), layout="constrained")
     (time, published), (score, loss) = figure.subplots(2, 2)
-    for axes, found in zip((time, score, loss), lines.values(), strict=True):
-        for label, points in found.items():
+    for axes, panel in zip((time, score, loss), lines.values(), strict=True):
+        for label, points in panel.items():
             plot.line(axes, points, labels.index(label), label)
-        if found:
+        if panel:
             plot.kv_heads_axis(axes)
         else:
             plot.note(axes, "not measured")
@@ -148,8 +158,8 @@ def _group_lines(summary, measure, label):
     for v in summary.scored:
         if v.groups_decoder_evenly and v.shape != v.parent:
             for point in (v.parent, v):
-                if found := measure(point):
-                    lines.setdefault(label(v), {})[point.num_kv_heads] = found
+                if estimate := measure(point):
+                    lines.setdefault(label(v), {})[point.num_kv_heads] = estimate
     return {name: sorted(points.items()) for name, points in lines.items() if len(points) > 2}
 
 

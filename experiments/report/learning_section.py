@@ -22,10 +22,12 @@ def baselines(summary: Summary) -> str:
         rows, remarks = [], []
         for variant in summary.scored:
             metrics = ("headline", *BASELINES, *LOSSES)
-            found = {m: summary.get(variant, "evaluate", m, task) for m in metrics}
-            if any(found.values()):
-                rows.append([summary.title(variant), *_baseline_cells(found)])
-                remarks += [f"- {summary.title(variant)}: {r}." for r in _missing(found)]
+            estimates = {m: summary.get(variant, "evaluate", m, task) for m in metrics}
+            if any(estimates.values()):
+                rows.append([summary.title(variant), *_baseline_cells(estimates)])
+                remarks += [f"- {summary.title(variant)}: {r}." for r in _missing(estimates)]
+
+        # Say that nothing is missing only where something was measured, never over dashes.
         if not remarks and any(cell != DASH for row in rows for cell in row[2:]):
             remarks = ["Every margin measured here is there."]
         parts += [f"### {task}", tables.markdown(header, rows), "\n".join(remarks)]
@@ -39,17 +41,17 @@ def baselines(summary: Summary) -> str:
     return "\n\n".join(parts)
 
 
-def _baseline_cells(found):
-    own, other, unigram = (found[name] for name in LOSSES)
+def _baseline_cells(estimates):
+    model, other_input, unigram = (estimates[name] for name in LOSSES)
     return [
-        interval(found["headline"]),
-        interval(found["constant_answer"]),
-        interval(found["first_sentence"]),
-        _number(own),
-        _number(other),
-        _margin(other, own),
+        interval(estimates["headline"]),
+        interval(estimates["constant_answer"]),
+        interval(estimates["first_sentence"]),
+        _number(model),
+        _number(other_input),
+        _margin(other_input, model),
         _number(unigram),
-        _margin(unigram, own),
+        _margin(unigram, model),
     ]
 
 
@@ -57,19 +59,23 @@ def _number(estimate, digits=3):
     return f"{estimate.value:.{digits}f}" if estimate else DASH
 
 
-def _margin(baseline, own):
-    return f"{baseline.value - own.value:+.3f}" if baseline and own else DASH
+def _margin(baseline, model):
+    return f"{baseline.value - model.value:+.3f}" if baseline and model else DASH
 
 
-def _missing(found):
+def _missing(estimates):
     """Yield a sentence for each margin that the model does not have."""
-    own, score = found["test_loss"], found["headline"]
-    if own and (other := found["test_loss_other_input"]) and other.value - own.value < MARGIN:
+    model, other_input, unigram = (estimates[name] for name in LOSSES)
+    score = estimates["headline"]
+
+    if model and other_input and other_input.value - model.value < MARGIN:
         yield "the loss is hardly lower with its own input than another's: the input is not used"
-    if own and (unigram := found["test_loss_unigram"]) and unigram.value - own.value < MARGIN:
+    if model and unigram and unigram.value - model.value < MARGIN:
         yield "the loss is hardly lower than the unigram model's, or higher"
+
+    # Compare the lower end of the interval, if there is one: a mean above may be chance.
     for name in ("constant_answer", "first_sentence"):
-        trivial = found[name]
+        trivial = estimates[name]
         if score and trivial and (score.value if score.low is None else score.low) <= trivial.value:
             yield f"the score is not shown to be above that of the {BASELINES[name]}"
 
@@ -93,13 +99,14 @@ def predictions(summary: Summary) -> str:
     """Show the first test examples of each task, with what the first variants made of them."""
     parts = []
     for task in summary.tasks:
-        found = {v: summary.predictions(v, task) for v in summary.scored}
-        found = {v: records for v, records in found.items() if records}
-        variants = list(found)[:SHOWN]
+        records = {v: summary.predictions(v, task) for v in summary.scored}
+        variants = [v for v in records if records[v]][:SHOWN]
         if not variants:
             continue
+
+        # All variants were scored on the same examples, in the same order: a row is an example.
         parts.append(f"### {task}")
-        for i, row in enumerate(zip(*(found[v] for v in variants), strict=False), 1):
+        for i, row in enumerate(zip(*(records[v] for v in variants), strict=False), 1):
             texts = {"reference": row[0]["targets"][0]}
             texts |= {summary.title(v): r["prediction"] for v, r in zip(variants, row, strict=True)}
             lines = [f"{i}. input: {_cut(row[0]['inputs'])}"]
@@ -121,6 +128,7 @@ def conversion(summary: Summary) -> str:
     header += ["uptraining steps", "alpha"]
     rows = []
     for variant in summary.scored:
+        # A converted network was not pretrained itself: the steps are those of its parent.
         start = variant.parent if variant.is_converted else variant.shape
         cells = [
             *map(_number, summary.losses(variant)),

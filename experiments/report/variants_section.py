@@ -17,9 +17,10 @@ COSTS = {
 COST_NOTE = (
     "In parentheses: against the MHA parent of the same size, as a ratio and in percent for cost, "
     "in points and in percent for quality. Prefill and time per token are those of a whole batch; "
-    "time per sample is the batch's share. A network is timed once, however its weights were "
-    "reached, in turn with a multi-head one; if that one was timed more than once, the network's "
-    "times are their ratio to it in their own run, times its latest."
+    "time per sample is the batch's share. A network is timed once for all methods of "
+    "conversion, because its weights do not change its speed, and in turns with a multi-head "
+    "network. If the multi-head network was timed in several runs, the times shown are the ratio "
+    "of the two in their common run, multiplied by the multi-head network's latest time."
 )
 QUALITY_NOTE = (
     "Brackets: 95% interval (bootstrap over test examples; with several seeds, the spread of their "
@@ -81,14 +82,16 @@ def _seeds(summary, variant):
 
 def _cost(summary, variant, metric, form):
     """Return one cost with its ratio to the parent's: `256 KiB (0.50x, -50%)`."""
-    own = summary.get(variant, "benchmark", metric)
-    parent = summary.get(variant.parent, "benchmark", metric)
-    if own is None:
+    cost = summary.get(variant, "benchmark", metric)
+    parent_cost = summary.get(variant.parent, "benchmark", metric)
+    if cost is None:
         return DASH
-    if parent is None or variant.shape == variant.parent or not parent.value:
-        return form(own.value)
-    ratio = own.value / parent.value
-    return f"{form(own.value)} ({ratio:.2f}x, {_percent(ratio - 1)})"
+
+    # The parent itself, and a network without a timed parent, have nothing to be compared with.
+    if parent_cost is None or variant.shape == variant.parent or not parent_cost.value:
+        return form(cost.value)
+    ratio = cost.value / parent_cost.value
+    return f"{form(cost.value)} ({ratio:.2f}x, {_percent(ratio - 1)})"
 
 
 def _percent(change):
@@ -97,15 +100,18 @@ def _percent(change):
 
 def _quality(summary: Summary, variant: Variant, task: str | None) -> str:
     """Return a score with its interval and its difference to the parent's score."""
-    own = summary.average(variant) if task is None else summary.headline(variant, task)
-    found = summary.against_parent(variant, task)
-    if found is None:
-        return interval(own)
-    if not found.shown:
-        return f"{interval(own)} ({NO_DIFFERENCE})"
-    parent = own.value - found.value
-    relative = f", {_percent(found.value / parent)}" if parent else ""
-    return f"{interval(own)} ({found.value:+.1f}{relative})"
+    score = summary.average(variant) if task is None else summary.headline(variant, task)
+    difference = summary.against_parent(variant, task)
+    if difference is None:
+        return interval(score)
+    if not difference.shown:
+        return f"{interval(score)} ({NO_DIFFERENCE})"
+
+    # The difference may leave out seeds that only one network has, so take the parent's score that
+    # is consistent with the two numbers printed here.
+    parent_score = score.value - difference.value
+    relative = f", {_percent(difference.value / parent_score)}" if parent_score else ""
+    return f"{interval(score)} ({difference.value:+.1f}{relative})"
 
 
 def interval(score: Estimate | None) -> str:
@@ -117,22 +123,27 @@ def interval(score: Estimate | None) -> str:
     return f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
 
 
-def signed(found: Difference | None) -> str:
+def signed(difference: Difference | None) -> str:
     """Return a difference with its interval: `-1.00 [-1.52, -0.48]`."""
-    if found is None:
+    if difference is None:
         return DASH
-    if found.low is None:
-        return f"{found.value:+.2f}"
-    unpaired = "" if found.paired else " (u)"
-    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{unpaired}"
+    if difference.low is None:
+        return f"{difference.value:+.2f}"
+    unpaired = "" if difference.paired else " (u)"
+    return f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]{unpaired}"
 
 
 def _differences(summary):
     columns = _quality_columns(summary)
     rows = [
-        [summary.title(v), *[signed(summary.against_parent(v, t)) for t in columns.values()]]
-        for v in summary.scored
+        [
+            summary.title(variant),
+            *[signed(summary.against_parent(variant, task)) for task in columns.values()],
+        ]
+        for variant in summary.scored
     ]
+
+    # The parents themselves have no difference; their rows would hold dashes alone.
     return ["variant", *columns], [row for row in rows if {*row[1:]} - {DASH}]
 
 
