@@ -51,7 +51,10 @@ def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
         first = next(iter(failed.values()))
         if len(failed) == 1:
             raise first
-        raise UserError(f"{len(failed)} stages failed or build on one that did; the first: {first}")
+        # The cause is kept, because the main program knows a flag that helps against some errors.
+        raise UserError(
+            f"{len(failed)} stages failed or build on one that did; the first: {first}"
+        ) from first
 
 
 def _one_by_one(todo, stages, workdir, failed) -> None:

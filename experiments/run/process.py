@@ -34,7 +34,12 @@ def status(run: Callable[[], None]) -> int:
 
 
 def _remedy(error: BaseException) -> str:
-    """Return the flag, and from launch.py the whole command, with which a stopped run goes on."""
+    """Return the flag, and from launch.py the whole command, with which a stopped run goes on.
+
+    An error that sums up the failures of several stages has the first failure as its cause.
+    """
+    if isinstance(error.__cause__, DamagedCheckpoint | DivergedError):
+        error = error.__cause__
     if isinstance(error, DamagedCheckpoint):
         flag = "--config.checkpoint.on_damage=previous"
         effect = "sets it aside and goes on from the checkpoint before"

@@ -77,6 +77,14 @@ def test_a_worker_names_the_flag_alone(error, flag, capsys, monkeypatch):
     assert "python" not in line
 
 
+def test_a_summary_of_failures_names_the_flag_for_the_first(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["launch.py"])
+    summary = UserError("2 stages failed")
+    summary.__cause__ = DAMAGED
+    _, line = end_by(summary, capsys)
+    assert line.startswith(f"error: 2 stages failed; {ON_DAMAGE} ")
+
+
 def test_without_a_rollback_left_the_flag_for_more_is_named(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["launch.py"])
     _, line = end_by(diverged(rollback_allowed=False), capsys)
