@@ -30,9 +30,8 @@ from gqa.evaluation import results
 from gqa.inference.step import Inference
 from gqa.model import flops
 from gqa.model.config import Config, check_kv_heads
-from gqa.runtime import sharding
 from gqa.runtime.errors import ConfigError, UserError
-from gqa.runtime.sharding import Layout
+from gqa.runtime.mesh import Layout, check_layout, resolve_layout
 
 KINDS = (None, "aot", "report")
 KEPT_BACK = 0.04  # share of HBM that the runtime and the compiler's own reserve take
@@ -67,7 +66,7 @@ def check(config: ConfigDict) -> None:
     target = _targets(config)[0]
     for K in _kv_heads(config):
         check_kv_heads("aot.kv_heads", K, config.model.num_heads)
-        sharding.check(_network(config, K), Layout(model=target.chips), target.chips, target.chips)
+        check_layout(_network(config, K), Layout(model=target.chips), target.chips, target.chips)
     if not 0 < config.aot.efficiency <= 1:
         raise UserError(f"aot.efficiency={config.aot.efficiency}; use more than 0 and at most 1")
 
@@ -133,7 +132,7 @@ def _inference(config: ConfigDict, compiler: Compiler, K: int) -> Inference:
     network = _network(config, K)
     S, T = config.benchmark.inputs_length, config.benchmark.targets_length
     rows = compiler.target.chips
-    layout = sharding.choose(network, compiler.layout, compiler.mesh, rows, S, T)
+    layout = resolve_layout(network, compiler.layout, compiler.mesh, rows, S, T)
     return Inference(network, backend=compiler.target.backend, layout=layout)
 
 

@@ -28,8 +28,9 @@ from gqa.kv_cache import weight_shapes
 from gqa.model.config import Config
 from gqa.runtime import atomic_files, sharding
 from gqa.runtime.errors import UserError
-from gqa.runtime.sharding import Layout
-from gqa.training import loop, optimizer
+from gqa.runtime.mesh import Layout, make_mesh
+from gqa.training import optimizer
+from gqa.training import step as training_step
 
 # Without these variables libtpu looks for the TPU machine that it runs on.
 ALONE = {
@@ -131,7 +132,7 @@ class Compiler:
 
     def __init__(self, target: Target, layout: Layout, folder: Path):
         self.target, self.layout, self.folder = target, layout, folder
-        self.mesh: Mesh = sharding.make_mesh(layout, devices=devices(target))
+        self.mesh: Mesh = make_mesh(layout, devices=devices(target))
 
     def step(self, net: Inference, batch_size: int, S: int, T: int) -> Compiled:
         """Compile one step of generation: one token of each of `batch_size` sequences.
@@ -172,18 +173,18 @@ class Compiler:
         self, config: Config, batch_size: int, S: int, T: int, num_microbatches: int
     ) -> Compiled:
         """Compile one step of pretraining, which updates the state in place."""
-        state = loop.abstract(config, self.mesh, self.layout)
+        state = training_step.abstract(config, self.mesh, self.layout)
         rows = sharding.batch_sharding(self.mesh)
         batch = {
             name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=rows)
             for name, length in (("inputs", S), ("targets", T))
         }
-        step = loop.make_step(
-            loop.make_loss(config, z_loss=1e-4),
+        step = training_step.make_step(
+            training_step.make_loss(config, z_loss=1e-4),
             optimizer.rsqrt(10_000),
             0,
             num_microbatches,
-            placed=loop.shardings(state),
+            placed=training_step.shardings(state),
         )
         return self._compile(step, state, batch)
 

@@ -39,7 +39,7 @@ from experiments.stages.settings import (
 from experiments.stages.variant import Variant
 from gqa import conversion
 from gqa.model.config import Config
-from gqa.runtime.sharding import Layout
+from gqa.runtime.mesh import Layout
 
 # The decoder's attentions that each value of convert.where converts; the others stay multi-head.
 WHERE = {

@@ -16,8 +16,8 @@ from experiments.stages import text
 from gqa import conversion
 from gqa.data import tasks, tokenizer
 from gqa.data.examples import SPLITS
-from gqa.runtime import sharding
 from gqa.runtime.errors import ConfigError, UserError
+from gqa.runtime.mesh import Layout, check_batch, check_layout, check_rows
 from gqa.training import progress
 
 LARGEST = 2**31 - 1  # steps, lengths, seeds and token ids are int32
@@ -57,15 +57,15 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
             raise UserError(f"{name}={values[name]!r}; use one of {known}")
     _check_fractions(config)
     _check_conversion(config)
-    layout = sharding.Layout(**config.mesh)
+    layout = Layout(**config.mesh)
     count, local_count = devices or (jax.device_count(), jax.local_device_count())
     for network in (parent_config(config), converted_config(config)):
-        sharding.check(network, layout, count, local_count)
+        check_layout(network, layout, count, local_count)
         size, generate = config.evaluate.batch_size, max(local_count, layout.model)
-        sharding.check_rows("evaluate.batch_size", size, network, layout, generate)
+        check_rows("evaluate.batch_size", size, network, layout, generate)
     for section in ("pretrain", "finetune"):
         _check_batch(section, config[section], layout, count)
-    sharding.check_batch("evaluate.batch_size", config.evaluate.batch_size, 1, layout, count)
+    check_batch("evaluate.batch_size", config.evaluate.batch_size, 1, layout, count)
     progress.check(config.wandb.mode)
 
 
@@ -133,14 +133,14 @@ def _check_fractions(config: ConfigDict) -> None:
             raise UserError(f"{section}.dropout_rate={rate}; use a value in [0, 1)")
 
 
-def _check_batch(section: str, training: ConfigDict, layout: sharding.Layout, count: int) -> None:
+def _check_batch(section: str, training: ConfigDict, layout: Layout, count: int) -> None:
     size, parts = training.batch_size, training.num_microbatches
     if size % parts:
         raise UserError(
             f"{section}.batch_size={size} does not split over num_microbatches={parts}; "
             f"use a multiple of {parts}"
         )
-    sharding.check_batch(f"{section}.batch_size", size, parts, layout, count)
+    check_batch(f"{section}.batch_size", size, parts, layout, count)
 
 
 def _check_tasks(config: ConfigDict) -> None:

@@ -31,6 +31,7 @@ from gqa.checkpoints import checkpoint
 from gqa.evaluation import results
 from gqa.runtime import distributed, sharding
 from gqa.runtime.errors import DamagedCheckpoint, UserError
+from gqa.runtime.mesh import make_mesh
 
 RESULTS = "results.jsonl"
 # Stages that are not spread over several processes: each process does the whole stage on its own
@@ -128,7 +129,7 @@ def _is_alone(kind: str, setup: Setup) -> bool:
 def _make_job(setup_json: str, workdir: Path, alone: bool) -> Job:
     setup = from_json(Setup, json.loads(setup_json), "setup")
     layout = setup.mesh.within(jax.local_device_count()) if alone else setup.mesh
-    mesh = sharding.make_mesh(layout, local=alone)
+    mesh = make_mesh(layout, local=alone)
     prepared = text.prepare(setup.text, workdir)._replace(share=sharding.share(mesh))
     return Job(workdir, setup, prepared, mesh, layout)
 

@@ -39,7 +39,8 @@ from gqa.model.config import Config, check_kv_heads
 from gqa.model.transformer import init_params
 from gqa.runtime import hardware
 from gqa.runtime.errors import UserError
-from gqa.training import loop, optimizer
+from gqa.training import optimizer
+from gqa.training import step as training_step
 
 KINDS = ("inference", "training", "report")
 LEARNING_RATE = 1e-3
@@ -326,9 +327,9 @@ def _training(config: ConfigDict, peer_names: list[str]) -> list[dict]:
 
 def _train_turn(config: Config, batches: list[dict]) -> timing.Turn:
     """Return a turn that runs our training step on each batch and measures seconds per step."""
-    loss = loop.make_loss(config, z_loss=0.0)
-    step = loop.make_step(loss, optimizer.constant(LEARNING_RATE), seed=0)
-    state = loop.init(config, 0)
+    loss = training_step.make_loss(config, z_loss=0.0)
+    step = training_step.make_step(loss, optimizer.constant(LEARNING_RATE), seed=0)
+    state = training_step.init(config, 0)
 
     # The state goes on from turn to turn, since a step's speed does not depend on it.
     def steps() -> Array:

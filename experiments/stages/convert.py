@@ -24,7 +24,7 @@ from gqa.conversion import Conversion, calibration
 from gqa.conversion.calibration import InputCovariance
 from gqa.conversion.optimizer_state import convert_optimizer_state
 from gqa.model.config import Config
-from gqa.training import loop
+from gqa.training import step as training_step
 
 # Bytes of input covariances, at most, that stay in memory for the next stage of the same parent.
 LARGEST_KEPT = 2**30
@@ -56,8 +56,8 @@ def run(
     before, after = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, params))
     print(f"{label}: {before:,} -> {after:,} parameters, optimizer state: {settings.optimizer}")
 
-    loss = loop.make_validation(config, job.mesh)(params, data.validation())
-    divergence = loop.make_divergence(parent.config, config, job.mesh)
+    loss = training_step.make_validation(config, job.mesh)(params, data.validation())
+    divergence = training_step.make_divergence(parent.config, config, job.mesh)
     kl = divergence(state.params, params, data.validation())
     print(f"{label}: validation loss {loss:.3f}, KL to the parent {kl:.3f}")
 

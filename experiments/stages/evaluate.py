@@ -13,8 +13,8 @@ from gqa.evaluation import metrics, scoring
 from gqa.inference import decoding
 from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
-from gqa.runtime.sharding import choose
-from gqa.training import loop
+from gqa.runtime.mesh import resolve_layout
+from gqa.training import step as training_step
 
 SHOWN = 10  # examples whose prediction stands in the report
 
@@ -31,7 +31,7 @@ def run(
     batch_size, recipe = settings.batch_size, parent.info.recipe
     lengths = {"inputs_length": recipe.inputs_length, "targets_length": recipe.targets_length}
 
-    layout = choose(parent.config, job.layout, job.mesh, batch_size, *lengths.values())
+    layout = resolve_layout(parent.config, job.layout, job.mesh, batch_size, *lengths.values())
     generator = Generator(
         Inference(parent.config, settings.cache_dtype, layout=layout),
         _make_search(settings),
@@ -49,7 +49,7 @@ def run(
     predictions = [job.text.tokenizer.decode(row) for row in tokens]
     shown = _keep(folder.predictions, examples, predictions)
 
-    validation_loss = loop.make_validation(parent.config, job.mesh)
+    validation_loss = training_step.make_validation(parent.config, job.mesh)
     losses = scoring.losses(
         validation_loss,
         params,

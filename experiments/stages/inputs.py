@@ -17,8 +17,8 @@ from experiments.stages.variant import Variant
 from gqa.checkpoints import checkpoint
 from gqa.model.config import Config
 from gqa.runtime.errors import ConfigError, UserError
-from gqa.runtime.sharding import Layout
-from gqa.training import loop
+from gqa.runtime.mesh import Layout
+from gqa.training import step as training_step
 
 # The largest size of a network that a checkpoint is believed to have. A damaged number beyond it
 # would cost minutes, or all memory, before anything else was found wrong.
@@ -113,10 +113,12 @@ def load_params(parent: Parent, job: Job) -> dict:
     return _load(parent, job, "params")["params"]
 
 
-def load_state(parent: Parent, job: Job) -> tuple[loop.State, dict]:
+def load_state(parent: Parent, job: Job) -> tuple[training_step.State, dict]:
     """Load all of a checkpoint: the training state, and the place in the data it had reached."""
     items = _load(parent, job, "params", "opt_state", "data")
-    return loop.State(jnp.int32(parent.step), items["params"], items["opt_state"]), items["data"]
+    return training_step.State(jnp.int32(parent.step), items["params"], items["opt_state"]), items[
+        "data"
+    ]
 
 
 def _load(parent: Parent, job: Job, *items: str) -> dict:
@@ -125,5 +127,5 @@ def _load(parent: Parent, job: Job, *items: str) -> dict:
             f"checkpoint {parent.path} was trained with another vocabulary than this config's "
             f"text in {job.text.folder}; use the config and workdir it came from"
         )
-    shapes = loop.abstract(parent.config, job.mesh, job.layout)._asdict() | {"data": None}
+    shapes = training_step.abstract(parent.config, job.mesh, job.layout)._asdict() | {"data": None}
     return checkpoint.load(parent.path, {name: shapes[name] for name in items})

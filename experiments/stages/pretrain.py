@@ -16,7 +16,7 @@ from experiments.stages.typed_json import to_json
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.model import transformer
 from gqa.runtime import hardware
-from gqa.training import loop
+from gqa.training import step as training_step
 
 
 def run(
@@ -37,8 +37,8 @@ def run(
         return _take(label, settings.initial_checkpoint, folder, info, data, job)
 
     # Each device makes its own part of the parameters, since the whole may fit on none.
-    placed = loop.shardings(loop.abstract(config, job.mesh, job.layout))
-    start = jax.jit(lambda: loop.init(config, recipe.seed), out_shardings=placed)
+    placed = training_step.shardings(training_step.abstract(config, job.mesh, job.layout))
+    start = jax.jit(lambda: training_step.init(config, recipe.seed), out_shardings=placed)
     return run_training(label, job, folder, data, start, TrainingSpec(info, recipe, recipe.steps))
 
 
@@ -61,7 +61,7 @@ def _take(
     step = info.recipe.steps
     with Checkpoints(folder.checkpoints) as checkpoints:
         if checkpoints.latest is None:
-            moments = loop.abstract(info.model, job.mesh, job.layout).opt_state
+            moments = training_step.abstract(info.model, job.mesh, job.layout).opt_state
             items = {
                 "opt_state": jax.tree.map(_zeros, moments),
                 "config": to_json(info),
@@ -71,7 +71,7 @@ def _take(
 
         if checkpoints.measured is None:
             params = load_params(open_parent(folder.checkpoints), job)
-            loss = loop.make_validation(info.model, job.mesh)(params, data.validation())
+            loss = training_step.make_validation(info.model, job.mesh)(params, data.validation())
             print(f"{label}: {initial.folder}, validation loss {loss:.3f}", flush=True)
             checkpoints.measure(step, {"validation_loss": loss})
         loss = checkpoints.metric(step)

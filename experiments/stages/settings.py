@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.stages.variant import Variant
 from gqa.model.config import Config
-from gqa.runtime.sharding import Layout
+from gqa.runtime.mesh import Layout
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ from gqa.model.config import Config
 from gqa.model.flops import train_flops
 from gqa.runtime import distributed
 from gqa.runtime.hardware import peak_flops
-from gqa.runtime.sharding import Layout, check_batch, put
+from gqa.runtime.mesh import Layout, check_batch
+from gqa.runtime.sharding import put
 from gqa.training import divergence, loop, optimizer, progress
+from gqa.training import step as training_step
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ class Pooling:
     view: Callable[[dict, jax.Array], dict]
     fold: Callable[[dict], dict]
 
-    def abstract(self, mesh: Mesh, layout: Layout) -> loop.State:
+    def abstract(self, mesh: Mesh, layout: Layout) -> training_step.State:
         """Return the shapes and placement of the training state."""
-        return loop.abstract(self.expanded_config, mesh, layout, self.start)
+        return training_step.abstract(self.expanded_config, mesh, layout, self.start)
 
-    def start(self, state: loop.State) -> loop.State:
+    def start(self, state: training_step.State) -> training_step.State:
         """Return the state to train from; only leaves that `expand` adds begin without moments."""
         params = self.expand(state.params)
         fresh = optimizer.adafactor().init(params)
@@ -83,7 +85,7 @@ class TrainingSpec:
     first_step: int = 0
     keep: str = "last"
     pooling: Pooling | None = None
-    teacher: loop.Teacher | None = None
+    teacher: training_step.Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class _StepSpec:
 
     config: Config
     pooling: Pooling | None
-    teacher: loop.Teacher | None
+    teacher: training_step.Teacher | None
     schedule: str
     learning_rate: float
     warmup: int
@@ -108,7 +110,7 @@ def run_training(
     job: Job,
     folder: StageFolder,
     data: Training,
-    start: Callable[[], loop.State],
+    start: Callable[[], training_step.State],
     spec: TrainingSpec,
     teacher_params: dict | None = None,
 ) -> Outcome:
@@ -125,14 +127,14 @@ def run_training(
 
     # Losses are those of the grouped network, also while its pooling is being learned.
     fold = (lambda params: params) if pooling is None else jax.jit(pooling.fold)
-    validation_loss = loop.make_validation(config, job.mesh)
+    validation_loss = training_step.make_validation(config, job.mesh)
     running_config = config if pooling is None else pooling.running_config
     step_flops = train_flops(running_config, recipe.batch_size, **data.lengths)
 
     checkpoints, keep_last = folder.checkpoints.absolute(), job.setup.checkpoint.keep_last
     with _make_progress(label, job, folder, recipe.every, step_flops, config.dtype) as shown:
         rollbacks = loop.fit(
-            lambda: put(start(), loop.shardings(abstract)),
+            lambda: put(start(), training_step.shardings(abstract)),
             abstract,
             lambda state, batch: step(state, batch, *loss_arguments),
             data.batches,
@@ -173,11 +175,11 @@ def _step_spec(spec: TrainingSpec, job: Job) -> _StepSpec:
 
 # Stages that one process does in turn come ordered by network: the last step serves the next stage.
 @functools.lru_cache(maxsize=1)
-def _compile(spec: _StepSpec) -> tuple[loop.State, Callable]:
+def _compile(spec: _StepSpec) -> tuple[training_step.State, Callable]:
     """Return the state's shapes and placement, and the step, which compiles at its first call."""
     if spec.pooling is None:
         config, view = spec.config, None
-        abstract = loop.abstract(config, spec.mesh, spec.layout)
+        abstract = training_step.abstract(config, spec.mesh, spec.layout)
     else:
         config, view = spec.pooling.running_config, spec.pooling.view
         abstract = spec.pooling.abstract(spec.mesh, spec.layout)
@@ -186,12 +188,12 @@ def _compile(spec: _StepSpec) -> tuple[loop.State, Callable]:
         learning_rate = optimizer.rsqrt(spec.warmup, spec.learning_rate)
     else:
         learning_rate = optimizer.constant(spec.learning_rate)
-    step = loop.make_step(
-        loop.make_loss(config, spec.z_loss, spec.teacher),
+    step = training_step.make_step(
+        training_step.make_loss(config, spec.z_loss, spec.teacher),
         learning_rate,
         spec.seed,
         spec.num_microbatches,
-        placed=loop.shardings(abstract),
+        placed=training_step.shardings(abstract),
         view=view,
     )
     return abstract, step

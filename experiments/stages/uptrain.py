@@ -24,7 +24,7 @@ from gqa import conversion
 from gqa.checkpoints import checkpoint
 from gqa.conversion import grouping, learned, optimizer_state
 from gqa.runtime import distributed
-from gqa.training import loop
+from gqa.training import step as training_step
 
 
 def run(
@@ -44,10 +44,10 @@ def run(
     if variant.method in learned.METHODS:
         pooling = _make_pooling(variant.method, converted, origin, steps)
     if variant.beta:
-        teacher = loop.Teacher(origin.config, variant.beta)
+        teacher = training_step.Teacher(origin.config, variant.beta)
         teacher_params = load_params(origin, job)
 
-    def start() -> loop.State:
+    def start() -> training_step.State:
         # A learned pooling trains the multi-head parameters themselves.
         parent = (_head_start(folder) or converted) if pooling is None else origin
         state, data_state = load_state(parent, job)
@@ -73,7 +73,7 @@ def run(
     return dataclasses.replace(outcome, records=records)
 
 
-def _permute_heads(state: loop.State, converted: Parent) -> loop.State:
+def _permute_heads(state: training_step.State, converted: Parent) -> training_step.State:
     """Put the parent's heads in the order of the conversion, so that neighbours share a group."""
     head_orders = converted.info.head_orders or {}
     orders = {attention: np.array(order) for attention, order in head_orders.items()}
@@ -152,5 +152,5 @@ def _fold(tree: dict, opt_state: dict, fold: Callable) -> tuple[dict, dict]:
 
 def _divergence(parent: Parent, origin: Parent, data: Training, job: Job) -> float:
     """Return KL(multi-head parent || network) on the validation text, in nats per token."""
-    divergence = loop.make_divergence(origin.config, parent.config, job.mesh)
+    divergence = training_step.make_divergence(origin.config, parent.config, job.mesh)
     return divergence(load_params(origin, job), load_params(parent, job), data.validation())

@@ -44,7 +44,7 @@ from gqa.conversion.closed_form import SPACES
 from gqa.conversion.grouping import GROUPINGS, MEASURED, find_head_orders, permute_heads
 from gqa.conversion.query_scale import query_scale
 from gqa.model.config import Config
-from gqa.runtime.sharding import divisors
+from gqa.runtime.mesh import divisors
 
 __all__ = [
     "ABSORBING",

@@ -21,7 +21,8 @@ from gqa.inference.layout import KeysValues
 from gqa.model.attention import Segments
 from gqa.model.config import GATED_GELU, Config
 from gqa.model.fused_attention import fused_attention
-from gqa.runtime.sharding import Layout, by_rows, constrain
+from gqa.runtime.mesh import Layout, by_rows
+from gqa.runtime.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ one CPU, `accelerator_layout.py` for everything else. There are two implementati
 speed of a step is the speed at which it reads weights and caches, and XLA reads different layouts
 fast on different backends (docs/speed.md has the measurements).
 
-A `DecoderLayout` is not a `gqa.runtime.sharding.Layout`: the latter says how arrays are split over
+A `DecoderLayout` is not a `gqa.runtime.mesh.Layout`: the latter says how arrays are split over
 the devices of a mesh.
 
 Letters are those of `gqa/model/attention.py`. R is the number of beams of an example, and S is the

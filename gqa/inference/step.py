@@ -36,7 +36,8 @@ from gqa.model.attention import Segments, as_bias
 from gqa.model.config import Config
 from gqa.model.layers import RelativePositionBias, RMSNorm
 from gqa.model.transformer import Encoder, decoder_layer, each_layer
-from gqa.runtime.sharding import WHOLE, Layout, constrain
+from gqa.runtime.mesh import WHOLE, Layout
+from gqa.runtime.sharding import constrain
 
 # Token ids may be NumPy arrays where they are not traced.
 Tokens = Array | np.ndarray
@@ -67,7 +68,7 @@ class Inference:
         half the bytes saves, and bfloat16 on accelerators.
     backend: by default JAX's own, or "cudnn" on a GPU whose cuDNN has fused attention.
     layout: how a mesh splits the arrays. On several devices, give what
-        `gqa.runtime.sharding.choose` returns, and call the methods under `jax.set_mesh(mesh)`.
+        `gqa.runtime.mesh.resolve_layout` returns, and call the methods under `jax.set_mesh(mesh)`.
     """
 
     config: Config

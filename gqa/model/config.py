@@ -11,7 +11,7 @@ import jax
 
 from gqa.runtime.checks import check_choice, check_whole_number
 from gqa.runtime.errors import ConfigError
-from gqa.runtime.sharding import divisors
+from gqa.runtime.mesh import divisors
 
 GATED_GELU, RELU = "gated_gelu", "relu"  # activations of T5 1.1 and of T5 1.0
 

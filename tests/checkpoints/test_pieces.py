@@ -21,8 +21,9 @@ from gqa.interop import huggingface, safetensors_files
 from gqa.interop.huggingface import names
 from gqa.model.config import Config
 from gqa.runtime.errors import UserError
-from gqa.runtime.sharding import make_mesh
-from gqa.training import loop, optimizer
+from gqa.runtime.mesh import make_mesh
+from gqa.training import optimizer
+from gqa.training import step as training_step
 
 ROOT = Path(__file__).parent.parent.parent
 HEADS = ("num_kv_heads_encoder", "num_kv_heads_self_attention", "num_kv_heads_cross_attention")
@@ -129,7 +130,7 @@ def test_blocks_make_the_checkpoint_that_arrays_make(folder, tmp_path):
         assert (checkpoints.latest, checkpoints.measured) == (5, None)
         checkpoints.measure(5, {"validation_loss": 1.5})
     checksums.verify(tmp_path / "c" / "5", ["params", "opt_state"])
-    state = loop.abstract(config, make_mesh())
+    state = training_step.abstract(config, make_mesh())
     items = {"params": state.params, "opt_state": state.opt_state, "data": None}
     with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.measured == 5

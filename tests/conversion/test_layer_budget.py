@@ -16,7 +16,8 @@ from gqa.interop import huggingface
 from gqa.model.config import Config
 from gqa.model.transformer import Transformer, count_params, each_layer, init_params
 from gqa.runtime.errors import UserError
-from gqa.training import loop, optimizer
+from gqa.training import optimizer
+from gqa.training import step as training_step
 from tests.conversion.test_closed_form import covariances_of
 
 HEADS = {"self_attention": (4, 2, 2), "cross_attention": (1, 4, 4)}
@@ -260,8 +261,8 @@ def test_it_is_timed_as_its_checkpoint_has_it(mixed, monkeypatch, capsys):
 
 
 def test_a_training_step_runs(mixed, batch):
-    state = loop.init(mixed, 0)
-    step = loop.make_step(loop.make_loss(mixed, 0.0), optimizer.constant(0.1), 0)
+    state = training_step.init(mixed, 0)
+    step = training_step.make_step(training_step.make_loss(mixed, 0.0), optimizer.constant(0.1), 0)
     losses = []
     for _ in range(3):
         state, metrics = step(state, batch)

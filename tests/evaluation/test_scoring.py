@@ -9,8 +9,8 @@ from gqa.inference.decoding import Sample
 from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
 from gqa.model.transformer import init_params
-from gqa.runtime import sharding
-from gqa.training import loop
+from gqa.runtime.mesh import make_mesh
+from gqa.training import step as training_step
 
 TRAIN = [(np.array([5]), np.array([7, 7, 8])), (np.array([6]), np.array([7]))]
 SHAPE = {"inputs_length": 6, "targets_length": 4, "batch_size": 2}
@@ -57,8 +57,8 @@ def test_inputs_are_no_wider_than_their_bucket(tiny):
 
 
 def test_losses_swap_inputs_and_know_the_baseline(tiny, pairs):
-    mesh = sharding.make_mesh()
-    validation = loop.make_validation(tiny, mesh)
+    mesh = make_mesh()
+    validation = training_step.make_validation(tiny, mesh)
     params = init_params(tiny, 1)
     found = scoring.losses(validation, params, pairs, TRAIN, **SHAPE)
     own = validation(params, batching.evaluation_batches(pairs, **SHAPE))

@@ -24,7 +24,7 @@ from experiments.graph.validate import CHOICES, ZERO_TOO, flatten
 from experiments.stages import text
 from gqa import conversion
 from gqa.model.config import GATED_GELU, RELU, REMAT
-from gqa.runtime import sharding
+from gqa.runtime.mesh import KV_HEADS
 from gqa.training import progress
 
 ROOT = Path(launch.__file__).parent
@@ -38,7 +38,7 @@ NAMES = CHOICES | {
     "model.activation": (GATED_GELU, RELU),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMAT),
-    "mesh.kv_heads": sharding.KV_HEADS,
+    "mesh.kv_heads": KV_HEADS,
     "mesh.model": ("1",),  # here is one device
     "mesh.slices": ("1",),
     "wandb.mode": progress.MODES if importlib.util.find_spec("wandb") else ("off",),

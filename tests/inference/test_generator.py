@@ -20,7 +20,7 @@ from gqa.inference.generator import Generator, bucket
 from gqa.inference.step import Inference
 from gqa.interop.huggingface import from_state_dict
 from gqa.model.transformer import Transformer
-from gqa.runtime import sharding
+from gqa.runtime.mesh import make_mesh
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "t5_search.npz"
 HAVE_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
@@ -110,7 +110,7 @@ def test_leaving_out_and_growing_change_nothing(golden, trained, search, shapes,
     assert list(rooms) == sorted(rooms)
 
 
-@pytest.mark.parametrize("mesh", [None, sharding.make_mesh()])
+@pytest.mark.parametrize("mesh", [None, make_mesh()])
 def test_rows_of_no_example_are_left_out_at_once(golden, trained, shapes, mesh):
     params, config = trained
     generator = Generator(Inference(config), GREEDY, 14, mesh=mesh)

@@ -186,13 +186,14 @@ import numpy as np
 from jax.experimental import pallas
 from gqa.model import fused_attention
 from gqa.runtime import sharding
+from gqa.runtime.mesh import make_mesh
 from tests.support.toy import replicated
 
 pallas_call = pallas.pallas_call
 pallas.pallas_call = lambda *args, **kwargs: pallas_call(*args, **(kwargs | {"interpret": True}))
 fused_attention.FLASH_LENGTH = 64
 arrays = dict(np.load(sys.argv[1]))
-mesh = sharding.make_mesh()
+mesh = make_mesh()
 bias = replicated(arrays.pop("bias"), mesh)
 q, k, v, query, key = (sharding.place({"x": x}, mesh)["x"] for x in arrays.values())
 

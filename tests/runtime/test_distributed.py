@@ -12,7 +12,7 @@ from tests.support import toy
 from tests.support.several_processes import Processes, run
 
 TOY = """
-    from tests import toy
+    from tests.support import toy
     def alive(step):
         print(step, file=sys.stderr, flush=True)
         time.sleep({pause})
@@ -101,6 +101,7 @@ def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(tmp_path
     from gqa.evaluation import scoring
     from gqa.runtime import sharding
     from gqa.runtime.errors import DamagedCheckpoint, UserError
+    from gqa.runtime.mesh import make_mesh
     def damaged():
         raise DamagedCheckpoint(Path("3"), "a file is missing")
     def refuse():
@@ -122,7 +123,7 @@ def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(tmp_path
     same = [[*row[row > 0][:-1]] == [*text] for row, text in zip(tokens, texts)]
     print(all(same), copy.calls, file=sys.stderr)
     for local in (False, True):
-        mesh = sharding.make_mesh(local=local)
+        mesh = make_mesh(local=local)
         print(mesh.size, sharding.share(mesh), file=sys.stderr)
     with distributed.primary_first("file"):
         if index == 0:

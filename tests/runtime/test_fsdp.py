@@ -11,14 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from gqa.runtime.sharding import Layout
+from gqa.runtime.mesh import Layout
 from tests.support import several_processes
 
 # Each process has two devices, "model" joins two processes; parameters and moments are split over
 # all eight devices.
 FIT = """
-    from gqa.runtime.sharding import Layout
-    from tests import several
+    from gqa.runtime.mesh import Layout
+    from tests.support import several_processes as several
     def alive(step):
         print(step, file=sys.stderr, flush=True)
         time.sleep({pause})

@@ -15,25 +15,31 @@ from experiments.run import slurm
 from gqa.model.config import Config
 from gqa.runtime import sharding
 from gqa.runtime.errors import UserError
-from gqa.runtime.sharding import Layout
-from gqa.training import loop
+from gqa.runtime.mesh import (
+    Layout,
+    bytes_moved,
+    check_layout,
+    check_rows,
+)
+from gqa.training import step as training_step
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """
 import contextlib, re
 import jax, numpy as np
 from gqa.checkpoints import checkpoint
-from gqa.inference import generator
-from gqa.training import optimizer, loop
+from gqa.inference import generator as generation
+from gqa.training import optimizer
+from gqa.training import step as training_step
 from gqa.runtime import sharding
 from gqa.inference.decoding import GREEDY, Beam
 from gqa.inference.step import Inference
 from gqa.model.config import Config
-from gqa.runtime.sharding import WHOLE, Layout
+from gqa.runtime.mesh import WHOLE, Layout, make_mesh, resolve_layout
 from pathlib import Path
 import sys
 
-generator.SHORTEST = 16
+generation.SHORTEST = 16
 rng = np.random.default_rng(0)
 shape = {"inputs": 12, "targets": 9}
 batch = {n: rng.integers(3, 128, (16, t), dtype=np.int32) for n, t in shape.items()}
@@ -47,22 +53,22 @@ def network(K):
 
 
 def run(K, layout, devices=None):
-    config, mesh = network(K), sharding.make_mesh(layout, devices=devices)
+    config, mesh = network(K), make_mesh(layout, devices=devices)
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
-        abstract = loop.abstract(config, mesh, layout)
-        at = loop.shardings(abstract)
+        abstract = training_step.abstract(config, mesh, layout)
+        at = training_step.shardings(abstract)
         folder = Path(sys.argv[1]) / str(K)
         if devices:  # what the others start from, as uptraining does
-            _, params, moments = sharding.put(loop.init(config, 0), at)
+            _, params, moments = sharding.put(training_step.init(config, 0), at)
             with checkpoint.Checkpoints(folder) as saved:
                 items = {"params": params, "opt_state": moments, "config": {}}
                 saved.save(0, items, {"validation_loss": 0.0})
         shapes = {"params": abstract.params, "opt_state": abstract.opt_state}
         loaded = checkpoint.load(folder, shapes)
         params = jax.tree.map(np.asarray, loaded["params"])
-        state = loop.State(sharding.put(np.int32(0), at.step), **loaded)
-        loss = loop.make_loss(config, 1e-4)
-        step = loop.make_step(loss, optimizer.constant(1e-2), 0, 2, placed=at)
+        state = training_step.State(sharding.put(np.int32(0), at.step), **loaded)
+        loss = training_step.make_loss(config, 1e-4)
+        step = training_step.make_step(loss, optimizer.constant(1e-2), 0, 2, placed=at)
         for _ in range(2):
             state, metrics = step(state, sharding.place(batch, mesh))
         jax.tree.map(lambda x, at: check(x.sharding.is_equivalent_to(at, x.ndim)), state, at)
@@ -71,12 +77,12 @@ def run(K, layout, devices=None):
 
 
 def texts(config, mesh, layout, params):
-    layout = sharding.choose(config, layout, mesh, 16, 12, 16)
+    layout = resolve_layout(config, layout, mesh, 16, 12, 16)
     found = []
     # Beams are more query rows, and more rows of a cache that may be split by its rows.
     beams = [Beam(2, 0.6)] if layout.kv_heads == "batch" or mesh.size == 1 else []
     for search in (GREEDY, *beams):
-        generator = generator.Generator(Inference(config, layout=layout), search, 16, mesh=mesh)
+        generator = generation.Generator(Inference(config, layout=layout), search, 16, mesh=mesh)
         weights = generator.prepare(params)
         found.append(generator(weights, batch["inputs"]))
         if layout.model > 1 and search is GREEDY:
@@ -161,23 +167,23 @@ def config_of(encoder=8, decoder=2, cross=2, **sizes):
     ],
 )
 def test_what_does_not_divide_is_refused_with_what_would(layout, sizes, said):
-    sharding.check(config_of(), Layout(model=8, fsdp=True, kv_heads="batch"), 8, 8)
+    check_layout(config_of(), Layout(model=8, fsdp=True, kv_heads="batch"), 8, 8)
     with pytest.raises(UserError, match=said):
-        sharding.check(config_of(**sizes), layout, 8, 8)
+        check_layout(config_of(**sizes), layout, 8, 8)
 
 
 def test_processes_are_joined_whole():
-    sharding.check(config_of(), Layout(model=8), 16, 4)
+    check_layout(config_of(), Layout(model=8), 16, 4)
     assert Layout(model=8).within(4).model == 4
     six = config_of(num_heads=12, encoder=12, d_ff=240, vocab_size=96)
     with pytest.raises(UserError, match=r"mesh.model=6 .* 24 devices, 4 a process; .* 2, 4, 12$"):
-        sharding.check(six, Layout(model=6), 24, 4)
+        check_layout(six, Layout(model=6), 24, 4)
 
 
 def test_moments_follow_their_parameters():
     """Without the axis that each is a mean over, whichever of the two optax takes."""
     mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
-    state = jax.eval_shape(lambda: loop.init(config_of(), 0))
+    state = jax.eval_shape(lambda: training_step.init(config_of(), 0))
     layout = Layout(model=4, fsdp=True)
     found = sharding.param_shardings(state.opt_state, mesh, layout, state.params)
     attention = found["decoder"]["layers"]["cross_attention"]
@@ -185,7 +191,9 @@ def test_moments_follow_their_parameters():
     assert (table.v_row.spec, table.v_col.spec) == (P("data"), P("model"))
     assert (query.v_row.spec, query.v_col.spec) == (P(None, "data"), P(None, "model"))
     assert (key.v_row.spec, key.v_col.spec) == (P(None, "data"), P(None, None))
-    narrow = jax.eval_shape(lambda: loop.init(config_of(d_model=512, num_heads=4, encoder=4), 0))
+    narrow = jax.eval_shape(
+        lambda: training_step.init(config_of(d_model=512, num_heads=4, encoder=4), 0)
+    )
     found = sharding.param_shardings(narrow.opt_state, mesh, layout, narrow.params)
     query = found["encoder"]["layers"]["attention"]["query"][0]  # 512 to 256: columns are fewer
     assert (query.v_row.spec, query.v_col.spec) == (P(None, "model"), P(None, "data"))
@@ -193,21 +201,21 @@ def test_moments_follow_their_parameters():
 
 def test_bytes_moved_by_hand():
     """One head of 128, 2048 positions, 8 devices, 64 query heads, numbers of 2 bytes."""
-    moved = sharding.bytes_moved(1, 64, 128, 2048, 8)
+    moved = bytes_moved(1, 64, 128, 2048, 8)
     assert moved["replicate"] == 2 * 2048 * 128 * 2
     assert moved["batch"] == 2 * 2048 * 128 * 2 / 8 + 2 * 8 * 128 * 2 * 7 / 8
-    short = sharding.bytes_moved(1, 64, 128, 1, 8)
+    short = bytes_moved(1, 64, 128, 1, 8)
     assert short["replicate"] < short["batch"]
 
 
 def test_a_batch_whose_cache_does_not_split_by_rows_is_refused():
     layout = Layout(model=8, kv_heads="batch")
-    sharding.check_rows("evaluate.batch_size", 24, config_of(), layout, 8)
-    sharding.check_rows("evaluate.batch_size", 20, config_of(), Layout(model=8), 8)
+    check_rows("evaluate.batch_size", 24, config_of(), layout, 8)
+    check_rows("evaluate.batch_size", 20, config_of(), Layout(model=8), 8)
     whole = config_of(decoder=8, cross=8)
-    sharding.check_rows("evaluate.batch_size", 20, whole, layout, 8)
+    check_rows("evaluate.batch_size", 20, whole, layout, 8)
     with pytest.raises(UserError, match=r"evaluate\.batch_size=20 does not split over the 8 dev"):
-        sharding.check_rows("evaluate.batch_size", 20, config_of(), layout, 8)
+        check_rows("evaluate.batch_size", 20, config_of(), layout, 8)
 
 
 def test_layouts_are_of_the_devices_that_jobs_will_have():

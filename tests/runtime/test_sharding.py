@@ -11,13 +11,15 @@ import pytest
 
 from gqa.runtime import sharding
 from gqa.runtime.errors import UserError
+from gqa.runtime.mesh import check_batch, make_mesh
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """
 import sys
 import jax, numpy as np
 from gqa.inference import generator
-from gqa.training import optimizer, loop
+from gqa.training import optimizer
+from gqa.training import step as training_step
 from gqa.runtime import sharding
 from gqa.inference.decoding import Beam, Sample
 from gqa.inference.step import Inference
@@ -26,13 +28,13 @@ from tests.support.toy import replicated
 counts = {"encoder": 4, "self_attention": 2, "cross_attention": 2}
 heads = {f"num_kv_heads_{name}": count for name, count in counts.items()}
 config = Config(32, 8, 8, 4, 4, 1, 1, **heads, dropout_rate=0.1)
-mesh = sharding.make_mesh()
+mesh = make_mesh()
 rng = np.random.default_rng(0)
 lengths = {"inputs": 6, "targets": 5}
 batch = {n: rng.integers(3, 32, (16, t), dtype=np.int32) for n, t in lengths.items()}
 batch["targets"][:7, 2:] = 0  # the devices have different numbers of real tokens
-step = loop.make_step(loop.make_loss(config, 1e-4), optimizer.constant(1e-2), 0, num_microbatches=2)
-state = replicated(loop.init(config, 0), mesh)
+step = training_step.make_step(training_step.make_loss(config, 1e-4), optimizer.constant(1e-2), 0, num_microbatches=2)
+state = replicated(training_step.init(config, 0), mesh)
 for _ in range(3):
     state, metrics = step(state, sharding.place(batch, mesh))
 leaves = jax.tree.leaves(state.params)
@@ -41,7 +43,7 @@ split = jax.ShapeDtypeStruct((16, 3), np.float32, sharding=sharding.batch_shardi
 assert sharding.local_bytes(split) == 16 * 3 * 4
 assert sharding.local_bytes(leaves[0]) == leaves[0].nbytes * jax.device_count()
 # Tokens are not compared after training: its last bits may decide between two of them.
-params = replicated(loop.init(config, 0).params, mesh)
+params = replicated(training_step.init(config, 0).params, mesh)
 generator.SHORTEST, generator.EVERY = 8, 4  # rows are left out, caches grow
 texts = {}
 for name, search in (("sample", Sample(temperature=1.5)), ("beam", Beam(2, 0.6))):
@@ -71,7 +73,7 @@ def test_eight_devices_train_and_generate_as_one(tmp_path):
 
 
 def test_a_batch_is_placed_as_it_is():
-    mesh = sharding.make_mesh()
+    mesh = make_mesh()
     rows = np.arange(12, dtype=np.int32).reshape(4, 3)
     placed = sharding.place({"inputs": rows}, mesh)["inputs"]
     assert isinstance(placed, jax.Array)
@@ -81,6 +83,6 @@ def test_a_batch_is_placed_as_it_is():
 @pytest.mark.parametrize("batch_size", [0, 6, 9])
 def test_a_batch_that_does_not_split_is_refused(batch_size):
     unit = 4 * jax.device_count()
-    sharding.check_batch("pretrain.batch_size", 2 * unit, 4)
+    check_batch("pretrain.batch_size", 2 * unit, 4)
     with pytest.raises(UserError, match=f"pretrain.batch_size={batch_size} .* multiple of {unit}"):
-        sharding.check_batch("pretrain.batch_size", batch_size, 4)
+        check_batch("pretrain.batch_size", batch_size, 4)

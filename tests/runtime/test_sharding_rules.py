@@ -10,7 +10,15 @@ import pytest
 from gqa.aot import chips
 from gqa.runtime import sharding
 from gqa.runtime.errors import UserError
-from gqa.runtime.sharding import Layout
+from gqa.runtime.mesh import (
+    Layout,
+    by_rows,
+    bytes_moved,
+    check_batch,
+    check_rows,
+    divisors,
+    resolve_layout,
+)
 
 MESH = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
 SLICES = jax.sharding.AbstractMesh((3, 2, 4), ("slice", "data", "model"))
@@ -48,13 +56,13 @@ def test_a_batch_is_split_evenly_over_devices_and_microbatches():
     """8 devices in pairs along "model", 3 microbatches: 4 parts, a unit of 12 rows."""
     layout = Layout(model=2)
     for rows in (12, 24, 120):
-        sharding.check_batch("train.batch_size", rows, 3, layout, 8)
+        check_batch("train.batch_size", rows, 3, layout, 8)
     for rows in (0, -12, 4, 6, 8, 13, 18):
         with pytest.raises(UserError, match=f"train.batch_size={rows} .* a multiple of 12$"):
-            sharding.check_batch("train.batch_size", rows, 3, layout, 8)
-    sharding.check_batch("train.batch_size", 8, 1, Layout(), 8)
+            check_batch("train.batch_size", rows, 3, layout, 8)
+    check_batch("train.batch_size", 8, 1, Layout(), 8)
     with pytest.raises(UserError, match=r"over 8 devices .* and 1 microbatches"):
-        sharding.check_batch("train.batch_size", 4, 1, Layout(), 8)
+        check_batch("train.batch_size", 4, 1, Layout(), 8)
 
 
 @pytest.mark.parametrize(
@@ -70,33 +78,33 @@ def test_the_way_that_moves_fewer_bytes_is_chosen(
     config, batch_size, inputs_length, length, expected
 ):
     mesh = SimpleNamespace(size=8)
-    chosen = sharding.choose(config, Layout(model=8), mesh, batch_size, inputs_length, length)
+    chosen = resolve_layout(config, Layout(model=8), mesh, batch_size, inputs_length, length)
     assert chosen == Layout(model=8, kv_heads=expected)
     for settled in ("replicate", "batch"):
         layout = Layout(model=8, kv_heads=settled)
-        assert sharding.choose(config, layout, mesh, 12, 1, 1) is layout
+        assert resolve_layout(config, layout, mesh, 12, 1, 1) is layout
 
 
 def test_lengths_are_those_of_their_own_caches(config):
     """All heads for the inputs and one for the decoder: only the decoder's length matters."""
     config = dataclasses.replace(config, num_kv_heads_cross_attention=8)
     mesh, layout = SimpleNamespace(size=8), Layout(model=8)
-    assert sharding.choose(config, layout, mesh, 16, 1, 4096).kv_heads == "batch"
-    found = [sharding.bytes_moved(K, 8, config.head_dim, n, 8) for K, n in ((8, 100_000), (1, 1))]
+    assert resolve_layout(config, layout, mesh, 16, 1, 4096).kv_heads == "batch"
+    found = [bytes_moved(K, 8, config.head_dim, n, 8) for K, n in ((8, 100_000), (1, 1))]
     total = {way: sum(moved[way] for moved in found) for way in found[0]}
     assert total["replicate"] < total["batch"]
-    assert sharding.choose(config, layout, mesh, 16, 100_000, 1).kv_heads == "replicate"
+    assert resolve_layout(config, layout, mesh, 16, 100_000, 1).kv_heads == "replicate"
 
 
 def test_bytes_of_more_heads_than_devices():
-    moved = sharding.bytes_moved(4, 8, 16, 100, 2)
+    moved = bytes_moved(4, 8, 16, 100, 2)
     assert moved["replicate"] == 2 * (2 * 2 * 100 * 16)  # keys and values of 2 heads, 2 bytes each
     assert moved["batch"] == moved["replicate"] + 2 * 2 * 4 * 16 / 2
 
 
 def test_bytes_of_fewer_heads_than_devices():
     """A device has one head whole, or an eighth of the rows."""
-    moved = sharding.bytes_moved(1, 64, 128, 2048, 8)
+    moved = bytes_moved(1, 64, 128, 2048, 8)
     assert moved["replicate"] == 2 * 2 * 2048 * 128
     assert moved["batch"] == moved["replicate"] / 8 + 2 * 2 * 8 * 128 * 7 / 8
 
@@ -104,21 +112,21 @@ def test_bytes_of_fewer_heads_than_devices():
 @pytest.mark.parametrize(("batch_size", "fits"), [(8, True), (24, True), (4, False), (20, False)])
 def test_rows_are_split_where_heads_are_fewer(config, batch_size, fits):
     layout = Layout(model=8, kv_heads="batch")
-    sharding.check_rows("evaluate.batch_size", batch_size, config, Layout(model=8), 8)
+    check_rows("evaluate.batch_size", batch_size, config, Layout(model=8), 8)
     if fits:
-        sharding.check_rows("evaluate.batch_size", batch_size, config, layout, 8)
+        check_rows("evaluate.batch_size", batch_size, config, layout, 8)
         return
     with pytest.raises(UserError, match=f"evaluate.batch_size={batch_size} .* a multiple of 8,"):
-        sharding.check_rows("evaluate.batch_size", batch_size, config, layout, 8)
+        check_rows("evaluate.batch_size", batch_size, config, layout, 8)
 
 
 def test_a_cache_is_split_by_rows_only_where_heads_are_fewer_and_it_was_chosen():
-    assert not sharding.by_rows(8, Layout(model=4, kv_heads="batch"))
-    assert not sharding.by_rows(4, Layout(model=4))
-    assert sharding.by_rows(2, Layout(model=4, kv_heads="batch"))
-    assert not sharding.by_rows(2, Layout(model=4, kv_heads="replicate"))
+    assert not by_rows(8, Layout(model=4, kv_heads="batch"))
+    assert not by_rows(4, Layout(model=4))
+    assert by_rows(2, Layout(model=4, kv_heads="batch"))
+    assert not by_rows(2, Layout(model=4, kv_heads="replicate"))
     with pytest.raises(ValueError, match="auto"):
-        sharding.by_rows(2, Layout(model=4))
+        by_rows(2, Layout(model=4))
 
 
 def test_a_leaf_without_a_mesh_is_left_as_it_is():
@@ -130,7 +138,7 @@ def test_a_leaf_without_a_mesh_is_left_as_it_is():
 
 @pytest.mark.parametrize(("n", "expected"), [(1, [1]), (12, [1, 2, 3, 4, 6, 12]), (9, [1, 3, 9])])
 def test_divisors(n, expected):
-    assert sharding.divisors(n) == expected
+    assert divisors(n) == expected
 
 
 def test_a_part_of_the_devices_has_the_largest_common_number():

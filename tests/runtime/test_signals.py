@@ -31,27 +31,27 @@ except signals.Interrupted as interrupted:
 """
 COMPILE = """
     import jax, jax.numpy as jnp
-    interrupt.PATIENCE = 1.0
+    signals.PATIENCE = 1.0
     def deep(x):
         for i in range(4000):
             x = jnp.sin(x) * i + x[::-1]
         return x
     lowered = jax.jit(deep).lower(jnp.ones(64))
-    with interrupt.deferred():
+    with signals.deferred():
         print("ready", flush=True)
         begin = time.monotonic()
         lowered.compile()
         print("compiled in", time.monotonic() - begin)
 """
 STEPS = """
-    from tests import toy
+    from tests.support import toy
     toy.fit(Path(sys.argv[1]), 40, 4, alive=lambda _: (print("ready"), time.sleep(0.02)))
 """
 SAVE = """
-    interrupt.PATIENCE = interrupt.GRACE = 0.5
-    with interrupt.deferred():
+    signals.PATIENCE = signals.GRACE = 0.5
+    with signals.deferred():
         print("ready", flush=True)
-        with interrupt.saving():
+        with signals.saving():
             busy(2)
             print("saved", flush=True)
 """

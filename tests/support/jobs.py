@@ -11,8 +11,8 @@ import numpy as np
 
 from gqa.checkpoints import checkpoint
 from gqa.model.config import Config
-from gqa.runtime import sharding
-from gqa.training import loop
+from gqa.runtime.mesh import make_mesh
+from gqa.training import step as training_step
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = {
@@ -100,7 +100,7 @@ def outputs(workdir, like=None):
         if done["checkpoint"]:
             path = folder / "checkpoints" / done["checkpoint"]
             config = Config(**checkpoint.load_config(path)["model"])
-            shapes = loop.abstract(config, sharding.make_mesh())._asdict() | {"data": None}
+            shapes = training_step.abstract(config, make_mesh())._asdict() | {"data": None}
             del shapes["step"]
             arrays = checkpoint.load(path, shapes)
             leaves = jax.tree_util.tree_leaves_with_path(arrays)

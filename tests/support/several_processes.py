@@ -19,8 +19,9 @@ from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
 from gqa.model.config import Config
 from gqa.runtime import distributed, sharding
-from gqa.runtime.sharding import Layout
+from gqa.runtime.mesh import Layout, make_mesh, resolve_layout
 from gqa.training import loop, optimizer
+from gqa.training import step as training_step
 from gqa.training.divergence import Settings
 from gqa.training.progress import Progress
 from tests.support.jobs import ROOT
@@ -107,7 +108,7 @@ def fit(folder: Path, steps: int, layout: Layout, alive=lambda step: None) -> No
             super().step(number, metrics)
             alive(number)
 
-    mesh = sharding.make_mesh(layout)
+    mesh = make_mesh(layout)
     rng = np.random.default_rng(0)
     rows = [rng.integers(3, 32, (2, 3 + i % 4)).astype(np.int32) for i in range(20)]
     pairs = [(row[0], row[1][:2]) for row in rows]
@@ -118,13 +119,15 @@ def fit(folder: Path, steps: int, layout: Layout, alive=lambda step: None) -> No
         jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext(),
         Watched("net", events, EVERY, 1.0, None) as progress,
     ):
-        abstract = loop.abstract(CONFIG, mesh, layout)
-        at = loop.shardings(abstract)
-        validation = loop.make_validation(CONFIG, mesh)
+        abstract = training_step.abstract(CONFIG, mesh, layout)
+        at = training_step.shardings(abstract)
+        validation = training_step.make_validation(CONFIG, mesh)
         loop.fit(
-            lambda: sharding.put(loop.init(CONFIG, 0), at),
+            lambda: sharding.put(training_step.init(CONFIG, 0), at),
             abstract,
-            loop.make_step(loop.make_loss(CONFIG, 1e-4), optimizer.constant(1e-2), 0, 2, placed=at),
+            training_step.make_step(
+                training_step.make_loss(CONFIG, 1e-4), optimizer.constant(1e-2), 0, 2, placed=at
+            ),
             batching.finetuning_batches([pairs], [1.0], **shape, seed=0, pack=True),
             steps=steps,
             every=EVERY,
@@ -140,8 +143,8 @@ def fit(folder: Path, steps: int, layout: Layout, alive=lambda step: None) -> No
 
 def generate(folder: Path, layout: Layout) -> None:
     """Texts by two ways of searching from the last checkpoint of `fit`, into `texts.npz`."""
-    mesh = sharding.make_mesh(layout)
-    shapes = loop.abstract(CONFIG, mesh, layout)
+    mesh = make_mesh(layout)
+    shapes = training_step.abstract(CONFIG, mesh, layout)
     last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
     rng = np.random.default_rng(1)
     inputs = [rng.integers(3, 32, 3 + i % 4).astype(np.int32) for i in range(11)]
@@ -149,7 +152,7 @@ def generate(folder: Path, layout: Layout) -> None:
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         params = checkpoint.load(last, {"params": shapes.params})["params"]
         for name, search in (("drawn", Sample(seed=1)), ("beams", beam_search(3, 0.6))):
-            net = Inference(CONFIG, layout=sharding.choose(CONFIG, layout, mesh, 8, 8, 6))
+            net = Inference(CONFIG, layout=resolve_layout(CONFIG, layout, mesh, 8, 8, 6))
             generator = Generator(net, search, 6, stop=False, mesh=mesh)
             shape = {"inputs_length": 8, "batch_size": 8, "together": mesh.is_multi_process}
             found[name] = scoring.predict(generator, generator.prepare(params), inputs, **shape)
@@ -159,7 +162,7 @@ def generate(folder: Path, layout: Layout) -> None:
 
 def outcome(folder: Path) -> dict[int, dict]:
     """What every checkpoint holds, by its step, and its validation loss."""
-    state = loop.abstract(CONFIG, sharding.make_mesh())
+    state = training_step.abstract(CONFIG, make_mesh())
     items = {"params": state.params, "opt_state": state.opt_state, "data": None}
     with Checkpoints(folder / "checkpoints", 10) as saved:
         steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())

@@ -9,7 +9,9 @@ import numpy as np
 
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.runtime import distributed, sharding
+from gqa.runtime.mesh import make_mesh
 from gqa.training import loop
+from gqa.training import step as training_step
 from gqa.training.divergence import Settings
 from gqa.training.progress import Progress
 
@@ -46,7 +48,7 @@ def replicated(tree, mesh):
 
 
 def start():
-    return loop.State(jnp.int32(0), {"w": jnp.zeros(8)}, {"m": jnp.zeros(8)})
+    return training_step.State(jnp.int32(0), {"w": jnp.zeros(8)}, {"m": jnp.zeros(8)})
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -56,7 +58,7 @@ def train_step(state, batch):
     loss = jnp.square(w[None] - batch["x"]).mean() + batch["poison"].mean()
     names = ("accuracy", "learning_rate", "input_tokens", "tokens")
     metrics = dict.fromkeys(names, jnp.float32(1)) | {"loss": loss}
-    return loop.State(state.step + 1, {"w": w - 0.1 * m}, {"m": m}), metrics
+    return training_step.State(state.step + 1, {"w": w - 0.1 * m}, {"m": m}), metrics
 
 
 def validate(params):
@@ -65,7 +67,7 @@ def validate(params):
 
 def abstract_state():
     def placed(x):
-        replicated = jax.sharding.NamedSharding(sharding.make_mesh(), jax.sharding.PartitionSpec())
+        replicated = jax.sharding.NamedSharding(make_mesh(), jax.sharding.PartitionSpec())
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
 
     return jax.tree.map(placed, jax.eval_shape(start))
@@ -93,7 +95,7 @@ def fit(
     events = folder / "events" if distributed.is_primary() else None
     with Watched("toy", events, every, 1.0, None) as progress:
         return loop.fit(
-            lambda: replicated(start(), sharding.make_mesh()),
+            lambda: replicated(start(), make_mesh()),
             abstract_state(),
             train_step,
             Batches(poison, apart),
@@ -102,7 +104,7 @@ def fit(
             validate=validate,
             config={"model": {}},
             folder=folder / "checkpoints",
-            mesh=sharding.make_mesh(),
+            mesh=make_mesh(),
             progress=progress,
             mishaps=settings,
             keep_last=keep_last,

@@ -11,9 +11,10 @@ import pytest
 
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.model.config import Config
-from gqa.runtime import sharding
 from gqa.runtime.errors import UserError
+from gqa.runtime.mesh import make_mesh
 from gqa.training import loop, optimizer
+from gqa.training import step as training_step
 from gqa.training.divergence import Settings
 from gqa.training.progress import Progress
 
@@ -53,9 +54,11 @@ class Batches:
 
 
 def gradients(config, batch, num_microbatches, seed=0):
-    loss = loop.make_loss(config, 1e-4)
-    params = loop.init(config, 0).params
-    run = jax.jit(functools.partial(loop.accumulate, loss, num_microbatches=num_microbatches))
+    loss = training_step.make_loss(config, 1e-4)
+    params = training_step.init(config, 0).params
+    run = jax.jit(
+        functools.partial(training_step.accumulate, loss, num_microbatches=num_microbatches)
+    )
     return run(params, batch, jax.random.key(seed))
 
 
@@ -67,8 +70,12 @@ def test_microbatches_do_not_change_gradients_or_sums(config):
 def test_rows_of_padding_change_nothing(config):
     batch = make_batch(0)
     padded = {name: np.concatenate([x, np.zeros_like(x)]) for name, x in batch.items()}
-    step = loop.make_step(loop.make_loss(config, 1e-4), optimizer.constant(1e-2), seed=0)
-    (a, metrics), (b, padded_metrics) = (step(loop.init(config, 0), x) for x in (batch, padded))
+    step = training_step.make_step(
+        training_step.make_loss(config, 1e-4), optimizer.constant(1e-2), seed=0
+    )
+    (a, metrics), (b, padded_metrics) = (
+        step(training_step.init(config, 0), x) for x in (batch, padded)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), a.params, b.params)
     assert metrics["tokens"] == padded_metrics["tokens"] == (batch["targets"] > 0).sum()
     counts = (x["input_tokens"] for x in (metrics, padded_metrics))
@@ -78,18 +85,18 @@ def test_rows_of_padding_change_nothing(config):
 def test_every_step_and_microbatch_draws_its_own_dropout(config):
     """Observed in the loss: equal rows, equal parameters, only the key can differ."""
     config = dataclasses.replace(config, dropout_rate=0.5)
-    params = loop.init(config, 0).params
+    params = training_step.init(config, 0).params
     seen = []
 
     def loss(params, batch, key):
-        sums = loop.make_loss(config, 0.0)(params, batch, key)
+        sums = training_step.make_loss(config, 0.0)(params, batch, key)
         jax.debug.callback(lambda x: seen.append(float(x)), sums["nats"])
         return sums
 
     row = make_batch(0, rows=1)
     batch = {name: np.repeat(x, 4, axis=0) for name, x in row.items()}
-    step = loop.make_step(loss, optimizer.constant(0.0), seed=0, num_microbatches=4)
-    state = loop.State(jnp.int32(0), params, optimizer.adafactor().init(params))
+    step = training_step.make_step(loss, optimizer.constant(0.0), seed=0, num_microbatches=4)
+    state = training_step.State(jnp.int32(0), params, optimizer.adafactor().init(params))
     for _ in range(2):
         state, _ = step(state, batch)
     jax.block_until_ready(state)
@@ -99,11 +106,13 @@ def test_every_step_and_microbatch_draws_its_own_dropout(config):
 
 def test_dropout_is_a_function_of_seed_and_step(config):
     config = dataclasses.replace(config, dropout_rate=0.5)
-    loss = loop.make_loss(config, 0.0)
+    loss = training_step.make_loss(config, 0.0)
 
     def loss_at(seed, step):
-        state = loop.init(config, 0)._replace(step=jnp.int32(step))
-        _, metrics = loop.make_step(loss, optimizer.constant(0.0), seed)(state, make_batch(0))
+        state = training_step.init(config, 0)._replace(step=jnp.int32(step))
+        _, metrics = training_step.make_step(loss, optimizer.constant(0.0), seed)(
+            state, make_batch(0)
+        )
         return float(metrics["loss"])
 
     assert loss_at(0, 3) == loss_at(0, 3)
@@ -113,13 +122,13 @@ def test_dropout_is_a_function_of_seed_and_step(config):
 @functools.cache
 def compiled(config, rate):
     """Step and validation of a network, traced once for all tests that run them."""
-    loss = loop.make_loss(dataclasses.replace(config, dropout_rate=0.1), 1e-4)
-    step = loop.make_step(loss, optimizer.constant(rate), seed=0)
-    return step, loop.make_validation(config, sharding.make_mesh())
+    loss = training_step.make_loss(dataclasses.replace(config, dropout_rate=0.1), 1e-4)
+    step = training_step.make_step(loss, optimizer.constant(rate), seed=0)
+    return step, training_step.make_validation(config, make_mesh())
 
 
 def run_fit(config, folder, steps, every=2, rate=1e-2, batches=None, alive=lambda step: None):
-    mesh = sharding.make_mesh()
+    mesh = make_mesh()
     step, validation = compiled(config, rate)
 
     def validate(params):
@@ -132,8 +141,8 @@ def run_fit(config, folder, steps, every=2, rate=1e-2, batches=None, alive=lambd
 
     with Watched("test", folder / "events", every, 1.0, None) as progress:
         loop.fit(
-            lambda: loop.init(config, 0),
-            loop.abstract(config, mesh),
+            lambda: training_step.init(config, 0),
+            training_step.abstract(config, mesh),
             step,
             batches or Batches(),
             steps=steps,
@@ -148,7 +157,7 @@ def run_fit(config, folder, steps, every=2, rate=1e-2, batches=None, alive=lambd
 
 
 def result(config, folder, step):
-    state = loop.abstract(config, sharding.make_mesh())
+    state = training_step.abstract(config, make_mesh())
     items = {"params": state.params, "opt_state": state.opt_state, "data": None}
     with Checkpoints(folder / "checkpoints") as checkpoints:
         assert checkpoints.latest == step
@@ -184,12 +193,14 @@ def test_more_steps_continue_a_finished_run(config, tmp_path):
 def test_no_steps_save_the_start(config, tmp_path):
     run_fit(config, tmp_path, 0)
     found = result(config, tmp_path, 0)
-    jax.tree.map(np.testing.assert_array_equal, found["params"], loop.init(config, 0).params)
+    jax.tree.map(
+        np.testing.assert_array_equal, found["params"], training_step.init(config, 0).params
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(config, tmp_path):
     batches = Batches()
-    loss = loop.make_loss(config, 0.0)
+    loss = training_step.make_loss(config, 0.0)
     with pytest.raises(
         UserError,
         match=r"^test: the loss is nan at step 3; the last good checkpoint is .*/checkpoints/2$",
@@ -206,12 +217,12 @@ def run_fit_with_nan(config, folder, loss, batches):
         third = jnp.array_equal(batch["inputs"], make_batch(3)["inputs"])
         return sums | {name: sums[name] + jnp.where(third, jnp.nan, 0) for name in ("loss", "nats")}
 
-    mesh = sharding.make_mesh()
+    mesh = make_mesh()
     with Progress("test", folder / "events", 1, 1.0, None) as progress:
         loop.fit(
-            lambda: loop.init(config, 0),
-            loop.abstract(config, mesh),
-            loop.make_step(poisoned, optimizer.constant(1e-2), seed=0),
+            lambda: training_step.init(config, 0),
+            training_step.abstract(config, mesh),
+            training_step.make_step(poisoned, optimizer.constant(1e-2), seed=0),
             batches,
             steps=5,
             every=1,

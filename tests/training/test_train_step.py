@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from gqa.model.transformer import Transformer
-from gqa.runtime import sharding
+from gqa.runtime.mesh import make_mesh
 from gqa.training import loop, optimizer
+from gqa.training import step as training_step
 
 LENGTHS = (5, 2, 1, 4)  # real tokens of each row of targets
 
@@ -55,7 +56,9 @@ def perturbed(params, scale=0.3):
 
 def step_of(config, rate=0.0, z_loss=0.0, **options):
     schedule = rate if callable(rate) else optimizer.constant(rate)
-    return loop.make_step(loop.make_loss(config, z_loss), schedule, seed=0, **options)
+    return training_step.make_step(
+        training_step.make_loss(config, z_loss), schedule, seed=0, **options
+    )
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2])
@@ -63,7 +66,7 @@ def test_what_is_reported_is_a_mean_over_the_real_tokens(config, num_microbatche
     """With padding and without, in one piece and in several; the regulariser is not reported."""
     step = step_of(config, z_loss=0.1, num_microbatches=num_microbatches)
     for lengths in (LENGTHS, (5, 5, 5, 5)):
-        batch, state = make_batch(0, lengths), loop.init(config, 0)
+        batch, state = make_batch(0, lengths), training_step.init(config, 0)
         nats, hits = token_losses(config, state.params, batch)
         _, metrics = step(state, batch)
         assert metrics["loss"] == pytest.approx(nats.mean(), rel=1e-5)
@@ -74,7 +77,7 @@ def test_what_is_reported_is_a_mean_over_the_real_tokens(config, num_microbatche
 
 def test_a_batch_of_padding_alone_changes_nothing_and_is_finite(config):
     batch = {name: np.zeros_like(x) for name, x in make_batch(0).items()}
-    _, metrics = step_of(config)(loop.init(config, 0), batch)
+    _, metrics = step_of(config)(training_step.init(config, 0), batch)
     assert (metrics["loss"], metrics["tokens"]) == (0, 0)
 
 
@@ -83,7 +86,7 @@ def test_the_rate_is_that_of_the_step_itself(config):
     step = step_of(config, rate=lambda step: 0.01 * step.astype(jnp.float32))
     batch, changes = make_batch(0), []
     for number in (0, 1, 2):
-        state = loop.init(config, 0)._replace(step=jnp.int32(number))
+        state = training_step.init(config, 0)._replace(step=jnp.int32(number))
         before = jax.tree.map(np.array, state.params)
         after, metrics = step(state, batch)
         assert metrics["learning_rate"] == pytest.approx(0.01 * number)
@@ -97,7 +100,7 @@ def test_the_rate_is_that_of_the_step_itself(config):
 
 def test_gradients_are_of_the_mean_over_real_tokens(config):
     """Adafactor hides a factor, so what reaches the optimizer is looked at: its second moments."""
-    params, batch = loop.init(config, 0).params, make_batch(0)
+    params, batch = training_step.init(config, 0).params, make_batch(0)
 
     def mean(params):
         log_p = jax.nn.log_softmax(network(config)(params, batch))
@@ -105,7 +108,7 @@ def test_gradients_are_of_the_mean_over_real_tokens(config):
         return -(own * (batch["targets"] > 0)).sum() / sum(LENGTHS)
 
     expected = jax.grad(mean)(params)["logits"]
-    after, _ = step_of(config, num_microbatches=2)(loop.init(config, 0), batch)
+    after, _ = step_of(config, num_microbatches=2)(training_step.init(config, 0), batch)
     # The first step's decay is 0: a moment is the gradient's square.
     moment = after.opt_state["logits"][0].v
     np.testing.assert_allclose(moment, expected**2, rtol=1e-3, atol=1e-9)
@@ -118,19 +121,19 @@ def test_a_view_makes_what_the_loss_is_of_from_the_parameters_and_the_step(confi
     batch = make_batch(0)
     step = step_of(config, view=half_as_many)
     for number in (0, 2):
-        params = loop.init(config, 0).params
+        params = training_step.init(config, 0).params
         scaled = jax.tree.map(lambda x, n=number: x * (1 + n), params)
         expected = token_losses(config, scaled, batch)[0].mean()
-        state = loop.State(jnp.int32(number), params, optimizer.adafactor().init(params))
+        state = training_step.State(jnp.int32(number), params, optimizer.adafactor().init(params))
         assert step(state, batch)[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_validation_is_a_mean_over_tokens_and_not_over_batches(config):
     batches = [make_batch(1, (5, 5, 5, 5)), make_batch(2, (1, 1, 0, 0))]
-    params = perturbed(loop.init(config, 0).params)
+    params = perturbed(training_step.init(config, 0).params)
     each = [token_losses(config, params, batch)[0] for batch in batches]
-    validate = loop.make_validation(
-        dataclasses.replace(config, dropout_rate=0.5), sharding.make_mesh()
+    validate = training_step.make_validation(
+        dataclasses.replace(config, dropout_rate=0.5), make_mesh()
     )
     found = validate(params, [(batch, 4) for batch in batches])
     assert found == pytest.approx(np.concatenate(each).mean(), rel=1e-5)
@@ -149,21 +152,24 @@ def divergence(config, teacher, params, batch):
 
 
 def test_divergence_is_from_the_teacher_and_a_mean_over_tokens(config):
-    params, batches = loop.init(config, 0).params, [make_batch(1), make_batch(2, (1, 0, 0, 1))]
+    params, batches = (
+        training_step.init(config, 0).params,
+        [make_batch(1), make_batch(2, (1, 0, 0, 1))],
+    )
     teacher = perturbed(params)
     expected = np.concatenate([divergence(config, teacher, params, b) for b in batches]).mean()
     backward = np.concatenate([divergence(config, params, teacher, b) for b in batches]).mean()
-    measure = loop.make_divergence(config, config, sharding.make_mesh())
+    measure = training_step.make_divergence(config, config, make_mesh())
     found = measure(teacher, params, [(batch, 4) for batch in batches])
     assert found == pytest.approx(expected, rel=1e-4)
     assert abs(expected - backward) > 1e-3 * expected
 
 
 def test_a_teacher_adds_its_divergence_times_beta_and_is_not_dropped_out(config):
-    params, batch = loop.init(config, 0).params, make_batch(0)
+    params, batch = training_step.init(config, 0).params, make_batch(0)
     given = perturbed(params)
-    teacher = loop.Teacher(dataclasses.replace(config, dropout_rate=0.9), beta=0.5)
-    loss = jax.jit(loop.make_loss(config, 0.0, teacher))
+    teacher = training_step.Teacher(dataclasses.replace(config, dropout_rate=0.9), beta=0.5)
+    loss = jax.jit(training_step.make_loss(config, 0.0, teacher))
     sums = loss(params, batch, jax.random.key(0), given)
     expected = 0.5 * divergence(config, given, params, batch).sum()
     assert sums["loss"] - sums["nats"] == pytest.approx(expected, rel=1e-3)

@@ -18,7 +18,7 @@ from experiments.aot.compilation import Compiled
 from experiments.aot.roofline import Time, Work
 from gqa.aot import chips
 from gqa.runtime.errors import UserError
-from gqa.runtime.sharding import Layout
+from gqa.runtime.mesh import Layout
 from tests.aot.test_hlo import TEXT
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -31,7 +31,7 @@ from gqa import kv_cache
 from gqa.runtime import sharding
 from gqa.inference.step import Inference
 from gqa.model.config import Config
-from gqa.runtime.sharding import Layout
+from gqa.runtime.mesh import Layout, resolve_layout
 
 B, S, T, L = 16, 512, 256, 2
 target = chips.find(sys.argv[2])
@@ -45,7 +45,7 @@ def largest_gather(program):
 
 for K in (2, 8):
     config = Config(4096, 1024, 2048, 16, 64, L, L, 16, K, K, dtype="bfloat16")
-    layout = sharding.choose(config, compiler.layout, compiler.mesh, B, S, T)
+    layout = resolve_layout(config, compiler.layout, compiler.mesh, B, S, T)
     net = Inference(config, backend=target.backend, layout=layout)
 """
 STEP = """

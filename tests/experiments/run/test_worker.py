@@ -22,8 +22,8 @@ from experiments.stages.typed_json import to_json
 from experiments.stages.variant import Variant
 from experiments.workdir import lock, write_whole
 from gqa.evaluation import results
-from gqa.runtime import sharding
 from gqa.runtime.errors import DamagedCheckpoint, UserError
+from gqa.runtime.mesh import WHOLE, make_mesh
 
 VARIANT = Variant(
     size="nano",
@@ -201,7 +201,7 @@ def family(tmp_path, monkeypatch):
 
     def use(module):
         monkeypatch.setattr(worker.importlib, "import_module", lambda _: module)
-        job = Job(tmp_path, SETUP, None, sharding.make_mesh(), sharding.WHOLE)
+        job = Job(tmp_path, SETUP, None, make_mesh(), WHOLE)
         monkeypatch.setattr(worker, "_make_job", lambda *_: job)
         return module
 

@@ -14,7 +14,7 @@ from gqa.inference.decoding import GREEDY
 from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
 from gqa.interop.huggingface import from_state_dict
-from gqa.training import loop
+from gqa.training import step as training_step
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden"
 VERSIONS = ("t5_1_0", "t5_1_1")
@@ -73,7 +73,7 @@ def test_a_peer_trains_on_our_loss(name):
         "inputs": np.asarray(timing.random_tokens(config.vocab_size, 2, 9)),
         "targets": np.asarray(timing.random_tokens(config.vocab_size, 2, 7, seed=1)),
     }
-    sums = jax.jit(loop.make_loss(config, 0.0))(params, batch, jax.random.key(0))
+    sums = jax.jit(training_step.make_loss(config, 0.0))(params, batch, jax.random.key(0))
     step = peers.hugging_face_training(params, config, learning_rate=0.1)
     first, second = step(**batch), step(**batch)
     assert first == pytest.approx(float(sums["nats"] / sums["tokens"]), rel=1e-4)

@@ -16,8 +16,9 @@ from gqa.data import tokenizer
 from gqa.interop import huggingface
 from gqa.model.config import RELU
 from gqa.runtime.errors import UserError
-from gqa.runtime.sharding import make_mesh
-from gqa.training import loop, optimizer
+from gqa.runtime.mesh import make_mesh
+from gqa.training import optimizer
+from gqa.training import step as training_step
 from tests.interop import test_t5x
 from tests.support import jobs
 
@@ -65,7 +66,7 @@ def test_the_job_goes_on_from_it(folder, network, tmp_path):
     assert [p.name for p in path.iterdir()] == ["6"]  # as many steps as pretrain.steps
     saved = checkpoint.load_config(path)
     assert saved["model"] == config.__dict__
-    state = loop.abstract(config, make_mesh())
+    state = training_step.abstract(config, make_mesh())
     shapes = {"params": state.params, "opt_state": state.opt_state}
     arrays = checkpoint.load(path, shapes)
     jax.tree.map(np.testing.assert_array_equal, arrays["params"], params)
