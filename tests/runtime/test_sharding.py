@@ -33,7 +33,8 @@ rng = np.random.default_rng(0)
 lengths = {"inputs": 6, "targets": 5}
 batch = {n: rng.integers(3, 32, (16, t), dtype=np.int32) for n, t in lengths.items()}
 batch["targets"][:7, 2:] = 0  # the devices have different numbers of real tokens
-step = training_step.make_step(training_step.make_loss(config, 1e-4), optimizer.constant(1e-2), 0, num_microbatches=2)
+loss = training_step.make_loss(config, 1e-4)
+step = training_step.make_step(loss, optimizer.constant(1e-2), 0, num_microbatches=2)
 state = replicated(training_step.init(config, 0), mesh)
 for _ in range(3):
     state, metrics = step(state, sharding.place(batch, mesh))
