@@ -241,6 +241,7 @@ def _benchmark() -> ConfigDict:
     benchmark.inputs_length = 2048
     benchmark.targets_length = 512
     benchmark.repetitions = 10
+    benchmark.profile = False  # True: one more repetition leaves a trace in WORKDIR/tensorboard
     return benchmark
 
 
@@ -255,7 +256,7 @@ def _checkpoint() -> ConfigDict:
 
 
 def _train() -> ConfigDict:
-    """What every training stage does when its loss diverges."""
+    """What every training stage does when its loss diverges, and which steps it profiles."""
     train = ConfigDict()
     # When the loss is not finite or spikes: stop; or rollback, which restores the last checkpoint
     # and skips the batches since.
@@ -263,6 +264,9 @@ def _train() -> ConfigDict:
     train.max_rollbacks = 3  # of one stage
     # A loss this far above its running mean is a spike, in nats per token. 0: nothing is a spike.
     train.spike = 3.0
+    # FIRST:LAST, such as 100:110: every training stage that runs these steps leaves a trace of them
+    # in WORKDIR/tensorboard, for TensorBoard's profiler. LAST is the first step outside.
+    train.profile = ""
     return train
 
 

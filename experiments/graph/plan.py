@@ -143,6 +143,7 @@ def make_setup(config: ConfigDict) -> Setup:
         train=TrainOptions(**config.train),
         wandb=TrackingOptions(**config.wandb),
         mesh=Layout(**config.mesh),
+        profile_benchmark=config.benchmark.profile,
     )
 
 
@@ -239,10 +240,12 @@ def _benchmark(config: ConfigDict, reference: ConfigDict, leaf: Stage) -> Stage:
         TimedNetwork(_multi_head(reference, seed=0), parent_config(reference)),
         TimedNetwork(_variant(config, heads, seed=0, **how_converted), model),
     ]
+    options = config.benchmark.to_dict()
+    del options["profile"]  # changes no number: part of the setup
     settings = BenchmarkSettings(
         variant=networks[-1].variant,
         networks=tuple(dict.fromkeys(networks)),  # one, if the network is the reference itself
-        **config.benchmark.to_dict(),
+        **options,
     )
     return Stage("benchmark", settings, parents, leaf.setup)
 

@@ -19,6 +19,7 @@ from gqa.data.examples import SPLITS
 from gqa.runtime.errors import ConfigError, UserError
 from gqa.runtime.mesh import Layout, check_batch, check_layout, check_rows
 from gqa.training import progress
+from gqa.training.profiling import parse_window
 
 LARGEST = 2**31 - 1  # steps, lengths, seeds and token ids are int32
 # Whole numbers that may be 0, where 0 mostly means "all" or "the default".
@@ -56,6 +57,7 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
             known = ", ".join(choice or "nothing" for choice in choices)
             raise UserError(f"{name}={values[name]!r}; use one of {known}")
     _check_fractions(config)
+    _check_profile(config)
     _check_conversion(config)
     layout = Layout(**config.mesh)
     count, local_count = devices or (jax.device_count(), jax.local_device_count())
@@ -118,6 +120,14 @@ def _check_conversion(config: ConfigDict) -> None:
         )
     except ConfigError as error:  # the library names its arguments: keys of this section
         raise error.renamed(f"convert.{error.field}") from error
+
+
+def _check_profile(config: ConfigDict) -> None:
+    try:
+        if config.train.profile:
+            parse_window(config.train.profile)
+    except ConfigError as error:
+        raise error.renamed(f"train.{error.field}") from error
 
 
 def _check_fractions(config: ConfigDict) -> None:

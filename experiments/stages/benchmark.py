@@ -23,7 +23,9 @@ def run(
     and the size of the reference beside its own time, because a machine may be faster or slower by
     the time that another stage measures the reference again.
     """
-    del folder, job
+    trace_folder = None
+    if job.setup.profile_benchmark:
+        trace_folder = job.workdir / "tensorboard" / (job.title or folder.name)
     shape = {
         "batch_size": settings.batch_size,
         "inputs_length": settings.inputs_length,
@@ -34,7 +36,9 @@ def run(
         for network in settings.networks
     ]
     configs = {i: config for i, (_, config) in enumerate(networks)}
-    measured = timing.measure(configs, **shape, repetitions=settings.repetitions)
+    measured = timing.measure(
+        configs, **shape, repetitions=settings.repetitions, trace_folder=trace_folder
+    )
 
     records: list[dict] = []
     reference: dict[str, float] = {}

@@ -209,6 +209,7 @@ class TrainOptions:
     on_divergence: str = "stop"
     max_rollbacks: int = 3
     spike: float = 3.0
+    profile: str = ""
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ class Setup:
     Args:
         run: the config's name, which result records carry.
         mesh: how networks are spread over devices.
+        profile_benchmark: whether the benchmark leaves a trace of one more repetition.
     """
 
     run: str
@@ -234,3 +236,4 @@ class Setup:
     train: TrainOptions = TrainOptions()
     wandb: TrackingOptions = TrackingOptions()
     mesh: Layout = field(default_factory=Layout)
+    profile_benchmark: bool = False

@@ -7,6 +7,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from gqa.runtime import distributed
 from gqa.runtime.hardware import peak_flops
 from gqa.runtime.mesh import Layout, check_batch
 from gqa.runtime.sharding import put
-from gqa.training import divergence, loop, optimizer, progress
+from gqa.training import divergence, loop, optimizer, profiling, progress
 from gqa.training import step as training_step
 
 
@@ -132,11 +133,19 @@ def run_training(
     step_flops = train_flops(running_config, recipe.batch_size, **data.lengths)
 
     checkpoints, keep_last = folder.checkpoints.absolute(), job.setup.checkpoint.keep_last
-    with _make_progress(label, job, folder, recipe.every, step_flops, config.dtype) as shown:
+    train_options = job.setup.train
+    with (
+        _make_progress(label, job, folder, recipe.every, step_flops, config.dtype) as shown,
+        profiling.profiled(
+            lambda state, batch: step(state, batch, *loss_arguments),
+            train_options.profile,
+            _events_folder(job, folder),
+        ) as train_step,
+    ):
         rollbacks = loop.fit(
             lambda: put(start(), training_step.shardings(abstract)),
             abstract,
-            lambda state, batch: step(state, batch, *loss_arguments),
+            train_step,
             data.batches,
             steps=spec.first_step + spec.steps,
             every=recipe.every,
@@ -145,7 +154,9 @@ def run_training(
             folder=checkpoints,
             mesh=job.mesh,
             progress=shown,
-            mishaps=divergence.Settings(**to_json(job.setup.train)),
+            mishaps=divergence.Settings(
+                train_options.on_divergence, train_options.max_rollbacks, train_options.spike
+            ),
             keep_last=keep_last,
         )
 
@@ -233,9 +244,14 @@ def _make_progress(
             id=f"{folder.name}-{place}",
             folder=job.workdir,
         )
-    events = None
-    if distributed.is_primary():
-        events = job.workdir / "tensorboard" / (job.title or folder.name)
+    events = _events_folder(job, folder)
     return progress.Progress(
         label, events, every, step_flops, peak_flops(dtype), tracking, folder.curve
     )
+
+
+def _events_folder(job: Job, folder: StageFolder) -> Path | None:
+    """Return where TensorBoard finds the stage; the primary process alone writes there."""
+    if not distributed.is_primary():
+        return None
+    return job.workdir / "tensorboard" / (job.title or folder.name)

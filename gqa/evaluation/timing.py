@@ -7,6 +7,7 @@ take turns: one measurement each, repeatedly, and measurements of the same round
 import time
 from collections.abc import Callable, Hashable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -26,11 +27,21 @@ Name = TypeVar("Name", bound=Hashable)
 ATTENTION_RUNS = 5  # of `attention` in a turn, since one takes only milliseconds
 
 
-def take_turns(turns: dict[Name, Turn], repetitions: int) -> dict[Name, dict[str, np.ndarray]]:
-    """Return the numbers [repetitions] that each turn measures, after one turn each to warm up."""
+def take_turns(
+    turns: dict[Name, Turn], repetitions: int, trace_folder: Path | None = None
+) -> dict[Name, dict[str, np.ndarray]]:
+    """Return the numbers [repetitions] that each turn measures, after one turn each to warm up.
+
+    With a `trace_folder`, one more round follows whose numbers are not used, and which leaves a
+    trace there for TensorBoard's profiler.
+    """
     for turn in turns.values():
         turn()
     rounds = [{name: turn() for name, turn in turns.items()} for _ in range(repetitions)]
+    if trace_folder is not None:
+        with jax.profiler.trace(str(trace_folder)):
+            for turn in turns.values():
+                turn()
     return {
         name: {number: np.array([r[name][number] for r in rounds]) for number in rounds[0][name]}
         for name in turns
@@ -92,8 +103,9 @@ def measure(
     inputs_length: int,
     targets_length: int,
     repetitions: int,
+    trace_folder: Path | None = None,
 ) -> dict[Name, dict[str, np.ndarray]]:
-    """Time each network with random weights on the same inputs; see `generation`."""
+    """Time each network with random weights on the same inputs; see `generation`, `take_turns`."""
     vocab = min(config.vocab_size for config in configs.values())
     inputs = random_tokens(vocab, batch_size, inputs_length)
     turns = {}
@@ -101,7 +113,7 @@ def measure(
         net = Inference(config)
         weights = jax.jit(net.prepare)(init_params(config, 0))
         turns[name] = generation(net, weights, inputs, targets_length)
-    return take_turns(turns, repetitions)
+    return take_turns(turns, repetitions, trace_folder)
 
 
 def random_tokens(vocab_size: int, batch_size: int, length: int, seed: int = 0) -> Array:
