@@ -4,7 +4,7 @@ import functools
 import os
 from pathlib import Path
 
-# The programs of the tests are compiled for longer than they run, so LLVM may leave out its passes.
+# Compiling the tests' small programs takes longer than running them, so LLVM skips its passes.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
@@ -12,19 +12,32 @@ import jaxtyping
 import numpy as np
 import pytest
 
-# Check the annotated shapes of this module on each call; this comes before it is imported.
-jaxtyping.install_import_hook(["gqa.model.cpu_attention"], "beartype.beartype")
+# Check the annotated shapes and types of these modules on every call, which under `jax.jit` means
+# once per trace. The hook acts on imports, so it is installed before the modules are imported.
+SHAPE_CHECKED = [
+    "gqa.model.attention",
+    "gqa.model.cpu_attention",
+    "gqa.model.fused_attention",
+    "gqa.model.layers",
+    "gqa.model.linear",
+    "gqa.inference",
+    "gqa.training.loss",
+    "gqa.kv_cache",
+    "gqa.conversion.calibration",
+    "gqa.conversion.closed_form",
+]
+jaxtyping.install_import_hook(SHAPE_CHECKED, "beartype.beartype")
 
 from gqa.model.config import Config  # noqa: E402
 from gqa.model.transformer import Transformer  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Accelerators round float32 products to fewer bits unless told; the tests compare to 1e-5.
+# By default accelerators round float32 products to fewer bits; the tests compare to 1e-5.
 jax.config.update("jax_default_matmul_precision", "float32")
 
 
 def pytest_configure(config):
-    """Compile each program once: the tests run the same small networks again and again."""
+    """Cache compiled programs on disk, because many tests run the same small networks."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")  # jax does not write atomically
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"compiled-{worker}")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -42,21 +55,21 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def cudnn_by_xla(monkeypatch):
-    """XLA gets cuDNN's arguments; a list of the implementations that were asked for."""
-    xla, asked = jax.nn.dot_product_attention, []
+    """Let XLA compute calls meant for cuDNN; a list with the implementation of each call."""
+    xla, implementations = jax.nn.dot_product_attention, []
 
     def by_xla(*args, implementation, **kwargs):
         assert implementation == "cudnn"
-        asked.append(implementation)
+        implementations.append(implementation)
         return xla(*args, implementation="xla", **kwargs)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    return asked
+    return implementations
 
 
 @pytest.fixture
 def tiny() -> Config:
-    """T5 1.1 with 4 heads; `dataclasses.replace` gives the others."""
+    """A T5 1.1 config with 4 heads; tests derive other configs with `dataclasses.replace`."""
     return Config(
         vocab_size=32,
         d_model=16,
@@ -73,7 +86,7 @@ def tiny() -> Config:
 
 @pytest.fixture
 def batch() -> dict[str, np.ndarray]:
-    """Tokens of two padded examples: inputs of 9 and 6, targets of 7 and 4."""
+    """Tokens of two padded examples: inputs of 9 and 6 tokens, targets of 7 and 4 tokens."""
     rng = np.random.default_rng(0)
     tokens = {
         "inputs": rng.integers(1, 32, (2, 10), dtype=np.int32),
@@ -85,7 +98,7 @@ def batch() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def random_params():
-    """A function of a config: parameters drawn here, which takes no compilation."""
+    """A function from a config to random parameters, drawn in NumPy to spare a compilation."""
 
     @functools.cache
     def draw(config: Config) -> dict:

@@ -1,9 +1,10 @@
 """The layout of weights and caches for accelerators, and for several devices of any kind.
 
-    keys     [B, K, H, S]        weights  as they are trained, one array each
+    keys     [B, K, H, S]
     values   [B, K, S, H]
+    weights  one array for each parameter, in the shapes of training
 
-Every axis that a mesh may split is an axis of its own. Where cuDNN computes cross-attention (GPUs),
+No two axes that a mesh may split are merged into one. Where cuDNN computes cross-attention (GPUs),
 keys and values are both [B, S, K, H]. Where a KV head is replicated over several devices
 (`kv_heads="replicate"` of `gqa.runtime.sharding`), the cache holds as many KV heads as there are
 devices along the mesh axis "model".
@@ -61,11 +62,11 @@ class AcceleratorLayout:
         self, weights: dict, encoded: Float[Array, "B S D"], num_query_rows: int
     ) -> KeysValues:
         del num_query_rows
-        K = self.config.num_kv_heads_cross_attention
+        K = self.config.layer_kv_heads("cross_attention")
         key, value = weights["cross_key"], weights["cross_value"]
 
         # Every device gets all rows of `encoded` that its part of the cache needs, and projects
-        # them itself.
+        # these rows itself.
         encoded = self._place(encoded, K)
         if self.fused:
             k, v = (jnp.einsum("BSD,DKH->BSKH", encoded, kernel) for kernel in (key, value))
@@ -75,7 +76,7 @@ class AcceleratorLayout:
         return self._place(k, K, "kv_heads"), self._place(v, K, "kv_heads")
 
     def empty_cache(self, num_rows: int, length: int, dtype: str) -> KeysValues:
-        K = self._num_cached_heads(self.config.num_kv_heads_self_attention)
+        K = self._num_cached_heads(self.config.layer_kv_heads("self_attention"))
         H = self.config.head_dim
         return (
             jnp.zeros((num_rows, K, H, length), dtype),
@@ -107,7 +108,7 @@ class AcceleratorLayout:
     def self_attention_heads(
         self, weights: dict, x: Float[Array, "B R D"]
     ) -> tuple[Float[Array, "B R N H"], Float[Array, "B R K H"], Float[Array, "B R K H"]]:
-        K = self.config.num_kv_heads_self_attention
+        K = self.config.layer_kv_heads("self_attention")
         k, v = (
             self._place(_project(x, weights[f"self_{kind}"]), K, None, "kv_heads")
             for kind in ("key", "value")
@@ -118,20 +119,20 @@ class AcceleratorLayout:
         self, weights: dict, x: Float[Array, "B R D"]
     ) -> Float[Array, "B R N H"]:
         q = _project_queries(x, weights["cross_query"])
-        return self._place_queries(q, self.config.num_kv_heads_cross_attention)
+        return self._place_queries(q, self.config.layer_kv_heads("cross_attention"))
 
     def self_attention(
         self, q: Float[Array, "B R N H"], cache: KeysValues, bias: Float[Array, "1 N 1 S"]
     ) -> Float[Array, "B R N H"]:
         B, R, N, H = q.shape
         out = _attend(q.reshape(B * R, 1, N, H), *cache, bias).reshape(q.shape)
-        return self._place_queries(out, self.config.num_kv_heads_self_attention)
+        return self._place_queries(out, self.config.layer_kv_heads("self_attention"))
 
     def cross_attention(
         self, q: Float[Array, "B R N H"], cache: KeysValues, mask: Float[Array, "B 1 1 S"]
     ) -> Float[Array, "B R N H"]:
         out = _attend_fused(q, *cache, mask) if self.fused else _attend(q, *cache, mask)
-        return self._place_queries(out, self.config.num_kv_heads_cross_attention)
+        return self._place_queries(out, self.config.layer_kv_heads("cross_attention"))
 
     def project_out(self, kernel: Array, x: Float[Array, "B R N H"]) -> Float[Array, "B R D"]:
         x = constrain(x, "batch", None, "heads", None)
@@ -149,7 +150,7 @@ class AcceleratorLayout:
         return x @ kernel
 
     def _place_queries(self, q: Array, K: int) -> Array:
-        """Put queries, or the outputs of attention, [B, R, N, H] where the cache of K heads is."""
+        """Split queries, or outputs of attention, [B, R, N, H] as the cache of K heads is split."""
         return self._place(q, K, None, "heads")
 
     def _place(self, x: Array, K: int, *axes: str | None) -> Array:

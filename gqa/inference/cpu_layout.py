@@ -2,7 +2,8 @@
 
     keys     [B * K, C, H, S / C]   C blocks of positions, so that a product with a few query rows
     values   [B * K, C, S / C, H]   reads memory in order; the axis C is left out where C is 1
-    weights  [C, D, F / C]          C blocks of columns, for the same reason
+    weights  [C, D, F / C]          C blocks of columns, so that a product with a few rows of x
+                                    reads memory in order
 
 Products that share their input (queries, keys and values; the MLP's two halves) are one product.
 
@@ -24,14 +25,14 @@ from gqa.model.config import GATED_GELU, Config
 from gqa.model.cpu_attention import blocked_attention
 
 # Columns of a block. XLA:CPU packs or transposes a wide matrix before it multiplies a few rows by
-# it; blocks of this width it reads directly. A single row (multi-head attention without beams) is a
-# matrix times a vector, which needs no blocks.
+# the matrix, but it reads blocks of this width directly. A single row (multi-head attention without
+# beams) makes a product of a matrix and a vector, which needs no blocks.
 BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class CpuLayout:
-    """A `DecoderLayout` of concatenated kernels and blocked caches, for a CPU that has them all."""
+    """A `DecoderLayout` of concatenated kernels and blocked caches, for a single CPU device."""
 
     config: Config
 
@@ -40,7 +41,7 @@ class CpuLayout:
         self_attention, cross_attention = params["self_attention"], params["cross_attention"]
         mlp = params["mlp"]
 
-        def concatenated(*kernels: Array) -> Array:
+        def concatenate(*kernels: Array) -> Array:
             return in_blocks(jnp.concatenate([x.reshape(c.d_model, -1) for x in kernels], axis=1))
 
         def output(kernel: Array) -> Array:
@@ -48,13 +49,13 @@ class CpuLayout:
 
         gate = (mlp["wi_1"],) if c.activation == GATED_GELU else ()
         return {
-            "qkv": concatenated(*(self_attention[kind] for kind in ("query", "key", "value"))),
+            "qkv": concatenate(*(self_attention[kind] for kind in ("query", "key", "value"))),
             "self_out": output(self_attention["out"]),
-            "cross_query": concatenated(cross_attention["query"]),
+            "cross_query": concatenate(cross_attention["query"]),
             "cross_key": cross_attention["key"],
             "cross_value": cross_attention["value"],
             "cross_out": output(cross_attention["out"]),
-            "wi": concatenated(mlp["wi_0"], *gate),
+            "wi": concatenate(mlp["wi_0"], *gate),
             "wo": output(mlp["wo"]),
         }
 
@@ -80,7 +81,7 @@ class CpuLayout:
 
     def empty_cache(self, num_rows: int, length: int, dtype: str) -> KeysValues:
         c = self.config
-        K, H = c.num_kv_heads_self_attention, c.head_dim
+        K, H = c.layer_kv_heads("self_attention"), c.head_dim
         block = self._block(length, c.num_heads // K)
         C = -(-length // block)
         lead = (num_rows * K, C) if C > 1 else (num_rows * K,)
@@ -91,7 +92,7 @@ class CpuLayout:
         return BLOCK if num_query_rows > 1 else length
 
     def num_rows(self, cache: KeysValues) -> int:
-        return len(cache[0]) // self.config.num_kv_heads_self_attention
+        return len(cache[0]) // self.config.layer_kv_heads("self_attention")
 
     def capacity(self, cache: KeysValues) -> int:
         _, *blocks, _ = cache[1].shape
@@ -111,21 +112,21 @@ class CpuLayout:
     ) -> KeysValues:
         block = cache[0].shape[-1]
         k, v = (x.reshape(-1, x.shape[-1]).astype(cache[0].dtype) for x in (k, v))
-        k, v, place = k[:, :, None], v[:, None], index % block
+        k, v, offset = k[:, :, None], v[:, None], index % block
 
         lead: tuple = (0,)
         if cache[0].ndim == 4:
             k, v, lead = k[:, None], v[:, None], (0, index // block)
         return (
-            jax.lax.dynamic_update_slice(cache[0], k, (*lead, 0, place)),
-            jax.lax.dynamic_update_slice(cache[1], v, (*lead, place, 0)),
+            jax.lax.dynamic_update_slice(cache[0], k, (*lead, 0, offset)),
+            jax.lax.dynamic_update_slice(cache[1], v, (*lead, offset, 0)),
         )
 
     def self_attention_heads(
         self, weights: dict, x: Float[Array, "B R D"]
     ) -> tuple[Float[Array, "B R N H"], Float[Array, "B R K H"], Float[Array, "B R K H"]]:
         c = self.config
-        N, K, H = c.num_heads, c.num_kv_heads_self_attention, c.head_dim
+        N, K, H = c.num_heads, c.layer_kv_heads("self_attention"), c.head_dim
         heads = project(x, weights["qkv"], (N + 2 * K) * H).reshape(*x.shape[:2], N + 2 * K, H)
         q, k, v = jnp.split(heads, (N, N + K), axis=2)
         return q, k, v

@@ -1,16 +1,20 @@
-"""Search over a step function; knows no model.
+"""Search for texts: greedy search, sampling and beam search over any step function.
 
-A step takes the tokens [B, R] of R beams, their position and a cache, and gives logits [B, R, V] of
-the next token and the new cache; of every cache array's first axis each of the B * R tokens has an
-equal part, in their order.
+This file knows no model: a model enters as a step function. The step of the network is in
+`step.py`, and `generator.py` runs both over whole batches.
 
-A search keeps what it has of B examples in `rows`: arrays whose first axis is B, among them
+A step function takes the tokens [B, R] of R beams for B examples, the position of these tokens and
+a cache. It returns the logits [B, R, V] of the next tokens and the new cache. The first axis of
+every cache array holds an equal, contiguous slice for each of the B * R beams, in row-major order.
 
-    tokens [B, R, 1 + length]   chosen so far, behind the start token 0
-    ended [B]                   the example is complete and no longer changes
+A search keeps the state of B examples in `rows`, a tuple of arrays whose first axis is B. Among
+these arrays are
 
-Examples know nothing of each other, so a caller may leave out those that have ended, between one
-`advance` and the next. Tokens are int32; 0 is padding and 1 ends a text.
+    tokens [B, R, 1 + length]   the tokens chosen so far, behind the start token 0
+    ended [B]                   whether the example is complete and no longer changes
+
+No example depends on another, so a caller may drop the ended examples from the batch between two
+calls of `advance`. Tokens are int32; 0 is padding and 1 ends a text.
 """
 
 import dataclasses
@@ -19,24 +23,39 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 EOS = 1
-NO_EOS = -1  # for texts that end at no token
+NO_EOS = -1  # no token has this number, so that no text ends early
 
 Step = Callable[[Array, Array, Any], tuple[Array, Any]]
 
 
 def advance(
-    step: Step, search: "Search", rows: Any, cache: Any, begin: Array, end: Array, eos: int = EOS
+    step: Step,
+    search: "Search",
+    rows: Any,
+    cache: Any,
+    begin: Int[Array, ""] | int,
+    end: Int[Array, ""] | int,
+    eos: int = EOS,
 ) -> tuple[Any, Any]:
-    """Choose the tokens of positions begin .. end - 1; ends early when every example has ended."""
+    """Choose the tokens of positions begin .. end - 1; stops early when every example has ended.
 
-    def unfinished(carry):
+    Args:
+        rows: the state of the search, as `search.start` or an earlier `advance` returned it.
+        cache: the cache of `step`.
+        eos: the token that ends a text, or `NO_EOS`.
+
+    Returns:
+        The new rows and the new cache.
+    """
+
+    def unfinished(carry: tuple[Array, Any, Any]) -> Array:
         index, rows, _ = carry
         return (index < end) & ~rows.ended.all()
 
-    def choose(carry):
+    def choose(carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
         index, rows, cache = carry
         last = jax.lax.dynamic_index_in_dim(rows.tokens, index, axis=2, keepdims=False)
         logits, cache = step(last, index, cache)
@@ -50,7 +69,10 @@ def advance(
 
 
 def _follow(cache: Any, parents: Array) -> Any:
-    """The cache with row b * R + parents[b, r] as row b * R + r, which costs nothing if it is."""
+    """Return the cache in which row b * R + r is the old row b * R + parents[b, r].
+
+    If every beam is its own parent, nothing is copied.
+    """
     B, R = parents.shape
 
     def gather(x: Array) -> Array:
@@ -62,19 +84,20 @@ def _follow(cache: Any, parents: Array) -> Any:
 
 
 class Texts(NamedTuple):
-    """Rows of `Sample`, with R = 1. Negative `numbers` [B] stand for no example at all."""
+    """The rows of `Sample`, with R = 1 beam. A row whose number is negative holds no example."""
 
-    numbers: Array
-    tokens: Array
-    ended: Array
+    numbers: Int[Array, " B"]
+    tokens: Int[Array, "B 1 length+1"]
+    ended: Bool[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Draw each token from softmax(logits / temperature); temperature 0 takes the most likely one.
+    """Draw each token from softmax(logits / temperature); temperature 0 takes the likeliest token.
 
-    Drawn are only the `top_k` most likely tokens (0: all) and of these the fewest whose
-    probabilities sum to `top_p`. A draw depends on the seed, the position and the example's number.
+    Tokens are drawn from the `top_k` likeliest tokens (0: from all) and, among these, from the
+    smallest set of likeliest tokens whose probabilities sum to `top_p` or more. A draw depends on
+    the seed, the position and the example's number only.
     """
 
     temperature: float = 1.0
@@ -83,32 +106,41 @@ class Sample:
     seed: int = 0
     num_beams = 1
 
-    def start(self, numbers: Array, length: int) -> Texts:
+    def start(self, numbers: Int[Array, " B"], length: int) -> Texts:
+        """Return the rows of texts that have the start token alone and room for `length` tokens.
+
+        `numbers` number the examples; a negative number stands for no example.
+        """
         tokens = jnp.zeros((len(numbers), 1, 1 + length), jnp.int32)
         return Texts(numbers, tokens, numbers < 0)
 
-    def update(self, rows: Texts, logits: Array, index: Array, eos: int) -> tuple[Texts, None]:
+    def update(
+        self, rows: Texts, logits: Float[Array, "B 1 V"], index: Int[Array, ""], eos: int
+    ) -> tuple[Texts, None]:
+        """Append a token at position `index`; returns the new rows, and no parents of beams."""
         chosen = jnp.where(rows.ended, 0, self._choose(logits[:, 0], rows.numbers, index))
         tokens = _put(rows.tokens, chosen[:, None], index)
         return rows._replace(tokens=tokens, ended=rows.ended | (chosen == eos)), None
 
     def _choose(self, logits: Array, numbers: Array, index: Array) -> Array:
-        """A token [B] of each row of logits [B, V]."""
+        """Choose a token [B] from each row of logits [B, V]."""
         if self.temperature == 0:
             return _arg_max(logits)
+
         tokens = None
         if self.top_k:
             logits, tokens = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))
         logits = _nucleus(logits / self.temperature, self.top_p)
         key = jax.random.fold_in(jax.random.key(self.seed), index)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-        # The greatest of logits with Gumbel noise is a draw from their softmax.
+
+        # The arg max of logits plus Gumbel noise is a draw from the logits' softmax.
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
         chosen = _arg_max(logits + noise)
         return chosen if tokens is None else _take(tokens, chosen[:, None])[:, 0]
 
-    def outputs(self, rows: Texts) -> Array:
-        """The texts [B, length], 0 behind their end."""
+    def outputs(self, rows: Texts) -> Int[Array, "B length"]:
+        """Return the texts, with 0 behind the end of each."""
         return rows.tokens[:, 0, 1:]
 
 
@@ -116,47 +148,62 @@ GREEDY = Sample(temperature=0.0)
 
 
 class Beams(NamedTuple):
-    """Rows of `Beam`: R texts that go on, and the best that ended.
+    """The rows of `Beam`: R unfinished texts, and the best finished text, for each example.
 
-    scores [B, R] are sums of log-probabilities, best [B, 1 + length], best_score [B] is one divided
-    by its length penalty, -inf if no text has ended yet.
+    tokens, scores: the unfinished texts and the sums of their tokens' log-probabilities.
+    best, best_score: the best finished text, and its log-probability divided by its length
+        penalty; -inf if no text has ended yet.
+    ended: whether the example is complete.
     """
 
-    tokens: Array
-    scores: Array
-    best: Array
-    best_score: Array
-    ended: Array
+    tokens: Int[Array, "B R length+1"]
+    scores: Float[Array, "B R"]
+    best: Int[Array, "B length+1"]
+    best_score: Float[Array, " B"]
+    ended: Bool[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Beam:
     """Beam search as in T5: n tokens score log-probability / ((5 + n) / 6) ** length_penalty.
 
-    A text's end counts among its n tokens (Wu et al., 2016, section 7; T5X's decoding.py). Of the
-    2R best continuations those that end compete for the best text, R of the others go on. An
-    example has ended when none of these can become better, even at the greatest length.
+    The token that ends a text counts among its n tokens (Wu et al., 2016, section 7; T5X's
+    decoding.py). Of the 2R best continuations of an example, those that end compete for the best
+    text, and the best R of the others go on. An example has ended when none of the R texts that go
+    on can become better than the best finished text, even at the greatest length.
     """
 
     num_beams: int
     length_penalty: float
 
-    def start(self, numbers: Array, length: int) -> Beams:
+    def start(self, numbers: Int[Array, " B"], length: int) -> Beams:
+        """Return the rows of beams that have the start token alone and room for `length` tokens.
+
+        A negative number stands for no example; the numbers have no other meaning here.
+        """
         B, R = len(numbers), self.num_beams
         tokens = jnp.zeros((B, R, 1 + length), jnp.int32)
-        # All beams begin alike, so only the first may be continued.
+        # All beams begin with the same text, so only the first beam may be continued.
         scores = jnp.full((B, R), -jnp.inf, jnp.float32)
         return Beams(tokens, scores.at[:, 0].set(0), tokens[:, 0], scores[:, 0], numbers < 0)
 
-    def update(self, rows: Beams, logits: Array, index: Array, eos: int) -> tuple[Beams, Array]:
+    def update(
+        self, rows: Beams, logits: Float[Array, "B R V"], index: Int[Array, ""], eos: int
+    ) -> tuple[Beams, Int[Array, "B R"]]:
+        """Append a token at position `index`.
+
+        Returns the new rows and, for each new beam, the old beam whose text it continues.
+        """
         parents, chosen, scores = self._continuations(rows.scores, logits)
         ends = chosen == eos
 
-        # A beam has one continuation that ends, so at most R of the 2R do.
+        # The texts that go on. Each beam has one continuation that ends, so at most R of the 2R end
+        # and R others are left.
         going, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), self.num_beams)
         parents_kept, chosen_kept = _take(parents, kept), _take(chosen, kept)
         tokens = _put(_take(rows.tokens, parents_kept), chosen_kept, index)
 
+        # The best of the texts that end here replaces a worse finished text.
         ended_scores = jnp.where(ends, scores / self._penalty(index + 1), -jnp.inf)
         top = ended_scores.argmax(-1, keepdims=True)
         text = _put(_take(rows.tokens, _take(parents, top)), _take(chosen, top), index)[:, 0]
@@ -165,27 +212,35 @@ class Beam:
         best = jnp.where(better[:, None], text, rows.best)
         best_score = jnp.where(better, score, rows.best_score)
 
+        # Log-probabilities only fall, so a score at the greatest length bounds all later scores.
         length = tokens.shape[2] - 1
         ended = best_score >= going.max(-1) / self._penalty(length)
         new = Beams(tokens, going, best, best_score, ended)
-        return _unless(rows.ended, new, rows), _unless(
-            rows.ended, parents_kept, jnp.broadcast_to(jnp.arange(self.num_beams), kept.shape)
-        )
+
+        # An ended example keeps its rows, and each of its beams is its own parent.
+        unmoved = jnp.broadcast_to(jnp.arange(self.num_beams), kept.shape)
+        return _unless(rows.ended, new, rows), _unless(rows.ended, parents_kept, unmoved)
 
     def _continuations(self, scores: Array, logits: Array) -> tuple[Array, Array, Array]:
-        """The 2R best of all R * V: beams, tokens and scores [B, 2R], best first."""
+        """Return the best 2R of all R * V continuations: beams, tokens and scores [B, 2R].
+
+        The best continuation comes first.
+        """
         B, R, V = logits.shape
-        each = min(2 * R, V)  # no beam has more among them
+        each = min(2 * R, V)  # the most continuations that one beam can have among the best 2R
         top, tokens = jax.lax.top_k(logits, each)
         top += (scores - jax.nn.logsumexp(logits, axis=-1))[:, :, None]
         scores, places = jax.lax.top_k(top.reshape(B, R * each), 2 * R)
         return places // each, _take(tokens.reshape(B, R * each), places), scores
 
-    def _penalty(self, length: Array | int) -> Array:
+    def _penalty(self, length: Array | int) -> Array | float:
         return ((5 + length) / 6) ** self.length_penalty
 
-    def outputs(self, rows: Beams) -> Array:
-        """The best texts [B, length], 0 behind their end; where none ended, the best so far."""
+    def outputs(self, rows: Beams) -> Int[Array, "B length"]:
+        """Return the best finished text of each example, with 0 behind its end.
+
+        If no text of an example has ended, its best unfinished text is returned.
+        """
         so_far = _take(rows.tokens, rows.scores.argmax(-1, keepdims=True))[:, 0]
         has_ended = (rows.best_score > -jnp.inf)[:, None]
         return jnp.where(has_ended, rows.best, so_far)[:, 1:]
@@ -195,49 +250,57 @@ Search = Sample | Beam
 
 
 def beam_search(num_beams: int, length_penalty: float) -> Search:
-    """`Beam`, or greedy search for one beam, which T5's rules would let go on behind its end."""
+    """Return beam search, or greedy search if `num_beams` is 1.
+
+    With one beam, T5's rules would continue the best unfinished text after a text has ended.
+    """
     return Beam(num_beams, length_penalty) if num_beams > 1 else GREEDY
 
 
 def _arg_max(x: Array) -> Array:
-    """The first place of the greatest of x [..., V]; ten times as fast as XLA's own on CPUs."""
+    """Return the index of the first maximum along the last axis of x [..., V].
+
+    On CPUs this is ten times as fast as `jnp.argmax`.
+    """
     places = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     return jnp.where(x == x.max(-1, keepdims=True), places, x.shape[-1] - 1).min(-1)
 
 
 def _nucleus(logits: Array, top_p: float) -> Array:
-    """Logits [B, V], -inf but for the fewest most likely tokens that have `top_p` together.
+    """Return logits [B, V] with -inf for every token outside the nucleus.
 
-    The probability of the least likely of them is found by halving: it needs no sorted vocabulary.
+    The nucleus is the smallest set of likeliest tokens whose probabilities sum to `top_p` or more.
+    The least probability in the nucleus is searched by bisection, which, unlike a sum over sorted
+    probabilities, does not sort the vocabulary.
     """
     if top_p == 1:
         return logits
     probability = jax.nn.softmax(logits)
 
-    def halve(_, bounds):
+    def bisect(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) / 2
-        together = jnp.where(probability >= middle[:, None], probability, 0).sum(-1)
-        enough = together >= top_p
+        total = jnp.where(probability >= middle[:, None], probability, 0).sum(-1)
+        enough = total >= top_p
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     bounds = jnp.zeros(len(logits)), probability.max(-1)
-    low, _ = jax.lax.fori_loop(0, 32, halve, bounds)
+    low, _ = jax.lax.fori_loop(0, 32, bisect, bounds)
     return jnp.where(probability >= low[:, None], logits, -jnp.inf)
 
 
 def _put(tokens: Array, chosen: Array, index: Array) -> Array:
-    """tokens [B, R, 1 + length] with chosen [B, R] at position `index`, behind the start token."""
+    """Write `chosen` [B, R] into tokens [B, R, 1 + length] at `index`, not counting the start."""
     return jax.lax.dynamic_update_slice_in_dim(tokens, chosen[:, :, None], index + 1, axis=2)
 
 
-def _take(x: Array, places: Array) -> Array:
-    """x[b, places[b, r]] for x [B, R, ...] and places [B, any number]."""
-    return jax.vmap(lambda x, places: x[places])(x, places)
+def _take(x: Array, indices: Array) -> Array:
+    """Return x[b, indices[b, i]] for every b and i, for x [B, R, ...] and indices [B, I]."""
+    return jax.vmap(lambda x, indices: x[indices])(x, indices)
 
 
 def _unless(ended: Array, new: Any, old: Any) -> Any:
-    """Each example's `old` where it has ended, else `new`."""
+    """Select, for each example, the rows of `old` if it has ended, else the rows of `new`."""
 
     def select(new: Array, old: Array) -> Array:
         return jnp.where(ended.reshape(-1, *[1] * (new.ndim - 1)), old, new)

@@ -68,35 +68,39 @@ def bucket(length: int, longest: int) -> int:
     return min(size, longest)
 
 
-class _Placed(NamedTuple):
-    """How a mesh splits the arrays of a generator; None: JAX decides.
+class _Shardings(NamedTuple):
+    """How a mesh splits the arrays of a generator. Where a field is None, JAX decides.
 
-    `parts` is the number of parts that a batch is split into.
+    num_shards: the number of devices or groups of devices that a batch is split over.
+    replicated: of arrays that every device holds in full.
+    batch: of arrays whose first axis is the batch: inputs, and the rows of a search.
+    weights, cache, memory: of the trees that `prepare`, `init_cache` and `prefill` return.
     """
 
-    parts: int = 1
-    whole: NamedSharding | None = None
-    rows: NamedSharding | None = None
+    num_shards: int = 1
+    replicated: NamedSharding | None = None
+    batch: NamedSharding | None = None
     weights: Any = None
     cache: list[NamedSharding] | None = None
-    memory: Memory | None = None
+    memory: Any = None
 
 
-def _placed(net: Inference, mesh: Mesh) -> _Placed:
-    whole = NamedSharding(mesh, PartitionSpec())
-    rows, caches = (
-        sharding.batch_sharding(mesh),
-        sharding.cache_sharding(net.config, mesh, net.layout, net.fused),
-    )
+def _shardings(net: Inference, mesh: Mesh) -> _Shardings:
+    """Return how `mesh` splits the arrays of a generator over `net`."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    batch = sharding.batch_sharding(mesh)
+    caches = sharding.cache_sharding(net.config, mesh, net.layout, net.fused)
+
+    weights: Any = replicated
     if net.layout.model > 1:
         shapes = jax.eval_shape(lambda: net.prepare(init_params(net.config, 0)))
-        # Weights that "data" splits would be gathered again for every token.
+        # Weights that are split over the axis "data" would be gathered again for every token.
         layout = dataclasses.replace(net.layout, fsdp=False)
         weights = sharding.param_shardings(shapes, mesh, layout)
-    else:
-        weights = whole
-    parts = max(map(sharding.num_parts, (rows, *caches.own, *caches.cross)))
-    return _Placed(parts, whole, rows, weights, caches.own, Memory(caches.cross, caches.mask))
+
+    num_shards = max(map(sharding.num_parts, (batch, *caches.own, *caches.cross)))
+    memory: Any = Memory(caches.cross, caches.mask)  # type: ignore[arg-type]
+    return _Shardings(num_shards, replicated, batch, weights, caches.own, memory)
 
 
 class Generator:
@@ -114,7 +118,7 @@ class Generator:
     shape of inputs.
 
     With a `mesh`, the arrays are split as `net.layout` says, and a batch is never made smaller than
-    the number of parts it is split into. Call the generator under `jax.set_mesh(mesh)`. On a mesh
+    the number of shards it is split into. Call the generator under `jax.set_mesh(mesh)`. On a mesh
     of several processes, each process gives the same inputs and gets all tokens.
     """
 
@@ -127,44 +131,55 @@ class Generator:
         mesh: Mesh | None = None,
     ):
         self.net, self.search, self.length, self.stop = net, search, length, stop
-        at = _Placed() if mesh is None else _placed(net, mesh)
-        self._parts, self._rows = at.parts, at.rows
+        split = _Shardings() if mesh is None else _shardings(net, mesh)
+        self._num_shards, self._batch_sharding = split.num_shards, split.batch
+        state = None if mesh is None else (split.batch, split.cache, split.memory)
+
+        # Once a checkpoint, and once a batch.
         prefill = partial(net.prefill, num_beams=search.num_beams)
-        self.prepare = jax.jit(net.prepare, out_shardings=at.weights)
-        self.prefill = jax.jit(prefill, in_shardings=(at.weights, at.rows), out_shardings=at.memory)
-        self._start = jax.jit(partial(search.start, length=length), out_shardings=at.rows)
-        self._init_cache = jax.jit(net.init_cache, static_argnums=(0, 1, 2), out_shardings=at.cache)
-        self._grow = jax.jit(net.grow, static_argnums=1, out_shardings=at.cache)
-        kept = None if mesh is None else (at.rows, at.cache, at.memory)
-        self._keep = jax.jit(self._keep_rows, out_shardings=kept)
-        self._advance = jax.jit(
-            self._advance_rows, donate_argnames="cache", out_shardings=kept and kept[:2]
+        self.prepare = jax.jit(net.prepare, out_shardings=split.weights)
+        self.prefill = jax.jit(
+            prefill, in_shardings=(split.weights, split.batch), out_shardings=split.memory
         )
-        self._outputs = jax.jit(search.outputs, out_shardings=at.whole)
-        self._ended = jax.jit(lambda rows: rows.ended, out_shardings=at.whole)
+        self._start = jax.jit(partial(search.start, length=length), out_shardings=split.batch)
+        self._init_cache = jax.jit(
+            net.init_cache, static_argnums=(0, 1, 2), out_shardings=split.cache
+        )
+
+        # Once a segment. The cache is donated, so that a step writes into it instead of a copy.
+        self._advance = jax.jit(
+            self._advance_rows, donate_argnames="cache", out_shardings=state and state[:2]
+        )
+        self._grow = jax.jit(net.grow, static_argnums=1, out_shardings=split.cache)
+        self._keep = jax.jit(self._keep_rows, out_shardings=state)
+        self._outputs = jax.jit(search.outputs, out_shardings=split.replicated)
+        self._ended = jax.jit(lambda rows: rows.ended, out_shardings=split.replicated)
 
     def __call__(
-        self, weights: dict, inputs: Array, numbers: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Generate tokens [B, length] for inputs [B, S]; see `decode`."""
-        if self._rows is not None:
-            inputs = sharding.put(inputs, self._rows)
+        self,
+        weights: dict,
+        inputs: Int[Tokens, "B S"],
+        numbers: Int[np.ndarray, " B"] | None = None,
+    ) -> Int[np.ndarray, "B length"]:
+        """Generate tokens for inputs, in which 0 is padding; see `decode`."""
+        if self._batch_sharding is not None:
+            inputs = sharding.put(inputs, self._batch_sharding)
         return self.decode(weights, self.prefill(weights, inputs), numbers)
 
     def decode(
-        self, weights: dict, memory: Memory, numbers: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Generate tokens [B, length] from the result of `prefill`, 0 behind the end of a text.
+        self, weights: dict, memory: Memory, numbers: Int[np.ndarray, " B"] | None = None
+    ) -> Int[np.ndarray, "B length"]:
+        """Generate tokens from the result of `prefill`, with 0 behind the end of each text.
 
-        `numbers` [B] decide, with the seed, what `Sample` draws for each example; by default they
-        are 0 .. B - 1. A row with a negative number stands for no example, and its tokens stay 0.
+        `numbers` decide, with the seed, what `Sample` draws for each example; by default they are
+        0 .. B - 1. A row with a negative number stands for no example, and its tokens stay 0.
         """
         B = len(memory.mask)
         numbers = np.arange(B) if numbers is None else np.asarray(numbers)
         outputs = np.zeros((B, self.length), np.int32)
 
-        # For each row that is still in the batch: its place in `outputs`, and whether it has ended.
-        places, ended = np.arange(B), numbers < 0
+        # For each row that is still in the batch: its row of `outputs`, and whether it has ended.
+        output_rows, ended = np.arange(B), numbers < 0
         rows = self._start(numbers.astype(np.int32))
         cache = self._init_cache(B, self.search.num_beams, bucket(1, self.length))
         sizes = self._batch_sizes(B)
@@ -173,45 +188,50 @@ class Generator:
         while begin < self.length and not ended.all():
             # Shrink the batch if the unfinished examples fit a smaller one.
             size = min(size for size in sizes if size >= (~ended).sum())
-            if size < len(places):
-                outputs[places] = self._outputs(rows)
+            if size < len(output_rows):
+                outputs[output_rows] = self._outputs(rows)
                 keep = np.argsort(ended, kind="stable")[:size]  # unfinished examples come first
                 rows, cache, memory = self._keep(rows, cache, memory, keep)
-                places, ended = places[keep], ended[keep]
+                output_rows, ended = output_rows[keep], ended[keep]
 
             capacity = bucket(begin + 1, self.length)
             if self.net.capacity(cache) < capacity:
                 cache = self._grow(cache, capacity)
 
-            # Without `stop` no example ends, so there is nothing to look for before the cache is
-            # full.
+            # Without `stop` no example ends early, so a segment lasts until the cache is full.
             end = min(begin + EVERY, capacity) if self.stop else capacity
             rows, cache = self._advance(weights, rows, cache, memory, begin, end)
             begin = end
             if self.stop:
                 ended = np.asarray(self._ended(rows))
 
-        outputs[places] = self._outputs(rows)
+        outputs[output_rows] = self._outputs(rows)
         return outputs
 
     def _batch_sizes(self, B: int) -> list[int]:
         """Return the sizes that a batch of B examples may shrink to, B first."""
         sizes = [B]
-        while len(sizes) <= HALVINGS and sizes[-1] % (2 * self._parts) == 0:
+        while len(sizes) <= HALVINGS and sizes[-1] % (2 * self._num_shards) == 0:
             sizes.append(sizes[-1] // 2)
         return sizes
 
-    def _advance_rows(self, weights, rows, cache, memory, begin, end):
-        def step(tokens, index, cache):
+    def _advance_rows(
+        self, weights: dict, rows: Any, cache: list, memory: Memory, begin: Array, end: Array
+    ) -> tuple[Any, list]:
+        """Choose the tokens of positions begin .. end - 1; returns the new rows and cache."""
+
+        def step(tokens: Array, index: Array, cache: Any) -> tuple[Array, Any]:
             return self.net.step(weights, tokens, index, cache, memory)
 
         eos = decoding.EOS if self.stop else decoding.NO_EOS
         return decoding.advance(step, self.search, rows, cache, begin, end, eos)
 
-    def _keep_rows(self, rows, cache, memory, keep: Array):
+    def _keep_rows(
+        self, rows: Any, cache: list, memory: Memory, keep: Array
+    ) -> tuple[Any, list, Memory]:
         """Select the examples `keep`; axis 0 of every array has an equal slice for each example."""
 
-        def part(x: Array) -> Array:
+        def select(x: Array) -> Array:
             return x.reshape(len(rows.ended), -1, *x.shape[1:])[keep].reshape(-1, *x.shape[1:])
 
-        return jax.tree.map(part, (rows, cache, memory))
+        return jax.tree.map(select, (rows, cache, memory))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from gqa.model.config import Config
 
-# Keys and values of one attention of one layer, in the shapes of a layout.
+# The keys and the values of one attention of one layer; a layout decides their shapes.
 KeysValues = tuple[Array, Array]
 
 
@@ -27,13 +27,13 @@ class DecoderLayout(Protocol):
 
     @property
     def config(self) -> Config:
-        """The network as this layer has it: one number of KV heads for each attention."""
+        """The config of `Config.at_layer`: a single number of KV heads for each attention."""
 
     def prepare_layer(self, params: dict) -> dict:
-        """Rearrange the parameters of one decoder layer. Done once for a checkpoint."""
+        """Rearrange the parameters of one decoder layer. Called once for a checkpoint."""
 
     def prepare_logits(self, kernel: Float[Array, "D V"]) -> Array:
-        """Rearrange the kernel of the logits. Done once for a checkpoint."""
+        """Rearrange the kernel of the logits. Called once for a checkpoint."""
 
     def padding(self, length: int, num_query_rows: int) -> int:
         """Return how many positions of padding the layout needs behind `length` keys.
@@ -84,12 +84,18 @@ class DecoderLayout(Protocol):
     def self_attention(
         self, q: Float[Array, "B R N H"], cache: KeysValues, bias: Float[Array, "1 N 1 S"]
     ) -> Float[Array, "B R N H"]:
-        """Attend from each of the B * R texts to its own cache. Equals the definition."""
+        """Attend from each of the B * R texts to the cache of this text.
+
+        Equals `grouped_query_attention`.
+        """
 
     def cross_attention(
         self, q: Float[Array, "B R N H"], cache: KeysValues, mask: Float[Array, "B 1 1 S"]
     ) -> Float[Array, "B R N H"]:
-        """Attend from all R beams of an example to the keys of its input. Equals the definition."""
+        """Attend from all R beams of an example to the keys of the example's input.
+
+        Equals `grouped_query_attention`.
+        """
 
     def project_out(self, kernel: Array, x: Float[Array, "B R N H"]) -> Float[Array, "B R D"]:
         """Apply the output projection of either attention."""

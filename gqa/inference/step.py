@@ -21,7 +21,7 @@ The search over tokens is in `decoding.py`, whole texts are in `generator.py`.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +45,12 @@ Tokens = Array | np.ndarray
 NORMS = ("self_attention_norm", "cross_attention_norm", "mlp_norm")
 
 # Attention logits of an encoder layer that a CPU computes at once. More of them no longer fit the
-# CPU's caches, and would go through main memory many times.
+# CPU's caches, and would be written to and read from main memory many times.
 CPU_LOGITS = 2**24
 
 
 class Memory(NamedTuple):
-    """What decoding reads of the inputs.
+    """What a decoding step reads of the encoded inputs.
 
     kv: the keys and values of cross-attention, a pair for each decoder layer.
     mask: the bias [B, 1, 1, S] that hides padding.
@@ -76,7 +76,7 @@ class Inference:
     backend: str = ""
     layout: Layout = WHOLE
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         backend = self.backend or fused_attention.backend() or jax.default_backend()
         default = "float32" if backend == "cpu" else "bfloat16"
         object.__setattr__(self, "backend", backend)
@@ -104,7 +104,7 @@ class Inference:
 
     @property
     def _first_layout(self) -> DecoderLayout:
-        """The first layer's layout, for what does not depend on a layer's KV heads."""
+        """The first layer's layout, for methods whose result is equal for every layer."""
         return self.decoder_layouts[0]
 
     def prepare(self, params: dict) -> dict:
@@ -129,7 +129,7 @@ class Inference:
         with jax.named_scope("encoder"):
             encoded = self._encode(weights, inputs)
 
-        # Fill the inputs up to whole blocks, with more padding.
+        # Pad the inputs up to whole blocks of the layout.
         num_query_rows = [
             num_beams * self.config.num_heads // K for K in self.config.kv_heads("cross_attention")
         ]
@@ -145,28 +145,29 @@ class Inference:
         return Memory(jax.tree.map(lambda x: x.astype(self.cache_dtype), kv), mask)
 
     def _padding(self, length: int, num_query_rows: list[int]) -> int:
-        """Return the positions of padding that every layer's layout can read `length` keys with.
+        """Return the positions of padding behind `length` keys that suit every layer's layout.
 
-        `num_query_rows` has, for each layer, the query rows that read a KV head at once.
+        `num_query_rows` has, for each layer, the number of query rows that read a KV head in one
+        product.
         """
         pairs = zip(self.decoder_layouts, num_query_rows, strict=True)
         return max(layout.padding(length, M) for layout, M in pairs)
 
-    def _encode(self, weights: dict, inputs: Array) -> Array:
+    def _encode(self, weights: dict, inputs: Tokens) -> Array:
         """Return the encoder's output [B, S, D].
 
-        A CPU encodes as many examples at a time as keep the logits within `CPU_LOGITS`.
+        A CPU encodes the batch in parts of equal size, as large as `CPU_LOGITS` allows.
         """
         c, (B, S) = self.config, inputs.shape
 
-        def encode(inputs: Array) -> Array:
+        def encode(inputs: Tokens) -> Array:
             x = constrain(weights["embedding"][inputs].astype(c.dtype), "batch", None, None)
             real = (inputs > 0).astype(jnp.int32)
             segments = Segments(real, real, packed=False)
-            x = Encoder(c).apply({"params": weights["encoder"]}, x, segments, False)
+            encoded: Any = Encoder(c).apply({"params": weights["encoder"]}, x, segments, False)
             # Without this constraint, a cache that is split by its rows would make XLA split the
-            # encoder's x in every layer the same way.
-            return constrain(x, "batch", None, None)
+            # encoder's x by rows in every layer.
+            return constrain(encoded, "batch", None, None)
 
         fit = CPU_LOGITS // (c.num_heads * S * S) if self.backend == "cpu" else B
         rows = next(n for n in range(min(max(fit, 1), B), 0, -1) if B % n == 0)
@@ -205,7 +206,8 @@ class Inference:
         """Run the decoder on one token of each text.
 
         Args:
-            tokens: the tokens at position `index`; row b * R + r of the cache is tokens[b, r]'s.
+            tokens: the tokens at position `index`; tokens[b, r] belongs to row b * R + r of the
+                cache.
             cache: keys and values of the positions before `index`.
 
         Returns:
@@ -214,11 +216,11 @@ class Inference:
         c, decoder = self.config, weights["decoder"]
         length = self.capacity(cache)
 
-        # The bias of self-attention: relative positions, and what lies behind `index` is hidden.
+        # The bias of self-attention: relative positions, and a mask over positions after `index`.
         with jax.named_scope("position_bias"):
-            bias = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, False).apply(
-                {"params": decoder["position_bias"]}, index, length, method="row"
-            )
+            module = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, False)
+            params = {"params": decoder["position_bias"]}
+            bias: Any = module.apply(params, index, length, method="row")
             bias += as_bias(jnp.arange(length) <= index)[None, None, None]
 
         x = constrain(weights["embedding"][tokens].astype(c.dtype), "batch", None, None)
@@ -236,8 +238,8 @@ class Inference:
             if not c.tied_logits:
                 return self._first_layout.logits(x, weights["logits"]), new_cache
             x *= c.d_model**-0.5
-            # The embedding lies as [V, D], so V comes first in the product too: then XLA reads the
-            # rows of the embedding in memory order.
+            # V comes first in the product, as in the embedding [V, D], so that XLA reads the rows
+            # of the embedding in memory order.
             logits = jnp.einsum("VD,BRD->VBR", weights["embedding"], x).transpose(1, 2, 0)
             return logits, new_cache
 
@@ -280,4 +282,5 @@ class Inference:
 
     def _norm(self, params: dict, x: Array) -> Array:
         with jax.named_scope("norm"):
-            return RMSNorm(jnp.dtype(self.config.dtype)).apply({"params": params}, x)
+            normed: Any = RMSNorm(jnp.dtype(self.config.dtype)).apply({"params": params}, x)
+            return normed

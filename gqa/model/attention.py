@@ -16,7 +16,11 @@ compute the same formula faster: `cpu_attention.py` and `fused_attention.py`.
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
+
+# Segment numbers and masks may be NumPy arrays where they are not traced.
+AnyArray = Array | np.ndarray
 
 # A finite "minus infinity". A row whose keys are all masked (padding) then has equal weights; with
 # -inf its softmax would be NaN.
@@ -34,8 +38,8 @@ class Segments:
     output.
     """
 
-    query: Array
-    key: Array
+    query: AnyArray
+    key: AnyArray
     packed: bool = flax.struct.field(pytree_node=False)
 
 
@@ -51,7 +55,7 @@ def make_mask(
     Returns:
         0 where a query may look and `MASKED` elsewhere; None if every query may look everywhere.
     """
-    visible = jnp.tri(T, S, dtype=bool)[None, None] if causal else None
+    visible: AnyArray | None = jnp.tri(T, S, dtype=bool)[None, None] if causal else None
     if segments is not None:
         real = (segments.key > 0)[:, None, None, :]
         if segments.packed:
@@ -60,7 +64,7 @@ def make_mask(
     return None if visible is None else as_bias(visible)
 
 
-def as_bias(visible: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+def as_bias(visible: Bool[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """Turn a mask that is True where attention may look into a bias on the logits."""
     return jnp.where(visible, 0.0, MASKED)
 
@@ -107,7 +111,7 @@ def check_heads(N: int, K: int) -> None:
         raise ValueError(f"{N} query heads cannot share {K} KV heads; K must divide N")
 
 
-def split_heads(x: Array, K: int) -> Array:
+def split_heads(x: Float[Array, "B N T S"], K: int) -> Float[Array, "B _ _ T S"]:
     """Reshape [B, N, T, S] to [B, K, G, T, S]; a head axis of 1 stays 1, to be broadcast."""
     B, N, T, S = x.shape
     return x.reshape(B, K, N // K, T, S) if N > 1 else x[:, None]

@@ -53,7 +53,7 @@ class Config:
     dtype: str = "float32"
     remat: str = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # The fields are in the order of their declaration: num_heads comes before the numbers of KV
         # heads, which must divide it.
         for field in dataclasses.fields(self):
@@ -103,7 +103,20 @@ class Config:
     def at_layer(self, index: int) -> "Config":
         """Return the config as decoder layer `index` has it: with one number for each attention."""
         heads = {name: self.kv_heads(name)[index] for name in ("self_attention", "cross_attention")}
-        return dataclasses.replace(self, **{f"num_kv_heads_{n}": K for n, K in heads.items()})
+        return dataclasses.replace(
+            self,
+            num_kv_heads_self_attention=heads["self_attention"],
+            num_kv_heads_cross_attention=heads["cross_attention"],
+        )
+
+    def layer_kv_heads(self, name: str) -> int:
+        """Return the number of KV heads of an attention, in a config whose layers all have it.
+
+        The configs of `at_layer` are of this kind. `name` is as in `kv_heads`.
+        """
+        value = getattr(self, f"num_kv_heads_{name}")
+        assert isinstance(value, int), f"the layers have different numbers of KV heads: {value}"
+        return value
 
     @property
     def layer_groups(self) -> dict[int, int]:

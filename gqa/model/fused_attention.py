@@ -29,7 +29,10 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from gqa.model.attention import MASKED, Segments
+from gqa.model.attention import MASKED, AnyArray, Segments
+
+# `select` reads shapes and dtypes alone, so it takes arrays and their shapes.
+ArrayOrShape = Array | jax.ShapeDtypeStruct
 
 LANES = 128  # T and S of the TPU kernels are multiples of this number
 # The shortest T and S at which flash attention saves memory. It writes LANES copies of each row's
@@ -69,8 +72,8 @@ def backend() -> str:
 
 
 def select(
-    q: Array,
-    k: Array,
+    q: Float[ArrayOrShape, "B T N H"],
+    k: Float[ArrayOrShape, "B S K H"],
     *,
     position_bias: bool,
     packed: bool,
@@ -164,7 +167,8 @@ def fused_attention(
     if kernel == "cudnn":
         return _cudnn(q, k, v, position_bias, segments, causal)
     if segments is None:
-        segments = Segments(*(jnp.ones(x.shape[:2], jnp.int32) for x in (q, k)), packed=False)
+        query_ids, key_ids = (jnp.ones(x.shape[:2], jnp.int32) for x in (q, k))
+        segments = Segments(query_ids, key_ids, packed=False)
     ids = segments.query, segments.key
     if kernel == "splash":
         return _per_device(functools.partial(_splash, causal=causal), (q, k, v, *ids))
@@ -199,7 +203,7 @@ def _cudnn(
 
 
 def _per_device(
-    attend: Callable, arrays: tuple[Array, ...], position_bias: Array | None = None
+    attend: Callable, arrays: tuple[AnyArray, ...], position_bias: Array | None = None
 ) -> Array:
     """Run `attend` on each device's rows and heads, under the mesh that `jax.set_mesh` has set.
 

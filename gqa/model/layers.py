@@ -9,11 +9,12 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.nn.initializers import ones, variance_scaling
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from gqa.model import fused_attention
-from gqa.model.attention import Segments, make_mask
+from gqa.model.attention import AnyArray, Segments, make_mask
 from gqa.model.config import GATED_GELU
 from gqa.model.cpu_attention import attention_with_custom_gradient
 from gqa.model.linear import linear
@@ -34,9 +35,9 @@ class Attention(nn.Module):
     head_dim: int
     causal: bool
     dropout_rate: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
-    def setup(self):
+    def setup(self) -> None:
         D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
 
         # T5 leaves the logits unscaled and draws the query kernel sqrt(H) times smaller instead.
@@ -50,16 +51,13 @@ class Attention(nn.Module):
 
     def __call__(
         self,
-        x: Array,
-        y: Array,
-        position_bias: Array | None,
+        x: Float[Array, "B T D"],
+        y: Float[Array, "B S D"],
+        position_bias: Float[Array, "1 N T S"] | None,
         segments: Segments | None,
         train: bool,
-    ) -> Array:
-        """Attend from x [B, T, D] to y [B, S, D]; returns [B, T, D].
-
-        In self-attention x and y are the same. position_bias is [1, N, T, S].
-        """
+    ) -> Float[Array, "B T D"]:
+        """Attend from x to y. In self-attention, y is x."""
         (B, T, D), S, N, H = x.shape, y.shape[1], self.num_heads, self.head_dim
         q = constrain(self._heads(x, self.query), "batch", None, "heads", None)
         k, v = (repeat_heads(self._heads(y, kernel)) for kernel in (self.key, self.value))
@@ -96,11 +94,11 @@ class Attention(nn.Module):
 class RMSNorm(nn.Module):
     """Scale x [..., D] to unit mean square, in float32; no mean and no bias (T5)."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         scale = self.param("scale", ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
@@ -113,10 +111,10 @@ class MLP(nn.Module):
     d_ff: int
     activation: str
     dropout: Callable[..., nn.Module]
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Float[Array, "B T D"], train: bool) -> Float[Array, "B T D"]:
         D, F = x.shape[-1], self.d_ff
         init = variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -143,12 +141,12 @@ class RelativePositionBias(nn.Module):
     max_distance: int
     bidirectional: bool
 
-    def setup(self):
+    def setup(self) -> None:
         init = variance_scaling(1.0, "fan_avg", "uniform")
         self.table = self.param("table", init, (self.num_buckets, self.num_heads))
 
-    def __call__(self, T: int, S: int) -> Array:
-        """Return the bias [1, N, T, S] of queries 0..T-1 and keys 0..S-1.
+    def __call__(self, T: int, S: int) -> Float[Array, "1 N {T} {S}"]:
+        """Return the bias of queries 0..T-1 and keys 0..S-1.
 
         The bias depends on the distance alone, so only M = T + S values are looked up. They are
         laid out by a reshape, which is faster than a gather of T * S values: if a row of M values
@@ -161,8 +159,8 @@ class RelativePositionBias(nn.Module):
         rows = jnp.tile(values, (1, T))[:, : T * (M - 1)].reshape(-1, T, M - 1)
         return rows[None, :, :, :S]
 
-    def row(self, index: Array, S: int) -> Array:
-        """Return the bias [1, N, 1, S] of the single query at position `index`."""
+    def row(self, index: Int[Array, ""] | int, S: int) -> Float[Array, "1 N 1 {S}"]:
+        """Return the bias of the single query at position `index`."""
         return self._lookup(jnp.arange(S) - index)[None, :, None, :]
 
     def _lookup(self, distance: Array) -> Array:
@@ -174,8 +172,8 @@ class RelativePositionBias(nn.Module):
 
 
 def relative_position_bucket(
-    distance: Array, bidirectional: bool, num_buckets: int, max_distance: int
-) -> Array:
+    distance: Int[AnyArray, "*shape"], bidirectional: bool, num_buckets: int, max_distance: int
+) -> Int[Array, "*shape"]:
     """Return the bucket of each distance (key position - query position), by T5's rule.
 
     Half of a direction's buckets hold one distance each. The widths of the others grow
@@ -191,7 +189,7 @@ def relative_position_bucket(
         distance = jnp.maximum(-distance, 0)
 
     exact = num_buckets // 2
-    eps = jnp.finfo(jnp.float32).eps  # keeps the logarithm of distance 0 finite; it is not used
+    eps = jnp.finfo(jnp.float32).eps  # keeps the unused logarithm of distance 0 finite
     ratio = jnp.log(distance.astype(jnp.float32) / exact + eps)
     ratio /= jnp.log(jnp.float32(max_distance / exact))
     far = exact + (ratio * (num_buckets - exact)).astype(jnp.int32)

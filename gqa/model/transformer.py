@@ -112,8 +112,8 @@ class DecoderLayer(nn.Module):
         c = self.config
         self.self_attention_norm, self.cross_attention_norm = _norm(c), _norm(c)
         self.mlp_norm = _norm(c)
-        self.self_attention = _attention(c, c.num_kv_heads_self_attention, causal=True)
-        self.cross_attention = _attention(c, c.num_kv_heads_cross_attention)
+        self.self_attention = _attention(c, c.layer_kv_heads("self_attention"), causal=True)
+        self.cross_attention = _attention(c, c.layer_kv_heads("cross_attention"))
         self.mlp = _mlp(c)
         self.dropout = _dropout(c)
 

@@ -2,14 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 
-def cross_entropy(logits: Array, targets: Array, z_loss: float = 0.0) -> dict[str, Array]:
-    """Sums over the real tokens (targets [B, T] > 0) of float32 logits [B, T, V].
+def cross_entropy(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], z_loss: float = 0.0
+) -> dict[str, Float[Array, ""]]:
+    """Return sums over the real tokens, whose targets are greater than 0; logits are float32.
 
-    Returns loss (cross entropy plus z_loss * log(Z)^2, T5's regulariser), nats (cross entropy
-    alone), correct (arg max is the target) and tokens, all scalars.
+    The sums are loss (cross entropy plus z_loss * log(Z)^2, T5's regulariser), nats (cross entropy
+    alone), correct (the number of tokens whose arg max is the target) and tokens (their number).
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # A masked sum instead of a gather: its gradient joins the softmax's in one pass.
@@ -25,8 +27,12 @@ def cross_entropy(logits: Array, targets: Array, z_loss: float = 0.0) -> dict[st
     }
 
 
-def kl_divergence(teacher: Array, logits: Array, targets: Array) -> Array:
-    """Sum over the real tokens of KL(teacher || logits) in nats; logits [B, T, V] of both."""
-    given, own = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (teacher, logits))
-    per_token = jnp.sum(jnp.exp(given) * (given - own), axis=-1)
+def kl_divergence(
+    teacher: Float[Array, "B T V"], logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> Float[Array, ""]:
+    """Return the sum over the real tokens of KL(teacher || logits), in nats."""
+    log_teacher, log_student = (
+        jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (teacher, logits)
+    )
+    per_token = jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1)
     return jnp.sum(per_token * (targets > 0))

@@ -1,4 +1,4 @@
-"""Searches over scripted steps, and over small languages in which every text can be looked at."""
+"""Searches over scripted steps, and over small languages whose texts can all be enumerated."""
 
 import functools
 import itertools
@@ -14,7 +14,10 @@ BEAM = Beam(num_beams=3, length_penalty=0.6)
 
 
 def scripted(script):
-    """A step that says script[b][index] to example b, and a cache that counts the calls."""
+    """Return a step that makes script[b][index] the likeliest token of example b.
+
+    The cache of the step counts its calls.
+    """
     script = jnp.array(script)
 
     def step(tokens, index, cache):
@@ -25,13 +28,14 @@ def scripted(script):
 
 
 def language(B, V, length, seed=0):
-    """A step whose next-token probabilities depend on all tokens so far, which it has in its cache.
+    """Return a step whose next-token probabilities depend on all tokens so far.
 
-    Also the table [B, prefixes, V] of their logarithms and the empty cache of R beams.
+    Also returned are the table [B, prefixes, V] of log-probabilities, and a function from R to the
+    empty cache of R beams. The cache holds the number of each beam's prefix.
     """
     table = np.random.default_rng(seed).normal(size=(B, V ** (length + 1), V)) * 1.5
     table = np.array(jax.nn.log_softmax(table), np.float32)
-    logits = jnp.asarray(table) + 3  # no step owes us normalised ones
+    logits = jnp.asarray(table) + 3  # a step need not return normalised logits
 
     def step(tokens, index, prefix):
         prefix = prefix * V + tokens.reshape(-1) + 1
@@ -42,7 +46,7 @@ def language(B, V, length, seed=0):
 
 
 def log_probability(table, text):
-    """Of a text with its end, in one example's table."""
+    """Return the log-probability of a text with its end token, from an example's table."""
     total, prefix = 0.0, 1  # behind the start token
     for token in text:
         total += table[prefix, token]
@@ -61,7 +65,7 @@ def texts(step, search, cache, B, length, eos=EOS):
 
 
 def strip(row):
-    """A text of an output row, with its end if it has one."""
+    """Return the text of an output row, up to and with its end token if it has one."""
     row = [int(token) for token in row]
     return tuple(row[: row.index(EOS) + 1] if EOS in row else row)
 
@@ -71,8 +75,8 @@ class TestEnds:
     SCRIPT = ((5, 1, 6, 6, 6), (3, 4, 1, 7, 7))
 
     def test_rows_pad_behind_their_end(self, search):
-        found = texts(scripted(self.SCRIPT), search, jnp.zeros(2 * search.num_beams), 2, 5)
-        np.testing.assert_array_equal(found, [[5, 1, 0, 0, 0], [3, 4, 1, 0, 0]])
+        outputs = texts(scripted(self.SCRIPT), search, jnp.zeros(2 * search.num_beams), 2, 5)
+        np.testing.assert_array_equal(outputs, [[5, 1, 0, 0, 0], [3, 4, 1, 0, 0]])
 
     def test_the_last_row_that_ends_ends_the_search(self, search):
         _, calls = run(scripted(self.SCRIPT), search, jnp.zeros(2 * search.num_beams), 2, 5)
@@ -80,8 +84,8 @@ class TestEnds:
 
     def test_without_an_end_every_position_is_filled(self, search):
         cache = jnp.zeros(2 * search.num_beams)
-        found = texts(scripted(self.SCRIPT), search, cache, 2, 5, NO_EOS)
-        np.testing.assert_array_equal(found, self.SCRIPT)
+        outputs = texts(scripted(self.SCRIPT), search, cache, 2, 5, NO_EOS)
+        np.testing.assert_array_equal(outputs, self.SCRIPT)
 
     def test_rows_of_no_example_ask_for_nothing(self, search):
         step, cache = scripted(self.SCRIPT), jnp.zeros(2 * search.num_beams)
@@ -96,7 +100,7 @@ SEARCHES = [GREEDY, Sample(seed=3), Sample(0.7, top_k=3, top_p=0.9), BEAM, Beam(
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_examples_do_not_know_of_each_other(search):
-    """In a batch, in segments, and with some left out between these, each has its own text."""
+    """Running in segments, and dropping ended examples in between, changes no text."""
     B, V, length = 6, 4, 5
     step, _, empty = language(B, V, length)
     R = search.num_beams
@@ -138,7 +142,7 @@ def test_enough_beams_find_the_best_of_all_texts(alpha):
 
 
 def t5_beam_search(table, num_beams, alpha, length):
-    """T5's rules written out for one example, with its list of `num_beams` finished texts."""
+    """Apply T5's rules to one example, with a list of up to `num_beams` finished texts."""
 
     def penalty(n):
         return ((5 + n) / 6) ** alpha
@@ -162,17 +166,19 @@ def test_beam_search_is_that_of_t5(search):
     B, V, length = 40, 5, 4
     step, table, empty = language(B, V, length, seed=1)
     rows, _ = run(step, search, empty(search.num_beams), B, length)
-    found = [strip(row) for row in search.outputs(rows)]
-    assert found == [
+    chosen = [strip(row) for row in search.outputs(rows)]
+    assert chosen == [
         t5_beam_search(t, search.num_beams, search.length_penalty, length) for t in table
     ]
     greedy = [strip(row) for row in texts(step, GREEDY, empty(1), B, length)]
-    assert sum(one != other for one, other in zip(found, greedy, strict=True)) > 5
-    assert not rows.ended.all()  # some found no end, or none that is safe
-    scores = [log_probability(t, text) for t, text in zip(table, found, strict=True)]
-    lengths = np.array([len(text) for text in found])
+    assert sum(one != other for one, other in zip(chosen, greedy, strict=True)) > 5
+    assert (
+        not rows.ended.all()
+    )  # some examples have no finished text, or none that is sure to stay the best
+    scores = [log_probability(t, text) for t, text in zip(table, chosen, strict=True)]
+    lengths = np.array([len(text) for text in chosen])
     scores /= ((5 + lengths) / 6) ** search.length_penalty
-    has_ended = np.array([EOS in text for text in found])
+    has_ended = np.array([EOS in text for text in chosen])
     np.testing.assert_allclose(rows.best_score[has_ended], scores[has_ended], rtol=1e-5)
 
 
@@ -184,9 +190,9 @@ def test_where_no_text_can_end_the_best_so_far_is_taken():
         logits, prefix = step(tokens, index, prefix)
         return logits.at[:, :, EOS].set(-jnp.inf), prefix
 
-    found = texts(endless, Beam(64, 0.6), empty(64), B, length)
+    outputs = texts(endless, Beam(64, 0.6), empty(64), B, length)
     others = [token for token in range(V) if token != EOS]
-    for example, row in enumerate(found):
+    for example, row in enumerate(outputs):
         scores = {
             text: log_probability(table[example] - np.log(1 - np.exp(table[example, :, 1:2])), text)
             for text in itertools.product(others, repeat=length)
@@ -206,9 +212,9 @@ GREEDY_LIMITS = [Sample(temperature=1e-4), Sample(top_k=1), Sample(top_p=1e-6)]
 def test_the_limits_of_sampling_are_greedy(search):
     B, V, length = 12, 5, 4
     step, table, empty = language(B, V, length)
-    found = texts(step, search, empty(1), B, length)
-    np.testing.assert_array_equal(found, texts(step, GREEDY, empty(1), B, length))
-    np.testing.assert_array_equal(found[:, 0], table[:, 1].argmax(-1))
+    outputs = texts(step, search, empty(1), B, length)
+    np.testing.assert_array_equal(outputs, texts(step, GREEDY, empty(1), B, length))
+    np.testing.assert_array_equal(outputs[:, 0], table[:, 1].argmax(-1))
 
 
 PROBABILITY = np.array([0.05, 0.1, 0.4, 0.15, 0.3])
@@ -232,13 +238,15 @@ def test_tokens_are_as_frequent_as_they_should_be(search, expected):
     def step(tokens, index, cache):
         return jnp.broadcast_to(jnp.log(PROBABILITY) - 2, (*tokens.shape, 5)), cache
 
-    found = texts(step, search, jnp.zeros(B), B, length, NO_EOS)
-    count = np.bincount(found.ravel(), minlength=5)
-    error = np.sqrt(expected * (1 - expected) * found.size)
-    assert (abs(count - expected * found.size) <= 4 * error).all()
-    # Draws of different rows and positions have nothing to do with each other.
-    assert (found[1:] == found[:-1]).mean() == pytest.approx((expected**2).sum(), abs=0.05)
-    assert (found[:, 1:] == found[:, :-1]).mean() == pytest.approx((expected**2).sum(), abs=0.05)
+    outputs = texts(step, search, jnp.zeros(B), B, length, NO_EOS)
+    count = np.bincount(outputs.ravel(), minlength=5)
+    error = np.sqrt(expected * (1 - expected) * outputs.size)
+    assert (abs(count - expected * outputs.size) <= 4 * error).all()
+    # Draws of different rows and positions are independent.
+    assert (outputs[1:] == outputs[:-1]).mean() == pytest.approx((expected**2).sum(), abs=0.05)
+    assert (outputs[:, 1:] == outputs[:, :-1]).mean() == pytest.approx(
+        (expected**2).sum(), abs=0.05
+    )
 
 
 def test_a_seed_and_a_number_decide_a_sample():
@@ -247,7 +255,7 @@ def test_a_seed_and_a_number_decide_a_sample():
 
     @functools.partial(jax.jit, static_argnums=0)
     def sample(seed, numbers):
-        def same(tokens, index, prefix):  # the one example in every row
+        def same(tokens, index, prefix):  # every row is the same example
             logits, prefix = jax.vmap(lambda t, p: step(t[None], index, p[None]))(tokens, prefix)
             return logits[:, 0], prefix[:, 0]
 
@@ -257,7 +265,7 @@ def test_a_seed_and_a_number_decide_a_sample():
         return search.outputs(rows)
 
     numbers = jnp.arange(B)
-    found = np.array(sample(3, numbers))
-    assert len(np.unique(found, axis=0)) > 5
-    np.testing.assert_array_equal(sample(3, numbers[::-1]), found[::-1])
-    assert (sample(4, numbers) != found).any()
+    outputs = np.array(sample(3, numbers))
+    assert len(np.unique(outputs, axis=0)) > 5
+    np.testing.assert_array_equal(sample(3, numbers[::-1]), outputs[::-1])
+    assert (sample(4, numbers) != outputs).any()

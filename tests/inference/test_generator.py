@@ -29,7 +29,7 @@ SEARCHES = {"greedy": GREEDY, "beam": Beam(num_beams=4, length_penalty=0.0)}
 
 @pytest.fixture(scope="module")
 def golden():
-    """What the file has; a state dict of float16 `weights` among it."""
+    """The arrays of the golden file, its weights gathered in a state dict `weights` of float16."""
     arrays = dict(np.load(GOLDEN))
     prefix = "weight:"
     weights = {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
@@ -74,13 +74,13 @@ def test_texts_are_those_of_transformers_live(golden, trained, name):
 
 @pytest.fixture
 def shapes(monkeypatch):
-    """The shapes that were compiled, as they come: (rows, the cache's room)."""
+    """The shapes that were compiled, in order: (rows of the batch, capacity of the cache)."""
     shapes, advance = [], Generator._advance_rows
 
     def traced(self, weights, rows, cache, memory, begin, end):
         shapes.append((len(memory.mask), self.net.capacity(cache)))
-        each = self.search.num_beams * self.net.config.num_kv_heads_self_attention
-        assert len(cache[0][0]) == len(rows.ended) * each
+        slices = self.search.num_beams * self.net.config.num_kv_heads_self_attention
+        assert len(cache[0][0]) == len(rows.ended) * slices
         return advance(self, weights, rows, cache, memory, begin, end)
 
     monkeypatch.setattr(Generator, "_advance_rows", traced)
@@ -100,14 +100,14 @@ def test_leaving_out_and_growing_change_nothing(golden, trained, search, shapes,
     ):
         monkeypatch.setattr(module, name, value)
     np.testing.assert_array_equal(run(trained, inputs, search), expected)
-    # Each shape once, and no more than documented.
+    # Each shape is compiled once, and there are no more shapes than `Generator` documents.
     assert len(shapes) == len(set(shapes)) <= 4 * (1 + math.ceil(math.log2(14 / 4)))
-    rows, rooms = zip(*shapes, strict=True)
+    rows, capacities = zip(*shapes, strict=True)
     assert len(set(rows)) >= 3
     assert set(rows) <= {16, 8, 4, 2}
     assert list(rows) == sorted(rows, reverse=True)
-    assert set(rooms) >= {4, 8}
-    assert list(rooms) == sorted(rooms)
+    assert set(capacities) >= {4, 8}
+    assert list(capacities) == sorted(capacities)
 
 
 @pytest.mark.parametrize("mesh", [None, make_mesh()])
@@ -116,17 +116,17 @@ def test_rows_of_no_example_are_left_out_at_once(golden, trained, shapes, mesh):
     generator = Generator(Inference(config), GREEDY, 14, mesh=mesh)
     numbers = np.full(8, -1)
     numbers[5] = 0
-    found = generator(generator.prepare(params), golden["inputs"][:8], numbers)
-    np.testing.assert_array_equal(found[5], golden["greedy"][5])
-    assert not found[numbers < 0].any()
+    tokens = generator(generator.prepare(params), golden["inputs"][:8], numbers)
+    np.testing.assert_array_equal(tokens[5], golden["greedy"][5])
+    assert not tokens[numbers < 0].any()
     assert {rows for rows, _ in shapes} == {1}
 
 
 def test_without_stop_every_position_is_filled(golden, trained):
-    found = run(trained, golden["inputs"], GREEDY, stop=False)
+    tokens = run(trained, golden["inputs"], GREEDY, stop=False)
     text = golden["greedy"]
-    np.testing.assert_array_equal(found[text > 0], text[text > 0])
-    assert (found[text == 0] > 0).mean() > 0.9  # what a model says behind the end is its own
+    np.testing.assert_array_equal(tokens[text > 0], text[text > 0])
+    assert (tokens[text == 0] > 0).mean() > 0.9  # the model goes on after its end token
 
 
 def test_a_bucket_is_the_first_that_holds_a_length():
@@ -139,15 +139,15 @@ def test_a_bucket_is_the_first_that_holds_a_length():
 def test_a_text_is_cut_at_its_length_and_goes_no_further(
     golden, trained, monkeypatch, length, shortest, every
 ):
-    """Rows that do not end; segments that would reach beyond the cache, or beyond the text."""
+    """Some texts do not end, and segments would reach beyond the cache or beyond the text."""
     params, config = trained
     monkeypatch.setattr(generation, "SHORTEST", shortest)
     monkeypatch.setattr(generation, "EVERY", every)
     expected = golden["greedy"][:8, :length]
     assert (expected != decoding.EOS).all(axis=1).any()
     generator = Generator(Inference(config), GREEDY, length)
-    found = generator(generator.prepare(params), golden["inputs"][:8])
-    np.testing.assert_array_equal(found, expected)
+    tokens = generator(generator.prepare(params), golden["inputs"][:8])
+    np.testing.assert_array_equal(tokens, expected)
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
@@ -158,7 +158,7 @@ def test_greedy_is_the_arg_max_of_teacher_forcing(tiny, batch, random_params, nu
     }
     config = dataclasses.replace(tiny, **heads)
     params, inputs = random_params(config), batch["inputs"]
-    # Embeddings apart from each other, so that the model does not repeat one token.
+    # Embeddings that differ more, so that the model does not repeat a single token.
     params = params | {"embedding": 4 * params["embedding"]}
     generator = Generator(Inference(config), GREEDY, 12, stop=False)
     tokens = generator(generator.prepare(params), inputs)
@@ -195,7 +195,7 @@ def teacher_forced(params, config, inputs, targets):
 
 
 def test_beams_score_what_teacher_forcing_gives_their_texts(tiny, batch, random_params):
-    """So each text was continued on its own keys and values, wherever its beam has been."""
+    """Equal scores show that each text was continued on its own cache when its beam moved."""
     config = dataclasses.replace(tiny, num_kv_heads_self_attention=2)
     params, net = random_params(config), Inference(config)
     B, R, length = 2, 3, 9

@@ -65,7 +65,7 @@ def step_by_step(net, params, inputs, targets, room):
 def test_steps_equal_teacher_forcing(
     tiny, batch, random_params, monkeypatch, K, R, version, backend
 ):
-    """Each of R beams is a row of its own; blocks of 3 neither divide lengths nor widths."""
+    """Each of the R beams is a row of the cache. Blocks of 3 divide neither lengths nor widths."""
     monkeypatch.setattr(cpu_layout, "BLOCK", 3)
     config = config_of(tiny, K, **version)
     params, inputs = random_params(config), batch["inputs"]
@@ -74,25 +74,25 @@ def test_steps_equal_teacher_forcing(
     flat = targets.reshape(2 * R, LENGTH)
     expected = teacher_forced(params, config, np.repeat(inputs, R, axis=0), flat)
     net = Inference(config, cache_dtype="float32", backend=backend)
-    found = step_by_step(net, params, inputs, targets, room=3)
-    np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+    logits = step_by_step(net, params, inputs, targets, room=3)
+    np.testing.assert_allclose(logits.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("K", "R"), [(4, 1), (1, 3), ((1, 2), 1)])
 def test_cudnn_attends_to_the_inputs_as_the_definition_does(
     tiny, batch, random_params, cudnn_by_xla, K, R
 ):
-    """Without a GPU its arguments go to XLA; both round to bfloat16, each in its own places."""
+    """Without a GPU, XLA computes cuDNN's calls. Both round to bfloat16, but at different steps."""
     config, rng = config_of(tiny, K), np.random.default_rng(1)
     params = random_params(config)
     targets = rng.integers(1, 32, (2, R, LENGTH), dtype=np.int32)
     fused, plain = (Inference(config, "bfloat16", backend) for backend in ("cudnn", "tpu"))
-    found, expected = (
+    logits, expected = (
         step_by_step(net, params, batch["inputs"], targets, 3) for net in (fused, plain)
     )
     assert set(cudnn_by_xla) == {"cudnn"}
     assert (fused.fused, plain.fused) == (True, False)
-    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+    np.testing.assert_allclose(logits, expected, atol=0.02 * np.abs(expected).max())
 
 
 def test_a_bfloat16_cache_costs_a_little_precision(tiny, batch, random_params):
@@ -109,22 +109,22 @@ def test_the_backend_decides_the_cache(tiny):
         assert net.cache_dtype == dtype
         leaves = jax.tree.leaves(jax.eval_shape(lambda net=net: net.init_cache(2, 3, 5)))
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
-        heads = (
-            tiny.num_kv_heads_self_attention if backend == "cpu" else 1
-        )  # else an axis of their own
+        # The layout for CPUs merges KV heads into the first axis; the other has an axis for them.
+        heads = tiny.num_kv_heads_self_attention if backend == "cpu" else 1
         assert {leaf.shape[0] for leaf in leaves} == {6 * heads}
 
 
-# What moves nothing, or is a loop or branch whose own instructions are looked at.
+# Operations that move no array, and loops and branches, whose bodies are examined themselves.
 FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional")
 
 
 def large_instructions(program, size):
-    """(computation, operation) of all in an optimized program that write `size` numbers or more.
+    """List (computation, operation) of the instructions that write `size` numbers or more.
 
-    A fusion is what its root is: one that updates a slice does so in place.
+    `program` is an optimized HLO module as text. A fusion counts as the operation of its root: if
+    the root updates a slice, the fusion does so in place.
     """
-    found, roots, fused, computation = [], {}, set(), None
+    large, roots, fused, computation = [], {}, set(), None
     for line in program.splitlines():
         if header := re.match(r"(?:ENTRY )?%([\w.\-]+) \(.*\{$", line):
             computation = header[1]
@@ -137,13 +137,13 @@ def large_instructions(program, size):
                 fused.add(op)
             lengths = [map(int, dims.split(",")) for dims in re.findall(r"\[([\d,]+)\]", shapes)]
             if any(math.prod(dims) >= size for dims in lengths) and op not in FREE:
-                found.append((computation, op))
-    return [(where, roots.get(op, op)) for where, op in found if where not in fused]
+                large.append((computation, op))
+    return [(where, roots.get(op, op)) for where, op in large if where not in fused]
 
 
 @pytest.mark.parametrize(("K", "R"), [(4, 1), (2, 1), (1, 1), (4, 4), (2, 4)])
 def test_decoding_writes_nothing_of_a_caches_size_but_the_new_position(tiny, K, R):
-    """Read in the optimized program; but for beams that moved, each of which is gathered once."""
+    """Examine the optimized program. Only beams that moved may be gathered, in a branch."""
     config = config_of(tiny, K, head_dim=64)
     net, search, B, S, T = (
         Inference(config, backend="cpu"),
@@ -170,11 +170,11 @@ def test_decoding_writes_nothing_of_a_caches_size_but_the_new_position(tiny, K, 
     program = compiled.as_text()
     branches = re.findall(r"(?:branch_computations=\{|(?:true|false)_computation=)([^}]*)", program)
     branches = set(re.findall(r"%([\w.\-]+)", " ".join(branches)))
-    found = large_instructions(program, smallest)
-    always = [op for computation, op in found if computation not in branches]
+    large = large_instructions(program, smallest)
+    always = [op for computation, op in large if computation not in branches]
     assert always == ["dynamic-update-slice"] * len(jax.tree.leaves(cache))
     assert bool(branches) == (R > 1)
-    # Every cache is donated: none has a second copy that the loop would have to fill.
+    # Every cache is donated, so the loop fills no second copy of a cache.
     assert compiled.memory_analysis().alias_size_in_bytes >= sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)
     )

@@ -1,4 +1,4 @@
-"""Parts of decoding alone: the encoder in parts, ties, the nucleus, draws, and whose they are."""
+"""Rules of decoding: encoding a batch in parts, ties, the nucleus, numbered draws, batch sizes."""
 
 import dataclasses
 
@@ -13,15 +13,17 @@ from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
 
 
-@pytest.mark.parametrize("room", [1, 2, 3, 10**9])
-def test_a_batch_that_is_encoded_in_parts_is_the_batch(tiny, random_params, monkeypatch, room):
-    """4 heads and 5 positions: 100 logits an example; 6 examples in parts of 1, 2, 3 or all."""
+@pytest.mark.parametrize("examples_at_once", [1, 2, 3, 10**9])
+def test_a_batch_that_is_encoded_in_parts_is_the_batch(
+    tiny, random_params, monkeypatch, examples_at_once
+):
+    """4 heads and 5 positions make 100 logits an example; parts have 1, 2, 3 or all 6 examples."""
     inputs = np.random.default_rng(0).integers(1, 32, (6, 5), dtype=np.int32)
     inputs[1, 3:] = inputs[4, 1:] = 0
     net = Inference(tiny, backend="cpu")
     weights = net.prepare(random_params(tiny))
     whole = jax.jit(lambda x: net.prefill(weights, x))(inputs)
-    monkeypatch.setattr(step, "CPU_LOGITS", 100 * room)
+    monkeypatch.setattr(step, "CPU_LOGITS", 100 * examples_at_once)
     parts = jax.jit(lambda x: net.prefill(weights, x))(inputs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts, whole)
     rows = [np.asarray(whole.kv[0][0]).reshape(6, -1)[i] for i in range(6)]
@@ -51,21 +53,21 @@ def test_a_length_penalty_is_one_for_a_single_token(alpha):
 
 
 def test_rows_draw_by_their_numbers(tiny, random_params):
-    """Equal inputs: rows of one number say the same, those of others something else."""
+    """With equal inputs, rows of equal numbers draw equal texts, rows of other numbers do not."""
     params, net = random_params(tiny), Inference(tiny)
     generator = Generator(net, Sample(temperature=3.0, seed=2), 8)
     weights = generator.prepare(params)
     inputs = np.full((4, 3), 5, np.int32)
-    found = generator(weights, inputs)
-    assert len(np.unique(found, axis=0)) == 4
+    texts = generator(weights, inputs)
+    assert len(np.unique(texts, axis=0)) == 4
     again = generator(weights, inputs, np.array([3, 3, -1, 0]))
     np.testing.assert_array_equal(again[0], again[1])
-    np.testing.assert_array_equal(again[[0, 3]], found[[3, 0]])
+    np.testing.assert_array_equal(again[[0, 3]], texts[[3, 0]])
     assert not again[2].any()
 
 
 @pytest.mark.parametrize(
-    ("size", "parts", "expected"),
+    ("size", "num_shards", "expected"),
     [
         (64, 1, [64, 32, 16, 8]),
         (12, 1, [12, 6, 3]),
@@ -74,9 +76,11 @@ def test_rows_draw_by_their_numbers(tiny, random_params):
         (8, 8, [8]),
     ],
 )
-def test_a_batch_is_halved_three_times_at_most_and_never_below_its_parts(size, parts, expected):
+def test_a_batch_is_halved_three_times_at_most_and_never_below_its_shards(
+    size, num_shards, expected
+):
     generator = object.__new__(Generator)
-    generator._parts = parts
+    generator._num_shards = num_shards
     assert generator._batch_sizes(size) == expected
 
 

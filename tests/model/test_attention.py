@@ -92,14 +92,14 @@ def attend_to_itself(module, x, train):
 
 def test_dropout_noise_is_shared_by_query_positions_alone():
     module = attention_module()
-    x = jnp.broadcast_to(random_bias(1, 1, 16), (2, 6, 16))  # every position is the same
+    x = jnp.broadcast_to(random_bias(1, 1, 16), (2, 6, 16))  # all positions are equal
     params = module.init(jax.random.key(0), x, False, method=attend_to_itself)
     rngs = {"dropout": jax.random.key(1)}
     out = module.apply(params, x, True, method=attend_to_itself, rngs=rngs)
     np.testing.assert_allclose(out, jnp.broadcast_to(out[:, :1], out.shape), rtol=1e-5, atol=1e-6)
     assert not np.allclose(out[0], out[1])
     clean = module.apply(params, x, False, method=attend_to_itself)
-    # Each head keeps a share of its own, so the sum over heads is no multiple of the clean one.
+    # Each head keeps other keys, so the sum over heads is no multiple of the sum without dropout.
     ratio = out[0, 0] / clean[0, 0]
     assert np.ptp(ratio) > 0.1
 
@@ -121,8 +121,9 @@ def test_dropout_keeps_a_share_and_scales_it_up_to_the_same_mean():
     np.testing.assert_allclose(draws, near, atol=1e-3)
     assert abs((draws > 0.5).mean() - (1 - rate)) < 0.05
     kept = near > 0
-    assert (kept.any(axis=0) & ~kept.all(axis=0)).any()  # heads of an example draw apart
-    assert (kept.any(axis=1) & ~kept.all(axis=1)).all()  # and so do examples
+    # The heads of an example draw independently, and so do examples.
+    assert (kept.any(axis=0) & ~kept.all(axis=0)).any()
+    assert (kept.any(axis=1) & ~kept.all(axis=1)).all()
 
 
 def test_initial_scales_are_t5s():

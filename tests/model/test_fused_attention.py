@@ -25,7 +25,7 @@ B, N, H = 2, 4, 16
 
 @pytest.fixture(autouse=True)
 def _without_accelerators(monkeypatch, request):
-    """Interpret what there is no hardware for."""
+    """Interpret kernels, and let XLA compute cuDNN's calls, where the hardware is missing."""
     pallas_call = pallas.pallas_call
 
     def interpreted(*args, **kwargs):
@@ -46,7 +46,7 @@ def make_inputs(K, T, S, dtype, bias):
 
 
 def make_segments(T, S, packed, self_attention=False):
-    """Rows of different lengths: of two examples each if packed, else the last one is empty."""
+    """Return rows of different lengths: two examples in each if packed; else the last is empty."""
 
     def ids(length, *rows):
         first, both = (np.array(ends)[:, None] for ends in zip(*rows, strict=True))
@@ -67,7 +67,7 @@ def defined(q, k, v, bias=None, *, segments, causal, dropout):
 
 
 def value_and_gradients(attend, inputs, cotangent, segments):
-    """The output where queries are real, and the gradients of what is real of it."""
+    """Return the output at real queries, and its gradients; padding is multiplied by zero."""
     real = 1.0 if segments is None else (segments.query > 0)[..., None, None]
 
     def loss(inputs):
@@ -81,10 +81,10 @@ def value_and_gradients(attend, inputs, cotangent, segments):
 
 CASES = {  # backend, kernel, K, T, S, bias, packed, causal, dropout
     "cross-attention on TPU": ("tpu", "splash", 2, 100, 200, False, False, False, False),
-    "the same packed": ("tpu", "splash", 1, 100, 200, False, True, False, False),
+    "packed cross-attention on TPU": ("tpu", "splash", 1, 100, 200, False, True, False, False),
     "an encoder on TPU": ("tpu", "flash", 4, 200, 200, True, True, False, True),
     "a decoder on TPU": ("tpu", "flash", 2, 114, 114, True, None, True, False),
-    "the same packed ": ("tpu", "flash", 1, 114, 114, True, True, True, False),
+    "a packed decoder on TPU": ("tpu", "flash", 1, 114, 114, True, True, True, False),
     "cross-attention on GPU": ("cudnn", "cudnn", 2, 100, 201, False, False, False, False),
     "an encoder on GPU": ("cudnn", "cudnn", 4, 200, 200, True, False, False, True),
     "a decoder on GPU": ("cudnn", "cudnn", 2, 114, 114, True, None, True, False),
@@ -114,7 +114,7 @@ def test_a_kernel_is_the_definition(monkeypatch, case):
     def fused(q, k, v, bias=None):
         return fused_attention(q, k, v, position_bias=bias, backend=backend, **options)
 
-    found = value_and_gradients(fused, inputs, cotangent, segments)
+    fused_results = value_and_gradients(fused, inputs, cotangent, segments)
     expected = value_and_gradients(
         functools.partial(defined, **options), inputs, cotangent, segments
     )
@@ -122,7 +122,7 @@ def test_a_kernel_is_the_definition(monkeypatch, case):
         scale = jnp.abs(array).max().astype(jnp.float32)
         tolerance = float(scale) * (1e-2 if dtype == jnp.bfloat16 else 1e-5)
         np.testing.assert_allclose(
-            found[name].astype(jnp.float32),
+            fused_results[name].astype(jnp.float32),
             array.astype(jnp.float32),
             atol=tolerance,
             rtol=0,
@@ -135,7 +135,8 @@ def shapes(T=128, S=128, K=4, H=64, dtype=jnp.bfloat16):
 
 
 PLAIN = {"position_bias": False, "packed": False, "dropout": False}
-REFUSED = {  # what cuDNN, the TPU kernels or the arithmetic cannot do
+# The reason for no kernel: (backend, shape, options) that cuDNN or the TPU kernels cannot compute.
+REFUSED = {
     "no fused attention": ("", {}, {}),
     "dropout differs": ("tpu", {"K": 2}, {"dropout": True}),
     "16 bits, not float32": ("cudnn", {"dtype": jnp.float32}, {}),
@@ -150,7 +151,7 @@ REFUSED = {  # what cuDNN, the TPU kernels or the arithmetic cannot do
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_no_kernel_can_do_is_left_to_the_definition(reason):
+def test_without_a_fitting_kernel_the_reason_is_given(reason):
     backend, shape, options = REFUSED[reason]
     q, k = shapes(**shape)
     kernel, why = select(q, k, **(PLAIN | options), backend=backend)
@@ -166,17 +167,17 @@ def test_without_a_kernel_there_is_no_output():
 
 
 def test_this_machine_is_asked_for_its_backend(monkeypatch):
-    def on(platform, **more):
-        device = SimpleNamespace(platform=platform, **more)
+    def backend_on(platform, **attributes):
+        device = SimpleNamespace(platform=platform, **attributes)
         monkeypatch.setattr(jax, "default_backend", lambda: platform)
         monkeypatch.setattr(jax, "devices", lambda: [device])
         return fused_kernels.backend()
 
-    assert on("cpu") == ""
-    assert on("tpu") == "tpu"
-    assert on("gpu", compute_capability="9.0") == "cudnn"
-    assert on("gpu", compute_capability="7.5") == ""
-    assert on("gpu", compute_capability="gfx90a") == ""
+    assert backend_on("cpu") == ""
+    assert backend_on("tpu") == "tpu"
+    assert backend_on("gpu", compute_capability="9.0") == "cudnn"
+    assert backend_on("gpu", compute_capability="7.5") == ""
+    assert backend_on("gpu", compute_capability="gfx90a") == ""
 
 
 SCRIPT = """
@@ -229,8 +230,8 @@ def test_devices_share_a_batch(tmp_path):
     }
     command = [sys.executable, "-c", SCRIPT, tmp_path / "in.npz", tmp_path / "out.npz"]
     subprocess.run(command, env=environment, check=True)
-    found = dict(zip(inputs, np.load(tmp_path / "out.npz").values(), strict=True))
+    gradients = dict(zip(inputs, np.load(tmp_path / "out.npz").values(), strict=True))
     attend = functools.partial(defined, segments=segments, causal=True, dropout=None)
     expected = value_and_gradients(attend, inputs, jnp.ones_like(inputs["q"]), segments)
-    for name, array in found.items():
+    for name, array in gradients.items():
         np.testing.assert_allclose(array, expected[name], atol=1e-4, err_msg=name)

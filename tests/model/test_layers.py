@@ -74,7 +74,7 @@ def test_a_row_masked_whole_has_equal_weights():
 def test_rms_norm():
     x = np.random.default_rng(0).normal(3.0, 5.0, size=(2, 4, 6)).astype(np.float32)
     scale = np.arange(1.0, 7.0, dtype=np.float32)
-    y = RMSNorm(jnp.float32).apply({"params": {"scale": scale}}, x)
+    y = RMSNorm(jnp.float32).apply({"params": {"scale": scale}}, jnp.asarray(x))
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale[None, None]
     np.testing.assert_allclose(y, expected, rtol=1e-5)
 
@@ -95,7 +95,7 @@ def mlp(activation, rate=0.0):
 @pytest.mark.parametrize("activation", ["relu", "gated_gelu"])
 def test_mlp(activation):
     x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
-    variables = mlp(activation).init(jax.random.key(0), x, False)
+    variables = mlp(activation).init(jax.random.key(0), jnp.asarray(x), False)
     p = {name: np.asarray(kernel) for name, kernel in variables["params"].items()}
     hidden = x @ p["wi_0"]
     if activation == "relu":
@@ -104,5 +104,5 @@ def test_mlp(activation):
     else:
         tanh = np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))
         hidden = hidden * (1 + tanh) / 2 * (x @ p["wi_1"])
-    out = mlp(activation).apply(variables, x, False)
+    out = mlp(activation).apply(variables, jnp.asarray(x), False)
     np.testing.assert_allclose(out, hidden @ p["wo"], rtol=1e-4, atol=1e-6)
