@@ -12,7 +12,7 @@ Letters are those of `gqa/model/attention.py`. R is the number of beams of an ex
 number of positions of a cache or of the inputs.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -22,6 +22,7 @@ from gqa.model.config import Config
 KeysValues = tuple[Array, Array]
 
 
+@runtime_checkable  # so that the tests' type checks accept it
 class DecoderLayout(Protocol):
     """Memory layout of the weights and caches of one decoder layer. All methods are pure."""
 
