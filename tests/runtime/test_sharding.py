@@ -17,10 +17,11 @@ ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """
 import sys
 import jax, numpy as np
-from gqa.inference import generator
+from gqa.inference import generator as generation
 from gqa.training import optimizer
 from gqa.training import step as training_step
 from gqa.runtime import sharding
+from gqa.runtime.mesh import make_mesh
 from gqa.inference.decoding import Beam, Sample
 from gqa.inference.step import Inference
 from gqa.model.config import Config
@@ -45,10 +46,10 @@ assert sharding.local_bytes(split) == 16 * 3 * 4
 assert sharding.local_bytes(leaves[0]) == leaves[0].nbytes * jax.device_count()
 # Tokens are not compared after training: its last bits may decide between two of them.
 params = replicated(training_step.init(config, 0).params, mesh)
-generator.SHORTEST, generator.EVERY = 8, 4  # rows are left out, caches grow
+generation.SHORTEST, generation.EVERY = 8, 4  # rows are left out, caches grow
 texts = {}
 for name, search in (("sample", Sample(temperature=1.5)), ("beam", Beam(2, 0.6))):
-    generator = generator.Generator(Inference(config), search, 20, mesh=mesh)
+    generator = generation.Generator(Inference(config), search, 20, mesh=mesh)
     texts[name] = generator(generator.prepare(params), batch["inputs"])
 np.savez(sys.argv[1], *leaves, loss=metrics["loss"], **texts)
 """
