@@ -36,7 +36,7 @@ def test_of_equal_logits_the_first_is_taken():
 
 
 @pytest.mark.parametrize(
-    ("top_p", "expected"), [(0.3, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (0.95, 3), (1, 4)]
+    ("top_p", "expected"), [(0.3, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (0.95, 3), (1.0, 4)]
 )
 def test_a_nucleus_has_the_fewest_tokens_that_reach_its_sum(top_p, expected):
     probability = np.array([0.15, 0.5, 0.05, 0.3])
