@@ -92,7 +92,7 @@ def by_heads(summary: Summary, folder: Path) -> str | None:
 
     Return the figure's name, None unless two methods led to three numbers of KV heads.
     """
-    lines = {}
+    lines: dict = {}
     for v in sorted(summary.converted, key=lambda v: v.order):  # a set has no order of its own
         damage = method_comparison.damage(summary, v)
         if v.groups_decoder_evenly and v.method.is_usual and damage and damage.value > 0:
@@ -118,7 +118,7 @@ def by_saving(summary: Summary, folder: Path) -> str | None:
 
     Return the figure's name, None unless there is a method beside the mean that does.
     """
-    alphas_by_shape = {}
+    alphas_by_shape: dict = {}
     for shape in method_comparison.shapes(summary):
         for method in method_comparison.methods(summary, shape):
             saved = method_comparison.saved(summary, shape, method)
@@ -157,7 +157,7 @@ def by_calibration(summary: Summary, folder: Path) -> str | None:
 
     Return the figure's name, None unless one method was calibrated on two amounts.
     """
-    lines = {}
+    lines: dict = {}
     for v in summary.converted:
         # Compare runs that differ in nothing but their calibration tokens.
         tokens, usual = v.method.calibration_tokens, v.method._replace(calibration_tokens=None)

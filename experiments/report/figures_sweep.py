@@ -17,7 +17,7 @@ def by_method(summary: Summary, folder: Path) -> str | None:
 
     Return the figure's name, None unless two methods led to one network at one alpha.
     """
-    groups = {}
+    groups: dict = {}
     for v in summary.variants:
         if v.is_converted and summary.average(v):
             key = v._replace(method=TRAINED_AS_IT_IS)
@@ -69,7 +69,7 @@ def by_alpha(summary: Summary, folder: Path) -> str | None:
 
 def _alpha_lines(summary):
     """Return, by variant without alpha, pairs of an alpha and the score there."""
-    lines = {}
+    lines: dict = {}
     for v in summary.variants:
         if score := summary.average(v):
             # Networks that differ in alpha alone share a line: give all of them one alpha as key.
@@ -154,7 +154,7 @@ def _group_lines(summary, measure, label):
 
     The multi-head parent begins every line.
     """
-    lines = {}
+    lines: dict = {}
     for v in summary.scored:
         if v.groups_decoder_evenly and v.shape != v.parent:
             for point in (v.parent, v):

@@ -83,7 +83,7 @@ def _points(within):
 
 
 def _answers(summary, within):
-    groups = {}
+    groups: dict = {}
     for v in summary.variants:
         if v.groups_decoder_evenly and v.shape != v.parent and _complete(summary, v):
             groups.setdefault((v.size, v.method, v.alpha), []).append(v)

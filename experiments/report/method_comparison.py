@@ -32,7 +32,7 @@ class Saved(NamedTuple):
 
 def shapes(summary: Summary, least: int = 2) -> list[Variant]:
     """Return the grouped networks that `least` or more methods led to, most KV heads first."""
-    found = {}
+    found: dict = {}
     for v in summary.converted:
         found.setdefault(v.shape, set()).add(v.method)
     several = [shape for shape, methods in found.items() if len(methods) >= least]

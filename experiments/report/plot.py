@@ -5,6 +5,7 @@ The figures themselves are in `figures`, `figures_sweep` and `figures_conversion
 
 import os
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ FORMATS = ("png", "svg")
 LEGEND_COLUMNS = 2
 
 
-def style(i: int) -> dict[str, str]:
+def style(i: int) -> dict[str, Any]:
     """Return colour and marker of a figure's `i`-th line; hollow when colours repeat."""
     again, i = divmod(i, len(COLORS))
     look = {"color": COLORS[i], "marker": MARKERS[(i + again) % len(MARKERS)]}
@@ -90,7 +91,7 @@ def legend_height(count: int) -> float:
 
 def legend_below(figure: Figure, *several: Axes) -> None:
     """Put one legend for all these axes below the figure, where it covers nothing."""
-    entries = {}
+    entries: dict = {}
     for axes in several:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)

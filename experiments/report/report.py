@@ -145,7 +145,7 @@ NAMED = 6  # a run with more variants than this has them counted, not named
 
 def _provenance_section(summary, records):
     header = ["run", "variants", "stages", "commit", "device", "last result (UTC)"]
-    groups = {}
+    groups: dict = {}
     for record in results.latest(records):
         title = _title(summary, record)
         key = record["run"], record["commit"], record["device"]
@@ -175,7 +175,7 @@ def _title(summary, record):
 
 def _settings(summary):
     """List the batch size and lengths of the timings, with the networks that were timed so."""
-    lines = {}
+    lines: dict = {}
     for variant in summary.variants:
         shape = [summary.get(variant, "benchmark", name) for name in SETTINGS]
         if all(shape):

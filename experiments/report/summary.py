@@ -22,7 +22,8 @@ class Summary:
     """The estimates of a results file, by variant, stage, task and metric."""
 
     def __init__(self, records: list[dict]):
-        by_seed, points = defaultdict(dict), defaultdict(lambda: defaultdict(dict))
+        by_seed: dict = defaultdict(dict)
+        points: dict = defaultdict(lambda: defaultdict(dict))
         self._predictions = defaultdict(list)
         for record in _same_clock(results.latest(records)):
             stage = record["stage"]

@@ -78,7 +78,7 @@ class Tensors:
             if other and not self.path.exists():
                 raise UserError(f"{other}: not safetensors; save the model as {SINGLE} first")
             return {SINGLE: []}
-        files = {}
+        files: dict = {}
         places = read_json(self.path).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise UserError(f"{self.path}: weight_map names no tensor")

@@ -64,7 +64,8 @@ def _given() -> dict[str, Any] | None:
     address, count, index = (os.environ.get(name) for name in GIVEN)
     if (count, index) == (None, None) or (count, index) == ("1", "0"):
         return None
-    if not (address and (count or "").isdecimal() and (index or "").isdecimal()):
+    count, index = count or "", index or ""
+    if not (address and count.isdecimal() and index.isdecimal()):
         raise UserError(f"{', '.join(GIVEN)} go together: HOST:PORT and two numbers")
     return {
         "coordinator_address": address,
@@ -81,7 +82,7 @@ def _detected() -> dict[str, Any] | None:
             continue
         if cluster.get_process_count() == 1:
             return None
-        found = {"cluster_detection_method": cluster.name}
+        found: dict[str, Any] = {"cluster_detection_method": cluster.name}
         a_node = os.environ.get(CLUSTERS[cluster.name] or "", "")
         if re.match(r"1\b", a_node):
             found["local_device_ids"] = []  # all; JAX would give each process a single GPU

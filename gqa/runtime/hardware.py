@@ -48,7 +48,7 @@ def cores() -> list[int]:
     """The numbers of the cores this process may use; all of them where the system cannot say."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count()))
+    return list(range(os.cpu_count() or 1))
 
 
 def check_memory(nbytes: int, what: str) -> None:
@@ -116,7 +116,7 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 def _best_seconds(run: Callable[[], jax.Array]) -> float:
     """The shortest of at least 3 runs, after one to warm up."""
     jax.block_until_ready(run())
-    seconds = []
+    seconds: list = []
     while len(seconds) < 3 or sum(seconds) < SECONDS:
         begin = time.perf_counter()
         jax.block_until_ready(run())

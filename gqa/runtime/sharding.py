@@ -40,8 +40,8 @@ def share(mesh: Mesh) -> tuple[int, int]:
     """Which part of every batch this process reads, and of how many."""
     if not mesh.is_multi_process:
         return 0, 1
-    sharding, rows = batch_sharding(mesh), {}
-    places = sharding.devices_indices_map((mesh.size // mesh.shape["model"],))
+    rows: dict[int, set[int]] = {}  # first rows of the parts that each process holds
+    places: Any = batch_sharding(mesh).devices_indices_map((mesh.size // mesh.shape["model"],))
     for device, (place,) in places.items():
         rows.setdefault(device.process_index, set()).add(place.start or 0)
     # Processes that the axis "model" joins read the same rows.
@@ -83,7 +83,7 @@ def _spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, layout: Lay
 
 def _entry(axis: str | None, size: int, mesh) -> tuple[str, ...] | None:
     """The axes of the mesh for a logical axis of a size; those that do not divide it are none."""
-    names = tuple(name for name in TABLE.get(axis, ()) if mesh.shape.get(name, 1) > 1)
+    names = tuple(name for name in TABLE.get(axis or "", ()) if mesh.shape.get(name, 1) > 1)
     parts = math.prod(mesh.shape[name] for name in names)
     return names if names and size % parts == 0 else None
 
@@ -135,7 +135,7 @@ def cache_sharding(config: Any, mesh: Mesh, layout: Layout, fused: bool = False)
     """
 
     def on(*axes: str | None) -> NamedSharding:
-        names = (tuple(n for n in TABLE.get(axis, ()) if n in mesh.shape) for axis in axes)
+        names = (tuple(n for n in TABLE.get(axis or "", ()) if n in mesh.shape) for axis in axes)
         return NamedSharding(mesh, PartitionSpec(*names))
 
     def kv(K: int, *before: None) -> NamedSharding:

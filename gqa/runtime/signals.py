@@ -69,7 +69,8 @@ def _text(signum: int) -> str:
 
 def _watchdog(ours: socket.socket) -> None:
     """Give the main thread its time after the first signal, and none after the second."""
-    signum = begin = end = None
+    signum, begin = 0, 0.0
+    end: float | None = None
     while True:
         ours.settimeout(None if end is None else 0.1)
         with contextlib.suppress(TimeoutError):

@@ -82,7 +82,7 @@ class _Run:
         self._batches, self._validate, self._config = batches, validate, config
         self._progress = progress
         self.guard = Guard(mishaps)
-        self._signal = 0  # what all processes were asked a step ago
+        self._signal: Any = 0  # what all processes were asked a step ago
 
     def resume(self, step: int | None) -> None:
         """Take up the checkpoint of a step, or the start if None."""

@@ -48,7 +48,7 @@ def _map_leaves(rule, tree, state=None, params=None):
     """`rule` on every leaf as a matrix, mapped over the layer axis of stacked leaves."""
 
     def on_leaf(path, leaf, *rest):
-        args = (_as_matrix(path, leaf),)
+        args: tuple = (_as_matrix(path, leaf),)
         if rest:
             args += (rest[0], _as_matrix(path, rest[1]))
         return (jax.vmap(rule) if _is_stacked(path) else rule)(*args)

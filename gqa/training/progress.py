@@ -62,7 +62,11 @@ class Progress:
         self.name, self._folder, self._every = name, folder, every
         self._step_flops, self._peak_flops = step_flops, peak_flops
         self._tracking, self._curve = tracking, curve
-        self._bar = self._writer = self._run = self._since = None
+        # Made by `start`, of which only the primary process does more than return.
+        self._bar: Any = None
+        self._writer: Any = None
+        self._run: Any = None
+        self._since: float | None = None
 
     def __enter__(self):
         return self

@@ -56,12 +56,12 @@ def abstract(
     `change` is what was done to a state of `config` before training.
     """
     shapes = jax.eval_shape(change, _shapes(config))
-    shardings = State(
-        NamedSharding(mesh, PartitionSpec()),
+    placements: Any = State(
+        NamedSharding(mesh, PartitionSpec()),  # type: ignore[arg-type]  # of the step, not a step
         param_shardings(shapes.params, mesh, layout),
         param_shardings(shapes.opt_state, mesh, layout, shapes.params),
     )
-    return jax.tree.map(lambda x, at: x.update(sharding=at), shapes, shardings)
+    return jax.tree.map(lambda x, at: x.update(sharding=at), shapes, placements)
 
 
 @functools.lru_cache(maxsize=4)
@@ -134,7 +134,10 @@ def make_step(
         }
         return State(state.step + 1, params, opt_state), metrics
 
-    out = (placed, NamedSharding(placed.step.mesh, PartitionSpec())) if placed else None
+    out: Any = None
+    if placed is not None:
+        mesh = placed.step.mesh  # type: ignore[attr-defined]  # a state of shardings
+        out = placed, NamedSharding(mesh, PartitionSpec())
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
@@ -184,11 +187,9 @@ def make_divergence(teacher: Config, config: Config, mesh: Mesh) -> Callable[...
     """A function (teacher's params, params, batches) -> KL(teacher || network), nats per token."""
 
     def nats(given: dict, params: dict, batch: dict) -> Array:
-        logits = [
-            Transformer(network).apply({"params": tree}, batch)
-            for network, tree in ((teacher, given), (config, params))
-        ]
-        return kl_divergence(*logits, batch["targets"])
+        target = Transformer(teacher).apply({"params": given}, batch)
+        logits = Transformer(config).apply({"params": params}, batch)
+        return kl_divergence(target, logits, batch["targets"])
 
     return _per_token(nats, mesh)
 

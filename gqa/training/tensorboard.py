@@ -8,7 +8,8 @@ import sys
 
 _absent = "torch" not in sys.modules
 if _absent:
-    sys.modules["torch"] = None  # to import it fails now, as where it is not installed
+    # None makes an import fail, as if PyTorch were not installed.
+    sys.modules["torch"] = None  # type: ignore[assignment]
 try:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog

@@ -76,7 +76,7 @@ def save(
 def _write_weights(tensors: dict[str, _LazyTensor], folder: Path) -> None:
     """Write the shards, and the index that says which of them has which tensor."""
     shards = _shards(tensors)
-    files = {}
+    files: dict = {}
     for number, shard in enumerate(shards, 1):
         file = safetensors_files.SINGLE
         if len(shards) > 1:
