@@ -166,7 +166,8 @@ class Compiler:
         caches = sharding.cache_sharding(net.config, self.mesh, net.layout, net.fused)
         rows = sharding.batch_sharding(self.mesh)
         inputs = jax.ShapeDtypeStruct((batch_size, S), jnp.int32, sharding=rows)
-        prefill = jax.jit(net.prefill, out_shardings=Memory(caches.cross, caches.mask))
+        placements: Any = Memory(caches.cross, caches.mask)  # type: ignore[arg-type]  # of shardings
+        prefill = jax.jit(net.prefill, out_shardings=placements)
         return self._compile(prefill, self._weights(net), inputs)
 
     def train(
@@ -235,7 +236,7 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
         seconds = time.perf_counter() - begin
         return Compiled(seconds=seconds, failure=used[0] if used else str(error).splitlines()[0])
 
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
@@ -243,5 +244,5 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
         memory.alias_size_in_bytes,
         memory.generated_code_size_in_bytes,
         time.perf_counter() - begin,
-        text=compiled.as_text(),
+        text=compiled.as_text() or "",
     )

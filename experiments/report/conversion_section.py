@@ -59,6 +59,7 @@ def _at_once(summary: Summary, shape: Variant):
 
         estimates = {name: summary.get(variant, "convert", name) for name in METRICS}
         loss = summary.loss(variant)
+        assert loss is not None  # every converted variant has one
         rows.append(
             [
                 method.label,
@@ -90,7 +91,7 @@ def plus_minus(estimate: Estimate | None, digits: int = 3) -> str:
         return DASH
 
     half = ""
-    if estimate.low is not None:
+    if estimate.low is not None and estimate.high is not None:
         half = f" ±{(estimate.high - estimate.low) / 2:.{digits}f}"
     return f"{estimate.value:.{digits}f}{half}"
 

@@ -4,7 +4,7 @@ All intervals are 95%. Their half widths from the test examples (bootstrap) and 
 (Student's t) add in quadrature, because the two sources of chance are independent.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from scipy import stats
@@ -49,7 +49,7 @@ class Difference(NamedTuple):
     @property
     def shown(self) -> bool:
         """Whether there is an interval, and it does not hold 0."""
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def over_seeds(records: dict[int, dict]) -> Estimate:
@@ -105,11 +105,21 @@ def average(estimates: list[Estimate]) -> Estimate:
     value = float(np.mean([e.value for e in estimates]))
     seeds = set.intersection(*(set(e.runs) for e in estimates))
     runs = {seed: _average_runs([e.runs[seed] for e in estimates]) for seed in sorted(seeds)}
-    rest = {"unit": "%", "n": None, "seeds": min(e.seeds for e in estimates), "runs": runs}
+    rest: dict[str, Any] = {
+        "unit": "%",
+        "n": None,
+        "seeds": min(e.seeds for e in estimates),
+        "runs": runs,
+    }
     if any(e.low is None for e in estimates):
         return Estimate(value, None, None, **rest)
-    below = np.linalg.norm([e.value - e.low for e in estimates]) / len(estimates)
-    above = np.linalg.norm([e.high - e.value for e in estimates]) / len(estimates)
+    # An estimate has both ends of its interval or none.
+    lows = [cast(float, e.low) for e in estimates]
+    highs = [cast(float, e.high) for e in estimates]
+    below_mean = [e.value - low for e, low in zip(estimates, lows, strict=True)]
+    above_mean = [high - e.value for e, high in zip(estimates, highs, strict=True)]
+    below = float(np.linalg.norm(below_mean)) / len(estimates)
+    above = float(np.linalg.norm(above_mean)) / len(estimates)
     return Estimate(value, value - below, value + above, **rest)
 
 
@@ -131,7 +141,9 @@ def difference(own: Estimate, other: Estimate) -> Difference:
     network has are left out. Without replicates over the same examples, the two scores are
     compared as if they were independent.
     """
-    pairs = [(own.runs[s], other.runs[s]) for s in own.runs if s in other.runs]
+    pairs: list[tuple[Any, Any]] = [
+        (own.runs[s], other.runs[s]) for s in own.runs if s in other.runs
+    ]
     if not pairs or not all(_comparable(*pair) for pair in pairs):
         return _unpaired(own, other)
     values = [a.value - b.value for a, b in pairs]

@@ -24,11 +24,12 @@ def quality_against_time(summary: Summary, folder: Path) -> str | None:
 
     Return the figure's name, None if no variant has both.
     """
-    points = [
-        (i, summary.get(v, "benchmark", "sample_seconds"), summary.average(v))
-        for i, v in enumerate(summary.variants)
-    ]
-    points = [point for point in points if None not in point]
+    points = []
+    for i, variant in enumerate(summary.variants):
+        time = summary.get(variant, "benchmark", "sample_seconds")
+        quality = summary.average(variant)
+        if time is not None and quality is not None:
+            points.append((i, time, quality))
     if not points:
         return None
     height = 3.3 + plot.legend_height(len(points))

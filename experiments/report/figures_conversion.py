@@ -60,12 +60,12 @@ def _draw_curves(summary, shape, methods, above, below):
         plot.line(above, list(points.items()), i, method.label)
 
         # The lower axis is logarithmic, so only a loss above that of MHA can be drawn there.
-        excesses = {
+        differences = {
             alpha: estimate.apart(loss, longer[alpha])
             for alpha, loss in points.items()
             if alpha in longer
         }
-        excesses = [(alpha, e) for alpha, e in excesses.items() if e and e.value > 0]
+        excesses = [(alpha, e) for alpha, e in differences.items() if e and e.value > 0]
         if excesses:
             plot.line(below, excesses, i, method.label)
 

@@ -7,7 +7,7 @@ compared seed by seed, because both came from the same multi-head parent and the
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments.report import estimate
 from experiments.report.estimate import Estimate
@@ -88,7 +88,7 @@ def saved(summary: Summary, shape: Variant, method: Method) -> Saved | None:
     if reference is None or len(points) < 2:
         return None
     seeds = set(reference.runs).intersection(*(e.runs for e in points.values()))
-    reached = {}
+    reached: dict[int, Any] = {}  # None where the reference is never reached
     for seed in sorted(seeds):
         losses = [(alpha, e.runs[seed].value) for alpha, e in points.items()]
         reached[seed] = next(_crossings(losses, reference.runs[seed].value), None)

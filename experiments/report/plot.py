@@ -4,6 +4,7 @@ The figures themselves are in `figures`, `figures_sweep` and `figures_conversion
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ def style(i: int) -> dict[str, Any]:
 def error_bar(estimates: list[Estimate], scale: float = 1.0) -> list[list[float]]:
     """Return the interval's lengths below and above each estimate, [2, n]; 0 without interval."""
     below = [0 if e.low is None else scale * max(e.value - e.low, 0) for e in estimates]
-    above = [0 if e.low is None else scale * max(e.high - e.value, 0) for e in estimates]
+    above = [0 if e.high is None else scale * max(e.high - e.value, 0) for e in estimates]
     return [below, above]
 
 
-def line(axes: Axes, points: list[tuple[float, Estimate]], i: int, label: str, **more) -> None:
+def line(axes: Axes, points: Sequence[tuple[float, Estimate]], i: int, label: str, **more) -> None:
     """Draw estimates against numbers, with their intervals."""
     at, estimates = zip(*points, strict=True)
     values = [e.value for e in estimates]

@@ -92,9 +92,10 @@ class Summary:
     def average(self, variant: Variant) -> Estimate | None:
         """Average the headline over all tasks; None unless the variant has every one."""
         scores = [self.headline(variant, task) for task in self.tasks]
-        if not scores or None in scores:
+        known = [score for score in scores if score is not None]
+        if not known or len(known) < len(scores):
             return None
-        return estimate.average(scores)
+        return estimate.average(known)
 
     def against_parent(self, variant: Variant, task: str | None = None) -> Difference | None:
         """Subtract the multi-head parent's score in one task, or its average over all."""

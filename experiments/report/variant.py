@@ -113,7 +113,8 @@ class Variant(NamedTuple):
     @property
     def parent(self) -> "Variant":
         """The multi-head network that this variant was converted from, or is compared with."""
-        return Variant(self.size, *[self.num_heads] * 4, method=TRAINED_AS_IT_IS, alpha=0.0)
+        heads = self.num_heads
+        return Variant(self.size, heads, heads, heads, heads, TRAINED_AS_IT_IS, 0.0)
 
     @property
     def order(self) -> tuple:
@@ -126,8 +127,9 @@ def variant_of(record: dict[str, Any]) -> Variant:
     """Return the variant that a result record is about; one conversion serves every alpha."""
     settings = record["variant"]
     method = Method(**{name: settings[name] for name in Method._fields})
-    shape = [settings[name] for name in ("size", *KV_HEADS)]
-    return Variant(*shape, method, 0.0 if record["stage"] == "convert" else settings["alpha"])
+    shape = {name: settings[name] for name in ("size", *KV_HEADS)}
+    alpha = 0.0 if record["stage"] == "convert" else settings["alpha"]
+    return Variant(**shape, method=method, alpha=alpha)
 
 
 KV_HEADS = ("num_heads", "num_kv_heads", "num_kv_heads_cross_attention", "num_kv_heads_encoder")

@@ -102,7 +102,7 @@ def _quality(summary: Summary, variant: Variant, task: str | None) -> str:
     """Return a score with its interval and its difference to the parent's score."""
     score = summary.average(variant) if task is None else summary.headline(variant, task)
     difference = summary.against_parent(variant, task)
-    if difference is None:
+    if score is None or difference is None:
         return interval(score)
     if not difference.shown:
         return f"{interval(score)} ({NO_DIFFERENCE})"

@@ -182,7 +182,7 @@ def _generation(config: ConfigDict, params: dict, S: int, peer_names: list[str])
     measured = timing.take_turns(turns, config.benchmark.repetitions)
     numbers = _times(measured, T)
     for entry, share in token_agreement.items():
-        numbers[entry]["same_tokens"] = share
+        numbers[entry]["same_tokens"] = np.asarray(share)
     return _generation_records(config, nets, batches, S, measured, numbers)
 
 
@@ -262,7 +262,7 @@ def _generation_records(
             traffic = timings.traffic(step, times[entry], measured[entry], measured[machine])
             numbers = times[entry] | traffic
             cache = kv_cache.kv_cache_bytes(net.config, size, S, T, net.cache_dtype)
-            numbers["kv_cache_bytes"] = cache
+            numbers["kv_cache_bytes"] = np.asarray(cache)
 
             # The peers run the equal batch alone; the multi-head network runs both.
             compared = {peer.system: times[peer] for peer in peer_entries if batch == EQUAL}

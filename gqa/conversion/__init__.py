@@ -124,11 +124,13 @@ def convert(
 
     if grouping in MEASURED:
         input_covariances = _reusable(input_covariances, params, config, batches, heads)
-    head_orders = find_head_orders(params, heads, grouping, seed, input_covariances)
+    # Only "contiguous" and the methods without training take KV heads by layer; see `check`.
+    one_for_all = arguments.one_for_all_layers(heads)
+    head_orders = find_head_orders(params, one_for_all, grouping, seed, input_covariances)
     params = permute_heads(params, head_orders)
 
     if method in learned.METHODS:
-        params = learned.fold(learned.expand(params, heads, method))
+        params = learned.fold(learned.expand(params, one_for_all, method))
         return Conversion(params, new_config, head_orders)
     if method in closed_form.METHODS:
         layers = layer_covariances(params, config, heads, space, input_covariances, batches)
@@ -152,6 +154,7 @@ def _reusable(
     A generator is used up by the first of the two, so its covariances are kept in a list.
     """
     if input_covariances is None:
+        assert batches is not None  # or `check` would have asked for them
         input_covariances = calibration.input_covariances(params, config, batches, tuple(heads))
     return list(input_covariances) if isinstance(input_covariances, Iterator) else input_covariances
 
@@ -194,4 +197,5 @@ def per_layer_kv_heads(
                 K: closed_form.discarded_energy(kernels, K, space, covariance, shrinkage)
                 for K in divisors(kernels["key"].shape[1])
             }
-    return layer_budget.allocate(discarded, heads, lengths)
+    one_for_all = arguments.one_for_all_layers(heads)
+    return layer_budget.allocate(discarded, one_for_all, lengths)

@@ -4,6 +4,9 @@ Messages name the argument of `gqa.convert` and the values that would do. Nothin
 touches parameters, so a pipeline can check a conversion before it trains the network.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from gqa.conversion import closed_form, learned, pooling
 from gqa.conversion.calibration import ATTENTIONS
 from gqa.conversion.closed_form import SPACES
@@ -40,9 +43,9 @@ def check(
         "space": (space, SPACES),
         "grouping": (grouping, GROUPINGS),
     }
-    for argument, (value, known) in choices.items():
-        if value not in known:
-            raise ConfigError(argument, value, f"use one of {', '.join(known)}")
+    for argument, (choice, known) in choices.items():
+        if choice not in known:
+            raise ConfigError(argument, choice, f"use one of {', '.join(known)}")
 
     if len(config.layer_groups) > 1:
         raise UserError(
@@ -88,11 +91,18 @@ def needs_input_covariances(
     return (method in closed_form.METHODS and space != "weight") or grouping in MEASURED
 
 
-def heads_by_attention(num_kv_heads: int | KVHeads) -> KVHeads:
+def heads_by_attention(
+    num_kv_heads: int | Mapping[str, int] | Mapping[str, int | tuple[int, ...]],
+) -> KVHeads:
     """Return the numbers by attention; a number alone stands for both attentions of the decoder."""
     if isinstance(num_kv_heads, int):
         return {"self_attention": num_kv_heads, "cross_attention": num_kv_heads}
-    return num_kv_heads
+    return dict(num_kv_heads)
+
+
+def one_for_all_layers(num_kv_heads: KVHeads) -> dict[str, int]:
+    """Return the entries with one number of KV heads for all layers."""
+    return {name: K for name, K in num_kv_heads.items() if not isinstance(K, tuple)}
 
 
 def changed_attentions(config: Config, num_kv_heads: KVHeads) -> KVHeads:
@@ -105,8 +115,8 @@ def changed_attentions(config: Config, num_kv_heads: KVHeads) -> KVHeads:
     return {name: value for name, value in num_kv_heads.items() if changes(name, value)}
 
 
-def config_fields(num_kv_heads: KVHeads) -> KVHeads:
-    """Return the numbers by the name of their field of `Config`."""
+def config_fields(num_kv_heads: KVHeads) -> dict[str, Any]:
+    """Return the numbers by the name of their field of `Config`, as ** arguments for it."""
     return {_field(name): K for name, K in num_kv_heads.items()}
 
 

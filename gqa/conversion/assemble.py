@@ -37,7 +37,7 @@ def pooled_kernels(
     params: dict, new_config: Config, num_kv_heads: dict, method: str, seed: int
 ) -> GroupKernels:
     """Pool keys and values of the attentions in `num_kv_heads` by a method of pooling.py."""
-    kernels = {name: {} for name in num_kv_heads}
+    kernels: GroupKernels = {name: {} for name in num_kv_heads}
     for name in num_kv_heads:
         old = kernels_of(params, name)
         key = jax.random.fold_in(jax.random.key(seed), list(ATTENTIONS).index(name))
@@ -68,14 +68,23 @@ def layer_covariances(
     """
     if space == "weight":
         num_layers = {name: len(kernels_of(params, name)["key"]) for name in num_kv_heads}
-        return (
+        return _ignoring_sends(
             InputCovariance(name, i, None, None, 0, 0)
             for name, L in num_layers.items()
             for i in range(L)
         )
     if batches is not None:
         return calibration.input_covariances(params, config, batches, tuple(num_kv_heads))
-    return (covariance for covariance in input_covariances)
+    return _ignoring_sends(input_covariances or ())
+
+
+def _ignoring_sends(
+    covariances: Iterable[InputCovariance],
+) -> Generator[InputCovariance, dict | None, None]:
+    """Yield covariances that were measured before, so that kernels sent back change nothing."""
+    # `yield from` would pass what is sent on to a list's iterator, which cannot receive it.
+    for covariance in covariances:  # noqa: UP028
+        yield covariance
 
 
 def closed_form_kernels(
@@ -92,9 +101,9 @@ def closed_form_kernels(
     Each layer's new kernels are sent to the generator `covariances`, which continues with the
     network as converted so far if it measures on the way.
     """
-    kernels = {name: {} for name in num_kv_heads}
-    conditions = {}
-    new = None
+    kernels: dict[str, dict[int, dict]] = {name: {} for name in num_kv_heads}  # by layer
+    conditions: dict[tuple[str, int], float] = {}
+    new: dict | None = None
     with contextlib.suppress(StopIteration):
         while True:
             covariance = covariances.send(new)

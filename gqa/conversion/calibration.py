@@ -8,7 +8,7 @@ would not fit in memory together. Letters are those of gqa/model/attention.py.
 
 from collections.abc import Generator, Iterable, Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -66,7 +66,7 @@ class _Activations(NamedTuple):
 def input_covariances(
     params: dict,
     config: Config,
-    batches: Iterable[dict[str, np.ndarray]],
+    batches: Iterable[dict[str, Any]],
     attentions: Sequence[str] = ("self_attention", "cross_attention"),
 ) -> Generator[InputCovariance, dict | None, None]:
     """Yield the `InputCovariance` of each of `attentions`, layer by layer; padding is left out.
@@ -80,20 +80,23 @@ def input_covariances(
     converted so far.
     """
     batches = list(batches)
-    sources = [_source(batch) for batch in batches]
+    # Any, because jitted functions take NumPy arrays too, and `Array` does not say so.
+    sources: list[Any] = [_source(batch) for batch in batches]
     embed = jax.jit(partial(Transformer(config).apply, method="embed"))
 
     activations, bias = [], cache(partial(_bias, params["encoder"], config, True))
     for batch, source in zip(batches, sources, strict=True):
         S, packed = source.shape[1], "inputs_segments" in batch
-        shared = (bias(S), Segments(source, source, packed))
+        shared: tuple = (bias(S), Segments(source, source, packed))
         x = embed({"params": params}, batch["inputs"])
         activations.append(_Activations(x, source > 0, shared))
     activations = yield from _stack("encoder", params, config, activations, attentions, None)
 
     # All cross-attentions make keys and values from the encoder's normalised output.
     norm = RMSNorm(jnp.dtype(config.dtype))
-    encoded = [norm.apply({"params": params["encoder"]["norm"]}, r.x) for r in activations]
+    encoded: list[Any] = [
+        norm.apply({"params": params["encoder"]["norm"]}, r.x) for r in activations
+    ]
     memory = None
     if "cross_attention" in attentions:
         memory = second_moment(encoded, [r.real for r in activations])
@@ -101,7 +104,7 @@ def input_covariances(
     activations, bias = [], cache(partial(_bias, params["decoder"], config, False))
     for batch, source, y in zip(batches, sources, encoded, strict=True):
         targets, packed = batch["targets"], "targets_segments" in batch
-        segments = batch["targets_segments"] if packed else np.ones_like(targets)
+        segments: Any = batch["targets_segments"] if packed else np.ones_like(targets)
         self_segments = Segments(segments, segments, packed) if packed else None
         shared = (y, bias(targets.shape[1]), self_segments, Segments(segments, source, packed))
         x = embed({"params": params}, shift_right(targets, batch.get("targets_positions")))
@@ -115,7 +118,7 @@ def _source(batch: dict) -> np.ndarray:
     return np.asarray(batch.get("inputs_segments", (inputs > 0).astype(np.int32)))
 
 
-def _bias(stack: dict, config: Config, bidirectional: bool, length: int) -> Array:
+def _bias(stack: dict, config: Config, bidirectional: bool, length: int) -> Any:
     """Return a stack's position bias for sequences of `length`."""
     module = RelativePositionBias(
         config.num_heads, config.num_buckets, config.max_distance, bidirectional

@@ -89,6 +89,7 @@ def _split_groups(
     """
     C, C_query = None, None
     if covariance.keys is not None:
+        assert covariance.queries is not None  # a layer is measured whole or not at all
         C, C_query = shrunk(covariance.keys, shrinkage), shrunk(covariance.queries, shrinkage)
     query, out = (np.asarray(kernels[name], np.float64) for name in ("query", "out"))
     partners = {"key": (query.transpose(1, 0, 2), C_query), "value": (out.transpose(0, 2, 1), None)}

@@ -110,7 +110,9 @@ def _head_axes_of(
         "value": (2, order),
         "out": (1, query_order),
     }
-    leaves = {(stack, "layers", attention, kernel): axis for kernel, axis in axes.items()}
+    leaves: dict[tuple[str, ...], tuple[int, np.ndarray]] = {
+        (stack, "layers", attention, kernel): axis for kernel, axis in axes.items()
+    }
     if name == "cross_attention":
         return leaves
 

@@ -121,6 +121,6 @@ def _pool_layer(old: Any, fresh: Any, shape: tuple[int, int, int], num_kv_heads:
     return fresh._replace(count=old.count, v_row=v_row, v_col=v_col)
 
 
-def _larger_side(sides: tuple[int, int]) -> int:
+def _larger_side(sides: tuple[int, ...]) -> int:
     """Return the side of a matrix that `v_col` lies along; `v_row` is the mean over this side."""
     return int(sides[1] >= sides[0])

@@ -35,7 +35,10 @@ def random(keys: Array, values: Array, rng: Array) -> Kernels:
         init = variance_scaling(1.0, "fan_in", "normal", 0, (1, 2))
         return jax.vmap(lambda key: init(key, (D, K, H), groups.dtype))(jax.random.split(rng, L))
 
-    return tuple(fresh(x, jax.random.fold_in(rng, i)) for i, x in enumerate((keys, values)))
+    new_keys, new_values = (
+        fresh(x, jax.random.fold_in(rng, i)) for i, x in enumerate((keys, values))
+    )
+    return new_keys, new_values
 
 
 def medoid(keys: Array, values: Array, rng: Array) -> Kernels:
@@ -44,23 +47,28 @@ def medoid(keys: Array, values: Array, rng: Array) -> Kernels:
     The distance of two heads is that of their key and value kernels side by side.
     """
     del rng
-    squared_distances = sum(
+    of_keys, of_values = (
         jnp.square(x[:, :, :, :, None] - x[:, :, :, None]).sum((1, 5)) for x in (keys, values)
     )
+    squared_distances = of_keys + of_values
     return _take(keys, values, jnp.sqrt(squared_distances).sum(3).argmin(2))
 
 
 def largest(keys: Array, values: Array, rng: Array) -> Kernels:
     """Return the head of each group with the largest norm of key and value kernel side by side."""
     del rng
-    square = sum(jnp.square(x).sum((1, 4)) for x in (keys, values))
+    of_keys, of_values = (jnp.square(x).sum((1, 4)) for x in (keys, values))
+    square = of_keys + of_values
     return _take(keys, values, square.argmax(2))
 
 
 def _take(keys: Array, values: Array, index: Array) -> Kernels:
     """Return member index[l, k] of every group."""
     index = index[:, None, :, None, None]
-    return tuple(jnp.take_along_axis(x, index, axis=3)[:, :, :, 0] for x in (keys, values))
+    new_keys, new_values = (
+        jnp.take_along_axis(x, index, axis=3)[:, :, :, 0] for x in (keys, values)
+    )
+    return new_keys, new_values
 
 
 def restore_norm(pooled: Array, groups: Array) -> Array:

@@ -202,7 +202,7 @@ def first_fit(
 # --- what both share: shuffle, mix, divide among processes ----------------------------------------
 
 
-def _shuffled(parts: Sequence[Sequence], seed: int) -> list[grain.MapDataset]:
+def _shuffled(parts: Sequence[Sequence | np.ndarray], seed: int) -> list[grain.MapDataset]:
     """Return each part as an endless dataset, in a new order every epoch."""
     return [grain.MapDataset.source(part).seed(seed).shuffle().repeat() for part in parts]
 

@@ -210,7 +210,7 @@ def _python_files(
     sources: list[tuple[str, bytes]] = []
     digest = hashlib.sha256()
     for file in sorted(distribution.files, key=str):
-        path, location = file.as_posix(), pathlib.Path(distribution.locate_file(file))
+        path, location = file.as_posix(), pathlib.Path(str(distribution.locate_file(file)))
         is_test = TEST_MODULE.search(path)
         if file.suffix != ".py" or path.startswith("..") or is_test or not location.is_file():
             continue

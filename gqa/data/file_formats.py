@@ -16,6 +16,7 @@ import json
 import pathlib
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -29,6 +30,9 @@ MOST_ROWS = 1024  # of a columnar file at a time
 
 Row = dict | str
 Rows = Iterator[tuple[int, Row]]
+
+# What a line becomes: a row, or None for a header.
+_Made = TypeVar("_Made", dict, dict | None)
 
 csv.field_size_limit(LONGEST)  # 131,072 otherwise: an article can be longer
 
@@ -95,11 +99,12 @@ def _tsv(path: str, columns: Collection[str]) -> Rows:
             return None
         return _by_name(names, values)
 
-    for number, found in _each_line(path, row):
-        if len(names) == 0 or found is None:
-            _check_header(f"{path}:{number}", names, found)
+    for number, parsed in _each_line(path, row):
+        # The header is no row: None if it could be read, else what is wrong with it.
+        if parsed is None or (isinstance(parsed, str) and not names):
+            _check_header(f"{path}:{number}", names, parsed)
         else:
-            yield number, found
+            yield number, parsed
 
 
 def _by_name(names: list[str], values: list[str]) -> dict:
@@ -121,7 +126,8 @@ def _csv(path: str, columns: Collection[str]) -> Rows:
     del columns
     # Undecodable bytes become half surrogates, which are found in the row they end up in.
     lines = (raw.decode(errors="surrogateescape") for _, raw in _lines(path))
-    reader, names = csv.reader(lines, strict=True), []
+    reader = csv.reader(lines, strict=True)
+    names: list[str] = []
     while True:
         number = reader.line_num + 1
         try:
@@ -143,7 +149,8 @@ def _csv(path: str, columns: Collection[str]) -> Rows:
 def _txt(path: str, columns: Collection[str]) -> Rows:
     """Read paragraphs, each a row with the column `text`; a blank line ends a paragraph."""
     del columns
-    paragraph, first, size = [], 0, 0
+    paragraph: list[bytes] = []
+    first, size = 0, 0
     for number, raw in itertools.chain(_lines(path), [(0, b"")]):
         blank = not raw.strip()
         if paragraph and (blank or size + len(raw) > LONGEST):
@@ -162,7 +169,7 @@ def _paragraph(lines: list[bytes]) -> Row:
         return str(error)
 
 
-def _each_line(path: str, make: Callable[[str], dict | None]) -> Rows:
+def _each_line(path: str, make: Callable[[str], _Made]) -> Iterator[tuple[int, _Made | str]]:
     """Apply `make` to every line that is not blank. A line of tabs is a row of empty columns."""
     for number, raw in _lines(path):
         try:

@@ -28,6 +28,10 @@ class Text(NamedTuple):
     is_docstring: bool = False
 
 
+# The nodes that may have a docstring.
+_Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
 def module_texts(source: bytes) -> list[Text]:
     """Return the docstrings and the comments of one Python file, in the order of its lines.
 
@@ -44,6 +48,7 @@ def module_texts(source: bytes) -> list[Text]:
         docstring = ast.get_docstring(node, clean=False)
         if docstring and docstring.strip():
             string = node.body[0]
+            assert string.end_lineno is not None  # the parser sets it for every statement
             docstring_lines.update(range(string.lineno, string.end_lineno + 1))
 
             # The code that a summary is to be written from must not show the docstring.
@@ -58,15 +63,15 @@ def module_texts(source: bytes) -> list[Text]:
     return sorted(texts)
 
 
-def _definitions(tree: ast.AST) -> Iterator[ast.AST]:
+def _definitions(tree: ast.Module) -> Iterator[_Definition]:
     """Yield the module, its classes and its functions.
 
     Statements alone are visited, because expressions are most of the nodes and hold no docstring.
     """
-    stack = [tree]
+    stack: list[ast.AST] = [tree]
     while stack:
         node = stack.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, _Definition):
             yield node
         for block in ("body", "orelse", "finalbody", "handlers"):
             children = getattr(node, block, ())

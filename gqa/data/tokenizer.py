@@ -55,17 +55,18 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text before the first EOS, padding dropped; sentinels read `<extra_id_k>`."""
-        text, pieces = [], []
+        texts: list[str] = []
+        pieces: list[int] = []  # ids since the last sentinel
         for token in np.asarray(ids).tolist():
             if token == EOS:
                 break
             if token >= self.num_pieces:
-                text += [self._processor.decode(pieces), self._name(token)]
+                texts += [self._processor.decode(pieces), self._name(token)]
                 pieces = []
             else:
                 pieces.append(token)
-        text.append(self._processor.decode(pieces))
-        return " ".join(part for part in text if part)
+        texts.append(self._processor.decode(pieces))
+        return " ".join(text for text in texts if text)
 
     def _name(self, token: int) -> str:
         """A sentinel by its number; nothing for a padding row of the embedding."""

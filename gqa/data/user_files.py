@@ -118,8 +118,13 @@ def texts(row: dict, column: str) -> list[str]:
 def _look_up(value, keys: list[str]) -> list | None:
     """Return the values under nested keys, lists flattened; None if a key is missing."""
     if isinstance(value, list):
-        lists = [_look_up(item, keys) for item in value]
-        return None if None in lists else [item for items in lists for item in items]
+        flattened: list = []
+        for item in value:
+            values = _look_up(item, keys)
+            if values is None:
+                return None
+            flattened += values
+        return flattened
     if not keys:
         return [value]
     if not isinstance(value, dict) or keys[0] not in value:
@@ -151,10 +156,10 @@ def entries(names: str, split: str) -> list[Entry]:
     weights = [weight for _, weight in weighted_names if weight is not None]
     if weights and (len(weights) < len(weighted_names) or split != "train"):
         raise UserError(f"{names}: weights (@) are for training files, for all of them or none")
-    expanded = [(_expand(name, split), weight) for name, weight in weighted_names]
+    expanded = [_expand(name, split) for name, _ in weighted_names]
     if weights:
-        return [Entry(files, weight) for files, weight in expanded]
-    return [Entry([file for files, _ in expanded for file in files], 1.0)]
+        return [Entry(files, weight) for files, weight in zip(expanded, weights, strict=True)]
+    return [Entry([file for files in expanded for file in files], 1.0)]
 
 
 def _weighted(name: str) -> tuple[str, float | None]:

@@ -159,8 +159,8 @@ def _convert_layer(
     heads = {letter: _to_heads(arrays, letter, sizes.head_dim) for letter in letters}
 
     # Pool the groups.
-    shape = (sizes.new_kv_heads, sizes.kv_heads // sizes.new_kv_heads, -1, sizes.head_dim)
-    groups = {letter: heads[letter].reshape(shape) for letter in "kv"}
+    by_group = (sizes.new_kv_heads, sizes.kv_heads // sizes.new_kv_heads, -1, sizes.head_dim)
+    groups = {letter: heads[letter].reshape(by_group) for letter in "kv"}
     errors = {letter: _pooling_errors(groups[letter]) for letter in "kv"}
     if method == "svd":
         new_heads, svd_errors = _pool_by_svd(groups, heads["q"], heads["o"], sizes)

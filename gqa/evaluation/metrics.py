@@ -152,7 +152,7 @@ def _typicality(counts):
     words = {target: Counter(target.lower().split()) for target in counts}
     total = counts.total()
     # How many targets hold a word at least so many times: sums to the expected overlap.
-    holders = Counter()
+    holders: Counter[tuple[str, int]] = Counter()
     for target, bag in words.items():
         for word, times in bag.items():
             for occurrence in range(times):

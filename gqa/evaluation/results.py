@@ -102,7 +102,7 @@ def latest(records: list[dict]) -> list[dict]:
         variant = json.dumps(record["variant"], sort_keys=True)
         return variant, *(record.get(name) for name in names)
 
-    kept: dict = {}
+    kept: dict[tuple, dict] = {}
     for record in records:
         kept.pop(key(record), None)
         kept[key(record)] = record

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +40,8 @@ def predict(
         chosen = order[start : start + batch_size]
         rows = [np.append(texts[i][: inputs_length - 1], EOS) for i in chosen]
         width = bucket(max(map(len, rows)), inputs_length)
-        inputs = np.zeros((batch_size, width), np.int32)
+        # Any, because the generator takes NumPy arrays too, and `Array` does not say so.
+        inputs: Any = np.zeros((batch_size, width), np.int32)
         for row, text in zip(inputs, rows, strict=False):
             row[: len(text)] = text
         numbers = np.full(batch_size, -1)

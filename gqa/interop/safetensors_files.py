@@ -63,13 +63,13 @@ class Tensors:
         self.folder = Path(folder)
         index = self.folder / INDEX
         self.path = index if index.exists() else self.folder / SINGLE
-        self._found = {}
+        self._tensors: dict[str, Tensor] = {}
         for file, names in self._files().items():
-            found = _header(self.folder / file)
-            for name in names or found:
-                if name not in found:
+            in_file = _header(self.folder / file)
+            for name in names or in_file:
+                if name not in in_file:
                     raise UserError(f"{self.folder / file}: tensor {name} of {INDEX} is not there")
-                self._found[name] = found[name]
+                self._tensors[name] = in_file[name]
 
     def _files(self) -> dict[str, list[str]]:
         """Names of the tensors wanted of each file; none named where there is no index."""
@@ -78,7 +78,7 @@ class Tensors:
             if other and not self.path.exists():
                 raise UserError(f"{other}: not safetensors; save the model as {SINGLE} first")
             return {SINGLE: []}
-        files: dict = {}
+        files: dict[str, list[str]] = {}
         places = read_json(self.path).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise UserError(f"{self.path}: weight_map names no tensor")
@@ -89,13 +89,13 @@ class Tensors:
         return files
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._tensors)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._found[name]
+        return self._tensors[name]
 
     def floats(self, name: str, shape: tuple[int, ...]) -> np.dtype:
         """The dtype of a floating tensor that has to have this shape.
@@ -103,13 +103,13 @@ class Tensors:
         Raises:
             UserError: naming the tensor that has not.
         """
-        tensor = self._found[name]
+        tensor = self._tensors[name]
         check(name, tensor.shape, shape, tensor.dtype)
         return np.dtype(FLOATS[tensor.dtype])
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
         """A floating tensor, or `count` of its rows from `first`, in its own dtype."""
-        tensor = self._found[name]
+        tensor = self._tensors[name]
         dtype, (rows, *rest) = np.dtype(FLOATS[tensor.dtype]), tensor.shape
         count = rows - first if count is None else count
         row = math.prod(rest) * dtype.itemsize
@@ -122,7 +122,7 @@ class Tensors:
 
     def pieces(self, name: str) -> Iterator[bytes]:
         """The bytes of a tensor of any dtype, some at a time."""
-        tensor = self._found[name]
+        tensor = self._tensors[name]
         with _open(self.folder / tensor.file) as file:
             file.seek(tensor.start)
             for done in range(0, tensor.nbytes, PIECE):
@@ -140,7 +140,8 @@ def write(
         tensors: safetensors' dtype, shape and number of bytes of each.
         data: of a name: its bytes or arrays, one after the other.
     """
-    header, start = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    start = 0
     for name, (dtype, shape, nbytes) in tensors.items():
         end = start + nbytes
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
@@ -195,12 +196,12 @@ def _header(path: Path) -> dict[str, Tensor]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    found = {}
+    tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
         place = (8 + length + start, end - start)
-        found[name] = Tensor(path.name, entry["dtype"], tuple(entry["shape"]), *place)
-    return found
+        tensors[name] = Tensor(path.name, entry["dtype"], tuple(entry["shape"]), *place)
+    return tensors
 
 
 def _open(path: Path) -> Any:

@@ -86,14 +86,14 @@ def open_folder(folder: str | os.PathLike) -> Source:
         stacks = {stack: _stack(arrays, stack) for stack in LAYERS}
         config = _config(arrays, stacks)
         shapes = pieces.shapes(config)
-        found = {name: _theirs(name, stacks, config) for name in shapes}
-        for name, group in found.items():
+        arrays_of = {name: _theirs(name, stacks, config) for name in shapes}
+        for name, group in arrays_of.items():
             _check(arrays, group, name, shapes[name])
-        known = {theirs for group in found.values() for theirs in group}
+        known = {theirs for group in arrays_of.values() for theirs in group}
         if extra := sorted(arrays.drivers.keys() - known):
             raise UserError(f"array {PREFIX}{extra[0]} is not one of T5's ({len(extra)} in all)")
     chunks = {name: (1, *x[1:]) if "/layers/" in name else x for name, x in shapes.items()}
-    return Source(config, chunks, functools.partial(_blocks, arrays, found, shapes))
+    return Source(config, chunks, functools.partial(_blocks, arrays, arrays_of, shapes))
 
 
 def _find(folder: Path) -> Path:
@@ -117,13 +117,13 @@ def _list(folder: Path) -> _Arrays:
     else:
         keys = [path.relative_to(folder).as_posix() for path in folder.glob(f"{PREFIX}*/*z*")]
     drivers = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
-    found = {
+    driver_of = {
         key.removeprefix(PREFIX).removesuffix(end): driver
         for key in keys
         for end, driver in drivers.items()
         if key.startswith(PREFIX) and key.endswith(end)
     }
-    return _Arrays(store, found)
+    return _Arrays(store, driver_of)
 
 
 class _Stack(NamedTuple):
@@ -149,8 +149,9 @@ def _stack(arrays: _Arrays, stack: str) -> _Stack:
             prefix = f"{stack}.{stack}."
         layers = arrays.open(f"{prefix}pre_mlp_layer_norm.scale").shape[-1]
     places = [f"{place}{bias}" for place in (f"{stack}.", prefix) for bias in BIASES]
-    found = [place for place in places if place.format(0) in arrays.drivers]
-    return _Stack(prefix, layers, scanned, found[0] if found else places[0])
+    # If there is no bias, the first place is the one that the message about it names.
+    bias = next((place for place in places if place.format(0) in arrays.drivers), places[0])
+    return _Stack(prefix, layers, scanned, bias)
 
 
 def _config(arrays: _Arrays, stacks: dict[str, _Stack]) -> Config:
@@ -204,15 +205,17 @@ def _check(arrays: _Arrays, group: list[str], name: str, shape: tuple[int, ...])
         return
     numbers = math.prod(shape) // (len(group) if "/layers/" in name else 1)
     for theirs in group:
-        found = arrays.open(theirs).shape
-        if math.prod(found) != numbers:
-            raise UserError(f"array {PREFIX}{theirs} has shape {found}, expected {numbers} numbers")
+        stored = arrays.open(theirs).shape
+        if math.prod(stored) != numbers:
+            raise UserError(
+                f"array {PREFIX}{theirs} has shape {stored}, expected {numbers} numbers"
+            )
 
 
 def _table(arrays: _Arrays, group: list[str]) -> np.ndarray:
     """The position bias of a stack [buckets, N], from [N, buckets] or [N, layers, buckets] each."""
-    tables = [arrays.open(name).read().result() for name in group]
-    tables = np.concatenate([x.reshape(len(x), -1, x.shape[-1]) for x in tables], 1)
+    stored = [arrays.open(name).read().result() for name in group]
+    tables = np.concatenate([x.reshape(len(x), -1, x.shape[-1]) for x in stored], 1)
     if not np.array_equal(tables, np.broadcast_to(tables[:, :1], tables.shape)):
         raise UserError(
             f"array {PREFIX}{group[0]} differs from layer to layer, as in umT5; our network has "
@@ -222,9 +225,12 @@ def _table(arrays: _Arrays, group: list[str]) -> np.ndarray:
 
 
 def _blocks(
-    arrays: _Arrays, found: dict, shapes: dict, name: str
+    arrays: _Arrays,
+    arrays_of: dict[str, list[str]],
+    shapes: dict[str, tuple[int, ...]],
+    name: str,
 ) -> Iterator[tuple[Index, np.ndarray]]:
-    shape, group = shapes[name], found[name]
+    shape, group = shapes[name], arrays_of[name]
     if name.endswith(TABLE):
         yield (slice(None),), _table(arrays, group)
         return

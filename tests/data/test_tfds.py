@@ -230,6 +230,8 @@ def test_missing_and_damaged_records_are_refused(data_dir, tmp_path):
 
 def test_c4_is_read_as_it_is_needed(tmp_path, monkeypatch):
     prepare(tmp_path, "c4/en", c4_row, size=40, splits=("train", "validation"))
+    rows = tfds_data.records("c4/en", str(tmp_path), "train")
+    assert rows[1:3] == [rows[1], rows[2]]
     reads = []
     get = tfds_data.Records.__getitem__
     monkeypatch.setattr(

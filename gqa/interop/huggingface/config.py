@@ -1,5 +1,7 @@
 """What config.json says of a T5, and our config."""
 
+from typing import Any
+
 from gqa.model.config import GATED_GELU, RELU, Config
 from gqa.runtime.errors import UserError
 
@@ -60,7 +62,8 @@ def to_config(hf_config: dict) -> Config:
         raise UserError(
             f"feed_forward_proj={activation!r} is not supported; use one of {supported}"
         )
-    sizes = {ours: _size(hf_config, key) for ours, key in SIZES.items()}
+    # Any, because a type checker does not match the keys of ** with the types of the fields.
+    sizes: dict[str, Any] = {ours: _size(hf_config, key) for ours, key in SIZES.items()}
     if hf_config.get("num_decoder_layers") is not None:
         sizes["num_decoder_layers"] = _size(hf_config, "num_decoder_layers")
     # Transformers 5 writes tie_word_embeddings=true for every T5 and this key for the scale.
@@ -76,7 +79,7 @@ def to_config(hf_config: dict) -> Config:
     )
 
 
-def _kv_heads(hf_config: dict, heads: int) -> dict[str, int | tuple[int, ...]]:
+def _kv_heads(hf_config: dict, heads: int) -> dict[str, Any]:
     return {ours: _size_or_sizes(hf_config, theirs, heads) for ours, theirs in KV_HEADS.items()}
 
 

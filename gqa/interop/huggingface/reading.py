@@ -141,8 +141,12 @@ def _equal(tensors: Tensors | _InMemory, name: str, other: str) -> bool:
         return False
     tensors.floats(name, shape)
     step = max(1, safetensors_files.PIECE // (8 * int(np.prod(rest))))
+
+    def rows_from(tensor: str, first: int) -> np.ndarray:
+        return tensors.read(tensor, first, min(step, rows - first))
+
     return all(
-        np.array_equal(*(tensors.read(x, first, min(step, rows - first)) for x in (name, other)))
+        np.array_equal(rows_from(name, first), rows_from(other, first))
         for first in range(0, rows, step)
     )
 

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -69,14 +69,16 @@ def save(
     if vocabulary:
         shutil.copyfile(vocabulary, folder / VOCABULARY)
     if expand:
-        config = dataclasses.replace(config, **dict.fromkeys(KV_HEADS, config.num_heads))
+        # Any, because a type checker does not match the keys of ** with the types of the fields.
+        multi_head: dict[str, Any] = dict.fromkeys(KV_HEADS, config.num_heads)
+        config = dataclasses.replace(config, **multi_head)
     safetensors_files.write_json(folder / "config.json", from_config(config))
 
 
 def _write_weights(tensors: dict[str, _LazyTensor], folder: Path) -> None:
     """Write the shards, and the index that says which of them has which tensor."""
     shards = _shards(tensors)
-    files: dict = {}
+    files: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = safetensors_files.SINGLE
         if len(shards) > 1:
