@@ -105,12 +105,12 @@ def _split_groups(
 
 def pool(
     heads: Float[np.ndarray, "G D H"],
-    partners: Float[np.ndarray, "G P D H"],
+    partners: Float[np.ndarray, "G P E H"],
     method: str,
     space: str,
     C: Float[np.ndarray, "D D"] | None,
-    C_partner: Float[np.ndarray, "D D"] | None,
-) -> tuple[Float[np.ndarray, "D H"], Float[np.ndarray, "G P D H"], float]:
+    C_partner: Float[np.ndarray, "E E"] | None,
+) -> tuple[Float[np.ndarray, "D H"], Float[np.ndarray, "G P E H"], float]:
     """Make one head of a group.
 
     Args:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from experiments.stages import benchmark
+from experiments.stages.settings import BenchmarkSettings, TimedNetwork
+from experiments.stages.variant import Variant
 from gqa import kv_cache
 from gqa.conversion import calibration, convert, layer_budget, per_layer_kv_heads
 from gqa.conversion.optimizer_state import convert_optimizer_state
@@ -246,18 +248,21 @@ def test_heads_that_are_alike_give_theirs_to_others(deep, random_params):
     assert max(heads) == 4
 
 
-def test_it_is_timed_as_its_checkpoint_has_it(mixed, monkeypatch, capsys):
+@pytest.mark.parametrize("profile", [False, True])
+def test_it_is_timed_as_its_checkpoint_has_it(mixed, monkeypatch, capsys, tmp_path, profile):
     """The stage takes the KV heads from the checkpoint that it builds on."""
     monkeypatch.setattr(benchmark, "open_parent", lambda path: {"here": mixed_parent}[path])
     mixed_parent = type("Parent", (), {"config": mixed})
-    variant = {"size": "tiny", "method": "svd-per_layer_budget"}
-    settings = {"batch_size": 2, "inputs_length": 8, "targets_length": 3, "repetitions": 2}
-    settings["networks"] = [[variant, None]]
-    outcome = benchmark.run("timed", settings, None, ["here"], None)
-    found = {entry["metric"]: entry["value"] for entry in outcome.records}
-    assert found["kv_cache_bytes"] == kv_cache.kv_cache_bytes(mixed, 1, 8, 3)
-    assert found["num_params"] == count_params(mixed)
+    variant = Variant("tiny", 4, 2, 2, 4, 0.0, 0, "svd", per_layer_budget=True)
+    settings = BenchmarkSettings(variant, (TimedNetwork(variant, None),), 2, 8, 3, repetitions=2)
+    setup = type("Setup", (), {"profile_benchmark": profile})
+    job = type("Job", (), {"setup": setup, "workdir": tmp_path, "title": "timed"})
+    outcome = benchmark.run("timed", settings, None, ["here"], job)
+    values = {entry["metric"]: entry["value"] for entry in outcome.records}
+    assert values["kv_cache_bytes"] == kv_cache.kv_cache_bytes(mixed, 1, 8, 3)
+    assert values["num_params"] == count_params(mixed)
     assert "4/2/2 KV heads" in capsys.readouterr().out
+    assert len(list((tmp_path / "tensorboard" / "timed").rglob("*.xplane.pb"))) == profile
 
 
 def test_a_training_step_runs(mixed, batch):
