@@ -139,7 +139,7 @@ def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(tmp_path
             "{'from': 0}",
             "None",
             "UserError not so",
-            "Damaged checkpoint 3 is damaged: a file is missi",
+            "DamagedCheckpoint checkpoint 3 is damaged: a file is missi",
             f"True {calls}",
             f"2 ({i}, 2)",
             "1 (0, 1)",
