@@ -95,14 +95,12 @@ def convert(
     """Convert parameters to `num_kv_heads` KV heads; arrays that do not change are shared.
 
     Args:
-        num_kv_heads: one number for self-attention and cross-attention of the decoder (the paper
-            leaves the encoder alone), or a dict with an entry for each of "encoder",
-            "self_attention" and "cross_attention" that is to change. The two attentions of the
-            decoder also take a tuple with a number for each layer (see `per_layer_kv_heads`).
+        num_kv_heads: one number for both attentions of the decoder (the paper leaves the encoder
+            alone), or a dict of "encoder", "self_attention" and "cross_attention" as far as they
+            change. The latter two also take a number for each layer (see `per_layer_kv_heads`).
         method: one of METHODS. "weighted" and "fuse" give the network their training starts from.
         seed: of everything random in method and grouping.
-        input_covariances: measured by `calibration.input_covariances`; required where
-            `needs_input_covariances` says so, unless `batches` are given.
+        input_covariances: of `calibration.input_covariances`, where they or `batches` are needed.
         batches: calibration batches. Each layer is then measured in the network as converted so
             far, so that later layers can make up for the errors of earlier ones.
         space: what "svd" approximates best: kernels ("weight"), keys and values ("activation"), or
