@@ -25,7 +25,7 @@ from gqa.decoder_only.layout import (
 )
 from gqa.interop import safetensors_files
 from gqa.interop.safetensors_files import Tensors
-from gqa.runtime import atomic_files
+from gqa.runtime import atomic_files, regular_files
 from gqa.runtime.errors import ConfigError, UserError
 
 METHODS = ("mean", "first", "svd")
@@ -63,7 +63,7 @@ def convert(
     if method not in METHODS:
         raise ConfigError("method", method, f"use one of {', '.join(METHODS)}")
     source, target = Path(source), Path(target)
-    config = safetensors_files.read_json(source / "config.json")
+    config = regular_files.read_json(source / "config.json")
     sizes = read_sizes(config, num_kv_heads, method, source / "config.json")
     old = Tensors(source)
     with safetensors_files.naming(old.path):
@@ -110,7 +110,7 @@ def _begin(old: Tensors, target: Path, settings: dict) -> dict:
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         path = target / RECORD
-        earlier = safetensors_files.read_json(path) if path.exists() else {}
+        earlier = regular_files.read_json(path) if path.exists() else {}
         if any(earlier.get(key) != fresh[key] for key in ("source", *settings)):
             raise UserError(f"{target} holds something else; name a new or empty folder")
         return fresh | {key: earlier.get(key, {}) for key in ("done", "errors")}

@@ -11,18 +11,19 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gqa.runtime import atomic_files
+from gqa.runtime import atomic_files, regular_files
 from gqa.runtime.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 PIECE = 2**25  # bytes that are read or copied at a time
+MAX_INDEX_BYTES = 2**26  # the index of 100,000 tensors has 10 MB
 
 
 class Tensor(NamedTuple):
@@ -79,7 +80,7 @@ class Tensors:
                 raise UserError(f"{other}: not safetensors; save the model as {SINGLE} first")
             return {SINGLE: []}
         files: dict[str, list[str]] = {}
-        places = read_json(self.path).get("weight_map")
+        places = regular_files.read_json(self.path, MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise UserError(f"{self.path}: weight_map names no tensor")
         for name, file in places.items():
@@ -113,7 +114,7 @@ class Tensors:
         dtype, (rows, *rest) = np.dtype(FLOATS[tensor.dtype]), tensor.shape
         count = rows - first if count is None else count
         row = math.prod(rest) * dtype.itemsize
-        with _open(self.folder / tensor.file) as file:
+        with regular_files.open_regular(self.folder / tensor.file) as file:
             file.seek(tensor.start + first * row)
             data = np.fromfile(file, np.uint8, count * row)
         if data.size != count * row:
@@ -123,7 +124,7 @@ class Tensors:
     def pieces(self, name: str) -> Iterator[bytes]:
         """The bytes of a tensor of any dtype, some at a time."""
         tensor = self._tensors[name]
-        with _open(self.folder / tensor.file) as file:
+        with regular_files.open_regular(self.folder / tensor.file) as file:
             file.seek(tensor.start)
             for done in range(0, tensor.nbytes, PIECE):
                 yield file.read(min(PIECE, tensor.nbytes - done))
@@ -169,30 +170,14 @@ def write_json(path: Path, value: dict) -> None:
     atomic_files.write(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: naming the file that cannot be read or holds something else.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
-
-
 def _header(path: Path) -> dict[str, Tensor]:
+    regular_files.open_regular(path).close()
     try:
         with safe_open(path, "np"):  # compares sizes with the file's before it takes memory
             pass
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    with _open(path) as file:
+    with regular_files.open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
@@ -202,13 +187,6 @@ def _header(path: Path) -> dict[str, Tensor]:
         place = (8 + length + start, end - start)
         tensors[name] = Tensor(path.name, entry["dtype"], tuple(entry["shape"]), *place)
     return tensors
-
-
-def _open(path: Path) -> Any:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from gqa.interop import safetensors_files
 from gqa.model.config import check_kv_heads
+from gqa.runtime import regular_files
 from gqa.runtime.checks import check_whole_number
 from gqa.runtime.errors import UserError
 
@@ -68,7 +69,7 @@ def find(name: str) -> Decoder:
     if not path.exists():
         raise UserError(f"{name!r} is no config.json; use one, or one of {', '.join(PRESETS)}")
     path = path / "config.json" if path.is_dir() else path
-    config = safetensors_files.read_json(path)
+    config = regular_files.read_json(path)
     with safetensors_files.naming(path):
         nested = config.get("text_config")
         return _decoder(config | nested if isinstance(nested, dict) else config)

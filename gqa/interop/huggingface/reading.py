@@ -19,6 +19,7 @@ from gqa.interop.huggingface.config import to_config
 from gqa.interop.huggingface.names import COPIES, UNUSED
 from gqa.interop.safetensors_files import Tensors
 from gqa.model.config import Config
+from gqa.runtime import regular_files
 from gqa.runtime.errors import UserError
 
 
@@ -33,7 +34,7 @@ def read_config(folder: str | os.PathLike) -> Config:
 
 def _read_config(path: Path) -> tuple[Config, dict]:
     """Return our config, and config.json as it is."""
-    hf_config = safetensors_files.read_json(path)
+    hf_config = regular_files.read_json(path)
     with safetensors_files.naming(path):
         return to_config(hf_config), hf_config
 

@@ -1,0 +1,75 @@
+"""Files from strangers: only regular files are opened, and JSON only up to a number of bytes.
+
+A path may lead to a device that never ends, to a pipe that nobody writes to, or to a sparse file of
+a terabyte. Every reader of a file that somebody else may have made opens it here. Writing is in
+`gqa.runtime.atomic_files`.
+"""
+
+import json
+import os
+import stat
+from typing import Any, BinaryIO
+
+from gqa.runtime.errors import UserError
+
+# The largest JSON file that is read: config.json and metadata have kilobytes. Parsed, 16 MiB of
+# brackets become less than a gigabyte of Python's objects.
+MAX_JSON_BYTES = 2**24
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a regular file, or a link to one, to read its bytes.
+
+    Raises:
+        UserError: naming the path, if it cannot be opened or is a folder, a device or a pipe.
+    """
+    try:
+        # A pipe without a writer would block the call that opens it, unless it is told not to.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    kind = "a folder" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"
+    raise UserError(f"{path}: is {kind}; use a regular file")
+
+
+def read_bytes(path: str | os.PathLike, most: int = MAX_JSON_BYTES) -> bytes:
+    """Read a regular file of at most `most` bytes.
+
+    Raises:
+        UserError: naming the path, if it cannot be read or is larger.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            # Some files, such as those of /proc, say that they are empty and are not. Ask for one
+            # byte more than is allowed, to learn whether there is one.
+            content = file.read(most + 1) if size <= most else b""
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from error
+    if max(size, len(content)) > most:
+        raise UserError(f"{path}: has more than {most:,} bytes; use the right file")
+    return content
+
+
+def read_json(path: str | os.PathLike, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read the JSON object in a regular file of at most `most` bytes.
+
+    Raises:
+        UserError: naming the path, if it cannot be read, is larger, is nested too deeply, is no
+            JSON, or holds something else than an object.
+    """
+    content = read_bytes(path, most)
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply; use the right file") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error or 'no JSON'}; repair it, or copy it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; use the right file")
+    return value
