@@ -27,7 +27,7 @@ from experiments.stages.inputs import Job
 from experiments.stages.settings import EvaluateSettings, Setup
 from experiments.stages.typed_json import from_json, to_json
 from experiments.workdir import lock
-from gqa.checkpoints import checkpoint
+from gqa.checkpoints import step_folders
 from gqa.evaluation import results
 from gqa.runtime import distributed, sharding
 from gqa.runtime.errors import DamagedCheckpoint, UserError
@@ -109,7 +109,7 @@ def _set_aside(damaged: DamagedCheckpoint, folder: StageFolder, setup: Setup) ->
     if setup.checkpoint.on_damage != "previous" or not owners:
         raise damaged
     owner = StageFolder(owners[0])
-    checkpoint.set_aside(damaged.step)
+    step_folders.set_aside(damaged.step)
     # The outcome was made from the damaged checkpoint, or from one after it.
     owner.discard_outcome()
     print(f"{damaged.step} is damaged and was set aside, with those after it", flush=True)

@@ -14,7 +14,7 @@ from experiments.stages.settings import Recipe, Setup
 from experiments.stages.text import Text
 from experiments.stages.typed_json import from_json
 from experiments.stages.variant import Variant
-from gqa.checkpoints import checkpoint
+from gqa.checkpoints import checkpoint, step_folders
 from gqa.model.config import Config
 from gqa.runtime.errors import ConfigError, UserError
 from gqa.runtime.mesh import Layout
@@ -88,7 +88,7 @@ def open_parent(path: Path) -> Parent:
     Raises:
         UserError: naming the first key that is missing, unknown or of another type.
     """
-    path = checkpoint.find(path)
+    path = step_folders.find(path)
     values = checkpoint.load_config(path)
     try:
         _check_sizes(values.get("model"))

@@ -1,17 +1,20 @@
 """Checkpoints on disk: the only file that knows Orbax.
 
-A checkpoint is a step folder: `params` and `opt_state` as arrays, and JSON (config: the network and
-whatever its writer adds; data: the iterator's state; guard) in Orbax's own metadata. An unfinished
-save has another name and is never seen as a step. A seal (`gqa.seal`) is put on what is finished,
-and nothing is used before it was compared with it. Several processes save together and share the
-folder; what is not Orbax's is done by the primary, and the others learn from it what is there.
+A checkpoint is a step folder (step_folders.py). Its items are arrays, `params` and `opt_state`,
+and JSON in Orbax's metadata: `config` (the network, and what its writer adds), `data` (the state of
+the data iterator) and `guard` (the state of the divergence check). Orbax gives an unfinished save
+another name, so it is never taken for a step.
 
-A signal waits for Orbax to return: what is raised inside it comes out as an error of its own.
+A finished checkpoint gets a seal (checksums.py), and nothing is read before its files have been
+compared with the seal. Several processes save together into one folder; only the primary process
+seals, renames and deletes, and tells the others which steps there are.
+
+Signals are deferred while Orbax runs, because Orbax would wrap the exception that a signal raises
+in an error of its own.
 """
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gqa.checkpoints import checksums, pieces
+from gqa.checkpoints import checksums, pieces, step_folders
 from gqa.runtime import distributed, hardware, signals
 from gqa.runtime.errors import (
     CheckpointError,
@@ -30,16 +33,18 @@ from gqa.runtime.errors import (
 )
 from gqa.runtime.sharding import local_bytes, share_copies
 
+# The items that are arrays; all others are JSON.
 ARRAYS = ("params", "opt_state")
+# The file in which Orbax keeps the JSON items.
 JSON = "_CHECKPOINT_METADATA"
-LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted", "*.tmp")
 
 
 class Checkpoints:
     """The checkpoints of one training run.
 
-    Those with metrics are its result: the last `keep_last` and the best are kept. One without, from
-    a run that was interrupted, is there to go on from until the next one with metrics is saved.
+    A checkpoint with metrics is a result of the run: the last `keep_last` of them and the best are
+    kept. One without metrics comes from an interrupted run; it is kept to resume from until the
+    next one with metrics is saved.
     """
 
     def __init__(self, folder: Path, keep_last: int = 1, best: str = "validation_loss"):
@@ -55,7 +60,8 @@ class Checkpoints:
     def __exit__(self, kind, *_):
         expected = kind is None or issubclass(kind, UserError) or not issubclass(kind, Exception)
         if distributed.is_several() and not expected:
-            # It may come of another process's end: a save would wait for that process.
+            # The error may follow from the end of another process. A save under way would wait for
+            # that process for ever.
             self._pool.shutdown(wait=False)
             return
         try:
@@ -67,16 +73,17 @@ class Checkpoints:
             self._pool.shutdown()
 
     def _open(self) -> list[tuple[int, dict[str, float] | None]]:
-        """Tidy up after a kill; returns each step and its metrics."""
-        _clear(self._folder)
-        steps = _steps(self._folder)
+        """Tidy up after a kill; return each step and its metrics."""
+        step_folders.clear(self._folder)
+        steps = step_folders.finished(self._folder)
+
         # The kill may have come between the last save and its seal.
         if steps and not checksums.is_sealed(steps[-1]):
             checksums.write(steps[-1], None)
         return [(int(step.name), checksums.metrics(step)) for step in steps]
 
     def wait(self) -> None:
-        """Return when what was saved is finished and sealed; raises what went wrong with it."""
+        """Wait until the last save is finished and sealed; raise its error if it failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -101,45 +108,46 @@ class Checkpoints:
         return self._find_best()
 
     def path(self, step: int) -> Path:
-        """The folder of a step."""
+        """Return the folder of a step."""
         return self._folder / str(step)
 
     def metric(self, step: int) -> float:
-        """The `best` metric of a step saved with metrics."""
+        """Return the `best` metric of a step that was saved with metrics."""
         self.wait()
         return self._metrics[step][self._best]
 
     def save(
         self, step: int, items: dict[str, Any], metrics: dict[str, float] | None = None
     ) -> None:
-        """Start saving the items of a step; returns before the files are written.
+        """Start saving the items of a step; return before the files are written.
 
         Raises:
-            UserError: when the disk is full, here or in `wait`; earlier checkpoints stay.
+            OutOfDiskError: when the disk is full, here or in `wait`; earlier checkpoints stay.
         """
         self.wait()
         path = self.path(step)
         arrays = {name: value for name, value in items.items() if name in ARRAYS}
         text = {name: value for name, value in items.items() if name not in ARRAYS}
-        if distributed.is_several():  # each may have made a copy of its own
+        if distributed.is_several():  # each process may have a copy, but only one writes it
             arrays = share_copies(arrays)
         with signals.deferred(), _reporting_full_disk(path):
             response = ocp.save_checkpointables_async(path, arrays, custom_metadata=text)
             self._pending = self._pool.submit(self._finish, step, response, metrics)
 
     def write(self, step: int, source: pieces.Source, items: dict[str, Any]) -> None:
-        """Save a source's parameters without having them in memory, and the other items.
+        """Save the parameters of a source block by block, and the other items.
 
-        There are no metrics yet; returns when it is done.
+        The checkpoint has no metrics yet. Returns when all files are written.
 
         Raises:
-            UserError: when the disk is full; earlier checkpoints stay.
+            OutOfDiskError: when the disk is full; earlier checkpoints stay.
         """
         self.wait()
         path = self.path(step)
         unfinished = path.with_name(f"{step}.tmp")
         arrays = {name: value for name, value in items.items() if name in ARRAYS}
         text = {name: value for name, value in items.items() if name not in ARRAYS}
+        # Orbax writes its metadata for arrays of one number each; the blocks then replace these.
         arrays["params"] = pieces.placeholders(source)
         with _reporting_full_disk(path):
             with signals.deferred():
@@ -163,16 +171,17 @@ class Checkpoints:
         self._tidy()
 
     def discard_after(self, step: int | None) -> None:
-        """Delete what was saved after a step; all, if None."""
+        """Delete all checkpoints after a step, or all if `step` is None."""
         self.wait()
         self._delete([s for s in self._metrics if step is None or s > step])
 
     def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        """The items of a step, arrays placed as in `abstract`; None there loads JSON."""
+        """Return items of a step: arrays placed as in `abstract`, JSON where that has None."""
         self.wait()
         return load(self.path(step), abstract)
 
     def _finish(self, step: int, response: Any, metrics: dict[str, float] | None) -> None:
+        """Wait for Orbax in a thread of its own, seal the checkpoint, and delete old ones."""
         path = self.path(step)
         with _reporting_full_disk(path):
             response.result()
@@ -189,103 +198,51 @@ class Checkpoints:
         return min(results, key=lambda s: (results[s][self._best], -s), default=None)
 
     def _tidy(self) -> None:
-        """Delete what is neither of the last, nor the best, nor the one to go on from."""
+        """Delete every checkpoint but the last results, the best, and the one to resume from."""
         keep = {*sorted(self._results())[-self._keep_last :], self._find_best(), max(self._metrics)}
         self._delete([step for step in self._metrics if step not in keep])
 
     def _delete(self, steps: list[int]) -> None:
         for step in steps:
             if distributed.is_primary():
-                # By another name first: a kill leaves no half of a checkpoint.
-                _remove(self.path(step).rename(self._folder / f"{step}.deleted"))
+                step_folders.delete(self.path(step))
             del self._metrics[step]
 
 
-def find(path: str | Path) -> Path:
-    """The step folder that `path` means: itself, or the last step in it.
-
-    Raises:
-        UserError: if there is no finished checkpoint.
-    """
-    path = Path(path).absolute()
-    if (path / "params").is_dir():
-        return path
-    steps = _steps(path)
-    if not steps:
-        raise CheckpointError(
-            f"no checkpoint in {path}; name a step folder (with params/) or its parent"
-        )
-    return steps[-1]
-
-
 def load_config(path: str | Path) -> dict:
-    """The config (JSON) of a checkpoint.
+    """Return the JSON item `config` of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: when a file is not what was saved.
+        CheckpointError: if there is none.
+        DamagedCheckpoint: when a file is not as it was saved.
     """
     return load(path, {"config": None})["config"]
 
 
 def load(path: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Items of a checkpoint, e.g. only params, placed as in `abstract`; None there loads JSON.
+    """Return items of a checkpoint.
+
+    Args:
+        abstract: by the names of the items that are wanted: for arrays a tree of
+            `jax.ShapeDtypeStruct` with shardings, which say where to place them; for JSON, None.
 
     Raises:
-        UserError: naming the first parameters that are missing, extra or of another shape.
-        DamagedCheckpoint: when a file is not what was saved.
+        CheckpointError: naming the first parameters that are missing, extra or of another shape.
+        DamagedCheckpoint: when a file is not as it was saved.
     """
-    step = find(path)
+    step = step_folders.find(path)
     arrays = {name: tree for name, tree in abstract.items() if tree is not None}
     _by_primary(lambda: checksums.verify(step, arrays))
+
     names = [name for name in abstract if name not in arrays]
     text = _read_json(step, names) if names else {}
+
     for name, tree in arrays.items():
         _check_shapes(step, name, tree)
     nbytes = sum(map(local_bytes, jax.tree.leaves(arrays)))
     hardware.check_memory(nbytes, f"checkpoint {step}")
     with signals.deferred():
         return text | (ocp.load_checkpointables(step, arrays) if arrays else {})
-
-
-def set_aside(step: Path) -> None:
-    """Rename a damaged step folder, and later ones, so that training goes on from before it.
-
-    Those are kept as `STEP.damaged` and `STEP.later`: a later one would bring a result that lacks
-    the damaged one. The primary does so; the others see it when they next ask it.
-    """
-    if not distributed.is_primary():
-        return
-    later = [path for path in _steps(step.parent) if int(path.name) > int(step.name)]
-    for path in reversed(later):
-        path.rename(_unused(path, "later"))
-    step.rename(_unused(step, "damaged"))
-
-
-def _unused(path: Path, suffix: str) -> Path:
-    names = [path.with_name(f"{path.name}.{suffix}")]
-    while names[-1].exists():
-        names.append(path.with_name(f"{path.name}.{suffix}-{len(names) + 1}"))
-    return names[-1]
-
-
-def _steps(folder: Path) -> list[Path]:
-    """The finished checkpoints in a folder, in order."""
-    found = [p for p in folder.glob("*") if p.name.isdecimal() and (p / "params").is_dir()]
-    return sorted(found, key=lambda p: int(p.name))
-
-
-def _clear(folder: Path) -> None:
-    """Delete what a kill left of saving and deleting."""
-    for pattern in LEFTOVERS:
-        for path in folder.glob(pattern):
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _by_primary(read: Callable[[], Any]) -> Any:
@@ -309,6 +266,7 @@ def _reporting_full_disk(path: Path) -> contextlib.AbstractContextManager:
 
 
 def _read_json(step: Path, names: list[str]) -> dict[str, dict]:
+    """Return JSON items by name."""
     path = step / JSON
     hardware.check_memory(path.stat().st_size, str(path))
     try:
@@ -341,5 +299,6 @@ def _check_shapes(step: Path, item: str, expected: Any) -> None:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array in a tree, by its path such as "decoder/norm/scale"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in leaves}

@@ -1,7 +1,7 @@
-"""The seal of a checkpoint's folder: what its files are, so that damage is told and named.
+"""The seal of a checkpoint's folder: sizes and checksums of its files, to notice and name damage.
 
-`checksums.json` in the folder has the size and SHA-256 of every other file, and what was measured
-of the checkpoint. It guards against accidents, not against somebody who can write there.
+`checksums.json` in the folder has the size and SHA-256 of every other file, and the metrics of the
+checkpoint. The seal guards against accidents, not against somebody who can write into the folder.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ NAME = "checksums.json"
 
 
 def write(step: Path, metrics: dict[str, float] | None) -> None:
-    """Seal a complete checkpoint; `metrics` None when none were measured."""
+    """Seal a complete checkpoint; `metrics` is None when none were measured."""
     files = _files(step)
     _put(step, dict(zip(files, _digests(step, files), strict=True)), metrics)
 
@@ -29,39 +29,42 @@ def amend(step: Path, metrics: dict[str, float]) -> None:
 
 
 def is_sealed(step: Path) -> bool:
-    """Whether there is a seal, intact or not."""
+    """Return whether there is a seal, intact or not."""
     return (step / NAME).exists()
 
 
 def metrics(step: Path) -> dict[str, float] | None:
-    """What was measured of a checkpoint.
+    """Return the metrics of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: when the seal is.
+        DamagedCheckpoint: when the seal is missing or has changed.
     """
     return _read(step)["metrics"]
 
 
 def verify(step: Path, items: Iterable[str]) -> None:
-    """Compare the names and sizes of all files, and the contents of those of some items.
+    """Compare the names and sizes of all files, and the contents of the files of some items.
 
     Args:
-        items: names of folders in `step`; the files beside them are always compared.
+        items: names of folders in `step`; the contents of the files beside these folders are
+            compared too.
 
     Raises:
         DamagedCheckpoint: naming the first file, relative to `step`, that is missing, new or
             different.
     """
-    sealed, found = _read(step)["files"], _files(step)
-    for name in sorted(sealed.keys() | found.keys()):
-        if name not in found:
+    sealed, present = _read(step)["files"], _files(step)
+    for name in sorted(sealed.keys() | present.keys()):
+        if name not in present:
             raise DamagedCheckpoint(step, f"{name} is missing")
         if name not in sealed:
             raise DamagedCheckpoint(step, f"{name} was added")
-        if found[name] != sealed[name][0]:
+        if present[name] != sealed[name][0]:
             raise DamagedCheckpoint(
-                step, f"{name} has {found[name]} bytes instead of {sealed[name][0]}"
+                step, f"{name} has {present[name]} bytes instead of {sealed[name][0]}"
             )
+
+    # Hashing takes most of the time, so items that are not asked for are left out.
     wanted = ("", *items)
     names = [name for name in sealed if name.rpartition("/")[0].split("/")[0] in wanted]
     for name, digest in zip(names, _digests(step, names), strict=True):
@@ -70,13 +73,13 @@ def verify(step: Path, items: Iterable[str]) -> None:
 
 
 def _files(step: Path) -> dict[str, int]:
-    """Sizes of all files but the seal, by name relative to `step`."""
+    """Return the sizes of all files but the seal, by their names relative to `step`."""
     sizes = {}
     for folder, folders, names in os.walk(step):
         for name in folders + names:
             path = Path(folder, name)
             state, relative = path.lstat(), path.relative_to(step).as_posix()
-            # A link could lead out of the folder, and a pipe never end.
+            # A link could lead out of the folder, and reading a pipe might never end.
             if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
                 raise DamagedCheckpoint(step, f"{relative} is neither a file nor a folder")
             if stat.S_ISREG(state.st_mode) and relative != NAME:
@@ -85,7 +88,7 @@ def _files(step: Path) -> dict[str, int]:
 
 
 def _digests(step: Path, names: Iterable[str]) -> list[list]:
-    """[size, SHA-256] of each file, read in threads."""
+    """Return [size, SHA-256] of each file; they are read in threads."""
 
     def digest(name: str) -> list:
         try:
@@ -119,11 +122,13 @@ def _read(step: Path) -> dict:
 
 def _put(step: Path, files: dict[str, list], metrics: dict[str, float] | None) -> None:
     seal = {"metrics": metrics, "files": files}
-    # Beside the folder, so that a kill leaves no file in it that is not in the seal.
+    # The temporary file lies beside the folder: a kill must leave no file in the folder that is
+    # not in the seal.
     temporary = step.with_name(f"{step.name}.{NAME}.tmp")
     temporary.write_text(json.dumps(seal | {"sha256": _digest(seal)}, indent=1))
     os.replace(temporary, step / NAME)
 
 
 def _digest(seal: dict) -> str:
+    """Return the checksum of the seal itself, which is one of its fields."""
     return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,8 @@
 """Parameters that are read and written block by block, because all at once would not fit memory.
 
-A checkpoint of another program is a `Source`: the network, and for each parameter where its blocks
-belong. `collect` makes arrays of it, `write` puts one parameter into a checkpoint's folder.
+A checkpoint of another program is a `Source`: the network, and for each parameter its blocks and
+where they belong. `collect` makes arrays of them; `write` puts one parameter into a checkpoint's
+folder. Readers that make sources are in gqa/interop; checkpoint.py calls `write`.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +18,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gqa.model.config import Config
 from gqa.model.transformer import Transformer
 
+# Where a block belongs in its array.
 Index = tuple[int | slice, ...]
 
 
 class Source(NamedTuple):
-    """A network's parameters elsewhere.
+    """The parameters of a network in files of another program.
 
-    `chunks` gives, by a parameter's name ("decoder/norm/scale"), the largest shape of a block;
-    `blocks` its blocks in float32, each with its place, along that grid.
+    Attributes:
+        config: the network.
+        chunks: the largest shape of a block, by the parameter's name ("decoder/norm/scale").
+        blocks: yields the blocks of the parameter with a name, in float32, each with its index.
+            Blocks lie on the grid of the parameter's chunk shape.
     """
 
     config: Config
@@ -33,14 +38,14 @@ class Source(NamedTuple):
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of a network's parameters by name."""
+    """Return the shapes of a network's parameters by name."""
     batch = {name: jnp.zeros((1, 1), jnp.int32) for name in ("inputs", "targets")}
     tree = jax.eval_shape(Transformer(config).init, jax.random.key(0), batch)["params"]
     return {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
 
 
 def collect(source: Source) -> dict:
-    """All of a source's parameters as arrays."""
+    """Return all parameters of a source as a tree of arrays."""
     params = {}
     for name, shape in shapes(source.config).items():
         array = np.empty(shape, np.float32)
@@ -51,12 +56,12 @@ def collect(source: Source) -> dict:
 
 
 def placeholders(source: Source) -> dict:
-    """A tree of parameters with one number each, in whose place `write` puts them."""
+    """Return a tree of parameters of one number each, which `write` replaces on disk."""
     return unflatten_dict(dict.fromkeys(source.chunks, np.zeros(1, np.float32)), sep="/")
 
 
 def write(source: Source, name: str, folder: Path) -> None:
-    """Write one parameter into the folder of Orbax's `params`, each block a chunk of its own."""
+    """Write one parameter into the folder of Orbax's `params`, each block as one chunk."""
     store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": name.replace("/", ".") + "/"}
     chunks = {"name": "regular", "configuration": {"chunk_shape": source.chunks[name]}}
     spec = {
@@ -68,7 +73,8 @@ def write(source: Source, name: str, folder: Path) -> None:
             "chunk_grid": chunks,
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         },
-        "store_data_equal_to_fill_value": True,  # else reading takes zeros for lost
+        # Otherwise a chunk of zeros would not be stored, and Orbax would take it for lost.
+        "store_data_equal_to_fill_value": True,
     }
     array = tensorstore.open(spec, create=True, delete_existing=True).result()
     for index, block in source.blocks(name):

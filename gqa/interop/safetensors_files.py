@@ -1,8 +1,10 @@
 """Folders of safetensors files, as Hugging Face keeps weights: read and written in pieces.
 
-A file is a length, a JSON header with each tensor's place, and the tensors' bytes. `safetensors`
-checks the header; what is read then is only what was asked for, so neither a file nor a large
-tensor is ever in memory as a whole.
+A file is the length of a header, the header (JSON with the dtype, shape and offsets of each
+tensor), and the bytes of the tensors. The package `safetensors` checks the header. After that only
+the rows that are asked for are read, so neither a file nor a large tensor is ever in memory as a
+whole. Names of T5's tensors are in huggingface/names.py, those of decoder-only networks in
+gqa/decoder_only/layout.py.
 """
 
 import contextlib
@@ -27,7 +29,13 @@ MAX_INDEX_BYTES = 2**26  # the index of 100,000 tensors has 10 MB
 
 
 class Tensor(NamedTuple):
-    """Where a tensor is; `dtype` is safetensors' name, `start` the offset of its bytes."""
+    """Where a tensor is in a folder.
+
+    Attributes:
+        file: name of the file in the folder.
+        dtype: safetensors' name of it, such as "BF16".
+        start: offset of the tensor's first byte in the file.
+    """
 
     file: str
     dtype: str
@@ -38,7 +46,7 @@ class Tensor(NamedTuple):
 
 @contextlib.contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """Put the path of the file or folder that is being read before the message of a UserError."""
+    """Put `path` in front of the message of a UserError that is raised inside."""
     try:
         yield
     except UserError as error:
@@ -46,7 +54,7 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 def check(name: str, shape: tuple[int, ...], expected: tuple[int, ...], dtype: str) -> None:
-    """Refuse a tensor of another shape, or whose dtype is no floating one of safetensors."""
+    """Refuse a tensor of another shape than expected, or whose dtype is not a floating one."""
     if tuple(shape) != tuple(expected):
         raise UserError(f"tensor {name} has shape {tuple(shape)}, expected {tuple(expected)}")
     if dtype not in FLOATS:
@@ -73,7 +81,7 @@ class Tensors:
                 self._tensors[name] = in_file[name]
 
     def _files(self) -> dict[str, list[str]]:
-        """Names of the tensors wanted of each file; none named where there is no index."""
+        """Return the names of the tensors to read by file; an empty list means all."""
         if self.path.name == SINGLE:
             other = next(self.folder.glob("*.bin"), None)
             if other and not self.path.exists():
@@ -99,17 +107,17 @@ class Tensors:
         return self._tensors[name]
 
     def floats(self, name: str, shape: tuple[int, ...]) -> np.dtype:
-        """The dtype of a floating tensor that has to have this shape.
+        """Return the dtype of a tensor, which must be a floating one.
 
         Raises:
-            UserError: naming the tensor that has not.
+            UserError: naming the tensor, if its shape is not `shape` or its dtype not floating.
         """
         tensor = self._tensors[name]
         check(name, tensor.shape, shape, tensor.dtype)
         return np.dtype(FLOATS[tensor.dtype])
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
-        """A floating tensor, or `count` of its rows from `first`, in its own dtype."""
+        """Return a floating tensor in its dtype, or `count` of its rows from row `first`."""
         tensor = self._tensors[name]
         dtype, (rows, *rest) = np.dtype(FLOATS[tensor.dtype]), tensor.shape
         count = rows - first if count is None else count
@@ -122,7 +130,7 @@ class Tensors:
         return data.view(dtype).reshape(count, *rest)
 
     def pieces(self, name: str) -> Iterator[bytes]:
-        """The bytes of a tensor of any dtype, some at a time."""
+        """Yield the bytes of a tensor of any dtype, at most PIECE at a time."""
         tensor = self._tensors[name]
         with regular_files.open_regular(self.folder / tensor.file) as file:
             file.seek(tensor.start)
@@ -135,11 +143,11 @@ def write(
     tensors: dict[str, tuple[str, tuple[int, ...], int]],
     data: Callable[[str], Iterable[bytes | np.ndarray]],
 ) -> int:
-    """Write a safetensors file under another name first; returns its size in bytes.
+    """Write a whole safetensors file or none; return its size in bytes.
 
     Args:
-        tensors: safetensors' dtype, shape and number of bytes of each.
-        data: of a name: its bytes or arrays, one after the other.
+        tensors: by name, safetensors' dtype, the shape and the number of bytes.
+        data: returns the contents of the tensor with a name as bytes or arrays, in order.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -147,6 +155,8 @@ def write(
         end = start + nbytes
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         start = end
+
+    # Data start at a multiple of 8 bytes, because readers map numbers of 8 bytes into memory.
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with atomic_files.writing(path) as temporary, open(temporary, "wb") as file:
@@ -156,17 +166,18 @@ def write(
                 file.write(piece if isinstance(piece, bytes) else _bytes(piece))
         size = file.tell()
         if size != 8 + len(text) + start:
+            # Our own mistake: the header would not describe the data.
             raise ValueError(f"{path}: {size} bytes instead of {8 + len(text) + start}")
     return size
 
 
 def write_index(folder: Path, files: dict[str, str], nbytes: int) -> None:
-    """Write the index: the file of every tensor, and the bytes of all."""
+    """Write the index of a folder: the file of every tensor, and the bytes of all tensors."""
     write_json(folder / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": files})
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write an object as readable JSON, whole."""
+    """Write a JSON file, indented; a kill leaves the whole old file or the whole new one."""
     atomic_files.write(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -1,7 +1,8 @@
 """T5 checkpoints of T5X: its trees' names, each array a zarr folder, scanned layers or not.
 
-A checkpoint says nothing of its network but shapes, which are enough: sizes, gated or not, tied or
-not. Scanned layers lie along axis 1 of their arrays.
+A T5X checkpoint has no config, but the names and shapes of its arrays determine the network: its
+sizes, whether the MLP is gated, whether the logits are tied. Where layers are scanned, they lie
+along axis 1 of their arrays. Checkpoints of Hugging Face are read in huggingface/.
 """
 
 import functools
@@ -21,7 +22,7 @@ from gqa.interop.safetensors_files import naming
 from gqa.model.config import GATED_GELU, RELU, Config
 from gqa.runtime.errors import UserError
 
-# Our name: theirs, in a layer.
+# Our names of parameters, and T5X's names of arrays. This table holds within a layer.
 ATTENTION = {"query": "query", "key": "key", "value": "value", "out": "out"}
 MLP = {"mlp_norm/scale": "pre_mlp_layer_norm.scale"} | {
     f"mlp/{name}": f"mlp.{name}.kernel" for name in ("wi_0", "wi_1", "wo")
@@ -48,14 +49,14 @@ OUTSIDE_LAYERS = {
     "decoder/norm/scale": "decoder.decoder_norm.scale",
     "logits": "decoder.logits_dense.kernel",
 }
-# Where a stack's position biases are: one for all layers, or one in each.
+# T5X's names of a position bias, which a stack has once or in each layer.
 BIASES = ("relpos_bias.rel_embedding", "relative_posemb.rel_embedding")
 TABLE = "position_bias/table"
 PREFIX, STEP = "target.", "checkpoint_"
 
 
 class _Arrays(NamedTuple):
-    """The arrays of a checkpoint: their kvstore's spec, and names with zarr's version."""
+    """The arrays of a checkpoint: the kvstore that has them, and each array's zarr driver."""
 
     store: dict
     drivers: dict[str, str]
@@ -73,12 +74,12 @@ class _Arrays(NamedTuple):
 
 
 def open_folder(folder: str | os.PathLike) -> Source:
-    """The parameters of a T5X checkpoint: its folder, or that of several, whose last one is taken.
+    """Open a T5X checkpoint, or the last one in a folder of several; arrays are read when asked.
 
-    Each is read as a whole, layers that are scanned together.
+    An array is read as a whole; with scanned layers it holds all layers of a stack.
 
     Raises:
-        UserError: for an array that is missing, not expected or of a shape that does not fit.
+        UserError: for an array that is missing, not expected, or of a shape that does not fit.
     """
     folder = _find(Path(folder))
     with naming(folder):
@@ -127,7 +128,12 @@ def _list(folder: Path) -> _Arrays:
 
 
 class _Stack(NamedTuple):
-    """How a stack's layers are named: "encoder.layers_{}." or, scanned, "encoder.encoder."."""
+    """The names of the arrays of a stack.
+
+    Attributes:
+        prefix: of the arrays of a layer: "encoder.layers_{}.", or "encoder.encoder." if scanned.
+        bias: the array of the position bias.
+    """
 
     prefix: str
     layers: int
@@ -149,7 +155,7 @@ def _stack(arrays: _Arrays, stack: str) -> _Stack:
             prefix = f"{stack}.{stack}."
         layers = arrays.open(f"{prefix}pre_mlp_layer_norm.scale").shape[-1]
     places = [f"{place}{bias}" for place in (f"{stack}.", prefix) for bias in BIASES]
-    # If there is no bias, the first place is the one that the message about it names.
+    # If there is no bias, the first place is the one that the error names as missing.
     bias = next((place for place in places if place.format(0) in arrays.drivers), places[0])
     return _Stack(prefix, layers, scanned, bias)
 
@@ -162,7 +168,7 @@ def _config(arrays: _Arrays, stacks: dict[str, _Stack]) -> Config:
     wide = "mlp.wi_0.kernel" if gated else "mlp.wi.kernel"
 
     def size(stack: _Stack, name: str) -> int:
-        """Outputs of a layer's kernel."""
+        """Return the number of outputs of a kernel of one layer."""
         numbers = math.prod(arrays.open(f"{stack.prefix}{name}".format(0)).shape)
         return numbers // (d_model * (stack.layers if stack.scanned else 1))
 
@@ -185,7 +191,7 @@ def _config(arrays: _Arrays, stacks: dict[str, _Stack]) -> Config:
 
 
 def _theirs(name: str, stacks: dict[str, _Stack], config: Config) -> list[str]:
-    """The arrays of one of our parameters: one, or one a layer where they are not scanned."""
+    """Return the arrays of one of our parameters: one, or one for each layer if not scanned."""
     if name in OUTSIDE_LAYERS:
         return [OUTSIDE_LAYERS[name]]
     stack, _, rest = name.partition("/")
@@ -213,7 +219,7 @@ def _check(arrays: _Arrays, group: list[str], name: str, shape: tuple[int, ...])
 
 
 def _table(arrays: _Arrays, group: list[str]) -> np.ndarray:
-    """The position bias of a stack [buckets, N], from [N, buckets] or [N, layers, buckets] each."""
+    """Return the position bias of a stack [buckets, N]; theirs is [N, buckets] or has layers."""
     stored = [arrays.open(name).read().result() for name in group]
     tables = np.concatenate([x.reshape(len(x), -1, x.shape[-1]) for x in stored], 1)
     if not np.array_equal(tables, np.broadcast_to(tables[:, :1], tables.shape)):

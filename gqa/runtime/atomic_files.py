@@ -1,4 +1,7 @@
-"""Files that are never half written: a reader sees all of one, or the one before."""
+"""Files that are never half written: a reader sees the whole new file, or the whole old one.
+
+Reading files of strangers is in regular_files.py.
+"""
 
 import contextlib
 import os
@@ -8,9 +11,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[Path]:
-    """The name to write a file under, which is renamed to `path` at the end.
+    """Yield a temporary name to write a file under; rename it to `path` at the end.
 
-    Nothing is left of it after an error; an OSError, such as of a full disk, names `path`.
+    After an error the temporary file is deleted. An OSError, such as of a full disk, names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -25,6 +28,6 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a file whole; text as UTF-8."""
+    """Write a whole file; text is encoded as UTF-8."""
     with writing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)

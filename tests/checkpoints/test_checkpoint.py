@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.checkpoints import checkpoint, checksums
+from gqa.checkpoints import checkpoint, checksums, step_folders
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.runtime import hardware, signals
 from gqa.runtime.errors import DamagedCheckpoint, UserError
@@ -91,11 +91,11 @@ def test_a_save_that_was_killed_is_not_a_checkpoint(tmp_path):
         save(checkpoints, 1, 1.0)
     killed = tmp_path / "2.orbax-checkpoint-tmp"
     (killed / "params").mkdir(parents=True)
-    assert checkpoint.find(tmp_path).name == "1"
+    assert step_folders.find(tmp_path).name == "1"
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest == 1
         save(checkpoints, 2, 1.0)
-    assert checkpoint.find(tmp_path).name == "2"
+    assert step_folders.find(tmp_path).name == "2"
     assert not killed.exists()
 
 
@@ -103,10 +103,10 @@ def test_a_checkpoint_is_found_from_its_step_or_its_parent(tmp_path):
     with Checkpoints(tmp_path / "run", keep_last=2) as checkpoints:
         save(checkpoints, 9, 1.0)
         save(checkpoints, 10, 2.0)
-    assert checkpoint.find(tmp_path / "run").name == "10"
-    assert checkpoint.find(tmp_path / "run" / "9").name == "9"
+    assert step_folders.find(tmp_path / "run").name == "10"
+    assert step_folders.find(tmp_path / "run" / "9").name == "9"
     with pytest.raises(UserError, match=r"no checkpoint in .*run2; name a step folder"):
-        checkpoint.find(tmp_path / "run2")
+        step_folders.find(tmp_path / "run2")
 
 
 def test_other_shapes_and_names_are_told_apart(tmp_path):
@@ -202,15 +202,15 @@ def test_a_damaged_step_and_later_ones_are_set_aside(saved):
     flip(saved / "1" / "checksums.json")
     with pytest.raises(DamagedCheckpoint) as caught:
         Checkpoints(saved)
-    checkpoint.set_aside(caught.value.step)
+    step_folders.set_aside(caught.value.step)
     assert sorted(path.name for path in saved.iterdir()) == ["1.damaged", "2.later"]
     with Checkpoints(saved) as checkpoints:
         assert checkpoints.latest is None
         save(checkpoints, 1, 2.0)
-    checkpoint.set_aside(saved / "1")
+    step_folders.set_aside(saved / "1")
     assert (saved / "1.damaged-2").is_dir()
     with pytest.raises(UserError, match="no checkpoint in"):
-        checkpoint.find(saved)
+        step_folders.find(saved)
 
 
 def test_a_step_that_a_kill_left_without_seal_is_sealed_at_the_next_open(saved):

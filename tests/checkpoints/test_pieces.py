@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gqa.__main__ import run_command
-from gqa.checkpoints import checkpoint, checksums, pieces
+from gqa.checkpoints import checkpoint, checksums, pieces, step_folders
 from gqa.data import tokenizer
 from gqa.interop import huggingface, safetensors_files
 from gqa.interop.huggingface import names
@@ -158,7 +158,7 @@ def test_a_kill_while_writing_leaves_no_checkpoint(folder, tmp_path, monkeypatch
         ):
             checkpoints.write(5, source, {"config": {}})
     with pytest.raises(UserError, match="no checkpoint in"):
-        checkpoint.find(tmp_path / "c")
+        step_folders.find(tmp_path / "c")
     with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.latest is None
         assert not list((tmp_path / "c").iterdir())

@@ -5,7 +5,7 @@ import signal
 import numpy as np
 import pytest
 
-from gqa.checkpoints import checkpoint
+from gqa.checkpoints import checkpoint, step_folders
 from gqa.runtime import signals
 from gqa.runtime.errors import DivergedError
 from gqa.training.divergence import Settings
@@ -58,7 +58,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, at):
     toy.fit(tmp_path / "whole", 8, 3)
     interrupted = preempt(tmp_path / "parts", at, 8, 3)
     assert interrupted.signum == signal.SIGTERM
-    saved = checkpoint.find(tmp_path / "parts" / "checkpoints")
+    saved = step_folders.find(tmp_path / "parts" / "checkpoints")
     # The step under way is finished: its metrics are read while the next one runs.
     assert saved.name == str(at if at in (3, 6) else at + 1)
     assert str(interrupted) == (
@@ -75,7 +75,7 @@ def test_a_run_that_every_step_interrupts_ends_as_if_none_had(tmp_path):
         with pytest.raises(signals.Interrupted):
             toy.fit(tmp_path / "parts", 7, 3, alive=lambda _: signals._handle(15, None))
         again()
-        ends.append(checkpoint.find(tmp_path / "parts" / "checkpoints").name)
+        ends.append(step_folders.find(tmp_path / "parts" / "checkpoints").name)
     assert ends == ["2", "3", "5", "6", "7"]
     toy.fit(tmp_path / "parts", 7, 3)
     toy.assert_same(toy.outcome(tmp_path / "parts"), toy.outcome(tmp_path / "whole"))
@@ -91,7 +91,7 @@ def test_a_signal_during_validation_saves_without_its_result(tmp_path):
             toy.fit(tmp_path / "parts", 5, 3, validate=validate)
         assert caught.value.signum == signal.SIGINT
         again()
-    assert checkpoint.find(tmp_path / "parts" / "checkpoints").name == "3"
+    assert step_folders.find(tmp_path / "parts" / "checkpoints").name == "3"
     with checkpoint.Checkpoints(tmp_path / "parts" / "checkpoints") as saved:
         assert (saved.latest, saved.measured, saved.best) == (3, None, None)
     toy.fit(tmp_path / "parts", 5, 3)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from gqa.checkpoints import checkpoint, pieces
+from gqa.checkpoints import checkpoint, pieces, step_folders
 from gqa.data import tokenizer
 from gqa.interop import huggingface
 from gqa.model.config import Config
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Load the checkpoint and write it as a folder of Hugging Face."""
-    path = checkpoint.find(options.checkpoint)
+    path = step_folders.find(options.checkpoint)
     info = checkpoint.load_config(path)
     try:
         config = Config(**info["model"])

@@ -1,4 +1,7 @@
-"""What config.json says of a T5, and our config."""
+"""Translate config.json of a Hugging Face T5 into our config, and back.
+
+Only the meaning of keys is here; reading.py reads the file, and names.py has the tensors.
+"""
 
 from typing import Any
 
@@ -7,10 +10,10 @@ from gqa.runtime.errors import UserError
 
 ACTIVATIONS = {"relu": RELU, "gated-gelu": GATED_GELU}
 
-# What a file has where it says nothing: Transformers' defaults.
+# Transformers' default of feed_forward_proj, by model type.
 DEFAULTS = {"t5": "relu", "mt5": "gated-gelu"}
 
-# What our network has as a constant: a file that says otherwise is refused.
+# Constants of our network. A file with another value is refused.
 FIXED = {
     "layer_norm_epsilon": 1e-6,
     "pad_token_id": 0,
@@ -18,7 +21,7 @@ FIXED = {
     "decoder_start_token_id": 0,
 }
 
-# Our name: theirs.
+# Our names of sizes, and Transformers' names.
 SIZES = {
     "vocab_size": "vocab_size",
     "d_model": "d_model",
@@ -29,7 +32,8 @@ SIZES = {
     "num_decoder_layers": "num_layers",
 }
 
-# KV heads, which Transformers' T5 does not know: a number, or in the decoder one for each layer.
+# Numbers of KV heads, keys of ours that Transformers' T5 does not know: a number, or in the
+# decoder a list with one for each layer.
 KV_HEADS = {
     "num_kv_heads_self_attention": "num_key_value_heads",
     "num_kv_heads_cross_attention": "cross_num_key_value_heads",
@@ -38,10 +42,10 @@ KV_HEADS = {
 
 
 def to_config(hf_config: dict) -> Config:
-    """Our config of a config.json; keys that older files lack have Transformers' defaults.
+    """Return our config for a config.json; a key that is missing has Transformers' default.
 
     Raises:
-        UserError: naming the key, for another network than ours.
+        UserError: naming the key whose value our network cannot have.
     """
     if not isinstance(hf_config, dict):
         raise UserError("not a JSON object with a model's settings")
@@ -84,7 +88,7 @@ def _kv_heads(hf_config: dict, heads: int) -> dict[str, Any]:
 
 
 def _size_or_sizes(hf_config: dict, key: str, default: int) -> int | tuple[int, ...]:
-    """One number for all layers, or a list with one for each."""
+    """Return one number for all layers, or one for each layer if the file has a list."""
     value = hf_config.get(key)
     if isinstance(value, list):
         return tuple(_size({key: each}, key) for each in value)
@@ -108,7 +112,7 @@ def _flag(hf_config: dict, key: str, default: bool) -> bool:
 
 
 def from_config(config: Config) -> dict:
-    """What a config.json says of `config`; `to_config` is the way back."""
+    """Return the config.json of a network; `to_config` is the inverse."""
     activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     hf_config = FIXED | {
         "model_type": "t5",

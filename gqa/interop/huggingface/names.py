@@ -1,14 +1,15 @@
-"""Our parameters' names, and how Transformers' tensors lie in them.
+"""Names and shapes of Transformers' T5 tensors, and where they lie in our parameters.
 
-Their linear layers keep weights as [outputs, inputs] with heads flattened, one tensor a layer; ours
-are [inputs, outputs] with a head axis, and the layers of a stack share one array.
+Transformers keeps the weight of a linear layer as [outputs, inputs] with flattened heads, one
+tensor for each layer. Ours is [inputs, outputs] with a head axis, and one array holds all layers of
+a stack. This file reads nothing; reading.py and writing.py do.
 """
 
 import math
 
 from gqa.model.config import RELU, Config
 
-# Our name: theirs, which "decoder.block.3." or the like precedes and ".weight" ends.
+# Our names, and theirs without the prefix, such as "decoder.block.3.", and the ending ".weight".
 ENCODER_LAYER = {
     "attention_norm/scale": "layer.0.layer_norm",
     "attention/query": "layer.0.SelfAttention.q",
@@ -48,14 +49,14 @@ OUTSIDE_LAYERS = {
 NOT_TRANSPOSED = ("embedding", "encoder/position_bias/table", "decoder/position_bias/table")
 
 EMBEDDING, LOGITS = "shared.weight", "lm_head.weight"
-# A file may repeat the embedding under these names; the last one only if the logits are tied.
+# Names under which a file may repeat the embedding; LOGITS only if the logits are tied.
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", LOGITS)
-# In the first T5 files, and read by nothing: cross-attention has no position bias.
+# A tensor of the first T5 files that nothing reads: cross-attention has no position bias.
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
 def theirs(name: str, shape: tuple[int, ...], config: Config) -> list[str]:
-    """The tensors that one of our parameters is made of: one, or one a layer."""
+    """Return the tensors that make up one of our parameters: one, or one for each layer."""
     stack, _, rest = name.partition("/layers/")
     if not rest:
         return [f"{OUTSIDE_LAYERS[name]}.weight"]
@@ -68,17 +69,17 @@ def theirs(name: str, shape: tuple[int, ...], config: Config) -> list[str]:
 
 
 def is_stacked(name: str) -> bool:
-    """Whether a parameter has an axis of layers, the first."""
+    """Return whether the first axis of a parameter is that of layers."""
     return "/layers/" in name
 
 
 def is_transposed(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor [outputs, inputs] is one of a parameter's layers, `shape`, turned."""
+    """Return whether the tensor of one layer is the transpose of our layer of shape `shape`."""
     return len(shape) > 1 and name not in NOT_TRANSPOSED
 
 
 def their_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the tensor of one layer's `shape`."""
+    """Return the shape of the tensor that holds one layer of our shape `shape`."""
     if not is_transposed(name, shape):
         return shape
     inputs = len(shape) - 1 if name.endswith("/out") else 1
@@ -86,7 +87,7 @@ def their_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def rows(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Where the rows of the tensor of one layer's `shape` are in it: an axis, and rows a place."""
+    """Return the axis of our layer that the tensor's rows run along, and rows for each index."""
     if not is_transposed(name, shape):
         return 0, 1
     if name.endswith("/out"):

@@ -1,0 +1,79 @@
+"""Step folders: the folders `1000`, `2000` ... of a training run, each a finished checkpoint.
+
+This file finds them, sets damaged ones aside and deletes what a kill left. It knows names only:
+checkpoint.py knows what a step folder holds, checksums.py whether it is intact.
+"""
+
+import shutil
+from pathlib import Path
+
+from gqa.runtime import distributed
+from gqa.runtime.errors import CheckpointError
+
+# Names that an unfinished save or deletion has: Orbax's, and those of this package.
+LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted", "*.tmp")
+
+
+def find(path: str | Path) -> Path:
+    """Return the step folder that `path` means: itself, or the last step in it.
+
+    Raises:
+        CheckpointError: if there is no finished checkpoint.
+    """
+    path = Path(path).absolute()
+    if (path / "params").is_dir():
+        return path
+    steps = finished(path)
+    if not steps:
+        raise CheckpointError(
+            f"no checkpoint in {path}; name a step folder (with params/) or its parent"
+        )
+    return steps[-1]
+
+
+def finished(folder: Path) -> list[Path]:
+    """Return the finished checkpoints in a folder, in the order of their steps."""
+    steps = [p for p in folder.glob("*") if p.name.isdecimal() and (p / "params").is_dir()]
+    return sorted(steps, key=lambda p: int(p.name))
+
+
+def set_aside(step: Path) -> None:
+    """Rename a damaged step folder and all later ones, so that training resumes before it.
+
+    The damaged one is kept as `STEP.damaged`, a later one as `STEP.later`. If later ones stayed,
+    training would resume from them, and the run would end without the damaged step. Only the
+    primary process renames; the others learn it when they next ask the primary.
+    """
+    if not distributed.is_primary():
+        return
+    later = [path for path in finished(step.parent) if int(path.name) > int(step.name)]
+    for path in reversed(later):
+        path.rename(_unused(path, "later"))
+    step.rename(_unused(step, "damaged"))
+
+
+def _unused(path: Path, suffix: str) -> Path:
+    """Return a name beside `path` that nothing has: `3.damaged`, then `3.damaged-2` ..."""
+    names = [path.with_name(f"{path.name}.{suffix}")]
+    while names[-1].exists():
+        names.append(path.with_name(f"{path.name}.{suffix}-{len(names) + 1}"))
+    return names[-1]
+
+
+def delete(step: Path) -> None:
+    """Delete a step folder; a kill meanwhile leaves no half of a checkpoint under its name."""
+    _remove(step.rename(step.with_name(f"{step.name}.deleted")))
+
+
+def clear(folder: Path) -> None:
+    """Delete what a kill left of saving and deleting."""
+    for pattern in LEFTOVERS:
+        for path in folder.glob(pattern):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
