@@ -30,7 +30,7 @@ from gqa.evaluation import results
 from gqa.inference.step import Inference
 from gqa.model import flops
 from gqa.model.config import Config, check_kv_heads
-from gqa.runtime.errors import ConfigError, UserError
+from gqa.runtime.errors import ConfigError, UserError, renamed_fields
 from gqa.runtime.mesh import Layout, check_layout, resolve_layout
 
 KINDS = (None, "aot", "report")
@@ -66,7 +66,9 @@ def check(config: ConfigDict) -> None:
     target = _targets(config)[0]
     for K in _kv_heads(config):
         check_kv_heads("aot.kv_heads", K, config.model.num_heads)
-        check_layout(_network(config, K), Layout(model=target.chips), target.chips, target.chips)
+        network = _network(config, K)
+        with renamed_fields(f"aot.target={config.aot.target}: "):
+            check_layout(network, Layout(model=target.chips), target.chips, target.chips)
     if not 0 < config.aot.efficiency <= 1:
         raise UserError(f"aot.efficiency={config.aot.efficiency}; use more than 0 and at most 1")
 

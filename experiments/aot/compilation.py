@@ -148,9 +148,9 @@ class Compiler:
         inputs = jax.ShapeDtypeStruct((batch_size, S), jnp.int32)
         memory = jax.eval_shape(net.prefill, weights, inputs)
         cache = jax.eval_shape(lambda: net.init_cache(batch_size, 1, T))
-        cache = _with_shardings(cache, caches.own)
+        cache = _with_shardings(cache, caches.self_attention)
         mask = memory.mask.update(sharding=caches.mask)
-        memory = Memory(_with_shardings(memory.kv, caches.cross), mask)
+        memory = Memory(_with_shardings(memory.kv, caches.cross_attention), mask)
 
         # The tokens and their position. The caches that go out lie as those that came in, and are
         # donated, so that XLA updates them in place.
@@ -166,7 +166,7 @@ class Compiler:
         caches = sharding.cache_sharding(net.config, self.mesh, net.layout, net.fused)
         rows = sharding.batch_sharding(self.mesh)
         inputs = jax.ShapeDtypeStruct((batch_size, S), jnp.int32, sharding=rows)
-        placements: Any = Memory(caches.cross, caches.mask)  # type: ignore[arg-type]  # of shardings
+        placements: Any = Memory(caches.cross_attention, caches.mask)  # type: ignore[arg-type]  # of shardings
         prefill = jax.jit(net.prefill, out_shardings=placements)
         return self._compile(prefill, self._weights(net), inputs)
 

@@ -16,12 +16,12 @@ from experiments.stages import text
 from gqa import conversion
 from gqa.data import tasks, tokenizer
 from gqa.data.examples import SPLITS
-from gqa.runtime.errors import ConfigError, UserError
+from gqa.runtime.checks import check_whole_number
+from gqa.runtime.errors import UserError, renamed_fields
 from gqa.runtime.mesh import Layout, check_batch, check_layout, check_rows
 from gqa.training import progress
 from gqa.training.profiling import parse_window
 
-LARGEST = 2**31 - 1  # steps, lengths, seeds and token ids are int32
 # Whole numbers that may be 0, where 0 mostly means "all" or "the default".
 ZERO_TOO = (
     *("seed", "evaluate.examples", "evaluate.top_k", "train.max_rollbacks"),
@@ -62,12 +62,15 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
     layout = Layout(**config.mesh)
     count, local_count = devices or (jax.device_count(), jax.local_device_count())
     for network in (parent_config(config), converted_config(config)):
-        check_layout(network, layout, count, local_count)
-        size, generate = config.evaluate.batch_size, max(local_count, layout.model)
-        check_rows("evaluate.batch_size", size, network, layout, generate)
+        with renamed_fields("mesh."):
+            check_layout(network, layout, count, local_count)
+        generate = max(local_count, layout.model)
+        with renamed_fields("evaluate."):
+            check_rows(config.evaluate.batch_size, network, layout, generate)
     for section in ("pretrain", "finetune"):
         _check_batch(section, config[section], layout, count)
-    check_batch("evaluate.batch_size", config.evaluate.batch_size, 1, layout, count)
+    with renamed_fields("evaluate."):
+        check_batch(config.evaluate.batch_size, 1, layout, count)
     progress.check(config.wandb.mode)
 
 
@@ -95,11 +98,11 @@ def check_numbers(config: ConfigDict) -> None:
     for name, value in flatten(config):
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        least = 0 if isinstance(value, float) or name in ZERO_TOO else 1
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise UserError(f"{name} is too large; use {least} to {LARGEST}")
-        if not least <= value < math.inf:
-            raise UserError(f"{name}={value}; use {least} or more")
+        least = 0 if name in ZERO_TOO else 1
+        if isinstance(value, int):
+            check_whole_number(name, value, least)
+        elif not 0 <= value < math.inf:
+            raise UserError(f"{name}={value}; use 0 or more")
 
 
 def _check_conversion(config: ConfigDict) -> None:
@@ -107,7 +110,8 @@ def _check_conversion(config: ConfigDict) -> None:
     section = config.convert
     if section.per_layer_budget and config.mesh.model > 1:
         raise UserError("convert.per_layer_budget=True goes with mesh.model=1 alone")
-    try:
+    # The library names its arguments, which are keys of this section.
+    with renamed_fields("convert."):
         if section.per_layer_budget:
             conversion.check_per_layer(section.method, section.grouping)
         conversion.check(
@@ -118,16 +122,12 @@ def _check_conversion(config: ConfigDict) -> None:
             section.grouping,
             section.renorm,
         )
-    except ConfigError as error:  # the library names its arguments: keys of this section
-        raise error.renamed(f"convert.{error.field}") from error
 
 
 def _check_profile(config: ConfigDict) -> None:
-    try:
+    with renamed_fields("train."):
         if config.train.profile:
             parse_window(config.train.profile)
-    except ConfigError as error:
-        raise error.renamed(f"train.{error.field}") from error
 
 
 def _check_fractions(config: ConfigDict) -> None:
@@ -150,7 +150,8 @@ def _check_batch(section: str, training: ConfigDict, layout: Layout, count: int)
             f"{section}.batch_size={size} does not split over num_microbatches={parts}; "
             f"use a multiple of {parts}"
         )
-    check_batch(f"{section}.batch_size", size, parts, layout, count)
+    with renamed_fields(f"{section}."):
+        check_batch(size, parts, layout, count)
 
 
 def _check_tasks(config: ConfigDict) -> None:

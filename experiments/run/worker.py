@@ -30,7 +30,7 @@ from experiments.workdir import lock
 from gqa.checkpoints import step_folders
 from gqa.evaluation import results
 from gqa.runtime import distributed, sharding
-from gqa.runtime.errors import DamagedCheckpoint, UserError
+from gqa.runtime.errors import DamagedCheckpoint, UserError, renamed_fields
 from gqa.runtime.mesh import make_mesh
 
 RESULTS = "results.jsonl"
@@ -129,7 +129,8 @@ def _is_alone(kind: str, setup: Setup) -> bool:
 def _make_job(setup_json: str, workdir: Path, alone: bool) -> Job:
     setup = from_json(Setup, json.loads(setup_json), "setup")
     layout = setup.mesh.within(jax.local_device_count()) if alone else setup.mesh
-    mesh = make_mesh(layout, local=alone)
+    with renamed_fields("mesh."):
+        mesh = make_mesh(layout, local=alone)
     prepared = text.prepare(setup.text, workdir)._replace(share=sharding.share(mesh))
     return Job(workdir, setup, prepared, mesh, layout)
 

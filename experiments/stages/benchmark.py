@@ -23,9 +23,8 @@ def run(
     and the size of the reference beside its own time, because a machine may be faster or slower by
     the time that another stage measures the reference again.
     """
-    trace_folder = None
-    if job.setup.profile_benchmark:
-        trace_folder = job.workdir / "tensorboard" / (job.title or folder.name)
+    del folder  # timings leave nothing but records
+    trace_folder = job.events if job.setup.profile_benchmark else None
     shape = {
         "batch_size": settings.batch_size,
         "inputs_length": settings.inputs_length,

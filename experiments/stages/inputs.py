@@ -16,7 +16,7 @@ from experiments.stages.typed_json import from_json
 from experiments.stages.variant import Variant
 from gqa.checkpoints import checkpoint, step_folders
 from gqa.model.config import Config
-from gqa.runtime.errors import ConfigError, UserError
+from gqa.runtime.errors import UserError, renamed_fields
 from gqa.runtime.mesh import Layout
 from gqa.training import step as training_step
 
@@ -39,6 +39,11 @@ class Job:
     mesh: Mesh
     layout: Layout
     title: str = ""
+
+    @property
+    def events(self) -> Path:
+        """The folder in which TensorBoard finds the stage that is run."""
+        return self.workdir / "tensorboard" / self.title
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,8 @@ def open_parent(path: Path) -> Parent:
     values = checkpoint.load_config(path)
     try:
         _check_sizes(values.get("model"))
-        info = from_json(CheckpointInfo, values, "config")
-    except ConfigError as error:
-        raise error.renamed(f"checkpoint {path}: config.model.{error.field}") from error
+        with renamed_fields("config.model."):
+            info = from_json(CheckpointInfo, values, "config")
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}; use a checkpoint of this program") from error
     return Parent(path, info)

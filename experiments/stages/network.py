@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gqa.model.config import Config
-from gqa.runtime.errors import ConfigError
+from gqa.runtime.errors import renamed_fields
 
 
 def network_config(model: Mapping[str, Any], heads: Mapping[str, Any]) -> Config:
@@ -16,7 +16,5 @@ def network_config(model: Mapping[str, Any], heads: Mapping[str, Any]) -> Config
     Raises:
         ConfigError: naming the key of the section, such as model.d_ff.
     """
-    try:
+    with renamed_fields("model."):
         return Config(**model, **heads)
-    except ConfigError as error:
-        raise error.renamed(f"model.{error.field}") from None

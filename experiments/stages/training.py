@@ -7,7 +7,6 @@ import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -122,7 +121,7 @@ def run_training(
         teacher_params: of `spec.teacher`, if there is one.
     """
     recipe, config, pooling = spec.recipe, spec.info.model, spec.pooling
-    check_batch("batch_size", recipe.batch_size, recipe.num_microbatches, job.layout)
+    check_batch(recipe.batch_size, recipe.num_microbatches, job.layout)
     abstract, step = _compile(_step_spec(spec, job))
     loss_arguments = () if teacher_params is None else (teacher_params,)
 
@@ -139,7 +138,7 @@ def run_training(
         profiling.profiled(
             lambda state, batch: step(state, batch, *loss_arguments),
             train_options.profile,
-            _events_folder(job, folder),
+            job.events if distributed.is_primary() else None,
         ) as train_step,
     ):
         rollbacks = loop.fit(
@@ -244,14 +243,7 @@ def _make_progress(
             id=f"{folder.name}-{place}",
             folder=job.workdir,
         )
-    events = _events_folder(job, folder)
+    events = job.events if distributed.is_primary() else None
     return progress.Progress(
         label, events, every, step_flops, peak_flops(dtype), tracking, folder.curve
     )
-
-
-def _events_folder(job: Job, folder: StageFolder) -> Path | None:
-    """Return where TensorBoard finds the stage; the primary process alone writes there."""
-    if not distributed.is_primary():
-        return None
-    return job.workdir / "tensorboard" / (job.title or folder.name)

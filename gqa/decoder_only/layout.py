@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from gqa.interop.safetensors_files import Tensors
 from gqa.model.config import check_kv_heads
+from gqa.runtime.checks import check_whole_number
 from gqa.runtime.errors import UserError
 
 # Model types whose RoPE pairs coordinate i with i + R/2, which "svd" relies on (rope.py).
@@ -77,10 +78,7 @@ def read_sizes(config: dict, num_kv_heads: int, method: str, path: Path) -> Size
 def _size(config: dict, key: str, path: Path, default: int | None = None) -> int:
     """Return a positive whole number of config.json; null stands for the default."""
     value = config.get(key)
-    value = default if value is None else value
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise UserError(f"{path}: {key}={value!r}; use a whole number, 1 or more")
-    return value
+    return check_whole_number(f"{path}: {key}", default if value is None else value)
 
 
 def _rotary(config: dict, head_dim: int, path: Path) -> int:

@@ -98,9 +98,11 @@ def _shardings(net: Inference, mesh: Mesh) -> _Shardings:
         layout = dataclasses.replace(net.layout, fsdp=False)
         weights = sharding.param_shardings(shapes, mesh, layout)
 
-    num_shards = max(map(sharding.num_parts, (batch, *caches.own, *caches.cross)))
-    memory: Any = Memory(caches.cross, caches.mask)  # type: ignore[arg-type]
-    return _Shardings(num_shards, replicated, batch, weights, caches.own, memory)
+    num_shards = max(
+        map(sharding.num_parts, (batch, *caches.self_attention, *caches.cross_attention))
+    )
+    memory: Any = Memory(caches.cross_attention, caches.mask)  # type: ignore[arg-type]
+    return _Shardings(num_shards, replicated, batch, weights, caches.self_attention, memory)
 
 
 class Generator:

@@ -1,8 +1,8 @@
-"""Several processes as one program: how they find each other, what they agree on, how they end.
+"""Run several processes as one program: how they meet, what they agree on, how they end.
 
-Every process runs the same code on its own devices. What needs all of them, a step on a batch that
-is spread over all devices or a function here, they do in the same order. The primary alone writes
-files and prints.
+Every process runs the same code on its own devices. Whatever needs all processes, such as a step on
+a batch that is spread over all devices or a function of this module, must be called by all of them
+in the same order. Only process 0, the primary, writes files and prints.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from gqa.runtime.errors import UserError
 
 GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# JAX's names of clusters, and what says how many processes there are on each node, e.g. 1(x2).
+# JAX's names of clusters, each with the variable that tells the processes per node, e.g. 1(x2).
 CLUSTERS = {
     "slurm": "SLURM_STEP_TASKS_PER_NODE",
     "ompi": "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -35,18 +35,19 @@ PATIENCE = 5.0  # seconds that a process which failed waits for the others to en
 
 
 def initialize() -> None:
-    """Join the processes started beside this one, before JAX looks for devices; else do nothing.
+    """Join the processes that were started beside this one; do nothing if there are none.
 
-    They are what the variables `GIVEN` say, the tasks of a SLURM step, those of Open MPI's mpirun,
-    or one on each host of a TPU slice.
+    The processes are described by the environment variables `GIVEN`, or they are the tasks of a
+    SLURM step or of Open MPI's mpirun, or one on each host of a TPU slice. This function must be
+    called before JAX looks for devices.
 
     Raises:
-        UserError: where the variables say too little, or the others cannot be reached.
+        UserError: if the variables say too little, or the other processes cannot be reached.
     """
     how = _given() or _detected()
     if how is None:
         return
-    # JAX's own preemption service would take SIGTERM away from `gqa.interrupt`.
+    # JAX's preemption service would take SIGTERM away from `gqa.runtime.signals`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**how)
@@ -56,11 +57,11 @@ def initialize() -> None:
             f"the other processes cannot be joined: {said:.200}; set {', '.join(GIVEN)}"
         ) from error
     if not is_primary():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (until the end)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open to the end)
 
 
 def _given() -> dict[str, Any] | None:
-    """What the environment says of the processes."""
+    """Return the arguments of `jax.distributed.initialize` that the environment gives, if any."""
     address, count, index = (os.environ.get(name) for name in GIVEN)
     if (count, index) == (None, None) or (count, index) == ("1", "0"):
         return None
@@ -76,82 +77,99 @@ def _given() -> dict[str, Any] | None:
 
 
 def _detected() -> dict[str, Any] | None:
-    """How JAX is to find the processes of a cluster, where it started several."""
+    """Return the arguments with which JAX finds the processes that a cluster started, if any."""
     for cluster in ClusterEnv._cluster_types:
         if cluster.name not in CLUSTERS or not cluster.is_env_present():
             continue
         if cluster.get_process_count() == 1:
             return None
-        found: dict[str, Any] = {"cluster_detection_method": cluster.name}
-        a_node = os.environ.get(CLUSTERS[cluster.name] or "", "")
-        if re.match(r"1\b", a_node):
-            found["local_device_ids"] = []  # all; JAX would give each process a single GPU
-        return found
+        arguments: dict[str, Any] = {"cluster_detection_method": cluster.name}
+        # JAX would give each process a single GPU. A process that is alone on its node takes all.
+        processes_per_node = os.environ.get(CLUSTERS[cluster.name] or "", "")
+        if re.match(r"1\b", processes_per_node):
+            arguments["local_device_ids"] = []
+        return arguments
     return None
 
 
 def is_several() -> bool:
-    """Whether there is any other process."""
+    """Return whether other processes belong to this program."""
     return jax.distributed.is_initialized()
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes and prints; a single one is."""
+    """Return whether this process is the one that writes and prints; a single process is."""
     return not is_several() or jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Return when every process has come to `what`."""
+def wait_for_all(name: str) -> None:
+    """Return when every process has called this function with the same name."""
     if is_several():
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
 def by_primary(read: Callable[[], Any]) -> Any:
-    """What `read` gives the primary, as JSON; all processes return that, or raise its UserError."""
+    """Call `read` in the primary, and return in all processes the value that it returned there.
+
+    Args:
+        read: returns a value that JSON can hold. A UserError that it raises is raised everywhere.
+    """
     if not is_several():
         return read()
-    said, failed = b"", None
+
+    message, error = b"", None
     if is_primary():
         try:
-            said = json.dumps({"value": read()}).encode()
-        except UserError as error:
-            failed, said = error, json.dumps({"error": str(error)}).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
-    letters = np.frombuffer(said or bytes(size), np.uint8)
-    told = json.loads(multihost_utils.broadcast_one_to_all(letters).tobytes())
-    if failed is not None:
-        raise failed
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["value"]
+            message = json.dumps({"value": read()}).encode()
+        except UserError as raised:
+            error, message = raised, json.dumps({"error": str(raised)}).encode()
+
+    # Arrays of one shape are all that can be broadcast: first the length, then the bytes.
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
+    sent = np.frombuffer(message or bytes(size), np.uint8)
+    received = json.loads(multihost_utils.broadcast_one_to_all(sent).tobytes())
+    if error is not None:
+        raise error
+    if "error" in received:
+        raise UserError(received["error"])
+    return received["value"]
 
 
 @contextlib.contextmanager
-def primary_first(what: str) -> Iterator[None]:
-    """Let the others do what is inside after the primary, and find what that has written."""
+def primary_first(name: str) -> Iterator[None]:
+    """Let the other processes enter after the primary has left, so that they read its files.
+
+    Args:
+        name: of this place in the program, the same in all processes.
+    """
     if not is_primary():
-        wait_for_all(what)
+        wait_for_all(name)
     yield
     if is_primary():
-        wait_for_all(what)
+        wait_for_all(name)
 
 
 def joined(state: dict) -> dict:
-    """What each process has, as JSON: one for all where it is the same, else {"processes": all}."""
+    """Gather a state of JSON values from all processes; `own` takes it apart again.
+
+    Returns:
+        The state itself if it is the same in all processes, else {"processes": the states of all}.
+    """
     if not is_several():
         return state
-    said = json.dumps(state).encode()
-    longest = int(maximum(len(said)))
-    letters = np.frombuffer(said.ljust(longest), np.uint8)
-    states = [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(letters)]
+    text = json.dumps(state).encode()
+    longest = int(maximum(len(text)))
+    # Only arrays of one shape can be gathered. JSON ignores the spaces at the end.
+    padded = np.frombuffer(text.ljust(longest), np.uint8)
+    states = [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
     return state if all(other == state for other in states) else {"processes": states}
 
 
 def own(joined_state: dict) -> dict:
-    """This process's part of what `joined` gave.
+    """Return this process's part of a state that `joined` has gathered.
 
     Raises:
-        UserError: where that was of another number of processes.
+        UserError: if the state was gathered from another number of processes.
     """
     if "processes" not in joined_state:
         return joined_state
@@ -165,7 +183,11 @@ def own(joined_state: dict) -> dict:
 
 
 def maximum(values: np.ndarray | int) -> jax.Array | np.ndarray | int:
-    """The largest over all processes, of each element; an array that is not waited for."""
+    """Return the maximum over all processes, elementwise.
+
+    Returns:
+        An array that JAX may still be computing: the caller does not wait for the others yet.
+    """
     if not is_several():
         return values
     spread, reduce = _maximum()
@@ -182,10 +204,11 @@ def _maximum() -> tuple[NamedSharding, Callable]:
 
 
 def leave(status: int) -> None:
-    """End this one of several processes with a status, which must not wait for the others.
+    """End this process with a status, if it is one of several; do nothing otherwise.
 
-    If they end as well, all do in order. If not, they stop since this one is missing: at once when
-    it is the primary or on CPUs, else within JAX's 100 seconds.
+    The status must not wait for the other processes. If they end as well within `PATIENCE` seconds,
+    all disconnect in order. If not, this process leaves, and the others stop because it is missing:
+    at once if it was the primary or on CPUs, otherwise when JAX notices, after up to 100 seconds.
     """
     if not is_several():
         return

@@ -55,6 +55,19 @@ class ConfigError(UserError):
         return ConfigError(field, self.value, self.advice, self.reason)
 
 
+@contextlib.contextmanager
+def renamed_fields(prefix: str) -> Iterator[None]:
+    """Put `prefix` before the field of any ConfigError inside.
+
+    With the prefix "mesh." an error about `model=3` becomes one about `mesh.model=3`, the key that
+    the user has set.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise error.renamed(f"{prefix}{error.field}") from error
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, or is not one that can be used here."""
 

@@ -1,4 +1,8 @@
-"""What the machine can do at most: FLOP/s and bytes/s, measured on CPUs, known on accelerators."""
+"""Find the limits of this machine: cores, memory, FLOP/s and bytes/s.
+
+Peak rates are measured on CPUs and looked up on accelerators. Data sheets of accelerators that this
+machine does not have are in `gqa/aot/chips.py`.
+"""
 
 import functools
 import os
@@ -14,9 +18,9 @@ import psutil
 from gqa.runtime.errors import UserError
 
 # Dense peaks of one JAX device in TFLOP/s, for bfloat16 and for float32 at XLA's default
-# precision: bfloat16 passes on TPUs, TF32 on NVIDIA GPUs. A core of TPU v2, v3 and 7x is a device.
-# As Google's TPU documentation and NVIDIA's datasheets give them; the latter's figures with
-# sparsity are twice these.
+# precision, which multiplies in bfloat16 on TPUs and in TF32 on NVIDIA GPUs. On TPU v2, v3 and 7x a
+# device is one core of a chip. Sources: Google's TPU documentation and NVIDIA's data sheets, whose
+# figures with sparsity are twice these.
 PEAKS = {
     "TPU v2": (23, 23),
     "TPU v3": (61.5, 61.5),
@@ -41,18 +45,24 @@ PEAKS = {
     "NVIDIA B200": (2250, 1125),
 }
 
-SECONDS = 0.15  # of repetitions of one product or read
+SECONDS = 0.15  # how long one product or read is repeated
 
 
 def cores() -> list[int]:
-    """The numbers of the cores this process may use; all of them where the system cannot say."""
+    """Return the numbers of the cores this process may use; of all, if the system cannot say."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def check_memory(nbytes: int, what: str) -> None:
-    """Raise a UserError if `what` has more bytes than this machine's memory, when that is used."""
+    """Raise a UserError if something has more bytes than this machine's memory.
+
+    Accelerators have memory of their own, so that nothing is refused there.
+
+    Args:
+        what: name of the thing in the message.
+    """
     total = psutil.virtual_memory().total
     if jax.default_backend() == "cpu" and nbytes > total:
         raise UserError(
@@ -63,10 +73,16 @@ def check_memory(nbytes: int, what: str) -> None:
 
 @functools.cache
 def peak_flops(dtype: str) -> float | None:
-    """FLOP/s of all devices of this run at most, in products of `dtype` (float32 or bfloat16).
+    """Return the peak FLOP/s of all devices of this run together, in products of `dtype`.
 
-    On CPUs it is measured, once a process, and each process is taken to have a machine of its own.
-    On a device whose kind is not in `PEAKS` it is None, which is said on stdout.
+    On CPUs the peak is measured, once a process, and each process is taken to have a machine to
+    itself.
+
+    Args:
+        dtype: float32 or bfloat16.
+
+    Returns:
+        The peak; None, with a line on stdout, for a kind of device that `PEAKS` does not have.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
@@ -82,19 +98,19 @@ def peak_flops(dtype: str) -> float | None:
 
 
 def _known(kind: str, dtype: jnp.dtype) -> float | None:
-    """FLOP/s of one device: the entry of `PEAKS` with the most words that begin `kind`."""
+    """Return the peak FLOP/s of one device, from the longest name in `PEAKS` that begins `kind`."""
     words, columns = re.split("[ -]", kind), {"bfloat16": 0, "float32": 1}
     names = [name for name in PEAKS if name.split() == words[: len(name.split())]]
-    # MIG is a slice of a GPU under the name of the whole.
+    # A MIG device is a part of a GPU, under the name of the whole GPU.
     if not names or "MIG" in words or dtype.name not in columns:
         return None
     return PEAKS[max(names, key=len)][columns[dtype.name]] * 1e12
 
 
 def matmul_rate(dtype: str) -> float:
-    """FLOP/s of a large square product of `dtype` on one JAX device, the best of some runs.
+    """Measure the FLOP/s of a large square product of `dtype` on one JAX device; the best run.
 
-    Host devices that XLA was forced to show share all cores, so on CPUs this is the machine's.
+    On CPUs this is the rate of the whole machine, because host devices share all cores.
     """
     size = 1536 if jax.default_backend() == "cpu" else 8192
     x = jnp.asarray(np.random.default_rng(0).random((size, size), np.float32), dtype)
@@ -102,7 +118,7 @@ def matmul_rate(dtype: str) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes/s at which one JAX device reads a float32 matrix of 512 MiB, the best of some runs."""
+    """Measure the bytes/s at which one JAX device reads a matrix of 512 MiB; the best run."""
     matrix = jnp.ones((2048, 65536), jnp.float32)
     vector = jnp.ones(65536, jnp.float32)
     return matrix.nbytes / _best_seconds(lambda: _product(matrix, vector))
@@ -114,9 +130,9 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _best_seconds(run: Callable[[], jax.Array]) -> float:
-    """The shortest of at least 3 runs, after one to warm up."""
+    """Return the shortest time of at least 3 runs, after one to warm up."""
     jax.block_until_ready(run())
-    seconds: list = []
+    seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < SECONDS:
         begin = time.perf_counter()
         jax.block_until_ready(run())

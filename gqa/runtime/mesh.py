@@ -2,15 +2,15 @@
 
     ("data", "model")             or, with several slices,   ("slice", "data", "model")
 
-"data" and "slice" split the batch; with `fsdp`, "data" also splits parameters and moments along
-d_model, which slices keep whole. "model" splits heads, d_ff and the vocabulary. KV heads are split
-over "model" where it divides their number K. Where K is less there are two ways to decode:
+The axes "data" and "slice" split the batch. With `fsdp`, "data" also splits parameters and moments
+along d_model; every slice holds a whole copy of them. "model" splits heads, d_ff, the vocabulary,
+and the K KV heads where it divides K. Where K is smaller there are two ways to decode:
 
-    replicate    each device holds a KV head, with the query heads there that share it
+    replicate    each device holds one KV head, and the query heads that share this KV head
     batch        the cache is split by its rows instead, over "data" and "model"; queries are sent
                  to the devices of their rows, and results back (Pope et al., 2022)
 
-On which devices the axes of each array lie is `gqa.runtime.sharding`.
+Over which axes of the mesh each array is split is in `gqa/runtime/sharding.py`.
 """
 
 import dataclasses
@@ -22,22 +22,30 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from gqa.runtime.errors import UserError
+from gqa.runtime.checks import check_choice
+from gqa.runtime.errors import ConfigError
 
 KV_HEADS = ("auto", "replicate", "batch")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a network is spread; the fields are the config's section `mesh`."""
+    """How a network is spread over devices.
 
-    model: int = 1  # devices along "model"
+    Args:
+        model: number of devices along the axis "model".
+        fsdp: whether the axis "data" splits parameters and optimizer moments, too.
+        slices: number of TPU slices, which split nothing but the batch.
+        kv_heads: how to decode with fewer KV heads than `model`: one of `KV_HEADS`.
+    """
+
+    model: int = 1
     fsdp: bool = False
     slices: int = 1
-    kv_heads: str = "auto"  # where there are fewer than `model`; of `KV_HEADS`
+    kv_heads: str = "auto"
 
     def within(self, count: int) -> "Layout":
-        """The same on so many devices of one process, where "model" may go beyond them."""
+        """Return this layout restricted to the `count` local devices of one process."""
         return dataclasses.replace(self, model=math.gcd(self.model, count))
 
 
@@ -45,16 +53,22 @@ WHOLE = Layout()
 
 
 def make_mesh(layout: Layout = WHOLE, *, devices=None, local: bool = False) -> Mesh:
-    """All devices of all processes, or those given; or, if `local`, of this process as one slice.
+    """Return the mesh of a layout over all devices of all processes.
+
+    Args:
+        devices: use these devices instead.
+        local: use the devices of this process instead, as one slice.
 
     Raises:
-        UserError: where `layout` does not divide them.
+        ConfigError: if `layout` does not divide the devices.
     """
     slices = 1 if local else layout.slices
     if devices is None:
         devices = jax.local_devices() if local else jax.devices()
     _check_mesh(layout.model, slices, len(devices))
     shape = (len(devices) // slices // layout.model, layout.model)
+
+    # On TPUs neighbours in the mesh should be neighbours in the torus; elsewhere order is free.
     if devices[0].platform != "tpu":
         arranged = np.reshape(devices, (slices, *shape))
     elif slices == 1:
@@ -63,6 +77,7 @@ def make_mesh(layout: Layout = WHOLE, *, devices=None, local: bool = False) -> M
         arranged = mesh_utils.create_hybrid_device_mesh(
             (1, *shape), (slices, 1, 1), devices, allow_split_physical_axes=True
         )
+
     names = ("slice", "data", "model") if slices > 1 else ("data", "model")
     arranged = arranged.reshape((slices, *shape)[-len(names) :])
     return Mesh(arranged, names, axis_types=(AxisType.Auto,) * len(names))
@@ -72,45 +87,61 @@ def _check_mesh(model: int, slices: int, count: int) -> None:
     for name, size, of in (("slices", slices, count), ("model", model, count // max(slices, 1))):
         if size < 1 or of % size:
             where = "there are" if name == "slices" else "a slice has"
-            raise UserError(
-                f"mesh.{name}={size} does not divide the {of} devices {where}; "
-                f"use one of {_listed(divisors(of))}"
+            raise ConfigError(
+                name,
+                size,
+                f"use one of {_join(divisors(of))}",
+                f"does not divide the {of} devices {where}",
             )
 
 
 def check_layout(config: Any, layout: Layout, count: int, local_count: int) -> None:
-    """Raise a UserError unless a network of `config` splits over so many devices.
+    """Refuse a layout into which a network does not split.
 
-    `config` is a gqa.model.Config; a process has `local_count` of the `count` devices.
+    Args:
+        config: a gqa.Config.
+        count: number of all devices.
+        local_count: number of devices of one process.
+
+    Raises:
+        ConfigError: naming the field of `layout`, and the values that would do.
     """
-    if layout.kv_heads not in KV_HEADS:
-        raise UserError(f"mesh.kv_heads={layout.kv_heads!r}; use one of {_listed(KV_HEADS)}")
+    check_choice("kv_heads", layout.kv_heads, KV_HEADS)
     _check_mesh(1, layout.slices, count)
-    a_slice = count // layout.slices
-    # Processes read rows of their own or all the same ones.
-    fit = [n for n in divisors(a_slice) if n % local_count == 0 or local_count % n == 0]
-    fit = [n for n in fit if not _odd_sizes(config, n)]
+    slice_size = count // layout.slices
+
+    # Processes along "model" read the same rows, all others rows of their own. A process that did
+    # a bit of both would have to read the rows of several others.
+    fit = [n for n in divisors(slice_size) if n % local_count == 0 or local_count % n == 0]
+    fit = [n for n in fit if not _first_odd_size(config, n)]
     if layout.model not in fit:
-        odd = _odd_sizes(config, layout.model) if layout.model > 0 else ""
-        raise UserError(
-            f"mesh.model={layout.model} does not divide "
-            f"{odd or f'the {a_slice} devices, {local_count} a process'}; use one of {_listed(fit)}"
+        odd = _first_odd_size(config, layout.model) if layout.model > 0 else ""
+        devices = f"the {slice_size} devices, {local_count} a process"
+        raise ConfigError(
+            "model",
+            layout.model,
+            f"use one of {_join(fit)}",
+            f"does not divide {odd or devices}",
         )
-    data = a_slice // layout.model
+
+    data = slice_size // layout.model
     if layout.fsdp and config.d_model % data:
-        fit = [n for n in fit if config.d_model % (a_slice // n) == 0]
-        more = f" or mesh.model={_listed(fit)}" if fit else ""
-        raise UserError(
-            f"mesh.fsdp=True: model.d_model={config.d_model} does not split over the {data} "
-            f"devices of the axis data; use mesh.fsdp=False{more}"
+        fit = [n for n in fit if config.d_model % (slice_size // n) == 0]
+        more = f", or {_join(fit)} devices along the axis model" if fit else ""
+        raise ConfigError(
+            "fsdp",
+            layout.fsdp,
+            f"use False{more}",
+            f"would split d_model={config.d_model} over the {data} devices of the axis data, "
+            "which do not divide it",
         )
 
 
-def _odd_sizes(config: Any, model: int) -> str:
-    """The first size of a network that `model` devices do not divide; empty if there is none."""
+def _first_odd_size(config: Any, model: int) -> str:
+    """Return the first size of a network that `model` does not divide; empty if there is none."""
     for name in ("num_heads", "d_ff", "vocab_size"):
         if getattr(config, name) % model:
-            return f"model.{name}={getattr(config, name)}"
+            return f"{name}={getattr(config, name)}"
     for name in ("encoder", "self_attention", "cross_attention"):
         for K in config.kv_heads(name):
             if K % model and model % K:
@@ -119,74 +150,116 @@ def _odd_sizes(config: Any, model: int) -> str:
 
 
 def divisors(n: int) -> list[int]:
-    """The numbers of KV heads or devices that n can be split into, ascending."""
+    """Return the divisors of n, ascending: the numbers of KV heads or devices it splits into."""
     small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
     return sorted({*small, *(n // k for k in small)})
 
 
-def _listed(values) -> str:
+def _join(values) -> str:
     return ", ".join(map(str, values))
 
 
 def check_batch(
-    name: str,
     batch_size: int,
     num_microbatches: int = 1,
     layout: Layout = WHOLE,
     count: int | None = None,
 ) -> None:
-    """Raise a UserError unless every microbatch splits evenly over all devices, or `count`."""
+    """Refuse a batch whose microbatches do not split evenly over the devices.
+
+    Args:
+        batch_size: rows of a batch.
+        count: number of devices; None for all devices of this run.
+
+    Raises:
+        ConfigError: naming `batch_size`.
+    """
     parts = (count or jax.device_count()) // layout.model
     unit = parts * num_microbatches
     if batch_size < 1 or batch_size % unit:
-        raise UserError(
-            f"{name}={batch_size} does not split over {parts} devices or groups of them and "
-            f"{num_microbatches} microbatches; use a multiple of {unit}"
+        raise ConfigError(
+            "batch_size",
+            batch_size,
+            f"use a multiple of {unit}",
+            f"does not split over {parts} devices or groups of them and {num_microbatches} "
+            "microbatches",
         )
 
 
-def check_rows(name: str, batch_size: int, config: Any, layout: Layout, count: int) -> None:
-    """Raise a UserError unless a cache that is split by its rows splits over `count` devices."""
+def check_rows(batch_size: int, config: Any, layout: Layout, count: int) -> None:
+    """Refuse a batch whose cache is to be split by its rows and does not split over the devices.
+
+    Args:
+        batch_size: rows that are generated at once.
+        config: a gqa.Config.
+        count: number of devices that generate.
+
+    Raises:
+        ConfigError: naming `batch_size`.
+    """
     heads = (*config.kv_heads("self_attention"), *config.kv_heads("cross_attention"))
     fewer = any(K % layout.model for K in heads)
     if layout.kv_heads == "batch" and fewer and batch_size % count:
-        raise UserError(
-            f"mesh.kv_heads='batch': {name}={batch_size} does not split over the {count} devices "
-            f"that generate it; use a multiple of {count}, or mesh.kv_heads=replicate"
+        raise ConfigError(
+            "batch_size",
+            batch_size,
+            f"use a multiple of {count}, or a layout that replicates KV heads",
+            f"does not split over the {count} devices that generate it, which a cache split by "
+            "its batch needs",
         )
 
 
 def by_rows(num_kv_heads: int, layout: Layout) -> bool:
-    """Whether the cache of so many KV heads is split by its rows alone."""
+    """Return whether the cache of `num_kv_heads` KV heads is split by its rows alone.
+
+    Raises:
+        ValueError: if `layout` leaves it open; `resolve_layout` settles it.
+    """
     if num_kv_heads % layout.model == 0:
         return False
     if layout.kv_heads == "auto":
-        raise ValueError("mesh.kv_heads is auto; `choose` says what is meant")
+        raise ValueError("Layout.kv_heads is auto; resolve_layout settles it")
     return layout.kv_heads == "batch"
 
 
 def resolve_layout(
     config: Any, layout: Layout, mesh: Mesh, batch_size: int, inputs_length: int, length: int
 ) -> Layout:
-    """`layout` with "auto" settled: the way a device moves fewer bytes a token."""
+    """Return `layout` with `kv_heads="auto"` replaced by the way that moves fewer bytes a token.
+
+    Args:
+        config: a gqa.Config.
+        batch_size: rows that are generated at once.
+        inputs_length: positions of the cache of cross-attention.
+        length: positions of the cache of self-attention.
+    """
     if layout.kv_heads != "auto":
         return layout
+
     replicate = batch = 0.0
     lengths = {"cross_attention": inputs_length, "self_attention": length}
     pairs = [(K, lengths[name]) for name in lengths for K in config.kv_heads(name)]
     for K, positions in pairs:
         moved = bytes_moved(K, config.num_heads, config.head_dim, positions, layout.model)
         replicate, batch = replicate + moved["replicate"], batch + moved["batch"]
+
     better = batch < replicate and batch_size % mesh.size == 0
     return dataclasses.replace(layout, kv_heads="batch" if better else "replicate")
 
 
 def bytes_moved(K: int, N: int, head_dim: int, positions: int, model: int) -> dict[str, float]:
-    """Bytes a device moves for a token, a layer and each row of the batch that "data" gives it.
+    """Return the bytes that a device moves for a token, in one layer, by the way of decoding.
 
-    It reads keys and values of 2 bytes. With "replicate" there is one head of every row, or K /
-    `model`; with "batch" all K of a `model`-th of the rows, whose queries it gets from the others,
-    and sends them what attention gives.
+    Counted per row of the batch that "data" gives to the device, with 2 bytes a number. A device
+    reads keys and values: with "replicate" one KV head of every row, or K / `model` of them if
+    that is more; with "batch" all K KV heads of a `model`-th of the rows. In the latter case it
+    also receives the queries of its rows from the other devices, and sends the results back.
+
+    Args:
+        K: KV heads.
+        N: query heads.
+        positions: length of the cache.
+        model: devices along the axis "model".
     """
     head = 2 * 2 * positions * head_dim
     sent = 2 * 2 * (N / model) * head_dim * (1 - 1 / model)

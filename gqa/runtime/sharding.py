@@ -1,6 +1,6 @@
-"""Where arrays live: one table says over which axes of the mesh each axis of an array is split.
+"""Place arrays on devices: over which axes of the mesh each axis of an array is split.
 
-`gqa.runtime.mesh` makes the mesh, and says what its axes "slice", "data" and "model" are for.
+`gqa/runtime/mesh.py` makes the mesh, and says what its axes "slice", "data" and "model" are for.
 """
 
 import math
@@ -14,14 +14,14 @@ from jax.tree_util import DictKey, GetAttrKey, tree_map_with_path
 
 from gqa.runtime.mesh import Layout, by_rows, make_mesh
 
-# Logical axis -> axes of the mesh; those that are not here are whole everywhere.
+# Logical axis -> axes of the mesh that split it. An axis that is not listed is split over none.
 TABLE = {
     "batch": ("slice", "data"),
     "rows": ("slice", "data", "model"),
-    "embed": ("data",),  # with fsdp
+    "embed": ("data",),  # only with Layout.fsdp
     **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("model",)),
 }
-# Of each parameter, by its name; scanned layers put one more before them.
+# Logical axes of each parameter, by its name. Scanned layers have a layer axis before these.
 AXES = {
     "embedding": ("vocab", "embed"),
     "logits": ("embed", "vocab"),
@@ -37,23 +37,29 @@ AXES = {
 
 
 def share(mesh: Mesh) -> tuple[int, int]:
-    """Which part of every batch this process reads, and of how many."""
+    """Return (index, count): this process reads part `index` of the `count` parts of a batch."""
     if not mesh.is_multi_process:
         return 0, 1
-    rows: dict[int, set[int]] = {}  # first rows of the parts that each process holds
+
+    # Which rows a process holds follows from the sharding of a batch with one row a device.
+    rows: dict[int, set[int]] = {}  # by process
     places: Any = batch_sharding(mesh).devices_indices_map((mesh.size // mesh.shape["model"],))
     for device, (place,) in places.items():
         rows.setdefault(device.process_index, set()).add(place.start or 0)
-    # Processes that the axis "model" joins read the same rows.
+
+    # Processes that share a network, along the axis "model", read the same rows: one part.
     parts = sorted({tuple(sorted(each)) for each in rows.values()})
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 def param_shardings(tree: Any, mesh: Mesh, layout: Layout, params: Any = None) -> Any:
-    """A NamedSharding for each leaf of parameters, scanned or not, by its name.
+    """Return a NamedSharding for each leaf of a tree of parameters, by the leaf's name.
 
-    For an optimizer state of `gqa.optim`, give the `params` it is of: moments follow them. Leaves
-    are arrays or their shapes.
+    Args:
+        tree: parameters, with scanned layers or without, or an optimizer state of
+            `gqa.training.optimizer`. Leaves are arrays or their shapes.
+        params: for an optimizer state, the parameters that it belongs to. Moments are split like
+            their parameters.
     """
 
     def on_leaf(path, leaf, state=None):
@@ -70,68 +76,91 @@ def param_shardings(tree: Any, mesh: Mesh, layout: Layout, params: Any = None) -
 
 
 def _spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, layout: Layout) -> tuple:
+    """Return the entries of a PartitionSpec for a parameter with these logical axes."""
     if not axes:
         return ()
-    whole = () if layout.fsdp else ("embed",)
-    lead = (None,) * (len(shape) - len(axes))
-    sizes = shape[len(lead) :]
-    return lead + tuple(
-        None if axis in whole else _entry(axis, size, mesh)
+    unsplit = () if layout.fsdp else ("embed",)
+    layer_axis = (None,) * (len(shape) - len(axes))
+    sizes = shape[len(layer_axis) :]
+    return layer_axis + tuple(
+        None if axis in unsplit else _entry(axis, size, mesh)
         for axis, size in zip(axes, sizes, strict=True)
     )
 
 
 def _entry(axis: str | None, size: int, mesh) -> tuple[str, ...] | None:
-    """The axes of the mesh for a logical axis of a size; those that do not divide it are none."""
+    """Return the axes of the mesh that split a logical axis; None if they do not divide `size`."""
     names = tuple(name for name in TABLE.get(axis or "", ()) if mesh.shape.get(name, 1) > 1)
     parts = math.prod(mesh.shape[name] for name in names)
     return names if names and size % parts == 0 else None
 
 
 def _of_moments(state: Any, axes: tuple, shape: tuple, spec: tuple, mesh: Mesh) -> Any:
-    """Adafactor's state of one parameter, which it sees as a matrix; see `gqa.optim`."""
+    """Return the shardings of Adafactor's moments of one parameter.
+
+    Args:
+        state: the moments, as `gqa.training.optimizer` keeps them.
+        axes: logical axes of the parameter.
+        shape: shape of the parameter.
+        spec: entries of the parameter's PartitionSpec.
+    """
     lead = len(shape) - len(axes)
-    if "head_dim" in axes:  # heads * H are one side
+
+    # Adafactor sees the parameter as a matrix, of which heads times head_dim is one side.
+    if "head_dim" in axes:
         at = lead + axes.index("head_dim")
         shape = (*shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :])
         spec = (*spec[:at], *spec[at + 1 :])
-    largest = lead + np.argsort(shape[lead:])  # as optax: v_row is without the last of them
+
+    # A factored moment lacks one of the two largest axes: in optax v_row lacks the largest.
+    largest = lead + np.argsort(shape[lead:])
 
     def on_leaf(path, moment):
         kept = list(range(len(shape)))
         if path[-1] in (GetAttrKey("v_row"), GetAttrKey("v_col")) and len(shape) - lead > 1:
             kept.remove(largest[-1 if path[-1] == GetAttrKey("v_row") else -2])
         if not spec or moment.shape != tuple(shape[i] for i in kept):
-            return NamedSharding(mesh, PartitionSpec())  # a count, or there is no such moment
+            # This leaf is a step count, or the placeholder of a moment that is not kept.
+            return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, PartitionSpec(*(spec[i] for i in kept)))
 
     return tree_map_with_path(on_leaf, state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays whose first axis is the batch."""
+    """Return the sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(tuple(n for n in TABLE["batch"] if n in mesh.shape)))
 
 
 def num_parts(sharding: NamedSharding) -> int:
-    """Into how many parts the first axis is split."""
+    """Return the number of parts into which the first axis is split."""
     names = sharding.spec[0]
     names = (names,) if isinstance(names, str) else names
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 class Caches(NamedTuple):
-    """Of what decoding reads: keys and values, rows first, of each layer; the mask over inputs."""
+    """Shardings of what decoding reads.
 
-    own: list[NamedSharding]
-    cross: list[NamedSharding]
+    Args:
+        self_attention: of the keys and values of each layer, whose first axis is the batch.
+        cross_attention: likewise.
+        mask: of the mask over inputs.
+    """
+
+    self_attention: list[NamedSharding]
+    cross_attention: list[NamedSharding]
     mask: NamedSharding
 
 
 def cache_sharding(config: Any, mesh: Mesh, layout: Layout, fused: bool = False) -> Caches:
-    """Of the caches of `gqa.inference` for a gqa.model.Config; `layout` as `choose` gives it.
+    """Return the shardings of the KV caches of `gqa.inference`.
 
-    With `fused`, cross-attention's arrays are [B, S, K, H].
+    Args:
+        config: a gqa.Config.
+        layout: a layout whose `kv_heads` is settled, by `gqa.runtime.mesh.resolve_layout`.
+        fused: whether the arrays of cross-attention are [B, S, K, H]. Otherwise KV heads are
+            their second axis.
     """
 
     def on(*axes: str | None) -> NamedSharding:
@@ -141,16 +170,20 @@ def cache_sharding(config: Any, mesh: Mesh, layout: Layout, fused: bool = False)
     def kv(K: int, *before: None) -> NamedSharding:
         return on("rows") if by_rows(K, layout) else on("batch", *before, "kv_heads")
 
-    own = [kv(K) for K in config.kv_heads("self_attention")]
-    cross = [kv(K, *[None] * fused) for K in config.kv_heads("cross_attention")]
-    some = any(by_rows(K, layout) for K in config.kv_heads("cross_attention"))
-    return Caches(own, cross, on("rows" if some else "batch"))
+    self_attention = [kv(K) for K in config.kv_heads("self_attention")]
+    cross_attention = [kv(K, *[None] * fused) for K in config.kv_heads("cross_attention")]
+    some_by_rows = any(by_rows(K, layout) for K in config.kv_heads("cross_attention"))
+    return Caches(self_attention, cross_attention, on("rows" if some_by_rows else "batch"))
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """x, its axes split as the table says of their names, under the mesh of `jax.set_mesh`.
+    """Return x with its axes split as `TABLE` says, on the mesh that `jax.set_mesh` has set.
 
-    Without a mesh, as on a single device, x itself.
+    Args:
+        axes: a logical axis for each axis of x; None for an axis that is not split.
+
+    Returns:
+        x itself where no mesh is set, as on a single device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -160,7 +193,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def repeat_heads(x: Array) -> Array:
-    """KV heads [B, S, K, H], as many as devices along "model" if they were fewer: one on each."""
+    """Replicate the KV heads of x [B, S, K, H] until each device along "model" holds one."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.shape["model"] % x.shape[2] == 0:
         x = jax.numpy.repeat(x, mesh.shape["model"] // x.shape[2], axis=2)
@@ -168,7 +201,11 @@ def repeat_heads(x: Array) -> Array:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Every array where `shardings` say; each process gives the same arrays or global ones."""
+    """Return the arrays of a tree, placed as `shardings` say.
+
+    Args:
+        tree: global arrays, or arrays that are equal in every process.
+    """
 
     def on_leaf(x, sharding):
         if sharding.mesh.is_multi_process and getattr(x, "is_fully_addressable", True):
@@ -180,16 +217,16 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def local_bytes(x: Any) -> int:
-    """Of an array or its shape, what this process's devices hold."""
+    """Return how many bytes of an array, or of its shape, the devices of this process hold."""
     sharding = getattr(x, "sharding", None)
     if sharding is None:
         return x.size * x.dtype.itemsize
-    a_device = math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    return a_device * len(sharding.addressable_devices)
+    bytes_per_device = math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return bytes_per_device * len(sharding.addressable_devices)
 
 
 def share_copies(tree: Any) -> Any:
-    """Arrays of which each process has its own copy as arrays of all, without moving anything."""
+    """Return arrays that every process has a copy of as global arrays, without moving data."""
     processes = [
         [device for device in jax.devices() if device.process_index == index]
         for index in range(jax.process_count())
@@ -200,6 +237,8 @@ def share_copies(tree: Any) -> Any:
             return x
         if not isinstance(getattr(x, "sharding", None), NamedSharding):
             x = jax.device_put(x, NamedSharding(make_mesh(local=True), PartitionSpec()))
+
+        # The global mesh is the local one, in its order of devices, once for each process.
         mesh = x.sharding.mesh
         order = [jax.local_devices().index(device) for device in mesh.devices.flat]
         stacked = np.array([[devices[i] for i in order] for devices in processes])
@@ -212,7 +251,11 @@ def share_copies(tree: Any) -> Any:
 
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays, split over "data" and slices."""
+    """Return a batch as global arrays, split over the axes "data" and "slice".
+
+    Args:
+        batch: the rows of this process, by the name of the array.
+    """
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()

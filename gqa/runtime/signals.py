@@ -1,10 +1,11 @@
-"""SIGTERM and SIGINT: what is under way is left in order, and within half a minute.
+"""Stop in order, and within half a minute, at SIGTERM, SIGINT or SIGHUP.
 
 After the first signal `Interrupted` is raised: at once or, inside `deferred`, when the code there
-asks. A second signal, or a main thread that does not get to it (it may sit in a compiler), ends the
-process. What is on disk is then what it was: everything is written under another name first.
+asks. A second signal ends the process, and so does a watchdog if the main thread does not get to
+the signal in time, because it sits in a compiler for example. The files on disk stay valid in all
+cases, because everything is written under another name first.
 
-Of several processes that must stop together, one alone may get the signal: they agree on it first.
+If several processes must stop together and only one of them gets the signal, they agree first.
 """
 
 import contextlib
@@ -15,14 +16,18 @@ import threading
 import time
 from collections.abc import Iterator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP comes when a terminal is closed or a connection to it breaks.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 25.0  # seconds from the first signal to the end of the process by force
-ECHO = 0.3  # seconds in which another signal is the first's: timeout(1) sends its own twice
-GRACE = 3.0  # of them at least, after a checkpoint that took longer was saved
+ECHO = 0.3  # seconds in which another signal counts as the first: timeout(1) sends its own twice
+GRACE = 3.0  # seconds that are left at least after a checkpoint was saved
 
 
 class Interrupted(BaseException):
-    """The process was told to end; exit with status 128 + `signum`. Not a mistake of anybody's."""
+    """The process was told to end; its exit status is 128 + `signum`.
+
+    Not an Exception, because nothing has failed and no handler of failures should see it.
+    """
 
     def __init__(self, signum: int, text: str):
         super().__init__(text)
@@ -30,28 +35,35 @@ class Interrupted(BaseException):
 
 
 class _Watch:
-    """What the signal handler, the watchdog and the main thread know of each other."""
+    """The state that the signal handler, the watchdog and the main thread share."""
 
     def __init__(self):
-        self.signum: int | None = None
-        self.agreed: int | None = None  # of all processes, what the first of them was sent
-        self.deferred = False
-        self.shared = False
-        self.saving = False
+        self.signum: int | None = None  # the first signal that this process was sent
+        self.agreed: int | None = None  # the signal that all processes have agreed on
+        self.deferred = False  # the handler raises nothing: the code inside `deferred` asks
+        self.shared = False  # only the agreed signal counts
+        self.saving = False  # the watchdog waits until a checkpoint is written
 
 
 _watch = _Watch()
 
 
 def install() -> None:
-    """Take over SIGTERM and SIGINT; called once, by the main thread of the main program."""
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    # The only way to learn of a signal while the main thread is in C++.
-    signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
-    threading.Thread(target=_watchdog, args=(ours,), name="watchdog", daemon=True).start()
+    """Take over `SIGNALS`; called once, by the main thread of the main program.
+
+    A SIGHUP that is ignored stays ignored: the program was started with nohup, to go on when the
+    terminal is closed.
+    """
+    # The watchdog reads from a socket, because Python's handlers do not run while the main thread
+    # is in C++, whereas the wakeup descriptor is written to at once.
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
+    threading.Thread(target=_watchdog, args=(receiver,), name="watchdog", daemon=True).start()
+
     for signum in SIGNALS:
-        signal.signal(signum, _handle)
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, _handle)
 
 
 def _handle(signum: int, frame: object) -> None:
@@ -67,14 +79,14 @@ def _text(signum: int) -> str:
     return f"interrupted by {name}; the same command goes on from where it was"
 
 
-def _watchdog(ours: socket.socket) -> None:
-    """Give the main thread its time after the first signal, and none after the second."""
+def _watchdog(receiver: socket.socket) -> None:
+    """End the process `PATIENCE` seconds after the first signal, or at the second one."""
     signum, begin = 0, 0.0
     end: float | None = None
     while True:
-        ours.settimeout(None if end is None else 0.1)
+        receiver.settimeout(None if end is None else 0.1)
         with contextlib.suppress(TimeoutError):
-            for number in ours.recv(16):
+            for number in receiver.recv(16):
                 if number not in SIGNALS:
                     continue
                 if end is None:
@@ -82,6 +94,8 @@ def _watchdog(ours: socket.socket) -> None:
                     end = begin + PATIENCE
                 elif time.monotonic() > begin + ECHO:
                     os._exit(128 + number)
+
+        # A checkpoint that is being written is finished first.
         if _watch.saving and end is not None:
             end = max(end, time.monotonic() + GRACE)
         if end is not None and time.monotonic() > end:
@@ -89,17 +103,17 @@ def _watchdog(ours: socket.socket) -> None:
 
 
 def received() -> int:
-    """The signal that was sent to this process, or 0."""
+    """Return the signal that was sent to this process, or 0."""
     return _watch.signum or 0
 
 
 def agree(signum: int) -> None:
-    """Say what all processes have learned of: the signal that one of them was sent, or 0."""
+    """Record the signal that some process was sent and all have now learned of; 0 for none."""
     _watch.agreed = signum or None
 
 
 def pending() -> bool:
-    """Whether a signal came that was deferred."""
+    """Return whether a signal came that was deferred."""
     return _pending() is not None
 
 
@@ -109,9 +123,10 @@ def _pending() -> int | None:
 
 @contextlib.contextmanager
 def deferred(*, shared: bool = False) -> Iterator[None]:
-    """Let what is inside ask for signals itself, by `pending` and `immediate`.
+    """Let the code inside ask for signals itself, by `pending` and `immediate`.
 
-    With `shared` a signal is pending once `agree` was called with it, and raised only then.
+    Args:
+        shared: whether a signal counts only after `agree` was called with it.
     """
     with _setting(deferred=True, shared=shared):
         yield
@@ -121,7 +136,7 @@ def deferred(*, shared: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def immediate() -> Iterator[None]:
-    """Inside `deferred`: raise `Interrupted` here and now, also for a signal from before."""
+    """Inside `deferred`, raise `Interrupted` at once, also for a signal that came earlier."""
     with _setting(deferred=_watch.shared):
         _raise_pending()
         yield
@@ -145,7 +160,7 @@ def _setting(**values: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-    """Keep the watchdog from ending the process before what is inside is on disk."""
+    """Keep the watchdog from ending the process before the code inside has written its files."""
     _watch.saving = True
     try:
         yield

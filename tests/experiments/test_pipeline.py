@@ -11,6 +11,7 @@ import time
 import pytest
 
 from experiments import pipeline
+from experiments.stages.folder import StageFolder
 from experiments.workdir import lock
 from gqa.checkpoints import checkpoint
 from gqa.evaluation import results
@@ -149,10 +150,10 @@ def test_a_damaged_checkpoint_is_named_and_replaced_if_wished(whole, files, tmp_
     """Of a stage that others build on: found by the next of them."""
     workdir = shutil.copytree(whole[0], tmp_path / "runs")
     (folder,) = (workdir / "stages").glob("uptrain-*")
-    for child in (workdir / "stages").glob("finetune-*"):
-        if folder.name in (child / "stage.json").read_text():
-            (child / "done.json").unlink()
-            shutil.rmtree(child / "checkpoints")
+    for child in map(StageFolder, (workdir / "stages").glob("finetune-*")):
+        if folder.name in child.load_description().parents:
+            child.discard_outcome()
+            shutil.rmtree(child.checkpoints)
     step = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
     damaged = max((step / "params").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(damaged.read_bytes())

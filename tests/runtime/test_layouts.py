@@ -153,17 +153,17 @@ def config_of(encoder=8, decoder=2, cross=2, **sizes):
 @pytest.mark.parametrize(
     ("layout", "sizes", "said"),
     [
-        (Layout(model=3), {}, "mesh.model=3 .* use one of 1, 2, 4, 8"),
-        (Layout(model=8), {"d_ff": 252}, "model.d_ff=252; use one of 1, 2, 4"),
-        (Layout(model=0), {}, "mesh.model=0 "),
+        (Layout(model=3), {}, "model=3 .* use one of 1, 2, 4, 8"),
+        (Layout(model=8), {"d_ff": 252}, "d_ff=252; use one of 1, 2, 4"),
+        (Layout(model=0), {}, "model=0 "),
         (
             Layout(model=2),
             {"num_heads": 9, "decoder": 3, "encoder": 9, "cross": 3},
             "num_heads=9",
         ),
-        (Layout(slices=3), {}, "mesh.slices=3 .* use one of 1, 2, 4, 8"),
-        (Layout(fsdp=True), {"d_model": 100}, "model.d_model=100 .* mesh.model=2, 4, 8"),
-        (Layout(kv_heads="tile"), {}, "mesh.kv_heads='tile'; use one of auto, replicate, batch"),
+        (Layout(slices=3), {}, "slices=3 .* use one of 1, 2, 4, 8"),
+        (Layout(fsdp=True), {"d_model": 100}, "d_model=100 .* use False, or 2, 4, 8 dev"),
+        (Layout(kv_heads="tile"), {}, "kv_heads='tile'; use one of auto, replicate, batch"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_what_would(layout, sizes, said):
@@ -176,7 +176,7 @@ def test_processes_are_joined_whole():
     check_layout(config_of(), Layout(model=8), 16, 4)
     assert Layout(model=8).within(4).model == 4
     six = config_of(num_heads=12, encoder=12, d_ff=240, vocab_size=96)
-    with pytest.raises(UserError, match=r"mesh.model=6 .* 24 devices, 4 a process; .* 2, 4, 12$"):
+    with pytest.raises(UserError, match=r"^model=6 .* 24 devices, 4 a process; .* 2, 4, 12$"):
         check_layout(six, Layout(model=6), 24, 4)
 
 
@@ -210,12 +210,12 @@ def test_bytes_moved_by_hand():
 
 def test_a_batch_whose_cache_does_not_split_by_rows_is_refused():
     layout = Layout(model=8, kv_heads="batch")
-    check_rows("evaluate.batch_size", 24, config_of(), layout, 8)
-    check_rows("evaluate.batch_size", 20, config_of(), Layout(model=8), 8)
+    check_rows(24, config_of(), layout, 8)
+    check_rows(20, config_of(), Layout(model=8), 8)
     whole = config_of(decoder=8, cross=8)
-    check_rows("evaluate.batch_size", 20, whole, layout, 8)
-    with pytest.raises(UserError, match=r"evaluate\.batch_size=20 does not split over the 8 dev"):
-        check_rows("evaluate.batch_size", 20, config_of(), layout, 8)
+    check_rows(20, whole, layout, 8)
+    with pytest.raises(UserError, match=r"^batch_size=20 does not split over the 8 dev"):
+        check_rows(20, config_of(), layout, 8)
 
 
 def test_layouts_are_of_the_devices_that_jobs_will_have():

@@ -85,6 +85,6 @@ def test_a_batch_is_placed_as_it_is():
 @pytest.mark.parametrize("batch_size", [0, 6, 9])
 def test_a_batch_that_does_not_split_is_refused(batch_size):
     unit = 4 * jax.device_count()
-    check_batch("pretrain.batch_size", 2 * unit, 4)
-    with pytest.raises(UserError, match=f"pretrain.batch_size={batch_size} .* multiple of {unit}"):
-        check_batch("pretrain.batch_size", batch_size, 4)
+    check_batch(2 * unit, 4)
+    with pytest.raises(UserError, match=f"^batch_size={batch_size} .* multiple of {unit}"):
+        check_batch(batch_size, 4)

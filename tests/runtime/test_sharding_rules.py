@@ -56,13 +56,13 @@ def test_a_batch_is_split_evenly_over_devices_and_microbatches():
     """8 devices in pairs along "model", 3 microbatches: 4 parts, a unit of 12 rows."""
     layout = Layout(model=2)
     for rows in (12, 24, 120):
-        check_batch("train.batch_size", rows, 3, layout, 8)
+        check_batch(rows, 3, layout, 8)
     for rows in (0, -12, 4, 6, 8, 13, 18):
-        with pytest.raises(UserError, match=f"train.batch_size={rows} .* a multiple of 12$"):
-            check_batch("train.batch_size", rows, 3, layout, 8)
-    check_batch("train.batch_size", 8, 1, Layout(), 8)
+        with pytest.raises(UserError, match=f"^batch_size={rows} .* a multiple of 12$"):
+            check_batch(rows, 3, layout, 8)
+    check_batch(8, 1, Layout(), 8)
     with pytest.raises(UserError, match=r"over 8 devices .* and 1 microbatches"):
-        check_batch("train.batch_size", 4, 1, Layout(), 8)
+        check_batch(4, 1, Layout(), 8)
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def test_bytes_of_fewer_heads_than_devices():
 @pytest.mark.parametrize(("batch_size", "fits"), [(8, True), (24, True), (4, False), (20, False)])
 def test_rows_are_split_where_heads_are_fewer(config, batch_size, fits):
     layout = Layout(model=8, kv_heads="batch")
-    check_rows("evaluate.batch_size", batch_size, config, Layout(model=8), 8)
+    check_rows(batch_size, config, Layout(model=8), 8)
     if fits:
-        check_rows("evaluate.batch_size", batch_size, config, layout, 8)
+        check_rows(batch_size, config, layout, 8)
         return
-    with pytest.raises(UserError, match=f"evaluate.batch_size={batch_size} .* a multiple of 8,"):
-        check_rows("evaluate.batch_size", batch_size, config, layout, 8)
+    with pytest.raises(UserError, match=f"^batch_size={batch_size} .* a multiple of 8,"):
+        check_rows(batch_size, config, layout, 8)
 
 
 def test_a_cache_is_split_by_rows_only_where_heads_are_fewer_and_it_was_chosen():

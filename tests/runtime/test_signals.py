@@ -57,11 +57,11 @@ SAVE = """
 """
 
 
-def run(body, *arguments, signals=(signal.SIGTERM,), apart=0.5):
+def run(body, *arguments, signals=(signal.SIGTERM,), apart=0.5, prefix=()):
     """Send signals once the program says "ready": (status, seconds it took to end, output)."""
     script = MAIN.format(body=body.strip())
     with subprocess.Popen(
-        [sys.executable, "-u", "-c", script, *map(str, arguments)],
+        [*prefix, sys.executable, "-u", "-c", script, *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -95,12 +95,18 @@ def test_a_compilation_is_given_up(tmp_path):
     assert seconds < 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_elsewhere_the_signal_is_raised_at_once(number):
     body = "print('ready', flush=True); time.sleep(60)"
     status, seconds, output = run(body, signals=[number])
     assert (status, seconds < 10) == (128 + number, True)
     assert output == f"interrupted by {number.name}; the same command goes on from where it was\n"
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    body = "print('ready', flush=True); time.sleep(1); print('went on')"
+    status, _, output = run(body, signals=[signal.SIGHUP], prefix=["nohup"])
+    assert (status, output) == (0, "went on\n")
 
 
 def test_a_second_signal_ends_the_process_at_once():

@@ -1,6 +1,5 @@
 """Whole jobs in processes of their own, and what they leave: for the tests and the soak script."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments.stages.folder import StageFolder
 from gqa.checkpoints import checkpoint
 from gqa.model.config import Config
 from gqa.runtime.mesh import make_mesh
@@ -90,15 +90,15 @@ def outputs(workdir, like=None):
         like: another workdir whose stages are the ones to take.
     """
     found = {}
-    for folder in sorted(((like or workdir) / "stages").iterdir()):
-        folder = workdir / "stages" / folder.name
-        done = json.loads((folder / "done.json").read_text())
+    for path in sorted(((like or workdir) / "stages").iterdir()):
+        folder = StageFolder(workdir / "stages" / path.name)
+        outcome = folder.read_outcome()
         if folder.name.startswith("benchmark"):
-            found[folder.name] = [r["metric"] for r in done["records"]]
+            found[folder.name] = [r["metric"] for r in outcome.records]
         else:
-            found[folder.name] = [r for r in done["records"] if r["unit"] != "s"]
-        if done["checkpoint"]:
-            path = folder / "checkpoints" / done["checkpoint"]
+            found[folder.name] = [r for r in outcome.records if r["unit"] != "s"]
+        if outcome.checkpoint:
+            path = folder.result()
             config = Config(**checkpoint.load_config(path)["model"])
             shapes = training_step.abstract(config, make_mesh())._asdict() | {"data": None}
             del shapes["step"]

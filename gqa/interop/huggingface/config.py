@@ -6,6 +6,7 @@ Only the meaning of keys is here; reading.py reads the file, and names.py has th
 from typing import Any
 
 from gqa.model.config import GATED_GELU, RELU, Config
+from gqa.runtime.checks import check_whole_number
 from gqa.runtime.errors import UserError
 
 ACTIVATIONS = {"relu": RELU, "gated-gelu": GATED_GELU}
@@ -99,9 +100,7 @@ def _size(hf_config: dict, key: str, default: int | None = None) -> int:
     value = hf_config.get(key, default)
     if value is None:
         raise UserError(f"config.json has no {key}")
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise UserError(f"{key}={value!r}; use a whole number, 1 or more and less than 2^31")
-    return value
+    return check_whole_number(key, value)
 
 
 def _flag(hf_config: dict, key: str, default: bool) -> bool:
