@@ -105,6 +105,7 @@ def _pretrain() -> ConfigDict:
     pretrain.inputs_length = 512
     # Used for pairs of texts alone: in span corruption the length follows from inputs_length.
     pretrain.targets_length = 114
+    pretrain.pack = False  # pairs of texts: put several into one row, separated by segment ids
     # The learning rate is scale / sqrt(max(step, warmup)).
     pretrain.warmup = 10_000
     pretrain.scale = 1.0

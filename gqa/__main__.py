@@ -22,6 +22,10 @@ COMMANDS = {
         "gqa.interop.huggingface.command",
         "Write a checkpoint of this project as a Hugging Face T5 folder.",
     ),
+    "generate": (
+        "gqa.inference.command",
+        "Print the texts that one or several checkpoints give for the same inputs.",
+    ),
     "kv-cache": (
         "gqa.kv_cache.command",
         "Print the KV cache bytes of a decoder for every number of KV heads.",

@@ -110,7 +110,7 @@ def pretrain_recipe(config: ConfigDict) -> Recipe:
     section = config.pretrain
     return Recipe(
         task=section.task,
-        pack=False,
+        pack=section.pack,
         schedule="rsqrt",
         learning_rate=section.scale,
         warmup=section.warmup,

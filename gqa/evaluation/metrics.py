@@ -11,13 +11,24 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU
 
 from gqa.runtime.errors import UserError
 
-METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "exact_match", "f1")
+METRICS = (
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "bleu",
+    "exact_match",
+    "f1",
+    "word_accuracy",
+    "phoneme_error_rate",
+)
+LOWER_IS_BETTER = ("phoneme_error_rate",)
 RESAMPLES = 1000
 REPLICATES = 200
 NGRAM_ORDER = 4
@@ -64,17 +75,21 @@ def _statistics(name, predictions, references):
     pairs = list(zip(predictions, references, strict=True))
     if name == "bleu":
         return np.array([_bleu_counts(*pair) for pair in pairs])
+    if name == "phoneme_error_rate":
+        return np.array([_edit_counts(*pair) for pair in pairs])
     if name.startswith("rouge"):
         scorer = RougeScorer([name], tokenizer=_CachedTokenizer(use_stemmer=True))
         values = [scorer.score_multi(refs, text)[name].fmeasure for text, refs in pairs]
     else:
-        compare = _exact_match if name == "exact_match" else _f1
+        compare = {"exact_match": _exact_match, "f1": _f1, "word_accuracy": _same_tokens}[name]
         values = [max(compare(text, reference) for reference in refs) for text, refs in pairs]
     return np.array(values, dtype=np.float64)[:, None]
 
 
 def _aggregate(name, sums, n):
     """Turn summed statistics [s] of `n` examples into percent."""
+    if name == "phoneme_error_rate":
+        return 100 * float(sums[0] / sums[1])
     if name != "bleu":
         return 100 * float(sums[0]) / n
     sys_len, ref_len, *counts = sums.tolist()
@@ -113,6 +128,24 @@ def _normalize(text):
 
 def _exact_match(text, reference):
     return float(_normalize(text) == _normalize(reference))
+
+
+def _same_tokens(text, reference):
+    """Compare as they are, but for the amount of space between tokens."""
+    return float(text.split() == reference.split())
+
+
+def _edit_counts(text, references):
+    """Return the edits (insertions, deletions, substitutions) and the length of the reference.
+
+    Both count tokens. The reference is the one with the fewest edits per token.
+    """
+    tokens = text.split()
+    counts = [
+        (Levenshtein.distance(tokens, expected), len(expected))
+        for expected in map(str.split, references)
+    ]
+    return min(counts, key=lambda count: count[0] / max(count[1], 1))
 
 
 def _f1(text, reference):

@@ -5,14 +5,9 @@
 
 import argparse
 
-import jax
-import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
-
-from gqa.checkpoints import checkpoint, pieces, step_folders
+from gqa.checkpoints import network
 from gqa.data import tokenizer
 from gqa.interop import huggingface
-from gqa.model.config import Config
 from gqa.runtime.errors import UserError
 
 
@@ -32,18 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Load the checkpoint and write it as a folder of Hugging Face."""
-    path = step_folders.find(options.checkpoint)
-    info = checkpoint.load_config(path)
-    try:
-        config = Config(**info["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {path}: its config has no network; use another") from error
-    if options.vocabulary and tokenizer.load(options.vocabulary).hash != info.get("vocabulary"):
-        raise UserError(f"{options.vocabulary} is not the vocabulary that {path} was trained with")
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-        for name, shape in pieces.shapes(config).items()
-    }
-    params = checkpoint.load(path, {"params": unflatten_dict(shapes, sep="/")})["params"]
-    huggingface.save(params, config, options.folder, options.expand, options.vocabulary)
+    trained = network.load(options.checkpoint)
+    vocabulary = options.vocabulary
+    if vocabulary and tokenizer.load(vocabulary).hash != trained.info.get("vocabulary"):
+        raise UserError(
+            f"{vocabulary} is not the vocabulary that {options.checkpoint} was trained with"
+        )
+    huggingface.save(trained.params, trained.config, options.folder, options.expand, vocabulary)
