@@ -26,36 +26,31 @@ from gqa.interop.huggingface.writing import VOCABULARY
 from gqa.model.config import Config
 from gqa.runtime.errors import UserError
 
-EPILOG = """\
-CHECKPOINT is a folder of steps or one step that launch.py has written, or a Hugging Face T5 folder.
-Without TEXT and --jsonl, each line of standard input is a text. Options go first or last.
-
-  python -m gqa generate MULTI_HEAD_CHECKPOINT GROUPED_CHECKPOINT "English: hello"
-  python -m gqa generate --search=beam --jsonl=test.jsonl CHECKPOINT > predictions.jsonl
+DESCRIPTION = """\
+Print the texts that one or several checkpoints give for the same inputs. CHECKPOINT is a folder
+that launch.py has written (one step, or all steps) or a T5 folder of Hugging Face. Without TEXT
+and --jsonl, each line of standard input is a text. Options go first or last.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
-    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     parser.usage = "python -m gqa generate [OPTION ...] CHECKPOINT [CHECKPOINT ...] [TEXT ...]"
-    parser.add_argument("arguments", nargs="+", metavar="CHECKPOINT, TEXT", help="see below")
-    parser.add_argument("--jsonl", metavar="FILE", help="read texts from a file of JSON objects")
-    parser.add_argument("--column", default="source", help="the key of the text in these objects")
-    parser.add_argument(
-        "--vocabulary", metavar="FILE", help="a SentencePiece file, if none is found"
-    )
-    parser.add_argument("--search", choices=("greedy", "beam", "sample"), default="greedy")
-    parser.add_argument("--num-beams", type=int, default=4)
-    parser.add_argument("--length-penalty", type=float, default=0.6)
-    parser.add_argument("--temperature", type=float, default=1.0, help="with --search=sample")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest; 0: all")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from this probability mass"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-length", type=int, default=128, help="tokens of the longest text")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("arguments", nargs="+", metavar="CHECKPOINT, TEXT", help=argparse.SUPPRESS)
+    add("--jsonl", metavar="FILE", help="read a JSON object a line; print it with predictions")
+    add("--column", metavar="KEY", default="source", help="of the text in these objects")
+    add("--vocabulary", metavar="FILE", help="SentencePiece model, where none is found")
+    add("--search", choices=("greedy", "beam", "sample"), default="greedy")
+    add("--num-beams", metavar="N", type=int, default=4, help="of beam search")
+    add("--length-penalty", metavar="X", type=float, default=0.6, help="of beam search")
+    add("--temperature", metavar="X", type=float, default=1.0, help="of sampling")
+    add("--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest; 0: all")
+    add("--top-p", metavar="P", type=float, default=1.0, help="sample from this probability mass")
+    add("--seed", metavar="N", type=int, default=0, help="of sampling")
+    add("--max-length", metavar="N", type=int, default=128, help="tokens of the longest text")
+    add("--batch-size", metavar="N", type=int, default=16, help="texts at a time")
 
 
 def run(options: argparse.Namespace) -> None:

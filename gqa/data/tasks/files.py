@@ -8,7 +8,16 @@ from gqa.data import user_files
 from gqa.data.examples import SPLITS, Example
 from gqa.runtime.errors import UserError
 
-METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "exact_match", "f1")
+METRICS = (
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "bleu",
+    "exact_match",
+    "f1",
+    "word_accuracy",
+    "phoneme_error_rate",
+)
 HEADLINE = "rougeL"
 
 
