@@ -29,8 +29,7 @@ from gqa.model.config import Config
 from gqa.runtime import atomic_files, sharding
 from gqa.runtime.errors import UserError
 from gqa.runtime.mesh import Layout, make_mesh
-from gqa.training import optimizer
-from gqa.training import step as training_step
+from gqa.training import optimizer, training_step
 
 # Without these variables libtpu looks for the TPU machine that it runs on.
 ALONE = {

@@ -39,8 +39,7 @@ from gqa.model.config import Config, check_kv_heads
 from gqa.model.transformer import init_params
 from gqa.runtime import hardware
 from gqa.runtime.errors import UserError
-from gqa.training import optimizer
-from gqa.training import step as training_step
+from gqa.training import optimizer, training_step
 
 KINDS = ("inference", "training", "report")
 LEARNING_RATE = 1e-3

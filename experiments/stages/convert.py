@@ -24,7 +24,7 @@ from gqa.conversion import Conversion, calibration
 from gqa.conversion.calibration import InputCovariance
 from gqa.conversion.optimizer_state import convert_optimizer_state
 from gqa.model.config import Config
-from gqa.training import step as training_step
+from gqa.training import training_step
 
 # Bytes of input covariances, at most, that stay in memory for the next stage of the same parent.
 LARGEST_KEPT = 2**30

@@ -14,7 +14,7 @@ from gqa.inference import decoding
 from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
 from gqa.runtime.mesh import resolve_layout
-from gqa.training import step as training_step
+from gqa.training import training_step
 
 SHOWN = 10  # examples whose prediction stands in the report
 

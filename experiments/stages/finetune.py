@@ -11,7 +11,7 @@ from experiments.stages.settings import FinetuneSettings
 from experiments.stages.text import training
 from experiments.stages.training import TrainingSpec, run_training
 from gqa.training import optimizer
-from gqa.training.step import State
+from gqa.training.training_step import State
 
 
 def run(

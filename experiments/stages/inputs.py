@@ -18,7 +18,7 @@ from gqa.checkpoints import checkpoint, step_folders
 from gqa.model.config import Config
 from gqa.runtime.errors import UserError, renamed_fields
 from gqa.runtime.mesh import Layout
-from gqa.training import step as training_step
+from gqa.training import training_step
 
 # The largest size of a network that a checkpoint is believed to have. A damaged number beyond it
 # would cost minutes, or all memory, before anything else was found wrong.

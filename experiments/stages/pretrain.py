@@ -16,7 +16,7 @@ from experiments.stages.typed_json import to_json
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.model import transformer
 from gqa.runtime import hardware
-from gqa.training import step as training_step
+from gqa.training import training_step
 
 
 def run(

@@ -24,8 +24,7 @@ from gqa.runtime import distributed
 from gqa.runtime.hardware import peak_flops
 from gqa.runtime.mesh import Layout, check_batch
 from gqa.runtime.sharding import put
-from gqa.training import divergence, loop, optimizer, profiling, progress
-from gqa.training import step as training_step
+from gqa.training import divergence, loop, optimizer, profiling, progress, training_step
 
 
 @dataclass(frozen=True)

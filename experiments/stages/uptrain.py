@@ -24,7 +24,7 @@ from gqa import conversion
 from gqa.checkpoints import checkpoint
 from gqa.conversion import grouping, learned, optimizer_state
 from gqa.runtime import distributed
-from gqa.training import step as training_step
+from gqa.training import training_step
 
 
 def run(

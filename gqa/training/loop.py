@@ -1,7 +1,7 @@
 """The one training loop: pretraining, uptraining and fine-tuning differ only in its arguments.
 
 This file knows when to validate, to save, to roll back and to stop. What one step computes is
-`gqa.training.step`; which loss counts as diverged is `gqa.training.divergence`.
+`gqa.training.training_step`; which loss counts as diverged is `gqa.training.divergence`.
 """
 
 import math
@@ -21,7 +21,7 @@ from gqa.runtime import distributed, signals
 from gqa.runtime.sharding import place
 from gqa.training.divergence import NEW, BadLoss, Guard, Settings
 from gqa.training.progress import Progress
-from gqa.training.step import State
+from gqa.training.training_step import State
 
 
 def fit(

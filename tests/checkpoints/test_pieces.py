@@ -22,8 +22,7 @@ from gqa.interop.huggingface import names
 from gqa.model.config import Config
 from gqa.runtime.errors import UserError
 from gqa.runtime.mesh import make_mesh
-from gqa.training import optimizer
-from gqa.training import step as training_step
+from gqa.training import optimizer, training_step
 
 ROOT = Path(__file__).parent.parent.parent
 HEADS = ("num_kv_heads_encoder", "num_kv_heads_self_attention", "num_kv_heads_cross_attention")

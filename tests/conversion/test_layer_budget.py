@@ -18,8 +18,7 @@ from gqa.interop import huggingface
 from gqa.model.config import Config
 from gqa.model.transformer import Transformer, count_params, each_layer, init_params
 from gqa.runtime.errors import UserError
-from gqa.training import optimizer
-from gqa.training import step as training_step
+from gqa.training import optimizer, training_step
 from tests.conversion.test_closed_form import covariances_of
 
 HEADS = {"self_attention": (4, 2, 2), "cross_attention": (1, 4, 4)}

@@ -10,7 +10,7 @@ from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
 from gqa.model.transformer import init_params
 from gqa.runtime.mesh import make_mesh
-from gqa.training import step as training_step
+from gqa.training import training_step
 
 TRAIN = [(np.array([5]), np.array([7, 7, 8])), (np.array([6]), np.array([7]))]
 SHAPE = {"inputs_length": 6, "targets_length": 4, "batch_size": 2}

@@ -21,7 +21,7 @@ from gqa.runtime.mesh import (
     check_layout,
     check_rows,
 )
-from gqa.training import step as training_step
+from gqa.training import training_step
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """
@@ -30,7 +30,7 @@ import jax, numpy as np
 from gqa.checkpoints import checkpoint
 from gqa.inference import generator as generation
 from gqa.training import optimizer
-from gqa.training import step as training_step
+from gqa.training import training_step
 from gqa.runtime import sharding
 from gqa.inference.decoding import GREEDY, Beam
 from gqa.inference.step import Inference

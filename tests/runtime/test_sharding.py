@@ -19,7 +19,7 @@ import sys
 import jax, numpy as np
 from gqa.inference import generator as generation
 from gqa.training import optimizer
-from gqa.training import step as training_step
+from gqa.training import training_step
 from gqa.runtime import sharding
 from gqa.runtime.mesh import make_mesh
 from gqa.inference.decoding import Beam, Sample

@@ -12,7 +12,7 @@ from experiments.stages.folder import StageFolder
 from gqa.checkpoints import checkpoint
 from gqa.model.config import Config
 from gqa.runtime.mesh import make_mesh
-from gqa.training import step as training_step
+from gqa.training import training_step
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = {

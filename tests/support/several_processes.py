@@ -20,8 +20,7 @@ from gqa.inference.step import Inference
 from gqa.model.config import Config
 from gqa.runtime import distributed, sharding
 from gqa.runtime.mesh import Layout, make_mesh, resolve_layout
-from gqa.training import loop, optimizer
-from gqa.training import step as training_step
+from gqa.training import loop, optimizer, training_step
 from gqa.training.divergence import Settings
 from gqa.training.progress import Progress
 from tests.support.jobs import ROOT

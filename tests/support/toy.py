@@ -10,8 +10,7 @@ import numpy as np
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.runtime import distributed, sharding
 from gqa.runtime.mesh import make_mesh
-from gqa.training import loop
-from gqa.training import step as training_step
+from gqa.training import loop, training_step
 from gqa.training.divergence import Settings
 from gqa.training.progress import Progress
 

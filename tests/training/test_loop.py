@@ -13,8 +13,7 @@ from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.model.config import Config
 from gqa.runtime.errors import UserError
 from gqa.runtime.mesh import make_mesh
-from gqa.training import loop, optimizer
-from gqa.training import step as training_step
+from gqa.training import loop, optimizer, training_step
 from gqa.training.divergence import Settings
 from gqa.training.progress import Progress
 

@@ -14,7 +14,7 @@ from gqa.inference.decoding import GREEDY
 from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
 from gqa.interop.huggingface import from_state_dict
-from gqa.training import step as training_step
+from gqa.training import training_step
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden"
 VERSIONS = ("t5_1_0", "t5_1_1")

@@ -17,8 +17,7 @@ from gqa.interop import huggingface
 from gqa.model.config import RELU
 from gqa.runtime.errors import UserError
 from gqa.runtime.mesh import make_mesh
-from gqa.training import optimizer
-from gqa.training import step as training_step
+from gqa.training import optimizer, training_step
 from tests.interop import test_t5x
 from tests.support import jobs
 

@@ -10,8 +10,7 @@ import pytest
 
 from gqa.model.transformer import Transformer
 from gqa.runtime.mesh import make_mesh
-from gqa.training import loop, optimizer
-from gqa.training import step as training_step
+from gqa.training import loop, optimizer, training_step
 
 LENGTHS = (5, 2, 1, 4)  # real tokens of each row of targets
 
