@@ -4,13 +4,12 @@
 """
 
 import argparse
-import functools
-from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from gqa.kv_cache import presets
-from gqa.kv_cache.presets import PRESETS, Decoder
+from gqa.kv_cache.decoder import Decoder
+from gqa.kv_cache.presets import PRESETS
 from gqa.runtime.checks import check_choice
 from gqa.runtime.errors import ConfigError
 
@@ -19,69 +18,107 @@ DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 LARGEST = 10**12  # of any number in the arguments, so that the table stays readable
 
 
-def cache_bytes(decoder: Decoder, kv_heads: int, length: int, inputs: int, itemsize: int) -> int:
-    """Return the cache bytes of one sequence: a key and a value per KV head, layer and position.
-
-    `length` counts the decoder's positions, `inputs` those of an encoder if there is one.
-    """
-    positions = min(length, decoder.window or length) + (inputs if decoder.cross else 0)
-    return 2 * decoder.layers * kv_heads * positions * decoder.head_dim * itemsize
-
-
 def describe(
     decoder: Decoder, batch: int, length: int, inputs: int, dtype: str, memory: float | None
 ) -> str:
     """Return the table: a row for each number of KV heads that divides the query heads.
 
-    The model's own number of KV heads carries a *. `memory` is in GiB.
+    The row of the model itself carries a *. A model with latent attention has that row alone, and
+    one whose attentions have different numbers of KV heads has it before the others. `memory` is in
+    GiB.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    extent = f" after {inputs} of input" if decoder.cross else ""
-    extent += f" in a window of {decoder.window}" if decoder.window else ""
-    lines = [
-        f"{decoder.layers} layers, {decoder.heads} heads of {decoder.head_dim}, {dtype}, "
-        f"{length} positions{extent}, batch {batch}"
-    ]
-    header = ["KV heads", "vectors / layer", "a sequence", "the batch", "to MHA"]
-    header += [f"sequences in {memory:g} GiB"] if memory else []
-    rows = [header]
 
-    size = functools.partial(cache_bytes, decoder, length=length, inputs=inputs, itemsize=itemsize)
-    for kv_heads in range(decoder.heads, 0, -1):
-        if decoder.heads % kv_heads == 0:
-            sequence = size(kv_heads)
-            vectors = sequence // (decoder.layers * decoder.head_dim * itemsize)
-            gain = decoder.heads // kv_heads
-            mark = "*" if kv_heads == decoder.kv_heads else ""
-            row = [
-                f"{kv_heads}{mark}",
-                f"{vectors:,}",
-                _text(sequence),
-                _text(batch * sequence),
-                f"1/{gain}",
-            ]
-            rows.append(row + ([f"{int(memory * 2**30 // sequence):,}"] if memory else []))
+    # The cache of one sequence for each row, by the text of the row's first column.
+    numbers = [k for k in range(decoder.heads, 0, -1) if decoder.heads % k == 0]
+    decoders = {} if decoder.kv_heads else {"as is*": decoder}
+    if decoder.expanded is None:
+        own = decoder.kv_heads
+        decoders |= {f"{k}{'*' if k == own else ''}": decoder.with_kv_heads(k) for k in numbers}
+    else:
+        decoders = {"latent*": decoder}
+    sizes = {name: each.cache_bytes(length, inputs, itemsize) for name, each in decoders.items()}
+    multi_head = _multi_head(decoder).cache_bytes(length, inputs, itemsize)
 
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines += ["  ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, _answer(decoder, size, memory)])
+    # Vectors mean something only where all layers keep vectors of one size and equally many.
+    layer = decoder.attentions[0]
+    uniform = len(set(decoder.self_attention)) == 1 and len(set(decoder.attentions)) == 1
+    uniform = uniform and decoder.expanded is None
+    rows = [["KV heads", *(["vectors / layer"] if uniform else []), "a sequence", "the batch"]]
+    rows[0] += ["to MHA", *([f"sequences in {memory:g} GiB"] if memory else [])]
+    for name, size in sizes.items():
+        vectors = size // (len(decoder.self_attention) * layer.key_dim * itemsize)
+        row = [name, *([f"{vectors:,}"] if uniform else []), _text(size), _text(batch * size)]
+        row.append(f"1/{_ratio(multi_head, size)}")
+        rows.append(row + ([f"{int(memory * 2**30 // size):,}"] if memory else []))
+
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = ["  ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
+    title = f"{_sizes(decoder)}, {dtype}, {_extent(decoder, length, inputs)}, batch {batch}"
+    last = [_answer(decoder, sizes, multi_head, memory)]
+    return "\n".join([title, *table, *([decoder.note] if decoder.note else []), *last])
 
 
-def _answer(decoder: Decoder, size: Callable[[int], int], memory: float | None) -> str:
-    """Return the last line: how much a grouped cache saves against multi-head attention.
+def _multi_head(decoder: Decoder) -> Decoder:
+    """Return the decoder as it were with keys and values for every query head."""
+    if decoder.expanded is None:
+        return decoder.with_kv_heads(decoder.heads)
+    expanded = decoder.expanded._replace(kv_heads=decoder.heads)
+    return decoder._replace(self_attention=(expanded,) * len(decoder.self_attention))
 
-    The grouped cache has the model's own number of KV heads or, for a multi-head model, the largest
-    possible number up to 8.
+
+def _sizes(decoder: Decoder) -> str:
+    """Return the first words of the table: layers, heads and their sizes."""
+    keys = {layer.key_dim for layer in decoder.attentions}
+    size = f" of {keys.pop()}" if len(keys) == 1 and decoder.expanded is None else ""
+    text = f"{decoder.layers} layers, {decoder.heads} heads{size}"
+    cached = len(decoder.self_attention)
+    return text if cached == decoder.layers else f"{text}, {cached} attentions with a cache"
+
+
+def _extent(decoder: Decoder, length: int, inputs: int) -> str:
+    """Return what the title says of positions and windows."""
+    text = f"{length} positions"
+    if decoder.cross_attention:
+        text += f" after {decoder.encoder_length or inputs} of input"
+    windows: dict[int, int] = {}
+    for layer in decoder.self_attention:
+        windows[layer.window] = windows.get(layer.window, 0) + 1
+    for window, layers in windows.items():
+        if window:
+            everywhere = len(windows) == 1
+            text += f" in a window of {window}" + ("" if everywhere else f" in {layers} layers")
+    return text
+
+
+def _answer(decoder: Decoder, sizes: dict[str, int], multi_head: int, memory: float | None) -> str:
+    """Return the last line: how much the cache saves against multi-head attention.
+
+    The cache compared is the model's. For a multi-head model it is that with the largest possible
+    number of KV heads up to 8.
     """
     kv_heads = decoder.kv_heads
-    if kv_heads == decoder.heads:
-        kv_heads = max(k for k in range(1, min(8, kv_heads) + 1) if decoder.heads % k == 0)
-    gain = decoder.heads // kv_heads
-    text = f"{kv_heads} KV heads: {gain} times less cache than {decoder.heads}"
+    if decoder.expanded is not None:
+        size, subject = sizes["latent*"], "latent attention"
+    elif not kv_heads:
+        size, subject = sizes["as is*"], "as it is"
+    else:
+        if kv_heads == decoder.heads:
+            kv_heads = max(k for k in range(1, min(8, kv_heads) + 1) if decoder.heads % k == 0)
+        size = sizes.get(f"{kv_heads}*") or sizes[f"{kv_heads}"]
+        subject = f"{kv_heads} KV heads"
+    text = f"{subject}: {_ratio(multi_head, size)} times less cache than {decoder.heads}"
+    text += " heads with keys and values of their own" if decoder.expanded is not None else ""
     if memory:
-        fits, before = (int(memory * 2**30 // size(k)) for k in (kv_heads, decoder.heads))
+        fits, before = (int(memory * 2**30 // each) for each in (size, multi_head))
         text += f"; {fits:,} sequences in {memory:g} GiB instead of {before:,}"
     return text
+
+
+def _ratio(larger: int, smaller: int) -> str:
+    """Return how many times one number of bytes contains another."""
+    exact = larger % smaller == 0
+    return f"{larger // smaller}" if exact else f"{larger / smaller:.1f}"
 
 
 def _text(nbytes: int) -> str:
@@ -98,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences at a time")
     parser.add_argument("--length", type=int, default=2048, help="positions of the decoder")
     parser.add_argument(
-        "--inputs-length", type=int, help="positions of the encoder; by default as --length"
+        "--inputs-length", type=int, help="positions of an encoder; by default as --length"
     )
     parser.add_argument("--dtype", default="bfloat16", help=", ".join(DTYPES))
     parser.add_argument("--memory", type=float, help="GiB that the weights leave for the cache")
@@ -119,5 +156,10 @@ def run(options: argparse.Namespace) -> None:
     check_choice("--dtype", options.dtype, DTYPES)
 
     decoder = presets.find(options.model)
+    fixed = decoder.encoder_length
+    if options.inputs_length is not None and (not decoder.cross_attention or fixed):
+        reason = f"but the encoder has {fixed} positions" if fixed else "but there is no encoder"
+        if inputs != fixed:
+            raise ConfigError("--inputs-length", inputs, "leave it out", reason)
     sizes = (options.batch, options.length, inputs, options.dtype, options.memory)
     print(describe(decoder, *sizes))
