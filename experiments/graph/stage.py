@@ -53,6 +53,16 @@ class Stage:
         return self.settings.task if isinstance(self.settings, EvaluateSettings) else None
 
     @property
+    def texts(self) -> dict[str, str]:
+        """For each task that this stage or an ancestor trains on, the hash of its text."""
+        return {
+            stage.settings.recipe.task: stage.settings.text
+            for stage in ancestors(self)
+            if isinstance(stage.settings, PretrainSettings | FinetuneSettings)
+            and stage.settings.text is not None
+        }
+
+    @property
     def variant(self) -> Variant:
         """What result records say of the network."""
         return self.settings.variant

@@ -51,6 +51,7 @@ def describe(stage: Stage, workdir: Path) -> StageFolder:
         settings=stage.settings,
         setup=stage.setup,
         parents=tuple(parent.folder(workdir).name for parent in stage.parents),
+        texts=stage.texts,
     )
     folder.write_description(description)
     return folder
@@ -86,7 +87,8 @@ def _run_module(folder: StageFolder, description: Description) -> Outcome:
     shared = _make_job(
         json.dumps(to_json(setup)), folder.workdir, _is_alone(description.kind, setup)
     )
-    job = dataclasses.replace(shared, title=description.title)
+    text_as_promised = shared.text._replace(promised=description.texts)
+    job = dataclasses.replace(shared, title=description.title, text=text_as_promised)
     while True:
         try:
             parents = [folder.sibling(name).result() for name in description.parents]

@@ -58,6 +58,7 @@ class Description:
         title: the label as a folder's name, for TensorBoard.
         settings: an instance of `SETTINGS[kind]`.
         parents: names of the folders of the stages that this one builds on.
+        texts: for each task whose text the stage reads, the hash of the text that its key promises.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Description:
     settings: Any
     setup: Setup
     parents: tuple[str, ...]
+    texts: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from experiments.stages.typed_json import to_json
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.model import transformer
 from gqa.runtime import hardware
+from gqa.runtime.errors import UserError
 from gqa.training import training_step
 
 
@@ -24,6 +25,11 @@ def run(
 ) -> Outcome:
     """Pretrain a network on span corruption, or on examples, for `settings.recipe.steps` steps."""
     del parents  # pretraining builds on nothing
+    if settings.vocabulary not in (None, job.text.tokenizer.hash):
+        raise UserError(
+            "the vocabulary has changed since this stage was planned; put the old file of "
+            "text.vocabulary back, or run the same command again"
+        )
     recipe = settings.recipe
     config = dataclasses.replace(settings.model, dropout_rate=recipe.dropout_rate)
     if settings.initial_checkpoint is None:

@@ -4,11 +4,13 @@ How a task's examples are read is in `gqa/data/tasks/`; how rows become batches,
 `gqa/data/batching.py`.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from experiments.stages.settings import Recipe, TextSettings
 from gqa.data import batching, corpus, span_corruption, tasks, token_cache, tokenizer
 from gqa.data.corpus_packages import DEFAULT_PACKAGES
 from gqa.data.examples import SPLITS, Example, TokenPair
+from gqa.runtime import file_hashes
 from gqa.runtime.distributed import primary_first
 from gqa.runtime.errors import UserError
 
@@ -34,6 +37,8 @@ class Text(NamedTuple):
         options: the keyword arguments of each task's module.
         folder: WORKDIR/text, where corpus, vocabulary and token ids are kept.
         share: (index, count): this process reads part `index` of the `count` parts of every batch.
+        promised: for each task that a stage reads, the hash of the text that the stage was planned
+            with.
     """
 
     tokenizer: tokenizer.Tokenizer
@@ -41,14 +46,39 @@ class Text(NamedTuple):
     options: dict[str, dict]
     folder: Path
     share: tuple[int, int] = (0, 1)
+    promised: Mapping[str, str] = types.MappingProxyType({})
 
     def examples(self, task: str, split: str) -> Any:
-        """Return the examples of a task, or its documents."""
-        return tasks.get(task).load(split, corpus=self.corpus, **self.options.get(task, {}))
+        """Return the examples of a task, or its documents.
+
+        Raises:
+            UserError: if the text is not the one that was promised.
+        """
+        with self._as_promised(task):
+            return tasks.get(task).load(split, corpus=self.corpus, **self.options.get(task, {}))
 
     def parts(self, task: str) -> list[tuple[Any, float]]:
-        """Return the training texts of a task, in the parts of a mixture with their weights."""
-        return tasks.parts(task, corpus=self.corpus, **self.options.get(task, {}))
+        """Return the training texts of a task, in the parts of a mixture with their weights.
+
+        Raises:
+            UserError: if the text is not the one that was promised.
+        """
+        with self._as_promised(task):
+            return tasks.parts(task, corpus=self.corpus, **self.options.get(task, {}))
+
+    @contextlib.contextmanager
+    def _as_promised(self, task: str) -> Iterator[None]:
+        """Refuse a text that another one has replaced, before it is read or meanwhile."""
+        self._check(task)
+        yield
+        self._check(task)
+
+    def _check(self, task: str) -> None:
+        if self.promised.get(task) not in (None, self.source(task)):
+            raise UserError(
+                f"the text of task {task} has changed since this stage was planned; put the old "
+                "text back, or run the same command again, which plans with the new text"
+            )
 
     def ids(self, texts: list[str]) -> list[np.ndarray]:
         """Return the token ids of each text; they are kept on disk."""
@@ -173,8 +203,15 @@ def is_prepared(wanted: TextSettings, workdir: Path) -> bool:
 def _source(task: str, built: corpus.Corpus | None, options: dict[str, dict]) -> str:
     if tasks.needs_corpus(task):
         assert built is not None  # `prepare` builds it for these tasks
-        return built.manifest["sha256"]
+        return _hash_rows(built.folder, tuple(map(file_hashes.sha256, built.files)))
     return _hash(tasks.get(task).fingerprint(**options[task]))
+
+
+@functools.lru_cache(maxsize=4)
+def _hash_rows(folder: Path, file_hashes: tuple[str, ...]) -> str:
+    """Return the corpus's hash, which is of uncompressed rows: for unchanged files, only once."""
+    del file_hashes  # part of the cache's key
+    return corpus.hash_rows(folder)
 
 
 def _vocabulary(
@@ -184,11 +221,14 @@ def _vocabulary(
     if wanted.vocabulary:
         return tokenizer.load(wanted.vocabulary)
     task, options = wanted.pretraining, wanted.options
-    path = _vocabulary_path(wanted, _source(task, built, options), folder)
+    source = _source(task, built, options)
+    path = _vocabulary_path(wanted, source, folder)
     if path.exists():
         return tokenizer.load(path)
 
     texts = tasks.get(task).load("train", corpus=built, **options.get(task, {}))[:VOCABULARY_TEXTS]
+    if _source(task, built, options) != source:
+        raise UserError(f"the text of task {task} changed while it was read; run again")
     if isinstance(texts[0], Example):
         texts = [part for example in texts for part in (example.inputs, *example.targets)]
     return tokenizer.train(texts, wanted.vocab_size, path)

@@ -53,6 +53,12 @@ class Corpus:
     folder: pathlib.Path
     manifest: dict[str, Any]
 
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """The files of all tasks and splits."""
+        pairs = itertools.product(TASKS, SPLITS)
+        return [_rows_file(self.folder, task, split) for task, split in pairs]
+
     def rows(self, task: str, split: str) -> list[dict[str, Any]]:
         """Return the rows of one task (see `TASKS`), in a fixed order.
 
@@ -114,18 +120,31 @@ def _read_manifest(path: pathlib.Path, versions: dict[str, str]) -> dict[str, An
 
 def _rows_match(folder: pathlib.Path, manifest: dict[str, Any]) -> bool:
     """Return whether the rows on disk have the hash that the manifest says."""
-    digest = hashlib.sha256()
     try:
-        for task, split in itertools.product(TASKS, SPLITS):
-            digest.update(_lines(folder, task, split))
+        return hash_rows(folder) == manifest.get("sha256")
     except UserError:
         return False
-    return digest.hexdigest() == manifest.get("sha256")
+
+
+def hash_rows(folder: pathlib.Path) -> str:
+    """Return the hash of all rows on disk, in the order of `TASKS` and `SPLITS`.
+
+    Raises:
+        UserError: naming a file that is damaged.
+    """
+    digest = hashlib.sha256()
+    for task, split in itertools.product(TASKS, SPLITS):
+        digest.update(_lines(folder, task, split))
+    return digest.hexdigest()
+
+
+def _rows_file(folder: pathlib.Path, task: str, split: str) -> pathlib.Path:
+    return folder / f"{task}-{split}.jsonl.gz"
 
 
 def _lines(folder: pathlib.Path, task: str, split: str) -> bytes:
     """Return the rows of one task and split as JSON lines."""
-    path = folder / f"{task}-{split}.jsonl.gz"
+    path = _rows_file(folder, task, split)
     try:
         return gzip.decompress(path.read_bytes())
     except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -190,7 +209,7 @@ def _write(
         split_rows = rows[task][split]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows).encode()
         digest.update(lines)
-        atomic_files.write(folder / f"{task}-{split}.jsonl.gz", gzip.compress(lines, 6, mtime=0))
+        atomic_files.write(_rows_file(folder, task, split), gzip.compress(lines, 6, mtime=0))
         words = sum(len(row[key].split()) for row in split_rows for key in row.keys() & TEXT_FIELDS)
         counts[task][split] = {"rows": len(split_rows), "words": words}
 

@@ -5,9 +5,7 @@ Face's `datasets` saved. `@weight` after the names makes the list a mixture. `gq
 reads the rows of one file; `gqa.data.tasks.files` and `.documents` make examples of them.
 """
 
-import functools
 import glob
-import hashlib
 import json
 import os
 import pathlib
@@ -16,6 +14,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from gqa.data import file_formats
+from gqa.runtime import file_hashes
 from gqa.runtime.errors import UserError
 
 MOST_BAD = 0.01  # share of a file's rows that may be bad
@@ -228,18 +227,12 @@ def _is_plain(name: str) -> bool:
     return name == os.path.basename(name) and name.endswith(".arrow")
 
 
-@functools.cache
-def digest(path: str) -> str:
-    """Return the sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def contents(options: dict) -> dict:
     """Return hashes and weights of the files that `options` names for each split, as JSON."""
     return {
         split: [
-            [[digest(file) for file in files], weight] for files, weight in entries(names, split)
+            [[file_hashes.sha256(file) for file in files], weight]
+            for files, weight in entries(names, split)
         ]
         for split in ("train", "validation", "test")
         if (names := options.get(split))

@@ -227,6 +227,15 @@ def test_uptraining_and_scores_are_told_all_that_determines_them():
     assert sources == {"source of parameter_qa", "source of docstring_summary"}
 
 
+def test_every_stage_is_told_which_texts_its_key_promises():
+    for stage in stages():
+        if stage.kind == "benchmark":
+            assert stage.texts == {}
+            continue
+        tuned_on = {stage.task} - {None, "docstrings"}
+        assert stage.texts == {t: f"source of {t}" for t in ("docstrings", *tuned_on)}
+
+
 def test_results_name_the_heads_of_each_attention():
     (converted,) = [
         s for s in stages(**{"convert.where": "cross_attention"}) if s.kind == "convert"

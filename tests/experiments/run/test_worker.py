@@ -18,6 +18,7 @@ from experiments.run import worker
 from experiments.stages.folder import Outcome, StageFolder, record
 from experiments.stages.inputs import Job
 from experiments.stages.settings import CheckpointOptions, Setup, TextSettings, UptrainSettings
+from experiments.stages.text import Text
 from experiments.stages.typed_json import to_json
 from experiments.stages.variant import Variant
 from experiments.workdir import lock, write_whole
@@ -201,7 +202,7 @@ def family(tmp_path, monkeypatch):
 
     def use(module):
         monkeypatch.setattr(worker.importlib, "import_module", lambda _: module)
-        job = Job(tmp_path, SETUP, None, make_mesh(), WHOLE)
+        job = Job(tmp_path, SETUP, Text(None, None, {}, tmp_path), make_mesh(), WHOLE)
         monkeypatch.setattr(worker, "_make_job", lambda *_: job)
         return module
 

@@ -8,7 +8,7 @@ import pytest
 from configs import base
 from experiments.graph import plan, validate
 from experiments.stages import text
-from gqa.data import tokenizer
+from gqa.data import corpus, tasks, tokenizer
 from gqa.runtime.errors import UserError
 from tests.data.test_tfds import DATASETS, c4_row, prepare
 
@@ -70,6 +70,52 @@ def test_own_files_and_text_become_batches(folder):
     assert tuning.validation_size == 50
     pretraining = text.training(prepared, plan.pretrain_recipe(config))
     assert next(pretraining.batches)["inputs"].shape == (8, 43)
+
+
+def test_a_text_that_changes_after_the_plan_is_not_read(folder):
+    """Rows of the same size, written at once: neither size nor a coarse clock tells them apart."""
+    config = own()
+    prepared = text.prepare(text.settings(config), folder / "work")
+    promised = {task: prepared.source(task) for task in ("files", "documents")}
+    planned = prepared._replace(promised=promised)
+    assert len(planned.examples("files", "validation")) == 50
+
+    old = (folder / "parts" / "2.jsonl").read_text()
+    (folder / "parts" / "2.jsonl").write_text(old.replace("antwort", "anxwort"))
+    with pytest.raises(UserError, match="the text of task files has changed since"):
+        planned.examples("files", "test")
+    with pytest.raises(UserError, match="the text of task files has changed since"):
+        planned.parts("files")
+    assert planned.parts("documents")
+
+    (folder / "parts" / "2.jsonl").write_text(old)
+    assert len(planned.examples("files", "test")) == 150
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
+    config = own()
+    prepared = text.prepare(text.settings(config), folder / "work")
+    planned = prepared._replace(promised={"files": prepared.source("files")})
+    read = tasks.get("files").load
+
+    def replace_and_read(split, *, corpus=None, **options):
+        write(folder / "parts" / "1.jsonl", ROWS[:50])
+        return read(split, **options)
+
+    monkeypatch.setattr(tasks.get("files"), "load", replace_and_read)
+    with pytest.raises(UserError, match="the text of task files has changed since"):
+        planned.examples("files", "train")
+
+
+def test_a_corpus_that_changes_after_the_plan_is_not_read(tmp_path):
+    built = corpus.build(tmp_path / "corpus", ["absl-py", "opt_einsum", "optax", "rich"])
+    prepared = text.Text(None, built, {}, tmp_path)
+    assert prepared.source("docstrings") == built.manifest["sha256"]
+    planned = prepared._replace(promised={"docstrings": prepared.source("docstrings")})
+    assert planned.examples("docstrings", "test")
+    corpus.build(tmp_path / "corpus", ["opt_einsum", "optax", "rich"])
+    with pytest.raises(UserError, match="the text of task docstrings has changed since"):
+        planned.examples("docstrings", "test")
 
 
 def test_bad_rows_are_told_and_many_refused(folder, capsys):

@@ -1,0 +1,46 @@
+"""A hash is that of the file's bytes, also where a change leaves size and time as they were."""
+
+import hashlib
+import os
+
+import pytest
+
+from gqa.runtime import file_hashes
+from gqa.runtime.errors import UserError
+
+
+def test_a_hash_is_of_the_bytes_however_quickly_they_change(tmp_path):
+    path = tmp_path / "file"
+    for content in (b"one", b"two", b"six", b"seven"):
+        path.write_bytes(content)
+        assert file_hashes.sha256(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_that_was_left_alone_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    monkeypatch.setattr(file_hashes, "SETTLED", 0.0)
+    first = file_hashes.sha256(path)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert file_hashes.sha256(path) == first
+
+
+def test_a_change_that_sets_the_time_back_is_noticed(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    os.utime(path, (1e9, 1e9))
+    monkeypatch.setattr(file_hashes, "SETTLED", -1.0)  # remember at once
+    file_hashes.sha256(path)
+    while path.stat().st_ctime_ns == (before := path.stat().st_ctime_ns):
+        path.write_bytes(b"two")
+        os.utime(path, (1e9, 1e9))
+        if path.stat().st_ctime_ns != before:
+            break
+    assert file_hashes.sha256(path) == hashlib.sha256(b"two").hexdigest()
+
+
+def test_only_regular_files_have_a_hash(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "absent", "."):
+        with pytest.raises(UserError, match=str(tmp_path)):
+            file_hashes.sha256(tmp_path / name)
