@@ -99,7 +99,7 @@ def _run(values: flags.FlagValues) -> None:
     from experiments.aot import analysis
     from experiments.speed import benchmark
     from experiments.stages import initial_checkpoint
-    from gqa.runtime import distributed
+    from gqa.runtime import compilation_cache, distributed
 
     config, workdir, stage = values.config, Path(values.workdir), values.stage
     if stage == "aot" or config.experiment == "aot":
@@ -125,7 +125,7 @@ def _run(values: flags.FlagValues) -> None:
         pipeline.check(config, options)
     else:
         experiment.check(config)
-    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+    compilation_cache.enable()
     print(f"{config.name} on {jax.device_count()} x {jax.devices()[0].device_kind}", flush=True)
     if values.checkpoint:
         pipeline.score_checkpoint(config, workdir, Path(values.checkpoint))

@@ -4,15 +4,20 @@ What lies in a stage's folder is in `experiments/stages/folder.py`.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from gqa.runtime import atomic_files
 from gqa.runtime.distributed import is_primary
 from gqa.runtime.errors import UserError
+
+MAX_HOLDER = 200  # characters of a lock's file that a message shows
 
 
 def make_workdir(workdir: Path) -> None:
@@ -45,21 +50,51 @@ def lock(path: Path, guarded: str) -> Iterator[None]:
     if not is_primary():
         yield
         return
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{guarded} is in use by {file.read().strip() or 'another process'}; wait for it, "
-                "stop it, or use another --workdir"
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"{path}: no lock ({error.strerror}); start no second process", flush=True)
+    with _open_locked(path, guarded) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield
+
+
+def _open_locked(path: Path, guarded: str) -> TextIO:
+    """Return the file of a lock, open and locked."""
+    while True:
+        file = os.fdopen(_open_plain(path), "r+", encoding="utf-8", errors="replace")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = file.read(MAX_HOLDER).strip()
+            file.close()
+            raise UserError(
+                f"{guarded} is in use by {holder or 'another process'}; wait for it, stop it, or "
+                "use another --workdir"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"{path}: no lock ({error.strerror}); start no second process", flush=True)
+            return file
+
+        # Between opening and locking, the file may have been deleted and made anew by another
+        # process, which then holds the lock of the new file.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path, follow_symlinks=False)):
+                return file
+        file.close()
+
+
+def _open_plain(path: Path) -> int:
+    """Open or make a file to read and write, following no link: what is written would harm it."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path}: is a link, which no lock may be; delete it") from error
+        raise UserError(f"{path}: {error.strerror}; use a --workdir to write to") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise UserError(f"{path}: not a file of its own, as a lock must be; delete it")
+    return descriptor
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -11,6 +11,8 @@ the job asks to be requeued, unless SLURM is ending it anyway; in its next run t
 
 import importlib.util
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from gqa.runtime.errors import UserError
+from gqa.runtime.private_folders import make_private
+from gqa.runtime.regular_files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORKER = (sys.executable, "-m", "experiments.run.worker")
@@ -179,9 +183,11 @@ class _Queue:
 
     def __init__(self, workdir: Path):
         self.folder = workdir / "slurm"
+        # submitit keeps in this folder the pickles that jobs load, which run as code.
+        make_private(self.folder)
         self._file = self.folder / "jobs.json"
         # By stage folder: the task's id, and the job's name, lest another job has that id by now.
-        self._jobs = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self._jobs = read_jobs(self._file)
         names = sorted({job["name"] for job in self._jobs.values()})
         self._states = squeue(f"--name={','.join(names)}") if names else {}
 
@@ -228,6 +234,24 @@ class _Queue:
         from experiments.workdir import write_whole  # only here: it takes a job seconds to import
 
         write_whole(self._file, json.dumps(self._jobs, indent=1))
+
+
+def read_jobs(path: Path) -> dict[str, dict[str, str]]:
+    """Read the id and the name of each job that was submitted; empty if there is no file.
+
+    Raises:
+        UserError: if the file holds anything else. Its words become arguments of SLURM's commands.
+    """
+    if not os.path.lexists(path):
+        return {}
+    jobs = read_json(path)
+    patterns = {"id": r"\d+(_\d+)?", "name": r"\w[\w.-]*"}
+    for job in jobs.values():
+        fields = {key: isinstance(job, dict) and job.get(key) for key in patterns}
+        words = {key: word for key, word in fields.items() if isinstance(word, str)}
+        if not all(re.fullmatch(p, words.get(key, ""), re.A) for key, p in patterns.items()):
+            raise UserError(f"{path}: {job!r:.80} is no job; delete the file if no job is queued")
+    return jobs
 
 
 def squeue(which: str) -> dict[str, str]:

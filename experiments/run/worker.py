@@ -29,7 +29,7 @@ from experiments.stages.typed_json import from_json, to_json
 from experiments.workdir import lock
 from gqa.checkpoints import step_folders
 from gqa.evaluation import results
-from gqa.runtime import distributed, sharding
+from gqa.runtime import compilation_cache, distributed, sharding
 from gqa.runtime.errors import DamagedCheckpoint, UserError, renamed_fields
 from gqa.runtime.mesh import make_mesh
 
@@ -166,7 +166,7 @@ def main(argv: list[str]) -> None:
         raise UserError("usage: python -m experiments.run.worker WORKDIR/stages/KIND-KEY ...")
     folders = [StageFolder(Path(argument).absolute()) for argument in argv[1:]]
     distributed.initialize()
-    jax.config.update("jax_compilation_cache_dir", str(folders[0].workdir / "compiled"))
+    compilation_cache.enable()
     for folder in folders:
         run(folder)
 

@@ -13,6 +13,8 @@ No other module names these files.
 """
 
 import json
+import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,12 @@ from experiments.stages.typed_json import from_json, to_json
 from experiments.workdir import write_whole
 from gqa.runtime import distributed
 from gqa.runtime.errors import UserError
+from gqa.runtime.regular_files import read_json
 
 NATS = "nats per token"  # the unit of every loss
+# The largest stage.json or done.json that is read. Ten predictions and the replicates of a
+# bootstrap have less than one megabyte.
+MAX_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -165,9 +171,9 @@ class StageFolder:
     def load_description(self) -> Description:
         """Do what `read_description` does, in this process alone."""
         try:
-            values = json.loads(self._description_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise self._not_a_description(error) from error
+            values = read_json(self._description_file, MAX_BYTES)
+        except UserError as error:
+            raise UserError(f"{error}; it should be the description of a stage") from error
         return self._parse_description(values)
 
     def _parse_description(self, values: Any) -> Description:
@@ -176,9 +182,13 @@ class StageFolder:
             kind = description.kind
             if kind not in SETTINGS:
                 raise UserError(f"stage.kind is {kind!r}; use one of {', '.join(SETTINGS)}")
-            # A parent is a folder beside this one, not a path that leads elsewhere.
-            if any(Path(name).name != name for name in description.parents):
-                raise UserError("stage.parents are not names of folders")
+            # These become paths, which must not lead out of the workdir.
+            for field, names in (("parents", description.parents), ("title", [description.title])):
+                for name in names:
+                    if not _is_plain_name(name):
+                        raise UserError(
+                            f"stage.{field} has {name!r:.80}, which is no name of a folder"
+                        )
             settings = from_json(SETTINGS[kind], description.settings, "stage.settings")
         except UserError as error:
             raise self._not_a_description(error) from error
@@ -202,12 +212,12 @@ class StageFolder:
 
     def _read_outcome(self) -> dict[str, Any] | None:
         path = self._outcome_file
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            from_json(Outcome, values, "outcome")
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return None
-        except (OSError, ValueError, UserError) as error:
+        try:
+            values = read_json(path, MAX_BYTES)
+            _check_outcome(from_json(Outcome, values, "outcome"))
+        except UserError as error:
             raise UserError(
                 f"{path} is damaged; remove it to do the stage's last part again"
             ) from error
@@ -227,4 +237,23 @@ class StageFolder:
         outcome = self.read_outcome()
         if outcome is None or outcome.checkpoint is None:
             raise UserError(f"the stage in {self} is not finished; run it first")
-        return self.checkpoints / Path(outcome.checkpoint).name
+        return self.checkpoints / outcome.checkpoint
+
+
+def _is_plain_name(name: str) -> bool:
+    """Return whether a name is that of a file in a folder, and not a path that leads elsewhere."""
+    return name not in ("", ".", "..") and not {"/", "\0"} & {*name}
+
+
+def _check_outcome(outcome: Outcome) -> None:
+    """Refuse values that no stage leaves; the types of the fields are right."""
+    step = outcome.checkpoint
+    if step is not None and not (step.isascii() and step.isdecimal()):
+        raise UserError(f"outcome.checkpoint is {step!r:.80} instead of the name of a step")
+    if outcome.seconds is not None and not 0 <= outcome.seconds < math.inf:
+        raise UserError(f"outcome.seconds is {outcome.seconds}")
+    for entry in outcome.records:
+        number, words = entry.get("value"), [entry.get("metric"), entry.get("unit")]
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not all(isinstance(word, str) for word in words):
+            raise UserError("outcome.records has an entry without metric, value and unit")

@@ -24,6 +24,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from gqa.runtime.errors import UserError
 
 GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# Where the primary listens, if the others reach it under an address that this machine has not.
+BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 # JAX's names of clusters, each with the variable that tells the processes per node, e.g. 1(x2).
 CLUSTERS = {
     "slurm": "SLURM_STEP_TASKS_PER_NODE",
@@ -66,10 +68,13 @@ def _given() -> dict[str, Any] | None:
     if (count, index) == (None, None) or (count, index) == ("1", "0"):
         return None
     count, index = count or "", index or ""
-    if not (address and count.isdecimal() and index.isdecimal()):
+    numbers = all(text.isdecimal() and len(text) < 10 for text in (count, index))
+    if not (address and re.fullmatch(r".+:\d{1,5}", address) and numbers):
         raise UserError(f"{', '.join(GIVEN)} go together: HOST:PORT and two numbers")
     return {
         "coordinator_address": address,
+        # JAX would listen on every interface, where anybody who reaches it could join.
+        "coordinator_bind_address": os.environ.get(BIND, address),
         "num_processes": int(count),
         "process_id": int(index),
         "cluster_detection_method": "deactivate",

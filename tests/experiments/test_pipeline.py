@@ -181,7 +181,6 @@ def test_any_checkpoint_can_be_scored_again(whole, files):
 
 def test_a_job_ended_in_every_stage_ends_the_same(whole, files, tmp_path):
     rng = random.Random(0)
-    shutil.copytree(whole[0] / "compiled", tmp_path / "compiled")
     for label, signum in (
         ("pretrain", signal.SIGKILL),
         ("convert", signal.SIGKILL),

@@ -65,6 +65,23 @@ def test_the_primary_alone_prints_and_writes(whole):
     assert not list(folder.rglob("*tmp*"))
 
 
+def test_the_primary_listens_on_the_address_given_alone(tmp_path):
+    body = """
+    import os, psutil
+    port = int(os.environ["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2])
+    for place in psutil.Process().net_connections("tcp"):
+        if place.status == psutil.CONN_LISTEN and place.laddr.port == port:
+            print(place.laddr.ip, file=sys.stderr)
+    distributed.wait_for_all("looked")
+    """
+    both = Processes(body, tmp_path / "x")
+    statuses, _ = both.end()
+    assert statuses == [0, 0], both.errors
+    listening = both.errors[0].split()
+    assert listening
+    assert {*listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
 def test_an_error_of_one_ends_both(tmp_path):
     body = """
     from gqa.runtime.errors import UserError
@@ -148,7 +165,15 @@ def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(tmp_path
 
 @pytest.mark.parametrize(
     ("address", "count", "index"),
-    [("host:1", "2", None), (None, "2", "0"), ("host:1", "two", "0"), ("host:1", "2", "2")],
+    [
+        ("host:1", "2", None),
+        (None, "2", "0"),
+        ("host:1", "two", "0"),
+        ("host:1", "2", "2"),
+        ("host", "2", "0"),
+        ("host:x", "2", "0"),
+        ("host:1", "9" * 5000, "0"),
+    ],
 )
 def test_half_said_is_refused(monkeypatch, address, count, index):
     for name, value in zip(distributed.GIVEN, (address, count, index), strict=True):

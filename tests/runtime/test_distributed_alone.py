@@ -27,7 +27,9 @@ def test_the_environment_says_who_is_joined(monkeypatch, address, count, index, 
         assert found is None
         return
     assert (found["num_processes"], found["process_id"]) == joined
-    assert found["coordinator_address"] == address
+    assert found["coordinator_address"] == found["coordinator_bind_address"] == address
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "inside:2")
+    assert distributed._given()["coordinator_bind_address"] == "inside:2"
     assert found["cluster_detection_method"] == "deactivate"
 
 

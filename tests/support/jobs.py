@@ -44,9 +44,12 @@ TINY = {
 for section in ("pretrain", "finetune"):
     TINY |= {f"{section}.batch_size": 4, f"{section}.num_microbatches": 2}
     TINY |= {f"{section}.inputs_length": 32, f"{section}.targets_length": 11}
-# What one job compiled another finds, where the test copies WORKDIR/compiled.
+# What one job compiled the next finds. Each worker of pytest has a folder of its own, because JAX
+# does not write atomically.
+CACHE = ROOT / ".pytest_cache" / f"jobs-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 ENVIRONMENT = {
     **os.environ,
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }

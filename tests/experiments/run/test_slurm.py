@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.util
+import json
 from typing import NamedTuple
 
 import pytest
@@ -172,3 +173,34 @@ def test_nodes_are_for_stages_that_share_the_work(monkeypatch, tmp_path):
     settings = base.get_config().slurm.to_dict() | {"nodes": 4}
     slurm.submit([stage(kind, 0) for kind in kinds], tmp_path, settings, ["true"])
     assert asked == dict(zip((*kinds, "gqa"), (4, 1, 4, 4, 4, 1, 1), strict=True))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "{", "[" * 10**6, '{"a": 1}', '{"a": {"id": "1"}}', '{"a": {"name": "b"}}'),
+        '{"a": {"id": "1:2", "name": "b"}}',
+        '{"a": {"id": "1", "name": "--version"}, "b": {"id": 7, "name": " "}}',
+        '{"a": {"id": "1", "name": "b\\n"}}',
+    ],
+)
+def test_jobs_that_nobody_submitted_are_refused(tmp_path, text):
+    (tmp_path / "jobs.json").write_text(text)
+    with pytest.raises(UserError, match=r"jobs\.json: "):
+        slurm.read_jobs(tmp_path / "jobs.json")
+
+
+def test_jobs_that_were_submitted_are_read(tmp_path):
+    assert slurm.read_jobs(tmp_path / "jobs.json") == {}
+    jobs = {"pretrain-0a": {"id": "12_0", "name": "pretrain-0a"}, "x": {"id": "7", "name": "x-y.z"}}
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    assert slurm.read_jobs(tmp_path / "jobs.json") == jobs
+
+
+def test_pickles_are_not_kept_where_others_can_write(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm").chmod(0o775)
+    with pytest.raises(UserError, match="slurm: others can write to it"):
+        slurm._Queue(tmp_path)
+    (tmp_path / "slurm").chmod(0o755)
+    slurm._Queue(tmp_path)

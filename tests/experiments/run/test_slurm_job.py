@@ -1,7 +1,6 @@
 """A sweep on a real SLURM ends as it does here, also if a job of it is requeued."""
 
 import json
-import shutil
 import subprocess
 import time
 
@@ -53,7 +52,6 @@ def queue(workdir):
 def test_a_sweep_on_a_cluster_ends_as_one_here(settings, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     launch(here, settings, config=SWEEP)
-    shutil.copytree(here / "compiled", there / "compiled")
     printed = launch(there, settings, "--executor=slurm", config=SWEEP)
     assert "pretrain (nano, 4 KV heads, seed 0) and 1 other seeds" in printed
     jobs = json.loads((there / "slurm" / "jobs.json").read_text())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import multiprocessing
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from configs import base
-from experiments import workdir
 from experiments.graph.plan import plan
 from experiments.graph.stage import Stage
 from experiments.run import worker
@@ -21,7 +20,7 @@ from experiments.stages.settings import CheckpointOptions, Setup, TextSettings, 
 from experiments.stages.text import Text
 from experiments.stages.typed_json import to_json
 from experiments.stages.variant import Variant
-from experiments.workdir import lock, write_whole
+from experiments.workdir import lock
 from gqa.evaluation import results
 from gqa.runtime.errors import DamagedCheckpoint, UserError
 from gqa.runtime.mesh import WHOLE, make_mesh
@@ -87,27 +86,6 @@ def test_a_stage_that_was_interrupted_has_no_duration(folder):
     assert folder.read_outcome().seconds is None
 
 
-def hold(path, ready, leave):
-    with lock(path, "it"):
-        ready.set()
-        leave.wait()
-
-
-def test_a_lock_is_for_one_process_and_goes_with_it(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, leave = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(tmp_path / "lock", ready, leave))
-    other.start()
-    ready.wait()
-    message = f"runs is in use by process {other.pid} on .*; wait for it, stop it, or use another"
-    with pytest.raises(UserError, match=message), lock(tmp_path / "lock", "runs"):
-        pass
-    other.kill()
-    other.join()
-    with lock(tmp_path / "lock", "runs"):
-        assert str(os.getpid()) in (tmp_path / "lock").read_text()
-
-
 def test_two_processes_do_not_share_a_stage(folder):
     with lock(folder.lock, "x"), pytest.raises(UserError, match=r"stage in .* is in use"):
         worker.run(folder)
@@ -118,7 +96,12 @@ def test_two_processes_do_not_share_a_stage(folder):
     [
         ({"kind": "launch"}, "stage.kind is 'launch'; use one of pretrain, convert"),
         ({"kind": "convert"}, "stage.settings.cache_lengths is missing"),
-        ({"parents": ["../x"]}, "stage.parents are not names of folders"),
+        ({"parents": ["../x"]}, "stage.parents has '../x', which is no name of a folder"),
+        ({"parents": [".."]}, "stage.parents has '..', which is no name of a folder"),
+        ({"parents": ["."]}, "stage.parents has '.', which is no name of a folder"),
+        ({"parents": [""]}, "stage.parents has '', which is no name of a folder"),
+        ({"parents": ["a\0"]}, "stage.parents has "),
+        ({"title": "../../x"}, "stage.title has '../../x', which is no name of a folder"),
         ({"more": 1}, "stage.more is unknown"),
     ],
 )
@@ -129,30 +112,20 @@ def test_only_a_stage_is_run(folder, change, problem):
         worker.run(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 10**6, '{"kind": ' * 10**5])
 def test_a_description_that_is_no_json_object_is_refused(folder, text):
     (folder.path / "stage.json").write_text(text)
-    with pytest.raises(UserError, match=r"stage.json: not the description of a stage"):
+    with pytest.raises(UserError, match=r"stage.json: .* should be the description of a stage"):
         worker.run(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"records": []}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"records": []}', "\xff", "[" * 10**6, '{"records": ' * 10**5]
+)
 def test_a_damaged_result_is_named(folder, text):
     (folder.path / "done.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"done.json is damaged; remove it"):
         worker.run(folder)
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_whole(path, "before")
-    monkeypatch.setattr(
-        workdir.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
-    )
-    with pytest.raises(OSError, match="full"):
-        write_whole(path, "after")
-    assert path.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_parent_that_is_not_finished_is_named(tmp_path):
@@ -160,8 +133,37 @@ def test_a_parent_that_is_not_finished_is_named(tmp_path):
     parent.mkdir(parents=True)
     with pytest.raises(UserError, match="pretrain-1 is not finished"):
         StageFolder(parent).result()
-    StageFolder(parent).write_outcome(Outcome([], "../../elsewhere/12", ORIGIN, 1.0))
+    StageFolder(parent).write_outcome(Outcome([], "12", ORIGIN, 1.0))
     assert StageFolder(parent).result() == parent / "checkpoints" / "12"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"checkpoint": name} for name in ("../../elsewhere/12", "..", "", "x", "1/..", "²")),
+        *({"seconds": seconds} for seconds in (math.nan, math.inf, -1.0)),
+        *({"records": [record]} for record in ({}, {"metric": "a"}, {"value": "b"})),
+        {"records": [{"metric": "a", "value": "b", "unit": "s"}]},
+        {"records": [{"metric": 1, "value": 2, "unit": "s"}]},
+    ],
+)
+def test_an_outcome_that_no_stage_leaves_is_refused(tmp_path, change):
+    outcome = Outcome([record("a", 1.0, "s")], "12", ORIGIN, 1.0)
+    StageFolder(tmp_path).write_outcome(outcome)
+    assert StageFolder(tmp_path).read_outcome() == outcome
+    StageFolder(tmp_path).write_outcome(dataclasses.replace(outcome, **change))
+    with pytest.raises(UserError, match=r"done.json is damaged; remove it"):
+        StageFolder(tmp_path).read_outcome()
+
+
+def test_files_of_a_stage_are_read_only_where_they_are_regular(folder):
+    for name in ("stage.json", "done.json"):
+        (folder.path / name).unlink(missing_ok=True)
+        os.mkfifo(folder.path / name)
+    with pytest.raises(UserError, match=r"stage.json: .*pipe"):
+        folder.read_description()
+    with pytest.raises(UserError, match=r"done.json is damaged"):
+        folder.read_outcome()
 
 
 def parents_of(checkpoints):
