@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from gqa.runtime import command_line
+from gqa.runtime import command_line, signals
 
 # Name of a command: its module, and what it does.
 COMMANDS = {
@@ -58,7 +58,11 @@ def run_command(arguments: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """Run the command of this process's arguments and return the exit status."""
+    """Run the command of this process's arguments and return the exit status.
+
+    After a signal the command leaves in order: temporary files are deleted.
+    """
+    signals.install()
     return command_line.status(functools.partial(run_command, sys.argv[1:]))
 
 

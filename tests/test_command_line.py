@@ -1,5 +1,7 @@
 """The library's command line as a user runs it: help, mistakes and exit status."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gqa.__main__ import COMMANDS, run_command
+from gqa.runtime import command_line
 from gqa.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -54,3 +57,65 @@ def test_the_exit_status_of_a_mistake_is_2():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: argument COMMAND: invalid choice: 'konvert'")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_ends_the_program_quietly():
+    """As in `python -m gqa kv-cache T5-XL | head -0`: the status is that of SIGPIPE."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "gqa", "kv-cache", "T5-XL"]
+    done = subprocess.run(line, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("value", ["1", "True"])
+def test_64_bits_are_refused(value, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_ENABLE_X64", value)
+    assert command_line.status(lambda: print("ran")) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"error: JAX_ENABLE_X64={value} makes JAX compute in 64 bits")
+    monkeypatch.setenv("JAX_ENABLE_X64", "0")
+    assert command_line.status(lambda: print("ran")) == 0
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_device_that_is_not_there_is_told_in_one_line(platform):
+    code = (
+        "import sys, jax; from gqa.runtime import command_line;"
+        "sys.exit(command_line.status(lambda: jax.devices()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": platform},
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: JAX_PLATFORMS={platform}: JAX has no such device here; install JAX for it, or"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_an_assertion_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for error in (AssertionError(), RuntimeError("x"), OSError(errno.ENOENT, "x", "y"), KeyError()):
+        assert command_line.describe_failure(error) is None
+
+
+@pytest.mark.parametrize("number", command_line.ADVICE)
+def test_what_the_system_refuses_is_told_with_its_path(number):
+    error = OSError(number, os.strerror(number), "/some\nwhere")
+    code, line = command_line.describe_failure(error)
+    assert code == 2
+    assert line.startswith(f"error: /some where: {os.strerror(number)}; ")
+    assert "\n" not in line
+    error.filename = None
+    assert command_line.describe_failure(error)[1].startswith(f"error: {os.strerror(number)}; ")
+
+
+def test_ctrl_c_during_imports_has_its_status():
+    assert command_line.describe_failure(KeyboardInterrupt())[0] == 130

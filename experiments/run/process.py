@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gqa.runtime import signals
-from gqa.runtime.command_line import describe_failure
+from gqa.runtime.command_line import check_environment, close_output, describe_failure
 from gqa.runtime.errors import DamagedCheckpoint, DivergedError
 
 
@@ -22,13 +22,17 @@ def status(run: Callable[[], None]) -> int:
     an interruption. One of several processes that fails ends here and does not return.
     """
     try:
+        check_environment()
         run()
-    except (Exception, signals.Interrupted) as error:
+        sys.stdout.flush()
+    except (Exception, signals.Interrupted, KeyboardInterrupt) as error:
         failure = describe_failure(error)
         if failure is None:
             _leave(1, error)
             raise
         code, line = failure
+        if isinstance(error, BrokenPipeError):
+            close_output()
         return _say(f"{line}{_remedy(error)}", code)
     return 0
 
@@ -56,7 +60,8 @@ def _remedy(error: BaseException) -> str:
 
 
 def _say(text: str, code: int) -> int:
-    print(text, file=sys.stderr, flush=True)
+    if text:
+        print(text, file=sys.stderr, flush=True)
     _leave(code)
     return code
 
