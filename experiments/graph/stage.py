@@ -84,7 +84,7 @@ class Stage:
         self_heads, cross_heads = variant.num_kv_heads, variant.num_kv_heads_cross_attention
         words = [variant.size, f"{self_heads} KV heads"]
         words += [f"cross {cross_heads}"] if cross_heads != self_heads else []
-        words += [variant.method_label] if variant.is_converted or variant.beta else []
+        words += [variant.method_label] if variant.is_converted else []
         words += [f"alpha {variant.alpha:g}"] if variant.alpha else []
         # Timings depend on no seed.
         words += [f"seed {variant.seed}"] if self.kind != "benchmark" else []

@@ -4,7 +4,7 @@ from experiments.report import method_comparison, tables
 from experiments.report.estimate import Estimate
 from experiments.report.summary import Summary
 from experiments.report.tables import DASH
-from experiments.report.variant import TRAINED_AS_IT_IS, Variant
+from experiments.stages.variant import TRAINED_AS_IT_IS, Variant
 
 NOTE = (
     "Loss: validation loss of the pretraining task, in nats per token, on the same text for all "
@@ -16,9 +16,9 @@ NOTE = (
 )
 SAVED_NOTE = (
     "Reaches: the alpha at which the loss equals that of "
-    f"`{method_comparison.REFERENCE.label}` after alpha {method_comparison.ALPHA:g}, interpolated "
-    "between the measured alphas, for every seed separately. Better from: the smallest measured "
-    "alpha whose loss is lower by more than the interval, and by how much."
+    f"`{method_comparison.REFERENCE.method_label}` after alpha {method_comparison.ALPHA:g}, "
+    "interpolated between the measured alphas, for every seed separately. Better from: the "
+    "smallest measured alpha whose loss is lower by more than the interval, and by how much."
 )
 
 
@@ -52,7 +52,7 @@ def _at_once(summary: Summary, shape: Variant):
 
     rows = []
     for method in method_comparison.methods(summary, shape):
-        variant = shape._replace(method=method)
+        variant = shape.made_by(method, 0.0)
         # Some methods of this shape have only an uptrained network, which this table leaves out.
         if variant not in summary.converted:
             continue
@@ -62,7 +62,7 @@ def _at_once(summary: Summary, shape: Variant):
         assert loss is not None  # every converted variant has one
         rows.append(
             [
-                method.label,
+                method.method_label,
                 plus_minus(loss),
                 plus_minus(method_comparison.damage(summary, variant)),
                 *(_cell(estimates[name], form) for name, form in METRICS.items()),
@@ -98,7 +98,7 @@ def plus_minus(estimate: Estimate | None, digits: int = 3) -> str:
 
 def _along(summary: Summary, shape: Variant):
     curves = {
-        method.label: method_comparison.curve(summary, shape, method)
+        method.method_label: method_comparison.curve(summary, shape, method)
         for method in method_comparison.methods(summary, shape)
     }
     curves = {label: points for label, points in curves.items() if len(points) > 1}
@@ -130,6 +130,6 @@ def _saved(summary: Summary, shape: Variant) -> list[list[str]]:
             reaches = f"not in {saved.missed} of {saved.seeds} seeds"
 
         soonest = method_comparison.soonest(summary, shape, method)
-        row = [summary.sized(shape.network, shape), method.label, reaches]
+        row = [summary.sized(shape.network, shape), method.method_label, reaches]
         rows.append(row + ([f"{soonest[0]:g}", plus_minus(soonest[1])] if soonest else [DASH] * 2))
     return rows

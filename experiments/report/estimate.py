@@ -9,11 +9,16 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from scipy import stats
 
-Z = 1.96  # standard errors to either end of a 95% interval of something normal
+Z = 1.96  # a 95% interval of a normal number ends this many standard errors from the mean
 
 
 class Run(NamedTuple):
-    """One seed's number; `replicates` [r] are the same number over resampled test examples."""
+    """One seed's number.
+
+    Args:
+        n: how many test examples the number is over; of an average over tasks, one count a task.
+        replicates: [r], the same number over resampled test examples (bootstrap).
+    """
 
     value: float
     n: int | tuple | None
@@ -21,7 +26,14 @@ class Run(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds; `low` and `high` are None where there is no interval."""
+    """A mean over seeds.
+
+    Args:
+        low, high: ends of the 95% interval; None where there is no interval.
+        n: test examples of one seed's number.
+        seeds: how many seeds the mean is over.
+        runs: each seed's number.
+    """
 
     value: float
     low: float | None
@@ -35,8 +47,11 @@ class Estimate(NamedTuple):
 class Difference(NamedTuple):
     """One estimate minus another, in their unit.
 
-    `examples` and `seeds` are the half widths that the test examples and the seeds add to the
-    interval; `paired` says whether both were compared over the same resampled examples.
+    Args:
+        low, high: ends of the 95% interval; None where there is no interval.
+        examples: the half width of the interval that follows from the choice of test examples.
+        seeds: the half width that follows from the seeds.
+        paired: whether both estimates were compared over the same resampled examples.
     """
 
     value: float
@@ -48,23 +63,27 @@ class Difference(NamedTuple):
 
     @property
     def shown(self) -> bool:
-        """Whether there is an interval, and it does not hold 0."""
+        """Whether there is an interval and 0 lies outside it, so that a difference is shown."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def over_seeds(records: dict[int, dict]) -> Estimate:
-    """Average the records of one number, by seed."""
-    found = [*records.values()]
-    values = [r["value"] for r in found]
-    value, last = float(np.mean(values)), found[-1]
+    """Average the records of one number, given by seed."""
+    by_seed = [*records.values()]
+    values = [r["value"] for r in by_seed]
+    value, last = float(np.mean(values)), by_seed[-1]
     runs = {seed: _run(record) for seed, record in records.items()}
-    rest = {"unit": last["unit"], "n": last["n"], "seeds": len(found), "runs": runs}
+    rest = {"unit": last["unit"], "n": last["n"], "seeds": len(by_seed), "runs": runs}
+
+    # Each record may bring an interval over its test examples. Without those, the interval of the
+    # mean is that of the seeds alone, and one seed has none.
     below, above, spread = 0.0, 0.0, _spread(values)
-    if not any(r["low"] is None or r["high"] is None for r in found):
-        below = np.mean([r["value"] - r["low"] for r in found])
-        above = np.mean([r["high"] - r["value"] for r in found])
+    if not any(r["low"] is None or r["high"] is None for r in by_seed):
+        below = np.mean([r["value"] - r["low"] for r in by_seed])
+        above = np.mean([r["high"] - r["value"] for r in by_seed])
     elif not spread:
         return Estimate(value, None, None, **rest)
+
     low, high = value - np.hypot(below, spread), value + np.hypot(above, spread)
     return Estimate(value, float(low), float(high), **rest)
 
@@ -90,14 +109,17 @@ def of(values: dict[int, float], unit: str) -> Estimate:
     return Estimate(value, low, high, unit, None, len(values), runs)
 
 
-def apart(own: Estimate | None, other: Estimate | None) -> Estimate | None:
-    """Subtract `other` from `own` seed by seed; None if either is missing or no seed is shared."""
-    if own is None or other is None:
+def subtract(minuend: Estimate | None, subtrahend: Estimate | None) -> Estimate | None:
+    """Return `minuend` - `subtrahend`, seed by seed; None if either is missing or no seed shared.
+
+    The interval is that of the seeds' spread. `difference` compares scores, whose interval also
+    has the chance of the test examples.
+    """
+    if minuend is None or subtrahend is None:
         return None
-    values = {
-        s: own.runs[s].value - other.runs[s].value for s in sorted(own.runs.keys() & other.runs)
-    }
-    return of(values, own.unit) if values else None
+    shared_seeds = sorted(minuend.runs.keys() & subtrahend.runs.keys())
+    values = {s: minuend.runs[s].value - subtrahend.runs[s].value for s in shared_seeds}
+    return of(values, minuend.unit) if values else None
 
 
 def average(estimates: list[Estimate]) -> Estimate:
@@ -113,6 +135,7 @@ def average(estimates: list[Estimate]) -> Estimate:
     }
     if any(e.low is None for e in estimates):
         return Estimate(value, None, None, **rest)
+
     # An estimate has both ends of its interval or none.
     lows = [cast(float, e.low) for e in estimates]
     highs = [cast(float, e.high) for e in estimates]
@@ -133,8 +156,8 @@ def _average_runs(runs):
     )
 
 
-def difference(own: Estimate, other: Estimate) -> Difference:
-    """Subtract `other` from `own`, seed by seed and replicate by replicate where both have them.
+def difference(minuend: Estimate, subtrahend: Estimate) -> Difference:
+    """Return `minuend` - `subtrahend`, paired by seed and by replicate where both have them.
 
     Both networks were scored on the same examples. An example that is hard for one is hard for the
     other, so this part of the chance cancels and the interval is narrower. Seeds that only one
@@ -142,13 +165,16 @@ def difference(own: Estimate, other: Estimate) -> Difference:
     compared as if they were independent.
     """
     pairs: list[tuple[Any, Any]] = [
-        (own.runs[s], other.runs[s]) for s in own.runs if s in other.runs
+        (minuend.runs[s], subtrahend.runs[s]) for s in minuend.runs if s in subtrahend.runs
     ]
     if not pairs or not all(_comparable(*pair) for pair in pairs):
-        return _unpaired(own, other)
+        return _unpaired(minuend, subtrahend)
+
     values = [a.value - b.value for a, b in pairs]
     replicates = np.mean([a.replicates - b.replicates for a, b in pairs], axis=0)
-    # A difference of means is nearly normal, and 200 replicates tell a deviation better than ends.
+
+    # A difference of means is nearly normal, and 200 replicates estimate its standard deviation
+    # more precisely than its 2.5% and 97.5% quantiles.
     examples, seeds = Z * float(np.std(replicates, ddof=1)), _spread(values)
     value, half = float(np.mean(values)), float(np.hypot(examples, seeds))
     return Difference(value, value - half, value + half, examples, seeds, paired=True)
@@ -160,10 +186,13 @@ def _comparable(a, b):
     return a.n == b.n and len(a.replicates) == len(b.replicates) > 1
 
 
-def _unpaired(own, other):
-    value = own.value - other.value
-    if None in (own.low, own.high, other.low, other.high):
+def _unpaired(a, b):
+    """Return a - b of independent estimates."""
+    value = a.value - b.value
+    if None in (a.low, a.high, b.low, b.high):
         return Difference(value, None, None, 0.0, 0.0, paired=False)
-    below = float(np.hypot(own.value - own.low, other.high - other.value))
-    above = float(np.hypot(own.high - own.value, other.value - other.low))
+
+    # The difference is low where `a` is low and `b` is high.
+    below = float(np.hypot(a.value - a.low, b.high - b.value))
+    above = float(np.hypot(a.high - a.value, b.value - b.low))
     return Difference(value, value - below, value + above, max(below, above), 0.0, paired=False)

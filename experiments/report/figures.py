@@ -77,8 +77,8 @@ def score_name(summary: Summary) -> str:
     if count != 1:
         return f"Score: average of {count} tasks (%)"
     task = summary.tasks[0]
-    found = (summary.headline(v, task) for v in summary.scored)
-    return f"Score: {task} ({next((e.unit for e in found if e), '%')})"
+    scores = (summary.headline(v, task) for v in summary.scored)
+    return f"Score: {task} ({next((s.unit for s in scores if s), '%')})"
 
 
 def pretraining_loss(summary: Summary, folder: Path) -> str | None:

@@ -4,6 +4,7 @@ Each draws only if the results have its numbers, and returns its name then. Scor
 `figures_sweep`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.report import estimate, method_comparison, plot
 from experiments.report.summary import Summary
-from experiments.report.variant import TRAINED_AS_IT_IS, Method, Variant
+from experiments.stages.variant import TRAINED_AS_IT_IS, Conversion, Variant
 
 LOSS = "Loss (nats per token)"
 LONGER = "MHA, trained equally long"
@@ -45,7 +46,7 @@ def by_alpha(summary: Summary, folder: Path) -> str | None:
     return "alpha_loss"
 
 
-def _uptrained(summary: Summary, shape: Variant) -> list[Method]:
+def _uptrained(summary: Summary, shape: Variant) -> list[Conversion]:
     """Return the methods measured at three or more alphas; alpha 0 counts as one."""
     methods = method_comparison.methods(summary, shape)
     return [m for m in methods if len(method_comparison.curve(summary, shape, m)) > 2]
@@ -57,17 +58,17 @@ def _draw_curves(summary, shape, methods, above, below):
         points = method_comparison.curve(summary, shape, method)
         if len(points) < 3:
             continue
-        plot.line(above, list(points.items()), i, method.label)
+        plot.line(above, list(points.items()), i, method.method_label)
 
         # The lower axis is logarithmic, so only a loss above that of MHA can be drawn there.
         differences = {
-            alpha: estimate.apart(loss, longer[alpha])
+            alpha: estimate.subtract(loss, longer[alpha])
             for alpha, loss in points.items()
             if alpha in longer
         }
         excesses = [(alpha, e) for alpha, e in differences.items() if e and e.value > 0]
         if excesses:
-            plot.line(below, excesses, i, method.label)
+            plot.line(below, excesses, i, method.method_label)
 
     # MHA is what every method is compared with, so its line has no colour of the palette.
     if len(longer) > 1:
@@ -95,8 +96,8 @@ def by_heads(summary: Summary, folder: Path) -> str | None:
     lines: dict = {}
     for v in sorted(summary.converted, key=lambda v: v.order):  # a set has no order of its own
         damage = method_comparison.damage(summary, v)
-        if v.groups_decoder_evenly and v.method.is_usual and damage and damage.value > 0:
-            lines.setdefault(summary.sized(v.method.label, v), []).append((v.num_kv_heads, damage))
+        if v.groups_decoder_evenly and v.is_usual and damage and damage.value > 0:
+            lines.setdefault(summary.sized(v.method_label, v), []).append((v.num_kv_heads, damage))
     lines = {name: sorted(points) for name, points in lines.items() if len(points) > 2}
     if len(lines) < 2:
         return None
@@ -123,7 +124,7 @@ def by_saving(summary: Summary, folder: Path) -> str | None:
         for method in method_comparison.methods(summary, shape):
             saved = method_comparison.saved(summary, shape, method)
             if saved and saved.alpha:
-                alphas_by_shape.setdefault(shape, {})[method.label] = saved.alpha
+                alphas_by_shape.setdefault(shape, {})[method.method_label] = saved.alpha
 
     # The mean reaches its own loss, so one method alone would be nothing to compare.
     alphas_by_shape = {s: alphas for s, alphas in alphas_by_shape.items() if len(alphas) > 1}
@@ -143,7 +144,7 @@ def by_saving(summary: Summary, folder: Path) -> str | None:
     # Rows run downwards: the first method is at the top, as in the tables.
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    reference, alpha = method_comparison.REFERENCE.label, method_comparison.ALPHA
+    reference, alpha = method_comparison.REFERENCE.method_label, method_comparison.ALPHA
     axes.set(xlabel=f"alpha that reaches {reference}'s loss of alpha {alpha:g}")
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     plot.tidy(axes)
@@ -160,11 +161,11 @@ def by_calibration(summary: Summary, folder: Path) -> str | None:
     lines: dict = {}
     for v in summary.converted:
         # Compare runs that differ in nothing but their calibration tokens.
-        tokens, usual = v.method.calibration_tokens, v.method._replace(calibration_tokens=None)
+        tokens, usual = v.calibration_tokens, replace(v.conversion, calibration_tokens=None)
         loss_above_parent = method_comparison.damage(summary, v)
         comparable = v.groups_decoder_evenly and usual.is_usual and not usual.renorm
         if tokens and usual.space and comparable and loss_above_parent:
-            label = summary.sized(f"{v.network} {usual.label}", v)
+            label = summary.sized(f"{v.network} {usual.method_label}", v)
             lines.setdefault(label, []).append((tokens, loss_above_parent))
     lines = {name: sorted(points) for name, points in sorted(lines.items()) if len(points) > 1}
     if not lines:

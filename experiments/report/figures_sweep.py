@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from experiments.report import method_comparison, paper, plot
 from experiments.report.figures import published_times, score_name
 from experiments.report.summary import Summary
-from experiments.report.variant import TRAINED_AS_IT_IS, Variant
+from experiments.stages.variant import TRAINED_AS_IT_IS, Variant
 
 LOSS = "Loss (nats per token)"
 
@@ -20,8 +20,8 @@ def by_method(summary: Summary, folder: Path) -> str | None:
     groups: dict = {}
     for v in summary.variants:
         if v.is_converted and summary.average(v):
-            key = v._replace(method=TRAINED_AS_IT_IS)
-            groups.setdefault(key, {})[v.method] = summary.average(v)
+            key = v.made_by(TRAINED_AS_IT_IS, v.alpha)
+            groups.setdefault(key, {})[v.conversion] = summary.average(v)
     groups = {key: scores for key, scores in groups.items() if len(scores) > 1}
     if not groups:
         return None
@@ -41,7 +41,7 @@ def by_method(summary: Summary, folder: Path) -> str | None:
     published.set(title="Published: T5-Large to MQA", xlabel="Average of 3 tasks", xlim=(55, 56))
 
     # Rows run downwards, the paper's methods first, so that both panels have the same order.
-    labels = [method.label for method in methods]
+    labels = [method.method_label for method in methods]
     for axes, names in ((ours, labels), (published, list(paper.FIGURE4))):
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
@@ -73,7 +73,7 @@ def _alpha_lines(summary):
     for v in summary.variants:
         if score := summary.average(v):
             # Networks that differ in alpha alone share a line: give all of them one alpha as key.
-            lines.setdefault(v._replace(alpha=-1.0), {})[v.alpha] = score
+            lines.setdefault(v.at(-1.0), {})[v.alpha] = score
     return {key: sorted(points.items()) for key, points in lines.items()}
 
 
@@ -83,7 +83,7 @@ def _draw_alpha_lines(summary, axes, lines):
     A multi-head network that was not uptrained is drawn as a horizontal level, as in the paper.
     """
     for i, (key, points) in enumerate(lines.items()):
-        name = f"{key.network} {key.method.label}" if key.is_converted else key.network
+        name = f"{key.network} {key.method_label}" if key.is_converted else key.network
         label = summary.sized(name, key)
         if len(points) > 1:
             plot.line(axes, points, i, label)
@@ -122,8 +122,8 @@ def by_groups(summary: Summary, folder: Path) -> str | None:
             lambda v: summary.get(v, "benchmark", "sample_seconds"),
             lambda v: f"{v.size}: time, however converted",
         ),
-        "score": _group_lines(summary, summary.average, lambda v: _way(summary, v)),
-        "loss": _group_lines(summary, summary.loss, lambda v: _way(summary, v)),
+        "score": _group_lines(summary, summary.average, lambda v: _origin(summary, v)),
+        "loss": _group_lines(summary, summary.loss, lambda v: _origin(summary, v)),
     }
     if not lines["time"] and not lines["score"]:
         return None
@@ -163,6 +163,5 @@ def _group_lines(summary, measure, label):
     return {name: sorted(points.items()) for name, points in lines.items() if len(points) > 2}
 
 
-def _way(summary: Summary, v: Variant) -> str:
-    name = f"{v.method.label}, alpha {v.alpha:g}" if v.is_converted else "from scratch"
-    return summary.sized(name, v)
+def _origin(summary: Summary, v: Variant) -> str:
+    return summary.sized(v.origin, v)

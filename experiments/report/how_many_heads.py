@@ -11,18 +11,25 @@ from typing import NamedTuple
 from experiments.report import tables
 from experiments.report.estimate import Difference
 from experiments.report.summary import Summary
-from experiments.report.variant import Variant
 from experiments.report.variants_section import signed
+from experiments.stages.variant import Variant
 
 TITLE = "How many KV heads?"
 YES, NO, UNKNOWN = "yes", "no", "cannot tell"
 COSTS = ("sample_seconds", "token_seconds", "kv_cache_bytes")
-WIDTH = 100
-PRACTICAL = 100  # more times the test examples than this, nobody will collect
+WIDTH = 100  # columns of a terminal
+# Do not advise more test examples than this many times those there are: nobody would collect them.
+PRACTICAL = 100
 
 
 class Point(NamedTuple):
-    """A number of KV heads, its score minus MHA's, and whether this difference is small enough."""
+    """One number of KV heads.
+
+    Args:
+        variant: the network with so many KV heads.
+        difference: its score minus MHA's.
+        verdict: whether the difference is small enough: YES, NO or UNKNOWN.
+    """
 
     variant: Variant
     difference: Difference
@@ -30,7 +37,7 @@ class Point(NamedTuple):
 
     @property
     def heads(self) -> str:
-        """Name the point in a sentence."""
+        """The number of KV heads in words: `8 KV heads`."""
         count = self.variant.num_kv_heads
         return f"{count} KV head{'s' if count > 1 else ''}"
 
@@ -67,10 +74,14 @@ def plain(summary: Summary, within: float) -> str:
 
 
 def _rule(summary, within):
+    """Return the rule by which the answer is chosen, for readers."""
     return (
-        f"The fewest whose {_score(summary)} is within {_points(within)} of MHA's, of those "
-        "measured. A number qualifies if the 95% interval of its difference to MHA lies above "
-        f"{-within:g}, and fails if it lies below; otherwise the data cannot tell."
+        "The answer is the smallest measured number of KV heads whose "
+        f"{_score(summary)} is shown to be within {_points(within)} of the score of multi-head "
+        "attention (MHA). For each number of KV heads, the difference is its score minus MHA's, "
+        "with a 95% interval. If the whole interval lies "
+        f"above {-within:g}, the number of KV heads is good enough (yes). If the whole interval "
+        f"lies below {-within:g}, it is not (no). Otherwise these results cannot tell."
     )
 
 
@@ -83,15 +94,16 @@ def _points(within):
 
 
 def _answers(summary, within):
+    """Return one answer for each size, method and alpha with two or more numbers of KV heads."""
     groups: dict = {}
     for v in summary.variants:
-        if v.groups_decoder_evenly and v.shape != v.parent and _complete(summary, v):
-            groups.setdefault((v.size, v.method, v.alpha), []).append(v)
-    return [_answer(summary, found, within) for found in groups.values() if len(found) > 1]
+        if v.groups_decoder_evenly and v.shape != v.parent and _is_complete(summary, v):
+            groups.setdefault((v.size, v.conversion, v.alpha), []).append(v)
+    return [_answer(summary, variants, within) for variants in groups.values() if len(variants) > 1]
 
 
-def _complete(summary, variant):
-    """Whether the variant and its parent are both scored and timed."""
+def _is_complete(summary, variant):
+    """Return whether the variant and its parent are both scored and timed."""
     both = (variant, variant.parent)
     timed = all(summary.get(v, "benchmark", metric) for v in both for metric in COSTS)
     return timed and summary.against_parent(variant) is not None
@@ -100,13 +112,11 @@ def _complete(summary, variant):
 def _answer(summary, variants, within):
     points = []
     for v in sorted(variants, key=lambda v: v.num_kv_heads):
-        found = summary.against_parent(v)
-        points.append(Point(v, found, _verdict(found, within)))
-    v = variants[0]
-    way = f"{v.method.label}, alpha {v.alpha:g}" if v.is_converted else "from scratch"
-    near = f"within {within:g}"
-    header = ["KV heads", "difference to MHA, points", near, "speed / sample", "speed / token"]
-    header.append("KV cache")
+        difference = summary.against_parent(v)
+        points.append(Point(v, difference, _verdict(difference, within)))
+
+    header = ["KV heads", "difference to MHA, points", f"within {within:g}"]
+    header += ["speed / sample", "speed / token", "KV cache"]
     rows = [
         [
             str(p.variant.num_kv_heads),
@@ -117,11 +127,13 @@ def _answer(summary, variants, within):
         ]
         for p in points
     ]
+
     sentences = [*_conclusion(summary, points, within), *_one_seed(summary, variants)]
-    return Answer(f"{v.size}, {way}", header, rows, sentences)
+    return Answer(f"{variants[0].size}, {variants[0].origin}", header, rows, sentences)
 
 
 def _verdict(difference, within):
+    """Return whether the score is shown to be at most `within` points below MHA's."""
     if difference.low is not None and difference.low > -within:
         return YES
     if difference.high is not None and difference.high < -within:
@@ -130,29 +142,42 @@ def _verdict(difference, within):
 
 
 def _gain(summary, variant, metric):
-    """Return MHA's cost over the variant's."""
-    own = summary.get(variant, "benchmark", metric).value
-    return summary.get(variant.parent, "benchmark", metric).value / own
+    """Return MHA's cost divided by the variant's."""
+    parent_cost = summary.get(variant.parent, "benchmark", metric).value
+    return parent_cost / summary.get(variant, "benchmark", metric).value
 
 
 def _conclusion(summary, points, within):
+    """Return the answer in sentences; `points` have ascending numbers of KV heads."""
     chosen = next((p for p in points if p.verdict == YES), None)
     unknown = [p for p in points if p.verdict == UNKNOWN]
-    heads = points[0].variant.num_heads
+
+    # Some number is shown to be near enough. Fewer KV heads may be, too, where nothing is shown.
     if chosen:
         fewer = [p for p in unknown if p.variant.num_kv_heads < chosen.variant.num_kv_heads]
         return [
-            f"{chosen.heads} will do: {_score(summary)} {chosen.difference.value:+.2f} points "
-            f"from MHA's, 95% {_interval(chosen)}.",
+            f"{chosen.heads} will do: the {_score(summary)} differs from MHA's by "
+            f"{chosen.difference.value:+.2f} points, 95% {_interval(chosen)}.",
             *_gains(summary, chosen.variant),
-            *(f"{p.heads} may do, too: the data cannot tell; {_interval(p)}." for p in fewer),
+            *(
+                f"{p.heads} may do as well, but these results cannot tell: {_interval(p)}."
+                for p in fewer
+            ),
         ]
+
+    # All are shown to be too far below.
     if not unknown:
-        return [f"None below MHA's {heads}: every one measured is further than that below MHA."]
+        heads = points[0].variant.num_heads
+        return [
+            f"No measured number of KV heads below MHA's {heads} will do: all are shown to be more "
+            f"than {_points(within)} below MHA."
+        ]
+
+    # Say for each undecided number what would decide it.
     reasons = "; ".join(f"{p.heads}, {_interval(p)}" for p in unknown)
     return [
-        f"The data cannot tell: none is shown to be within {_points(within)} of MHA, and not all "
-        f"are shown to be further below ({reasons}).",
+        f"These results cannot tell. No number of KV heads is shown to be within {_points(within)} "
+        f"of MHA, and these are not shown to be further below: {reasons}.",
         *(_would_tell(summary, p, within) for p in unknown if p.difference.low is not None),
     ]
 
@@ -160,10 +185,10 @@ def _conclusion(summary, points, within):
 def _gains(summary, variant):
     sample, token, cache = (_gain(summary, variant, metric) for metric in COSTS)
     size = tables.size(summary.get(variant, "benchmark", "kv_cache_bytes").value)
-    yield f"Against MHA it is {sample:.2f}x as fast per sample, {token:.2f}x per token."
+    yield f"This network is {sample:.2f}x as fast as MHA per sample, {token:.2f}x per token."
     yield (
-        f"Its KV cache is {size} a sequence, {1 / cache:.2f}x of MHA's: the same memory holds "
-        f"{cache:.1f}x as many sequences (counting the KV cache alone)."
+        f"Its KV cache takes {size} for each sequence, {1 / cache:.2f}x of MHA's, so that the same "
+        f"memory holds the KV caches of {cache:.1f}x as many sequences."
     )
 
 
@@ -175,26 +200,37 @@ def _interval(point):
 
 
 def _would_tell(summary, point, within):
-    """Say how many test examples would decide; their half width shrinks as 1/sqrt(n)."""
+    """Say how many test examples would decide about a point whose difference has an interval."""
     d = point.difference
+
+    # The interval must end before -within. Its half width is the hypotenuse of two: that of the
+    # seeds stays, and that of the n test examples shrinks as 1/sqrt(n).
     room = (d.value + within) ** 2 - d.seeds**2
     if room <= 0 and d.seeds:
-        return f"More test examples alone would not tell for {point.heads}; more seeds might."
+        return f"For {point.heads}, more test examples alone would not decide; more seeds might."
     factor = d.examples**2 / room if room > 0 else math.inf
     if factor > PRACTICAL:
-        return f"{point.heads}: {d.value:+.2f} is too near {-within:g} to be told from it."
+        return (
+            f"For {point.heads}, the difference of {d.value:+.2f} is too near {-within:g} for any "
+            "practical number of test examples to decide."
+        )
+
     sizes = {task: summary.headline(point.variant, task).n for task in summary.tasks}
     needed = [f"{task} {_round(factor * n)}" for task, n in sizes.items() if n]
-    these = f" ({', '.join(needed)})" if needed else ""
-    return f"About {factor:.1f} times the test examples{these} would tell for {point.heads}."
+    counts = f" ({', '.join(needed)})" if needed else ""
+    return f"For {point.heads}, about {factor:.1f} times the test examples{counts} would decide."
 
 
 def _round(count):
-    """Round up to two digits."""
+    """Round up to two significant digits."""
     step = 10 ** max(0, math.floor(math.log10(count)) - 1)
     return math.ceil(count / step) * step
 
 
 def _one_seed(summary, variants):
+    """Warn if an average is over one seed."""
     if any(summary.average(v).seeds == 1 for v in [*variants, variants[0].parent]):
-        yield "The intervals are over test examples: with one seed, chance in training is not in."
+        yield (
+            "The intervals are over test examples. With one seed, they do not include the chance "
+            "in training."
+        )

@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 from experiments.report import estimate
 from experiments.report.estimate import Estimate
 from experiments.report.summary import Summary
-from experiments.report.variant import Method, Variant
+from experiments.stages.variant import Conversion, Variant
 
 # The paper's method, and the alpha that it recommends (section 3.3).
-REFERENCE, ALPHA = Method("mean", grouping="contiguous"), 0.05
-ORDER = ("mean", "first", "random")  # the paper's first
+REFERENCE, ALPHA = Conversion("mean", grouping="contiguous"), 0.05
+ORDER = ("mean", "first", "random")  # the methods of the paper come first, in its order
 
 
 class Saved(NamedTuple):
-    """The alpha at which a method reaches the reference's loss; None if any seed never does.
+    """How soon a method reaches the loss of the reference.
 
-    `missed` of the `seeds` never reach it.
+    Args:
+        alpha: the alpha at which it does; None if some seed never does.
+        missed: how many of the `seeds` never do.
     """
 
     alpha: Estimate | None
@@ -32,61 +34,63 @@ class Saved(NamedTuple):
 
 def shapes(summary: Summary, least: int = 2) -> list[Variant]:
     """Return the grouped networks that `least` or more methods led to, most KV heads first."""
-    found: dict = {}
+    by_shape: dict[Variant, set[Conversion]] = {}
     for v in summary.converted:
-        found.setdefault(v.shape, set()).add(v.method)
-    several = [shape for shape, methods in found.items() if len(methods) >= least]
-    return sorted(several, key=lambda v: (v.size, *(-K for K in v[2:5])))
+        by_shape.setdefault(v.shape, set()).add(v.conversion)
+    compared = [shape for shape, conversions in by_shape.items() if len(conversions) >= least]
+    return sorted(compared, key=lambda shape: (shape.size, shape.order))
 
 
-def methods(summary: Summary, shape: Variant) -> list[Method]:
+def methods(summary: Summary, shape: Variant) -> list[Conversion]:
     """Return the methods that led to a network, the paper's first."""
-    found = {v.method for v in summary.converted if v.shape == shape}
-    found |= {v.method for v in summary.trained if v.shape == shape and v.is_converted}
-    return in_order(found)
+    converted = {v.conversion for v in summary.converted if v.shape == shape}
+    trained = {v.conversion for v in summary.trained if v.shape == shape and v.is_converted}
+    return in_order(converted | trained)
 
 
-def in_order(methods: Iterable[Method]) -> list[Method]:
+def in_order(methods: Iterable[Conversion]) -> list[Conversion]:
     """Sort methods by name, the paper's first."""
-    labels = {method: method.label for method in methods}
+    labels = {method: method.method_label for method in methods}
     rank = {label: i for i, label in enumerate(ORDER)}
     return sorted(labels, key=lambda m: (rank.get(labels[m], len(ORDER)), labels[m]))
 
 
-def curve(summary: Summary, shape: Variant, method: Method) -> dict[float, Estimate]:
+def curve(summary: Summary, shape: Variant, method: Conversion) -> dict[float, Estimate]:
     """Return the loss by alpha; at alpha 0 the network was converted and not uptrained."""
-    start = shape._replace(method=method, alpha=0.0)
-    alphas = {v.alpha for v in summary.trained if v._replace(alpha=0.0) == start} | {0.0}
-    found = {alpha: summary.loss(start._replace(alpha=alpha)) for alpha in sorted(alphas)}
-    return {alpha: loss for alpha, loss in found.items() if loss}
+    start = shape.made_by(method, 0.0)
+    alphas = {v.alpha for v in summary.trained if v.at(0.0) == start} | {0.0}
+    losses = {alpha: summary.loss(start.at(alpha)) for alpha in sorted(alphas)}
+    return {alpha: loss for alpha, loss in losses.items() if loss}
 
 
 def damage(summary: Summary, variant: Variant) -> Estimate | None:
     """Return the loss minus that of the multi-head parent, which was not trained further."""
-    return estimate.apart(summary.loss(variant), summary.loss(variant.parent))
+    return estimate.subtract(summary.loss(variant), summary.loss(variant.parent))
 
 
 def against_reference(summary: Summary, variant: Variant) -> Estimate | None:
     """Return the loss minus that of the reference, the mean after alpha 0.05."""
-    reference = summary.loss(variant._replace(method=REFERENCE, alpha=ALPHA))
-    return estimate.apart(summary.loss(variant), reference)
+    reference = summary.loss(variant.made_by(REFERENCE, ALPHA))
+    return estimate.subtract(summary.loss(variant), reference)
 
 
-def soonest(summary: Summary, shape: Variant, method: Method) -> tuple[float, Estimate] | None:
+def soonest(summary: Summary, shape: Variant, method: Conversion) -> tuple[float, Estimate] | None:
     """Return the least alpha whose loss is shown to be below the reference's, and by how much."""
     for alpha in curve(summary, shape, method):
-        found = against_reference(summary, shape._replace(method=method, alpha=alpha))
-        if found and found.high is not None and found.high < 0:
-            return alpha, found
+        difference = against_reference(summary, shape.made_by(method, alpha))
+        if difference and difference.high is not None and difference.high < 0:
+            return alpha, difference
     return None
 
 
-def saved(summary: Summary, shape: Variant, method: Method) -> Saved | None:
+def saved(summary: Summary, shape: Variant, method: Conversion) -> Saved | None:
     """Return the alpha at which a method reaches the mean's loss of alpha 0.05, interpolated."""
     points = curve(summary, shape, method)
-    reference = summary.loss(shape._replace(method=REFERENCE, alpha=ALPHA))
+    reference = summary.loss(shape.made_by(REFERENCE, ALPHA))
     if reference is None or len(points) < 2:
         return None
+
+    # Each seed has a curve and a target of its own: networks of one seed share a parent.
     seeds = set(reference.runs).intersection(*(e.runs for e in points.values()))
     reached: dict[int, Any] = {}  # None where the reference is never reached
     for seed in sorted(seeds):

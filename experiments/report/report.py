@@ -20,8 +20,7 @@ from experiments.report import (
     tables,
     variants_section,
 )
-from experiments.report.summary import Summary
-from experiments.report.variant import variant_of
+from experiments.report.summary import Summary, variant_of
 from gqa.evaluation import results
 from gqa.runtime import atomic_files
 from gqa.runtime.errors import UserError

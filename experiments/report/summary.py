@@ -1,30 +1,49 @@
 """Turn result records into one estimate per variant, stage, task and metric.
 
-`variant` says what a row is and `estimate` how seeds are averaged; the sections and figures read
-their numbers from a `Summary` and from nowhere else.
+The report has one row for each variant (`experiments/stages/variant.py`), averaged over its seeds
+by `estimate`. The sections and figures read their numbers from a `Summary` and from nowhere else.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 from experiments.report import estimate
 from experiments.report.estimate import Difference, Estimate
-from experiments.report.variant import Variant, variant_of
+from experiments.stages.variant import Variant
 from gqa.evaluation import results
 
-TASK_STAGES = (
-    "finetune",
-    "evaluate",
-)  # the other stages have the pretraining text as their task, or none
+# Stages whose numbers belong to a task. The task of pretraining and uptraining is their text, which
+# is the same for all networks of a report; conversions and timings have none.
+TASK_STAGES = ("finetune", "evaluate")
+
+
+def variant_of(record: dict[str, Any]) -> Variant:
+    """Return the variant that a result record is about, without its seed.
+
+    A converted network is not uptrained yet, so its alpha is 0.
+    """
+    variant = dataclasses.replace(Variant(**record["variant"]), seed=0)
+    return variant.at(0.0) if record["stage"] == "convert" else variant
 
 
 class Summary:
-    """The estimates of a results file, by variant, stage, task and metric."""
+    """The estimates of one command's records, by variant, stage, task and metric.
+
+    Attributes:
+        trained: the variants that were trained or scored.
+        converted: the networks straight after their conversion, at alpha 0.
+        variants: the rows of the report: sizes as they first come, each parent first.
+        tasks: the names of the scored tasks, as they first come.
+    """
 
     def __init__(self, records: list[dict]):
         by_seed: dict = defaultdict(dict)
         points: dict = defaultdict(lambda: defaultdict(dict))
         self._predictions = defaultdict(list)
+
+        # A record is a point of a learning curve, one prediction, or a number of its own.
         for record in _same_clock(results.latest(records)):
             stage = record["stage"]
             task = record["task"] if stage in TASK_STAGES else None
@@ -35,16 +54,19 @@ class Summary:
                 self._predictions[variant, task, seed].append(record)
             else:
                 by_seed[variant, stage, task, record["metric"]][seed] = record
-        self._estimates = {key: estimate.over_seeds(found) for key, found in by_seed.items()}
+
+        self._estimates = {key: estimate.over_seeds(seeds) for key, seeds in by_seed.items()}
         self._curves = {
-            key: [(step, estimate.over_seeds(found)) for step, found in sorted(steps.items())]
+            key: [(step, estimate.over_seeds(seeds)) for step, seeds in sorted(steps.items())]
             for key, steps in points.items()
         }
+
+        # A converted network that was also fine-tuned or uptrained has its row by that already.
         sizes = list(dict.fromkeys(key[0].size for key in by_seed))
         self.trained = {v for v, stage, _, _ in by_seed if stage not in ("convert", "benchmark")}
         self.converted = {v for v, stage, _, _ in by_seed if stage == "convert"}
         self.variants = sorted(
-            self.trained | (self.converted - {v._replace(alpha=0.0) for v in self.trained}),
+            self.trained | (self.converted - {v.at(0.0) for v in self.trained}),
             key=lambda v: (sizes.index(v.size), v != v.parent, v.order),
         )
         self.tasks = list(dict.fromkeys(t for _, stage, t, _ in by_seed if stage == "evaluate"))
@@ -52,8 +74,8 @@ class Summary:
     @property
     def scored(self) -> list[Variant]:
         """The variants that have a score in some task; all variants if no variant has a score."""
-        found = [v for v in self.variants if any(self.headline(v, task) for task in self.tasks)]
-        return found or self.variants
+        scored = [v for v in self.variants if any(self.headline(v, task) for task in self.tasks)]
+        return scored or self.variants
 
     def title(self, variant: Variant) -> str:
         """Name a variant, with its size where the results hold several."""
@@ -66,8 +88,9 @@ class Summary:
 
     def get(self, variant: Variant, stage: str, metric: str, task=None) -> Estimate | None:
         """Return one estimate, None if the variant was not measured so."""
+        # One conversion serves every alpha and beta, one timing every way of reaching the weights.
         if stage == "convert":
-            variant = variant._replace(alpha=0.0, method=variant.method.before_uptraining)
+            variant = variant.made_by(variant.conversion.before_uptraining, 0.0)
         if stage == "benchmark":
             variant = variant.timed
         return self._estimates.get((variant, stage, task, metric))
@@ -106,7 +129,7 @@ class Summary:
         return estimate.difference(variant_score, parent_score)
 
     def losses(self, variant: Variant) -> tuple[Estimate | None, ...]:
-        """Return the validation losses on the pretraining task: at the start, converted, uptrained.
+        """Return three validation losses on the pretraining task: pretrained, converted, uptrained.
 
         A converted variant started as its multi-head parent, any other as itself.
         """
@@ -127,8 +150,8 @@ def _same_clock(records: list[dict]) -> Iterator[dict]:
 
     Each network is timed in turns with a reference: the multi-head network of size `parent_size`,
     which took `parent_value`. The reference is timed again with the next network, when the machine
-    may be faster or slower. Only the ratio of a network to its reference therefore compares, and
-    this ratio times the reference's latest time is what the report shows.
+    may be faster or slower. Times of two networks therefore compare only as ratios to their
+    reference, so the report shows this ratio multiplied by the latest time of the reference.
     """
     references = {}
     for record in records:
@@ -144,7 +167,10 @@ def _same_clock(records: list[dict]) -> Iterator[dict]:
 
 
 def _clock(record, references, seen=()):
-    """Return the factor to the latest timing; a reference may itself have a reference."""
+    """Return the factor by which `_same_clock` multiplies a record; 1 if it has no reference.
+
+    A reference may itself have been timed beside a reference of another size.
+    """
     key = record.get("parent_size", record["variant"]["size"]), record["metric"]
     if "parent_value" not in record or key not in references or key in seen:
         return 1.0

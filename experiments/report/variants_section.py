@@ -4,7 +4,7 @@ from experiments.report import tables
 from experiments.report.estimate import Difference, Estimate
 from experiments.report.summary import Summary
 from experiments.report.tables import DASH
-from experiments.report.variant import Variant
+from experiments.stages.variant import Variant
 
 NO_DIFFERENCE = "none shown"
 COSTS = {
@@ -15,19 +15,23 @@ COSTS = {
     "time / sample": ("sample_seconds", tables.seconds),
 }
 COST_NOTE = (
-    "In parentheses: against the MHA parent of the same size, as a ratio and in percent for cost, "
-    "in points and in percent for quality. Prefill and time per token are those of a whole batch; "
-    "time per sample is the batch's share. A network is timed once for all methods of "
-    "conversion, because its weights do not change its speed, and in turns with a multi-head "
-    "network. If the multi-head network was timed in several runs, the times shown are the ratio "
-    "of the two in their common run, multiplied by the multi-head network's latest time."
+    "Parentheses compare with the MHA parent of the same size: a cost as a ratio and in percent, a "
+    "score in points and in percent. Prefill (the encoder, and the keys and values of "
+    "cross-attention) and time per token are times of a whole batch; time per sample is the time "
+    "of a whole batch divided by its size. KV cache and time do not depend on the values of the "
+    "weights, so all conversions to the same shape share one measurement. With a per-layer "
+    "budget, the method decides how many KV heads each layer has, so every method is measured "
+    "separately. Each network is timed in turns with a multi-head network. If the multi-head "
+    "network was timed in several runs, the times shown are the ratio of the two in their common "
+    "run, multiplied by the multi-head network's latest time."
 )
 QUALITY_NOTE = (
-    "Brackets: 95% interval (bootstrap over test examples; with several seeds, the spread of their "
-    "mean is added in quadrature). Differences are of pairs: both scores over the same resampled "
-    "examples, and over the seeds that both have, so their intervals are narrower than those of "
-    f'the scores suggest. "{NO_DIFFERENCE}": the interval of the difference contains 0, so these '
-    "results show no difference. (u): scores without resampled examples in common, compared as if "
+    "Brackets hold 95% intervals (bootstrap over test examples; with several seeds, the interval "
+    "of their mean is added in quadrature). A difference compares two networks on the same "
+    "resampled examples and on the seeds that both have, so that examples which are hard for both "
+    "cancel, and its interval is narrower than those of the two scores suggest. "
+    f'"{NO_DIFFERENCE}" means that the interval of the difference contains 0. "(u)" marks a '
+    "difference of scores without resampled examples in common, compared as if they were "
     "independent."
 )
 

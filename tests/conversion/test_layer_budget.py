@@ -252,7 +252,16 @@ def test_it_is_timed_as_its_checkpoint_has_it(mixed, monkeypatch, capsys, tmp_pa
     """The stage takes the KV heads from the checkpoint that it builds on."""
     monkeypatch.setattr(benchmark, "open_parent", lambda path: {"here": mixed_parent}[path])
     mixed_parent = type("Parent", (), {"config": mixed})
-    variant = Variant("tiny", 4, 2, 2, 4, 0.0, 0, "svd", per_layer_budget=True)
+    variant = Variant(
+        size="tiny",
+        num_heads=4,
+        num_kv_heads=2,
+        num_kv_heads_cross_attention=2,
+        num_kv_heads_encoder=4,
+        alpha=0.0,
+        method="svd",
+        per_layer_budget=True,
+    )
     settings = BenchmarkSettings(variant, (TimedNetwork(variant, None),), 2, 8, 3, repetitions=2)
     setup = type("Setup", (), {"profile_benchmark": profile})
     job = type("Job", (), {"setup": setup, "workdir": tmp_path, "title": "timed"})

@@ -30,7 +30,15 @@ class Vocabulary:
     hash = "pieces"
 
 
-VARIANT = Variant("nano", 16, 8, 8, 16, alpha=0.0, seed=1)
+VARIANT = Variant(
+    size="nano",
+    num_heads=16,
+    num_kv_heads=8,
+    num_kv_heads_cross_attention=8,
+    num_kv_heads_encoder=16,
+    alpha=0.0,
+    seed=1,
+)
 PREPARED = Prepared(Vocabulary(), None, {}, None)
 
 

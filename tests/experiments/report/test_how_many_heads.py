@@ -41,13 +41,13 @@ CLEAR = {8: (-0.2, 0.1), 4: (-0.4, 0.1), 2: (-2.0, 0.1), 1: (-5.0, 0.1)}
 
 def test_the_fewest_that_is_near_enough_is_named_with_what_it_saves():
     found = text(results(CLEAR))
-    assert "within 1 point of MHA's" in found
-    assert "4 KV heads will do: average score -0.40 points from MHA's, 95% interval [-0.5" in found
-    assert "1.60x as fast per sample, 1.60x per token" in found
-    assert "128 KiB a sequence, 0.25x of MHA's: the same memory holds 4.0x as many" in found
-    assert "may do, too" not in found
-    assert "with one seed, chance in training is not in" in found
-    assert "with one seed" not in text(results(CLEAR, seeds=(1, 2, 3)))
+    assert "within 1 point of the score" in found
+    assert "4 KV heads will do: the average score differs from MHA's by -0.40 points, 95%" in found
+    assert "1.60x as fast as MHA per sample, 1.60x per token" in found
+    assert "128 KiB for each sequence, 0.25x of MHA's, so that the same memory holds" in found
+    assert "may do as well" not in found
+    assert "With one seed, they do not include the chance in training" in found
+    assert "With one seed" not in text(results(CLEAR, seeds=(1, 2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -62,23 +62,23 @@ def test_it_depends_on_what_is_near_enough(within, heads):
 def test_an_undecided_smaller_number_is_pointed_out():
     found = text(results(CLEAR | {2: (-1.1, 0.4), 1: (-0.9, 0.4)}))
     assert "4 KV heads will do" in found
-    assert "2 KV heads may do, too: the data cannot tell; interval [-1." in found
-    assert "1 KV head may do, too: the data cannot tell; interval [-1." in found
+    assert "2 KV heads may do as well, but these results cannot tell: interval [-1." in found
+    assert "1 KV head may do as well, but these results cannot tell: interval [-1." in found
     above = text(results(CLEAR | {8: (-0.9, 0.4)}))
     assert "4 KV heads will do" in above
-    assert "may do, too" not in above
+    assert "may do as well" not in above
 
 
 def test_none_is_near_enough():
     found = text(results({8: (-3.0, 0.1), 1: (-5.0, 0.1)}))
-    assert "None below MHA's 16" in found
+    assert "No measured number of KV heads below MHA's 16" in found
 
 
 def test_the_data_cannot_tell_and_how_much_would():
     """With as many examples as it asks for, and nothing else changed, it can tell."""
     undecided = {8: (-0.6, 0.4), 1: (-5.0, 0.4)}
     found = text(results(undecided))
-    assert "The data cannot tell: none is shown" in found
+    assert "These results cannot tell. No number of KV heads is shown" in found
     assert "8 KV heads, interval [-1." in found
     needed = int(found.split("(parameter_qa ")[1].split(",")[0])
     assert EXAMPLES < needed < 10 * EXAMPLES
@@ -95,9 +95,9 @@ def test_no_number_of_examples_tells_what_seeds_leave_open_or_a_tie():
             settings = variant(heads, seed=seed)
             noisy += [paired_score(settings, task, 25.0 + shift, 0.1) for task in TASKS]
     found = text(noisy)
-    assert "More test examples alone would not tell for 8 KV heads" in found
+    assert "For 8 KV heads, more test examples alone would not decide" in found
     tie = text(results({8: (-1.001, 0.4), 1: (-5.0, 0.4)}))
-    assert "8 KV heads: -1.00 is too near -1 to be told from it" in tie
+    assert "For 8 KV heads, the difference of -1.00 is too near -1 for" in tie
 
 
 def test_scores_without_intervals_tell_nothing():
@@ -105,7 +105,7 @@ def test_scores_without_intervals_tell_nothing():
     for settings, value in ((PARENT, 25.0), (variant(8), 25.0), (variant(1), 25.0)):
         lines += [score(settings, t, value) | {"low": None, "high": None} for t in TASKS]
     found = text(lines)
-    assert "The data cannot tell" in found
+    assert "These results cannot tell" in found
     assert "8 KV heads, its difference has no interval" in found
 
 
@@ -164,4 +164,4 @@ def test_each_column_is_the_cost_its_header_names():
         "8": ["2.00x", "4.00x", "0.50x"],
         "4": ["4.00x", "8.00x", "0.25x"],
     }
-    assert "4.00x as fast per sample, 8.00x per token" in page
+    assert "4.00x as fast as MHA per sample, 8.00x per token" in page

@@ -3,8 +3,8 @@
 import pytest
 
 from experiments.report import conversion_section, method_comparison
-from experiments.report.summary import Summary
-from experiments.report.variant import TRAINED_AS_IT_IS, variant_of
+from experiments.report.summary import Summary, variant_of
+from experiments.stages.variant import TRAINED_AS_IT_IS
 from tests.support.made_results import record, variant
 
 ALPHAS = (0.0025, 0.01, 0.05)
@@ -42,7 +42,7 @@ def summary(seeds=(0, 1, 2), methods=LOSSES):
 
 
 def method(name):
-    return variant_of(record(variant(4, name), "uptrain", "validation_loss", 0.0)).method
+    return variant_of(record(variant(4, name), "uptrain", "validation_loss", 0.0)).conversion
 
 
 def shape_of(found):
@@ -54,7 +54,7 @@ def test_networks_and_methods_are_found_in_the_papers_order():
     found = summary()
     assert shape_of(found).num_kv_heads == 4
     methods = method_comparison.methods(found, shape_of(found))
-    assert [each.label for each in methods] == ["mean", "random", "svd-logit"]
+    assert [each.method_label for each in methods] == ["mean", "random", "svd-logit"]
     assert method_comparison.shapes(summary(methods={"mean": LOSSES["mean"]})) == []
 
 
@@ -72,7 +72,7 @@ def test_a_curve_begins_at_the_conversion():
 def test_damage_is_paired_by_seed():
     """Losses of the seeds lie 0.3 apart, damages not at all."""
     found = summary()
-    damage = method_comparison.damage(found, shape_of(found)._replace(method=method("svd-logit")))
+    damage = method_comparison.damage(found, shape_of(found).made_by(method("svd-logit"), 0.0))
     assert damage.value == pytest.approx(0.2)
     assert damage.high - damage.low < 1e-9
     assert found.loss(shape_of(found).parent).high > 4.9

@@ -36,7 +36,7 @@ def test_whole_job(tmp_path):
     assert re.search(r"MQA-XXL +\| 0.24 +\| 46.6 \(\*\)", page)
     assert "timed at batch 8, 256 input and 40 target tokens" in page
     assert "several" not in page.split("## Provenance")[1]
-    assert "None below MHA's 16" not in text
+    assert "No measured number of KV heads below" not in text
     assert "8 KV heads, interval [-2.5" in text
     names = re.findall(r"\]\((.*?)\.png\)", page)
     assert names == ["quality_time", "groups", "pretraining_loss"]
@@ -59,7 +59,7 @@ def test_paired_intervals_decide_what_is_shown(tmp_path):
     assert "24.0 [22.5, 25.5] (-1.0, -4%)" in text
     assert "24.9 [23.4, 26.4] (none shown)" in text
     assert "4 KV heads will do" in text
-    differences = page.split("### Difference to MHA")[1].split("Brackets:")[0]
+    differences = page.split("### Difference to MHA")[1].split("Brackets hold")[0]
     assert re.search(r"GQA-8 .*\| -1.00 \[-1.59, -0.41\] +\|", differences)
     assert "(u)" not in differences
     assert "the interval of the difference contains 0" in page

@@ -2,11 +2,16 @@
 
 import pytest
 
-from experiments.report.summary import Summary
-from experiments.report.variant import TRAINED_AS_IT_IS, Method, Variant, variant_of
+from experiments.report.summary import Summary, variant_of
+from experiments.stages.variant import Variant
 from tests.support.made_results import PARENT, WHOLE, network, record, score, timings, variant
 
-MEAN = Method("mean", grouping="contiguous")
+
+def network_of(num_kv_heads, cross_attention=None, encoder=16, method="mean", alpha=0.05):
+    """The variant of a row, with these KV heads."""
+    heads = {"num_kv_heads_cross_attention": cross_attention or num_kv_heads}
+    heads |= {"num_kv_heads_encoder": encoder}
+    return Variant(**variant(num_kv_heads, method, alpha) | heads)
 
 
 def token(summary, settings):
@@ -124,11 +129,11 @@ def test_one_conversion_serves_every_alpha():
 
 
 def test_names_say_how_a_network_was_reached():
-    crossed = Variant("nano", 16, 4, 2, 8, MEAN, 0.05)
+    crossed = network_of(4, 2, 8)
     assert crossed.label == "GQA-4 cross-2 encoder-8 mean, alpha 0.05"
     assert crossed.network == "GQA-4 cross-2 encoder-8"
     assert not crossed.groups_decoder_evenly
-    assert Variant("nano", 16, 8, 8, 16, TRAINED_AS_IT_IS, 0.0).label == "GQA-8 from scratch"
+    assert network_of(8, method="none", alpha=0.0).label == "GQA-8 from scratch"
     assert all(v.groups_decoder_evenly for v in Summary(WHOLE).variants)
     sizes = Summary([*WHOLE, *network(variant(1, size="mini"), 20.0, 0.1)])
     assert sizes.title(sizes.variants[0]) == "MHA, nano"
@@ -175,9 +180,9 @@ def test_a_network_from_scratch_begins_at_its_own_loss():
 
 
 def test_an_encoder_that_was_converted_does_not_group_the_decoder_alone():
-    assert Variant("nano", 16, 4, 4, 16, MEAN, 0.05).groups_decoder_evenly
-    assert not Variant("nano", 16, 4, 4, 4, MEAN, 0.05).groups_decoder_evenly
-    assert not Variant("nano", 16, 4, 2, 16, MEAN, 0.05).groups_decoder_evenly
+    assert network_of(4).groups_decoder_evenly
+    assert not network_of(4, encoder=4).groups_decoder_evenly
+    assert not network_of(4, 2).groups_decoder_evenly
 
 
 def test_a_curve_is_in_the_order_of_its_steps():

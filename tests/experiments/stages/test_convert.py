@@ -12,7 +12,11 @@ from experiments.stages.variant import Variant
 from gqa.conversion import calibration
 
 VARIANT = Variant(
-    *("nano", 4, 2, 2, 4),
+    size="nano",
+    num_heads=4,
+    num_kv_heads=2,
+    num_kv_heads_cross_attention=2,
+    num_kv_heads_encoder=4,
     alpha=0.0,
     seed=0,
     method="svd",

@@ -14,7 +14,15 @@ from experiments.stages.variant import Variant
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.runtime.errors import UserError
 
-VARIANT = Variant("nano", 4, 2, 2, 4, alpha=0.0, seed=0)
+VARIANT = Variant(
+    size="nano",
+    num_heads=4,
+    num_kv_heads=2,
+    num_kv_heads_cross_attention=2,
+    num_kv_heads_encoder=4,
+    alpha=0.0,
+    seed=0,
+)
 
 
 @pytest.fixture
