@@ -14,17 +14,18 @@ in an error of its own.
 """
 
 import contextlib
-import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from gqa.checkpoints import checksums, pieces, step_folders
-from gqa.runtime import distributed, hardware, signals
+from gqa.checkpoints import checksums, pieces, step_folders, stored_arrays
+from gqa.runtime import distributed, hardware, regular_files, signals
 from gqa.runtime.errors import (
     CheckpointError,
     DamagedCheckpoint,
@@ -37,6 +38,10 @@ from gqa.runtime.sharding import local_bytes, share_copies
 ARRAYS = ("params", "opt_state")
 # The file in which Orbax keeps the JSON items.
 JSON = "_CHECKPOINT_METADATA"
+# The file in an item's folder that describes its tree of arrays.
+TREE = "_METADATA"
+# Orbax's name of what reads an item of arrays.
+HANDLER = re.compile(r"orbax\.checkpoint\.[\w.]*\.PyTree\w*Handler")
 
 
 class Checkpoints:
@@ -49,6 +54,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep_last: int = 1, best: str = "validation_loss"):
         self._folder, self._keep_last, self._best = folder.absolute(), keep_last, best
+        step_folders.check_path(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._pending: Future | None = None
         self._metrics = dict(_by_primary(self._open))
@@ -80,7 +86,11 @@ class Checkpoints:
         # The kill may have come between the last save and its seal.
         if steps and not checksums.is_sealed(steps[-1]):
             checksums.write(steps[-1], None)
-        return [(int(step.name), checksums.metrics(step)) for step in steps]
+        metrics = [(int(step.name), checksums.metrics(step)) for step in steps]
+        for step, values in metrics:
+            if values is not None and self._best not in values:
+                raise DamagedCheckpoint(self.path(step), f"its metrics have no {self._best}")
+        return metrics
 
     def wait(self) -> None:
         """Wait until the last save is finished and sealed; raise its error if it failed."""
@@ -178,7 +188,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """Return items of a step: arrays placed as in `abstract`, JSON where that has None."""
         self.wait()
-        return load(self.path(step), abstract)
+        return _load(self.path(step), abstract)
 
     def _finish(self, step: int, response: Any, metrics: dict[str, float] | None) -> None:
         """Wait for Orbax in a thread of its own, seal the checkpoint, and delete old ones."""
@@ -227,22 +237,70 @@ def load(path: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
             `jax.ShapeDtypeStruct` with shardings, which say where to place them; for JSON, None.
 
     Raises:
-        CheckpointError: naming the first parameters that are missing, extra or of another shape.
+        CheckpointError: naming the first parameters that are missing, extra or of another shape,
+            or one that is not finite.
         DamagedCheckpoint: when a file is not as it was saved.
     """
     step = step_folders.find(path)
+    items = _load(step, abstract)
+    _check_finite(step, {name: items[name] for name in ARRAYS if name in items})
+    return items
+
+
+def _load(step: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Load as `load` does, also numbers that are not finite.
+
+    Training resumes from these, because its divergence check knows how to go back.
+    """
     arrays = {name: tree for name, tree in abstract.items() if tree is not None}
     _by_primary(lambda: checksums.verify(step, arrays))
 
+    metadata = _read_metadata(step)
     names = [name for name in abstract if name not in arrays]
-    text = _read_json(step, names) if names else {}
+    text = {name: _json_item(step, metadata, name) for name in names}
 
     for name, tree in arrays.items():
+        _by_primary(lambda name=name: _check_format(step, metadata, name))
         _check_shapes(step, name, tree)
     nbytes = sum(map(local_bytes, jax.tree.leaves(arrays)))
     hardware.check_memory(nbytes, f"checkpoint {step}")
-    with signals.deferred():
+
+    # Nothing was decoded so far. What is in the files could still be far larger than the shapes.
+    for name, tree in arrays.items():
+        most = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        with _reading(step):
+            _by_primary(lambda name=name, most=most: stored_arrays.check_all(step / name, most))
+    with signals.deferred(), _reading(step):
         return text | (ocp.load_checkpointables(step, arrays) if arrays else {})
+
+
+@contextlib.contextmanager
+def _reading(step: Path) -> Iterator[None]:
+    """Raise a CheckpointError for any error of Orbax or TensorStore while they read.
+
+    The seal has shown that the files are as they were saved, so they were saved by something else.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {step} cannot be read; use one that this program saved. "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_finite(step: Path, items: dict[str, Any]) -> None:
+    """Refuse NaN and infinite numbers before anything is computed with them."""
+    leaves = {name: x for name, x in _leaves(items).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    # One program for all arrays. Its results are on all processes, so all of them raise.
+    finite = jax.jit(lambda arrays: {name: jnp.isfinite(x).all() for name, x in arrays.items()})
+    for name, is_finite in finite(leaves).items():
+        if not is_finite:
+            raise CheckpointError(
+                f"checkpoint {step}: {name} has NaN or infinite numbers; use another checkpoint"
+            )
 
 
 def _by_primary(read: Callable[[], Any]) -> Any:
@@ -265,28 +323,51 @@ def _reporting_full_disk(path: Path) -> contextlib.AbstractContextManager:
     return reporting_full_disk(f"saving checkpoint {path}", "earlier checkpoints are intact")
 
 
-def _read_json(step: Path, names: list[str]) -> dict[str, dict]:
-    """Return JSON items by name."""
+def _read_metadata(step: Path) -> dict[str, Any]:
+    """Return Orbax's metadata of a step."""
     path = step / JSON
-    hardware.check_memory(path.stat().st_size, str(path))
-    try:
-        items = dict(json.loads(path.read_bytes())["custom_metadata"])
-    except (ValueError, KeyError, TypeError):
-        items = {}
-    for name in names:
-        if not isinstance(items.get(name), dict):
-            raise CheckpointError(
-                f"checkpoint {step} has no {name}; use one that this program saved"
-            )
-    return {name: items[name] for name in names}
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {step} has no {JSON}; use one that this program saved")
+    return regular_files.read_json(path)
+
+
+def _json_item(step: Path, metadata: dict[str, Any], name: str) -> dict:
+    """Return a JSON item."""
+    items = metadata.get("custom_metadata")
+    if not isinstance(items, dict) or not isinstance(items.get(name), dict):
+        raise CheckpointError(f"checkpoint {step} has no {name}; use one that this program saved")
+    return items[name]
+
+
+def _check_format(step: Path, metadata: dict[str, Any], item: str) -> None:
+    """Refuse arrays that are stored otherwise than this program stores them.
+
+    Orbax reads other formats as well. In some, the name of an array is a path that leads anywhere.
+    In OCDBT all names are keys of one database in the item's folder.
+    """
+    if not (step / item / TREE).is_file():
+        raise CheckpointError(f"checkpoint {step} has no {item}; use one that this program saved")
+    tree = regular_files.read_json(step / item / TREE)
+    handlers = metadata.get("item_handlers")
+    handler = handlers.get(item) if isinstance(handlers, dict) else None
+    is_ours = isinstance(handler, str) and HANDLER.fullmatch(handler)
+    has_database = (step / item / "manifest.ocdbt").is_file()
+    if not is_ours or not has_database or not (tree.get("use_ocdbt") and tree.get("use_zarr3")):
+        raise CheckpointError(
+            f"checkpoint {step}: {item} is not in Orbax's format of OCDBT and zarr 3; use one that "
+            "this program saved"
+        )
+    with _reading(step):
+        stored_arrays.read_headers(step / item)
 
 
 def _check_shapes(step: Path, item: str, expected: Any) -> None:
-    """Compare names and shapes before Orbax does: its message would not name the parameter."""
-    if not (step / item).is_dir():
-        raise CheckpointError(f"checkpoint {step} has no {item}; use one that this program saved")
-    with signals.deferred():
-        have, want = _shapes(ocp.metadata(step, item).metadata), _shapes(expected)
+    """Compare names, shapes and kinds of numbers; Orbax's message would not name the parameter."""
+    with signals.deferred(), _reading(step):
+        metadata = ocp.metadata(step, item).metadata
+        if metadata is None:
+            raise ValueError(f"the arrays of {item} are not those of its {TREE}")
+        have, want = _described(metadata), _described(expected)
     lines = [f"- {n} {have[n]}" for n in have if want.get(n) != have[n]]
     lines += [f"+ {n} {want[n]}" for n in want if have.get(n) != want[n]]
     if lines:
@@ -298,7 +379,19 @@ def _check_shapes(step: Path, item: str, expected: Any) -> None:
         )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every array in a tree, by its path such as "decoder/norm/scale"."""
+def _described(tree: Any) -> dict[str, str]:
+    """Return the shape of every array in a tree by its path; with the dtype, unless it is floating.
+
+    Orbax would convert whole numbers to floating ones unsaid.
+    """
+    texts = {}
+    for name, x in _leaves(tree).items():
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        texts[name] = f"{tuple(x.shape)}" if floating else f"{tuple(x.shape)} {x.dtype}"
+    return texts
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Return every array in a tree by its path, such as "decoder/norm/scale"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in leaves}
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}

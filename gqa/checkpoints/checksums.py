@@ -12,9 +12,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gqa.runtime.errors import DamagedCheckpoint
+from gqa.runtime import atomic_files, regular_files
+from gqa.runtime.errors import DamagedCheckpoint, UserError
 
 NAME = "checksums.json"
+# Files that file managers put into every folder they show. Nothing reads them, so they are no
+# damage. "._" begins the names of the files in which macOS keeps attributes on foreign disks.
+OF_FILE_MANAGERS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def write(step: Path, metrics: dict[str, float] | None) -> None:
@@ -82,6 +86,8 @@ def _files(step: Path) -> dict[str, int]:
             # A link could lead out of the folder, and reading a pipe might never end.
             if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
                 raise DamagedCheckpoint(step, f"{relative} is neither a file nor a folder")
+            if name in OF_FILE_MANAGERS or name.startswith("._"):
+                continue
             if stat.S_ISREG(state.st_mode) and relative != NAME:
                 sizes[relative] = state.st_size
     return sizes
@@ -92,13 +98,15 @@ def _digests(step: Path, names: Iterable[str]) -> list[list]:
 
     def digest(name: str) -> list:
         try:
-            with open(step / name, "rb") as file:
+            with regular_files.open_regular(step / name) as file:
                 return [
                     os.fstat(file.fileno()).st_size,
                     hashlib.file_digest(file, "sha256").hexdigest(),
                 ]
         except OSError as error:
             raise DamagedCheckpoint(step, f"{name}: {error.strerror}") from error
+        except UserError as error:
+            raise DamagedCheckpoint(step, str(error)) from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(digest, names))
@@ -109,24 +117,39 @@ def _read(step: Path) -> dict:
     if not path.is_file() or path.is_symlink():
         raise DamagedCheckpoint(step, f"{NAME} is missing")
     try:
-        seal = json.loads(path.read_bytes())
-        digest = seal.pop("sha256")
-        metrics = seal["metrics"]
-        intact = digest == _digest(seal) and isinstance(metrics, dict | None)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        seal = regular_files.read_json(path)
+        digest = seal.pop("sha256", None)
+        intact = digest == _digest(seal) and _has_files(seal) and _has_metrics(seal)
+    except (UserError, RecursionError):
         intact = False
     if not intact:
         raise DamagedCheckpoint(step, f"the contents of {NAME} have changed")
     return seal
 
 
+def _has_files(seal: dict) -> bool:
+    """Return whether a seal has a size and a checksum for each of its files."""
+    files = seal.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(entry, list) and [type(part) for part in entry] == [int, str]
+        for entry in files.values()
+    )
+
+
+def _has_metrics(seal: dict) -> bool:
+    """Return whether the metrics of a seal are numbers, or were not measured."""
+    metrics = seal.get("metrics", ...)
+    if isinstance(metrics, dict):
+        return all(type(value) in (int, float) for value in metrics.values())
+    return metrics is None
+
+
 def _put(step: Path, files: dict[str, list], metrics: dict[str, float] | None) -> None:
     seal = {"metrics": metrics, "files": files}
     # The temporary file lies beside the folder: a kill must leave no file in the folder that is
     # not in the seal.
-    temporary = step.with_name(f"{step.name}.{NAME}.tmp")
-    temporary.write_text(json.dumps(seal | {"sha256": _digest(seal)}, indent=1))
-    os.replace(temporary, step / NAME)
+    content = json.dumps(seal | {"sha256": _digest(seal)}, indent=1)
+    atomic_files.write(step / NAME, content, step.parent)
 
 
 def _digest(seal: dict) -> str:

@@ -5,6 +5,7 @@ where they belong. `collect` makes arrays of them; `write` puts one parameter in
 folder. Readers that make sources are in gqa/interop; checkpoint.py calls `write`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gqa.model.config import Config
 from gqa.model.transformer import Transformer
+from gqa.runtime import hardware
+from gqa.runtime.errors import CheckpointError
 
 # Where a block belongs in its array.
 Index = tuple[int | slice, ...]
@@ -27,14 +30,19 @@ class Source(NamedTuple):
 
     Attributes:
         config: the network.
-        chunks: the largest shape of a block, by the parameter's name ("decoder/norm/scale").
+        shapes: of its parameters, by name ("decoder/norm/scale").
+        chunks: the largest shape of a block, by the parameter's name.
         blocks: yields the blocks of the parameter with a name, in float32, each with its index.
-            Blocks lie on the grid of the parameter's chunk shape.
+            Blocks lie on the grid of the parameter's chunk shape. Raises a CheckpointError for
+            numbers that are not finite.
+        files: all files that the parameters and the config come from.
     """
 
     config: Config
+    shapes: dict[str, tuple[int, ...]]
     chunks: dict[str, tuple[int, ...]]
     blocks: Callable[[str], Iterator[tuple[Index, np.ndarray]]]
+    files: tuple[Path, ...] = ()
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -44,10 +52,25 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
 
 
+def check_finite(array: np.ndarray, name: str) -> None:
+    """Refuse NaN and infinite numbers in a floating array.
+
+    Args:
+        name: of the file and the tensor, for the message.
+
+    Raises:
+        CheckpointError: beginning with `name`.
+    """
+    if not np.isfinite(array).all():
+        raise CheckpointError(f"{name} has NaN or infinite numbers; use another checkpoint")
+
+
 def collect(source: Source) -> dict:
     """Return all parameters of a source as a tree of arrays."""
     params = {}
-    for name, shape in shapes(source.config).items():
+    nbytes = 4 * sum(math.prod(shape) for shape in source.shapes.values())
+    hardware.check_memory(nbytes, "a network of these parameters")
+    for name, shape in source.shapes.items():
         array = np.empty(shape, np.float32)
         for index, block in source.blocks(name):
             array[index] = block
@@ -62,13 +85,15 @@ def placeholders(source: Source) -> dict:
 
 def write(source: Source, name: str, folder: Path) -> None:
     """Write one parameter into the folder of Orbax's `params`, each block as one chunk."""
-    store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": name.replace("/", ".") + "/"}
+    # The path is given as it is: in a URL, "%20" or "#" would mean something else.
+    files = {"driver": "file", "path": f"{folder}/"}
+    store = {"driver": "ocdbt", "base": files, "path": name.replace("/", ".") + "/"}
     chunks = {"name": "regular", "configuration": {"chunk_shape": source.chunks[name]}}
     spec = {
         "driver": "zarr3",
         "kvstore": store,
         "metadata": {
-            "shape": shapes(source.config)[name],
+            "shape": source.shapes[name],
             "data_type": "float32",
             "chunk_grid": chunks,
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],

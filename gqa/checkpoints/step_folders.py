@@ -8,10 +8,29 @@ import shutil
 from pathlib import Path
 
 from gqa.runtime import distributed
-from gqa.runtime.errors import CheckpointError
+from gqa.runtime.errors import CheckpointError, ConfigError
 
 # Names that an unfinished save or deletion has: Orbax's, and those of this package.
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted", "*.tmp")
+
+
+def check_path(folder: Path) -> None:
+    """Refuse a folder whose checkpoints could be written but never read.
+
+    Orbax looks for files by a pattern that begins with the folder's path, so that "[" in it means a
+    set of characters. TensorStore takes a backslash for a slash.
+
+    Raises:
+        ConfigError: naming the path.
+    """
+    for character in "[\\":
+        if character in str(folder):
+            raise ConfigError(
+                "checkpoint folder",
+                str(folder),
+                'use a folder whose path has neither "[" nor a backslash',
+                f"has {character}, which Orbax and TensorStore do not read as it stands",
+            )
 
 
 def find(path: str | Path) -> Path:
@@ -21,6 +40,7 @@ def find(path: str | Path) -> Path:
         CheckpointError: if there is no finished checkpoint.
     """
     path = Path(path).absolute()
+    check_path(path)
     if (path / "params").is_dir():
         return path
     steps = finished(path)
@@ -33,7 +53,11 @@ def find(path: str | Path) -> Path:
 
 def finished(folder: Path) -> list[Path]:
     """Return the finished checkpoints in a folder, in the order of their steps."""
-    steps = [p for p in folder.glob("*") if p.name.isdecimal() and (p / "params").is_dir()]
+    steps = [
+        p
+        for p in folder.glob("*")
+        if p.name.isascii() and p.name.isdecimal() and (p / "params").is_dir()
+    ]
     return sorted(steps, key=lambda p: int(p.name))
 
 

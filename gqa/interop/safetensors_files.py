@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gqa.checkpoints import pieces
 from gqa.runtime import atomic_files, regular_files
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import CheckpointError, UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Weights beside the model that change it. Transformers loads them too, so they are never ignored.
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# Endings of weights in other formats.
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx")
+# The first bytes of the small file that Git LFS leaves in the place of a file not downloaded yet.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 PIECE = 2**25  # bytes that are read or copied at a time
 MAX_INDEX_BYTES = 2**26  # the index of 100,000 tensors has 10 MB
@@ -56,45 +64,111 @@ def naming(path: Path | str) -> Iterator[None]:
 def check(name: str, shape: tuple[int, ...], expected: tuple[int, ...], dtype: str) -> None:
     """Refuse a tensor of another shape than expected, or whose dtype is not a floating one."""
     if tuple(shape) != tuple(expected):
-        raise UserError(f"tensor {name} has shape {tuple(shape)}, expected {tuple(expected)}")
+        raise CheckpointError(f"tensor {name} has shape {tuple(shape)}, expected {tuple(expected)}")
     if dtype not in FLOATS:
-        raise UserError(f"tensor {name} has dtype {dtype}; use one of {', '.join(FLOATS)}")
+        raise CheckpointError(f"tensor {name} has dtype {dtype}; use one of {', '.join(FLOATS)}")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a path that is no folder, and say what to do if it is the name of a model on a Hub.
+
+    Raises:
+        CheckpointError: naming the path.
+    """
+    if folder.is_dir():
+        return
+    if "://" in str(folder) or re.match("[a-z0-9]+:/[^/]", str(folder)):
+        raise CheckpointError(f"{folder}: an address is not read; copy the folder to this machine")
+    if folder.exists():
+        raise CheckpointError(f"{folder}: is a file; name the folder with config.json")
+    advice = "name the folder with config.json"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        advice = (
+            f"for the model of that name on the Hugging Face Hub, run `hf download {folder} "
+            "--local-dir FOLDER` and name FOLDER"
+        )
+    raise CheckpointError(f"{folder}: No such folder; {advice}")
+
+
+def check_is_downloaded(path: Path) -> None:
+    """Refuse a pointer of Git LFS, which stands in the place of a file not downloaded yet.
+
+    Raises:
+        CheckpointError: naming the path.
+    """
+    with regular_files.open_regular(path) as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(
+                f"{path}: is a pointer of Git LFS and not the file itself; run `git lfs pull` in "
+                "its folder"
+            )
+
+
+def _no_weights(folder: Path) -> str:
+    """Return the message for a folder without weights that can be read."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in OTHER_FORMATS:
+            return f"{path}: is not safetensors; save the model as {SINGLE} first"
+    for path in sorted(folder.glob("*.safetensors")):
+        return f"{path}: is not read without {INDEX}; save the model as {SINGLE}"
+    return f"{folder / SINGLE}: No such file; name a folder with {SINGLE} or {INDEX}"
 
 
 class Tensors:
     """The tensors of a folder by name, in the order of their files.
 
+    A single file comes before an index of several, as in Transformers. Weights that Transformers
+    would use besides, and tensors that an index leaves out, are refused and never ignored.
+
+    Attributes:
+        files: the names of the files that are read, the index among them.
+
     Raises:
-        UserError: when a file cannot be read, naming it.
+        CheckpointError: naming a file that is missing or that cannot be used.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        index = self.folder / INDEX
-        self.path = index if index.exists() else self.folder / SINGLE
-        self._tensors: dict[str, Tensor] = {}
-        for file, names in self._files().items():
-            in_file = _header(self.folder / file)
-            for name in names or in_file:
-                if name not in in_file:
-                    raise UserError(f"{self.folder / file}: tensor {name} of {INDEX} is not there")
-                self._tensors[name] = in_file[name]
+        check_folder(self.folder)
+        for name in ADAPTERS:
+            if (self.folder / name).exists():
+                raise CheckpointError(
+                    f"{self.folder / name}: an adapter changes the model; merge the adapter into "
+                    "the weights (merge_and_unload of peft), or remove its files"
+                )
+        single = self.folder / SINGLE
+        self.path = single if single.exists() else self.folder / INDEX
+        if not self.path.exists():
+            raise CheckpointError(_no_weights(self.folder))
 
-    def _files(self) -> dict[str, list[str]]:
-        """Return the names of the tensors to read by file; an empty list means all."""
-        if self.path.name == SINGLE:
-            other = next(self.folder.glob("*.bin"), None)
-            if other and not self.path.exists():
-                raise UserError(f"{other}: not safetensors; save the model as {SINGLE} first")
-            return {SINGLE: []}
-        files: dict[str, list[str]] = {}
+        self._tensors: dict[str, Tensor] = {}
+        if self.path == single:
+            self.files = [SINGLE]
+            self._tensors = _header(single)
+            return
+        names_of = self._index()
+        self.files = [INDEX, *names_of]
+        for file, names in names_of.items():
+            in_file = _header(self.folder / file)
+            for name in sorted(names ^ in_file.keys()):
+                lacks = f"tensor {name} of {INDEX} is not there"
+                raise CheckpointError(
+                    f"{self.folder / file}: "
+                    + (lacks if name in names else f"tensor {name} is not in {INDEX} for this file")
+                    + "; save the model again"
+                )
+            self._tensors |= in_file
+
+    def _index(self) -> dict[str, set[str]]:
+        """Return the names of the tensors of each file of the index."""
+        files: dict[str, set[str]] = {}
         places = regular_files.read_json(self.path, MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(places, dict) or not places:
-            raise UserError(f"{self.path}: weight_map names no tensor")
+            raise CheckpointError(f"{self.path}: weight_map names no tensor; save the model again")
         for name, file in places.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise UserError(f"{self.path}: {file!r} is not the name of a file")
-            files.setdefault(file, []).append(name)
+                raise CheckpointError(f"{self.path}: {file!r:.100} is not the name of a file")
+            files.setdefault(file, set()).add(name)
         return files
 
     def __iter__(self) -> Iterator[str]:
@@ -117,7 +191,12 @@ class Tensors:
         return np.dtype(FLOATS[tensor.dtype])
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Return a floating tensor in its dtype, or `count` of its rows from row `first`."""
+        """Return a floating tensor in its dtype, or `count` of its rows from row `first`.
+
+        Raises:
+            CheckpointError: naming file and tensor, if the file has been cut since it was opened,
+                or if a number is NaN or infinite.
+        """
         tensor = self._tensors[name]
         dtype, (rows, *rest) = np.dtype(FLOATS[tensor.dtype]), tensor.shape
         count = rows - first if count is None else count
@@ -126,8 +205,10 @@ class Tensors:
             file.seek(tensor.start + first * row)
             data = np.fromfile(file, np.uint8, count * row)
         if data.size != count * row:
-            raise UserError(f"{self.folder / tensor.file}: ends inside tensor {name}")
-        return data.view(dtype).reshape(count, *rest)
+            raise CheckpointError(f"{self.folder / tensor.file}: ends inside tensor {name}")
+        array = data.view(dtype).reshape(count, *rest)
+        pieces.check_finite(array, f"{self.folder / tensor.file}: tensor {name}")
+        return array
 
     def pieces(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of a tensor of any dtype, at most PIECE at a time."""
@@ -182,14 +263,18 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def _header(path: Path) -> dict[str, Tensor]:
-    regular_files.open_regular(path).close()
+    """Return the tensors of a file in the order of their bytes."""
+    check_is_downloaded(path)
     try:
         with safe_open(path, "np"):  # compares sizes with the file's before it takes memory
             pass
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        text = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: {text}; copy the file again") from error
     with regular_files.open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > MAX_INDEX_BYTES:
+            raise CheckpointError(f"{path}: its header has more than {MAX_INDEX_BYTES:,} bytes")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     tensors = {}
