@@ -57,6 +57,8 @@ def naming(path: Path | str) -> Iterator[None]:
     """Put `path` in front of the message of a UserError that is raised inside."""
     try:
         yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -9,18 +9,19 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tensorstore
 
-from gqa.checkpoints import pieces
+from gqa.checkpoints import pieces, step_folders, stored_arrays
 from gqa.checkpoints.pieces import Index, Source
-from gqa.interop.safetensors_files import naming
+from gqa.interop.safetensors_files import check_folder, naming
 from gqa.model.config import GATED_GELU, RELU, Config
-from gqa.runtime.errors import UserError
+from gqa.runtime import hardware
+from gqa.runtime.errors import CheckpointError
 
 # Our names of parameters, and T5X's names of arrays. This table holds within a layer.
 ATTENTION = {"query": "query", "key": "key", "value": "value", "out": "out"}
@@ -53,24 +54,93 @@ OUTSIDE_LAYERS = {
 BIASES = ("relpos_bias.rel_embedding", "relative_posemb.rel_embedding")
 TABLE = "position_bias/table"
 PREFIX, STEP = "target.", "checkpoint_"
+STEP_FOLDER = re.compile(STEP + "[0-9]{1,18}")
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+MAX_TABLE = 2**24  # numbers of a position bias: T5's largest has 32 x 128, in 24 layers
 
 
-class _Arrays(NamedTuple):
-    """The arrays of a checkpoint: the kvstore that has them, and each array's zarr driver."""
+class _Arrays:
+    """The arrays of a checkpoint by name, without the prefix "target.".
 
-    store: dict
-    drivers: dict[str, str]
+    Args:
+        folder: with the arrays.
+        drivers: TensorStore's name of each array's format.
+    """
 
-    def open(self, name: str) -> tensorstore.TensorStore:
+    def __init__(self, folder: Path, drivers: dict[str, str]):
+        self.drivers = drivers
+        self._folder, self._spec = folder, stored_arrays.kvstore(folder)
+        self._store = tensorstore.KvStore.open(self._spec).result()
+        self._headers: dict[str, stored_arrays.Header] = {}
+
+    def shape(self, name: str, *dimensions: int) -> tuple[int, ...]:
+        """Return the shape of an array with one of these numbers of dimensions.
+
+        Raises:
+            CheckpointError: naming the array, if it is missing, is not of floating numbers, or has
+                another number of dimensions.
+        """
         if name not in self.drivers:
-            raise UserError(f"array {PREFIX}{name} is missing")
-        store = self.store | {"path": f"{self.store['path']}{PREFIX}{name}/"}
+            raise CheckpointError(f"array {PREFIX}{name} is missing")
+        if name not in self._headers:
+            self._headers[name] = stored_arrays.read_header(
+                self._store, f"{PREFIX}{name}", self.drivers[name]
+            )
+        header = self._headers[name]
+        if header.dtype not in FLOATS:
+            raise CheckpointError(
+                f"array {PREFIX}{name} has dtype {header.dtype}; use one of {', '.join(FLOATS)}"
+            )
+        if 0 in header.shape or (dimensions and len(header.shape) not in dimensions):
+            raise CheckpointError(f"array {PREFIX}{name} has shape {header.shape}, not one of T5's")
+        return header.shape
+
+    def read(self, name: str) -> np.ndarray:
+        """Return an array in float32.
+
+        Raises:
+            CheckpointError: naming the array, if a part of it is missing or damaged, is larger
+                than its shape says, or has numbers that are not finite.
+        """
+        where = f"{self._folder}: array {PREFIX}{name}"
+        hardware.check_memory(4 * math.prod(self.shape(name)), where)
+        with naming(self._folder):
+            stored_arrays.check_chunks(self._store, f"{PREFIX}{name}", self._headers[name])
+        spec = {"driver": self.drivers[name], "kvstore": self._spec | {"path": self._path(name)}}
         try:
-            return tensorstore.open(
-                {"driver": self.drivers[name], "kvstore": store}, read=True
-            ).result()
+            # Otherwise TensorStore would give zeros for a file that was not copied.
+            array = tensorstore.open(spec | {"fill_missing_data_reads": False}, read=True).result()
+            values = array.read().result()
         except ValueError as error:
-            raise UserError(f"array {PREFIX}{name}: {error}") from error
+            raise CheckpointError(f"{where} cannot be read; copy it again. {error}") from error
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32, copy=False)
+        pieces.check_finite(values, where)
+        return values
+
+    def _path(self, name: str) -> str:
+        return f"{self._spec.get('path', '')}{PREFIX}{name}/"
+
+    def files(self, names: Iterable[str]) -> tuple[Path, ...]:
+        """Return the files of some arrays; a database has its arrays in files of all.
+
+        Raises:
+            CheckpointError: naming a file that is none, or a link that leaves the folder.
+        """
+        folders = [self._folder / f"{PREFIX}{name}" for name in names]
+        if self._spec["driver"] == "ocdbt":
+            folders = [self._folder / "d", *sorted(self._folder.glob("ocdbt.process_*"))]
+        files = [path for folder in folders for path in sorted(folder.rglob("*"))]
+        if self._spec["driver"] == "ocdbt":
+            files.append(self._folder / "manifest.ocdbt")
+        files = [path for path in files if not path.is_dir() and path.name != ".DS_Store"]
+        inside = self._folder.resolve()
+        for path in files:
+            # TensorStore would wait for a pipe for ever.
+            if not path.is_file() or not path.resolve().is_relative_to(inside):
+                name = path.relative_to(self._folder)
+                raise CheckpointError(f"{name} is not a regular file of the folder")
+        return tuple(files)
 
 
 def open_folder(folder: str | os.PathLike) -> Source:
@@ -79,42 +149,53 @@ def open_folder(folder: str | os.PathLike) -> Source:
     An array is read as a whole; with scanned layers it holds all layers of a stack.
 
     Raises:
-        UserError: for an array that is missing, not expected, or of a shape that does not fit.
+        CheckpointError: for an array that is missing, not expected, or of a shape or dtype that
+            does not fit.
     """
+    check_folder(Path(folder))
     folder = _find(Path(folder))
     with naming(folder):
         arrays = _list(folder)
+        files = arrays.files(arrays.drivers)
         stacks = {stack: _stack(arrays, stack) for stack in LAYERS}
         config = _config(arrays, stacks)
         shapes = pieces.shapes(config)
         arrays_of = {name: _theirs(name, stacks, config) for name in shapes}
         for name, group in arrays_of.items():
-            _check(arrays, group, name, shapes[name])
+            _check(arrays, group, name, shapes[name], stacks)
         known = {theirs for group in arrays_of.values() for theirs in group}
         if extra := sorted(arrays.drivers.keys() - known):
-            raise UserError(f"array {PREFIX}{extra[0]} is not one of T5's ({len(extra)} in all)")
+            raise CheckpointError(
+                f"array {PREFIX}{extra[0]} is not one of T5's ({len(extra)} in all)"
+            )
     chunks = {name: (1, *x[1:]) if "/layers/" in name else x for name, x in shapes.items()}
-    return Source(config, chunks, functools.partial(_blocks, arrays, arrays_of, shapes))
+    read = functools.partial(_blocks, arrays, arrays_of, shapes)
+    return Source(config, shapes, chunks, read, files)
 
 
 def _find(folder: Path) -> Path:
     try:
-        steps = [p for p in folder.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdecimal()]
+        steps = [p for p in folder.glob(f"{STEP}*") if STEP_FOLDER.fullmatch(p.name)]
         if steps:
             folder = max(steps, key=lambda path: int(path.name.removeprefix(STEP)))
         for place in (folder / "state", folder):
             if (place / "manifest.ocdbt").exists() or next(place.glob(f"{PREFIX}*"), None):
                 return place
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}") from error
-    raise UserError(f"{folder}: no T5X checkpoint; it would have folders {PREFIX}...")
+        raise CheckpointError(f"{folder}: {error.strerror}") from error
+    raise CheckpointError(f"{folder}: no T5X checkpoint; it would have folders {PREFIX}...")
 
 
 def _list(folder: Path) -> _Arrays:
-    store = {"driver": "file", "path": f"{folder.absolute()}/"}
+    folder = folder.absolute()
+    step_folders.check_path(folder)
     if (folder / "manifest.ocdbt").exists():
-        store = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/", "path": ""}
-        keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
+        stored_arrays.check_ocdbt(folder)
+        try:
+            store = tensorstore.KvStore.open(stored_arrays.kvstore(folder)).result()
+            keys = [key.decode("utf-8", "replace") for key in store.list().result()]
+        except ValueError as error:
+            raise CheckpointError(f"its database cannot be read; copy it again. {error}") from error
     else:
         keys = [path.relative_to(folder).as_posix() for path in folder.glob(f"{PREFIX}*/*z*")]
     drivers = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
@@ -124,7 +205,7 @@ def _list(folder: Path) -> _Arrays:
         for end, driver in drivers.items()
         if key.startswith(PREFIX) and key.endswith(end)
     }
-    return _Arrays(store, driver_of)
+    return _Arrays(folder, driver_of)
 
 
 class _Stack(NamedTuple):
@@ -142,18 +223,22 @@ class _Stack(NamedTuple):
 
 
 def _stack(arrays: _Arrays, stack: str) -> _Stack:
-    indices = [
+    indices = {
         int(match[1])
         for name in arrays.drivers
-        if (match := re.match(rf"{stack}\.layers_(\d+)\.", name))
-    ]
+        if (match := re.match(rf"{stack}\.layers_([0-9]{{1,9}})\.", name))
+    }
     if indices:
         prefix, scanned, layers = f"{stack}.layers_{{}}.", False, max(indices) + 1
+        # A network is not made of as many layers as one name says.
+        missing = next((i for i in range(len(indices)) if i not in indices), None)
+        if missing is not None:
+            raise CheckpointError(f"array {PREFIX}{stack}.layers_{missing}... is missing")
     else:
         prefix, scanned = f"{stack}.layers.", True
         if not any(name.startswith(prefix) for name in arrays.drivers):
             prefix = f"{stack}.{stack}."
-        layers = arrays.open(f"{prefix}pre_mlp_layer_norm.scale").shape[-1]
+        layers = arrays.shape(f"{prefix}pre_mlp_layer_norm.scale", 2)[-1]
     places = [f"{place}{bias}" for place in (f"{stack}.", prefix) for bias in BIASES]
     # If there is no bias, the first place is the one that the error names as missing.
     bias = next((place for place in places if place.format(0) in arrays.drivers), places[0])
@@ -161,15 +246,15 @@ def _stack(arrays: _Arrays, stack: str) -> _Stack:
 
 
 def _config(arrays: _Arrays, stacks: dict[str, _Stack]) -> Config:
-    vocab_size, d_model = arrays.open(OUTSIDE_LAYERS["embedding"]).shape
+    vocab_size, d_model = arrays.shape(OUTSIDE_LAYERS["embedding"], 2)
     decoder, encoder = stacks["decoder"], stacks["encoder"]
-    heads, *_, buckets = arrays.open(decoder.bias.format(0)).shape
+    heads, *_, buckets = arrays.shape(decoder.bias.format(0), 2, 3)
     gated = f"{decoder.prefix}mlp.wi_0.kernel".format(0) in arrays.drivers
     wide = "mlp.wi_0.kernel" if gated else "mlp.wi.kernel"
 
     def size(stack: _Stack, name: str) -> int:
         """Return the number of outputs of a kernel of one layer."""
-        numbers = math.prod(arrays.open(f"{stack.prefix}{name}".format(0)).shape)
+        numbers = math.prod(arrays.shape(f"{stack.prefix}{name}".format(0)))
         return numbers // (d_model * (stack.layers if stack.scanned else 1))
 
     head_dim = size(decoder, "self_attention.query.kernel") // heads
@@ -205,29 +290,52 @@ def _theirs(name: str, stacks: dict[str, _Stack], config: Config) -> list[str]:
     return list(dict.fromkeys(pattern.format(i) for i in range(where.layers)))
 
 
-def _check(arrays: _Arrays, group: list[str], name: str, shape: tuple[int, ...]) -> None:
+def _check(
+    arrays: _Arrays,
+    group: list[str],
+    name: str,
+    shape: tuple[int, ...],
+    stacks: dict[str, _Stack],
+) -> None:
+    """Compare the shapes of arrays with the shape of our parameter that they make up."""
     if name.endswith(TABLE):
         _table(arrays, group)
         return
-    numbers = math.prod(shape) // (len(group) if "/layers/" in name else 1)
+
+    # T5X flattens the heads of attention kernels, or does not.
+    is_stacked = "/layers/" in name
+    shape = shape[1:] if is_stacked else shape
+    allowed = {shape}
+    if name.endswith(("/query", "/key", "/value")):
+        allowed.add((shape[0], shape[1] * shape[2]))
+    elif name.endswith("/out"):
+        allowed.add((shape[0] * shape[1], shape[2]))
+
+    # Scanned layers lie along axis 1.
+    stack = stacks.get(name.partition("/")[0])
+    if is_stacked and stack is not None and stack.scanned:
+        allowed = {(first, stack.layers, *rest) for first, *rest in allowed}
     for theirs in group:
-        stored = arrays.open(theirs).shape
-        if math.prod(stored) != numbers:
-            raise UserError(
-                f"array {PREFIX}{theirs} has shape {stored}, expected {numbers} numbers"
+        if arrays.shape(theirs) not in allowed:
+            expected = " or ".join(map(str, sorted(allowed, key=len)))
+            raise CheckpointError(
+                f"array {PREFIX}{theirs} has shape {arrays.shape(theirs)}, expected {expected}"
             )
 
 
 def _table(arrays: _Arrays, group: list[str]) -> np.ndarray:
     """Return the position bias of a stack [buckets, N]; theirs is [N, buckets] or has layers."""
-    stored = [arrays.open(name).read().result() for name in group]
+    for name in group:
+        if math.prod(arrays.shape(name, 2, 3)) > MAX_TABLE:
+            raise CheckpointError(f"array {PREFIX}{name} has shape {arrays.shape(name)}, too large")
+    stored = [arrays.read(name) for name in group]
     tables = np.concatenate([x.reshape(len(x), -1, x.shape[-1]) for x in stored], 1)
     if not np.array_equal(tables, np.broadcast_to(tables[:, :1], tables.shape)):
-        raise UserError(
+        raise CheckpointError(
             f"array {PREFIX}{group[0]} differs from layer to layer, as in umT5; our network has "
             "one position bias for all layers of a stack"
         )
-    return tables[:, 0].T.astype(np.float32)
+    return tables[:, 0].T
 
 
 def _blocks(
@@ -241,7 +349,7 @@ def _blocks(
         yield (slice(None),), _table(arrays, group)
         return
     for i, theirs in enumerate(group):
-        array = arrays.open(theirs).read().result().astype(np.float32, copy=False)
+        array = arrays.read(theirs)
         if "/layers/" not in name:
             yield (slice(None),), array.reshape(shape)
         elif re.search(r"\.layers_\d+\.", theirs):

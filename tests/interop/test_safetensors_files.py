@@ -1,14 +1,16 @@
 """Files of tensors in pieces: the layout on disk, parts of a tensor, and what is refused."""
 
 import json
+import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from gqa.interop import safetensors_files
 from gqa.interop.safetensors_files import Tensors
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import CheckpointError, UserError
 
 
 @pytest.fixture
@@ -77,7 +79,9 @@ def test_an_index_names_files_of_its_own_folder_and_their_tensors(tmp_path, arra
     safetensors_files.write_index(tmp_path, {"b": "one.safetensors"}, 60)
     index = json.loads((tmp_path / safetensors_files.INDEX).read_text())
     assert index == {"metadata": {"total_size": 60}, "weight_map": {"b": "one.safetensors"}}
-    assert list(Tensors(tmp_path)) == ["b"]  # the others are not asked for
+    message = r"one\.safetensors: tensor a is not in model\.safetensors\.index\.json for this file"
+    with pytest.raises(UserError, match=message):
+        Tensors(tmp_path)
     for places, message in {
         "../one.safetensors": "'../one.safetensors' is not the name of a file",
         "two.safetensors": "two.safetensors: No such file",
@@ -85,7 +89,8 @@ def test_an_index_names_files_of_its_own_folder_and_their_tensors(tmp_path, arra
         safetensors_files.write_index(tmp_path, {"b": places}, 60)
         with pytest.raises(UserError, match=message):
             Tensors(tmp_path)
-    safetensors_files.write_index(tmp_path, {"z": "one.safetensors"}, 60)
+    places = dict.fromkeys([*arrays, "z"], "one.safetensors")
+    safetensors_files.write_index(tmp_path, places, 60)
     with pytest.raises(UserError, match=r"tensor z of model.safetensors.index.json is not there"):
         Tensors(tmp_path)
     safetensors_files.write_index(tmp_path, {}, 0)
@@ -93,10 +98,94 @@ def test_an_index_names_files_of_its_own_folder_and_their_tensors(tmp_path, arra
         Tensors(tmp_path)
 
 
-def test_weights_in_another_format_alone_are_named(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin: not safetensors; save the model"):
+def test_the_single_file_comes_before_an_index_as_in_transformers(tmp_path, arrays):
+    """An index of an earlier, larger model may have stayed beside it."""
+    save_file({"b": arrays["b"] + 1, "old": arrays["b"]}, tmp_path / "one.safetensors")
+    safetensors_files.write_index(tmp_path, dict.fromkeys(["b", "old"], "one.safetensors"), 120)
+    assert set(Tensors(tmp_path)) == {"b", "old"}
+    assert Tensors(tmp_path).files == ["model.safetensors.index.json", "one.safetensors"]
+    save_file(arrays, tmp_path / safetensors_files.SINGLE)
+    tensors = Tensors(tmp_path)
+    assert (set(tensors), tensors.files) == (set(arrays), [safetensors_files.SINGLE])
+    np.testing.assert_array_equal(tensors.read("b"), arrays["b"])
+
+
+def test_a_tensor_in_a_file_that_the_index_gives_to_another_is_refused(tmp_path, arrays):
+    save_file({"b": arrays["b"]}, tmp_path / "one.safetensors")
+    save_file({"b": arrays["b"] + 1, "a": arrays["a"]}, tmp_path / "two.safetensors")
+    places = {"b": "one.safetensors", "a": "two.safetensors"}
+    safetensors_files.write_index(tmp_path, places, 120)
+    with pytest.raises(CheckpointError, match=r"two\.safetensors: tensor b is not in .* this file"):
         Tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", safetensors_files.ADAPTERS)
+def test_an_adapter_beside_the_model_is_refused(tmp_path, arrays, name):
+    save_file(arrays, tmp_path / safetensors_files.SINGLE)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"{name}: an adapter changes the model; merge"):
+        Tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.Q4.gguf", "consolidated.00.pth", "x.PT", "tf_model.h5"]
+)
+def test_weights_in_another_format_alone_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{name}: is not safetensors; save the model"):
+        Tensors(tmp_path)
+
+
+def test_shards_without_an_index_are_named(tmp_path, arrays):
+    save_file(arrays, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"model-00001-of-00002\.safetensors: is not read with"
+    ):
+        Tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("google/t5-v1_1-small", "run `hf download google/t5-v1_1-small --local-dir FOLDER`"),
+        ("gs://bucket/model", "an address is not read; copy the folder to this machine"),
+        ("/no/such/folder", "/no/such/folder: No such folder; name the folder with config.json"),
+        (__file__, "is a file; name the folder with config.json"),
+    ],
+)
+def test_what_is_no_folder_comes_with_advice(name, message):
+    with pytest.raises(CheckpointError, match=message):
+        Tensors(name)
+
+
+def test_a_pointer_of_git_lfs_is_known(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / safetensors_files.SINGLE).write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"is a pointer of Git LFS .*; run `git lfs pull`"):
+        Tensors(tmp_path)
+
+
+def test_pipes_and_devices_are_no_weights(tmp_path):
+    path = tmp_path / safetensors_files.SINGLE
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        make(path)
+        with pytest.raises(UserError, match="is a device, a pipe or a socket"):
+            Tensors(tmp_path)
+        path.unlink()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "bfloat16"])
+def test_numbers_that_are_not_finite_are_refused_by_tensor(tmp_path, bad, dtype):
+    x = np.zeros((4, 3)).astype(jnp.dtype(dtype))
+    x[2, 1] = bad
+    save_file({"x": x, "y": np.zeros_like(x)}, tmp_path / safetensors_files.SINGLE)
+    tensors = Tensors(tmp_path)
+    tensors.read("y")
+    tensors.read("x", 0, 2)
+    message = r"model\.safetensors: tensor x has NaN or infinite numbers; use another checkpoint"
+    with pytest.raises(CheckpointError, match=message):
+        tensors.read("x", 2, 1)
 
 
 def test_shapes_and_dtypes_are_checked(tmp_path, arrays):

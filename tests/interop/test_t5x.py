@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import zlib
 
 import jax
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 import tensorstore
 from flax.traverse_util import flatten_dict
 
-from gqa.checkpoints import checkpoint, pieces
+from gqa.checkpoints import checkpoint, pieces, stored_arrays
 from gqa.interop import t5x
 from gqa.model.config import RELU
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import CheckpointError, UserError
+from tests.support import memory
 
 NAMES = {
     "attention_norm": "pre_attention_layer_norm",
@@ -140,7 +143,7 @@ def test_a_position_bias_in_each_layer_must_be_the_same(network, tmp_path):
         ("decoder.layers_1.mlp.wo.kernel", None, "is missing"),
         ("token_embedder.embedding", None, "is missing"),
         ("decoder.layers_1.self_attention.q_norm.scale", (3,), r"is not one of T5's \(1 in all\)"),
-        ("decoder.layers_0.mlp.wo.kernel", (24, 17), r"has shape \(24, 17\), expected 384 numbers"),
+        ("decoder.layers_0.mlp.wo.kernel", (24, 17), r"has shape \(24, 17\), expected \(24, 16\)"),
     ],
 )
 def test_an_array_that_does_not_fit_is_named(network, tmp_path, name, shape, message):
@@ -154,6 +157,8 @@ def test_an_array_that_does_not_fit_is_named(network, tmp_path, name, shape, mes
 
 def test_a_folder_of_something_else_is_told(tmp_path):
     with pytest.raises(UserError, match="no T5X checkpoint; it would have folders target"):
+        t5x.open_folder(tmp_path)
+    with pytest.raises(UserError, match=r"nothing: No such folder; name the folder"):
         t5x.open_folder(tmp_path / "nothing")
 
 
@@ -199,3 +204,114 @@ def test_the_last_step_is_that_of_the_largest_number(network, tmp_path):
     (tmp_path / "checkpoint_10000.tmp").mkdir()  # no number: being written
     write(tmp_path / "checkpoint_300", {})
     check_equal(pieces.collect(t5x.open_folder(tmp_path)), params)
+
+
+def test_numbers_that_are_not_finite_are_refused_by_array(network, tmp_path):
+    for name, bad in (("decoder.layers_1.mlp.wo.kernel", np.nan), ("encoder.encoder_norm.scale",
+                                                                 np.inf)):  # fmt: skip
+        arrays = their_arrays(*network)
+        arrays[name] = arrays[name].copy()
+        arrays[name].flat[-1] = bad
+        write(tmp_path / name, arrays)
+        message = rf"{name}: array target\.{name} has NaN or infinite numbers"
+        with pytest.raises(CheckpointError, match=message):
+            pieces.collect(t5x.open_folder(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("decoder.layers_0.mlp.wo.kernel", lambda x: x.T, r"shape \(16, 24\), expected \(24, 16\)"),
+        ("decoder.layers_0.mlp.wo.kernel", np.ravel, r"shape \(384,\), expected \(24, 16\)"),
+        (
+            "encoder.layers_0.attention.out.kernel",
+            lambda x: x.reshape(x.shape[0] * 2, -1),
+            r"has shape \(\d+, 8\), expected \(\d+, 16\) or \(4, \d+, 16\)",
+        ),
+        ("token_embedder.embedding", np.ravel, "not one of T5's"),
+        ("decoder.relpos_bias.rel_embedding", np.ravel, "not one of T5's"),
+    ],
+)
+def test_shapes_are_compared_and_not_numbers_of_elements(network, tmp_path, name, change, message):
+    arrays = their_arrays(*network)
+    write(tmp_path / "a", arrays | {name: change(arrays[name])})
+    with pytest.raises(CheckpointError, match=rf"array target\.{name} has {message}|{message}"):
+        t5x.open_folder(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", ["<i4", "|b1", "<c8"])
+def test_whole_numbers_are_no_weights(network, tmp_path, dtype):
+    write(tmp_path / "a", their_arrays(*network), dtype=dtype)
+    with pytest.raises(
+        CheckpointError, match=r"array target\.\S+ has dtype \w+; use one of float32"
+    ):
+        t5x.open_folder(tmp_path / "a")
+
+
+@pytest.mark.parametrize("ocdbt", [False, True])
+def test_a_part_of_an_array_that_was_not_copied_is_no_zeros(network, tmp_path, ocdbt):
+    write(tmp_path / "a", their_arrays(*network), ocdbt)
+    name = "target.decoder.layers_0.mlp.wo.kernel"
+    store = tensorstore.KvStore.open(stored_arrays.kvstore(tmp_path / "a")).result()
+    store.write(f"{name}/1.0", None).result()
+    source = t5x.open_folder(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=rf"a: array {name} cannot be read; copy it again"):
+        pieces.collect(source)
+
+
+def test_a_chunk_far_larger_than_its_array_is_refused_before_it_is_decoded(network, tmp_path):
+    write(tmp_path / "a", their_arrays(*network))
+    name = "target.decoder.layers_0.mlp.wo.kernel"
+    compressor = zlib.compressobj(1, wbits=31)
+    zeros = bytes(2**24)
+    bomb = b"".join([compressor.compress(zeros) for _ in range(20)]) + compressor.flush()
+    (tmp_path / "a" / name / "0.0").write_bytes(bomb)
+    source = t5x.open_folder(tmp_path / "a")
+    with (
+        memory.peak() as used,
+        pytest.raises(CheckpointError, match=f"array {name}: chunk 0.0 has"),
+    ):
+        pieces.collect(source)
+    assert used.nbytes < 2**27
+
+
+@pytest.mark.parametrize("layer", ["500000000", "9" * 9, "9" * 200])
+def test_the_number_in_a_name_makes_no_layers(network, tmp_path, layer):
+    arrays = their_arrays(*network)
+    name = f"decoder.layers_{layer}.mlp.wo.kernel"
+    write(tmp_path / "a", arrays | {name: np.zeros((24, 16))})
+    with pytest.raises(CheckpointError, match=r"a: array target\.decoder\.layers_"):
+        t5x.open_folder(tmp_path / "a")
+
+
+def test_pipes_and_links_out_of_the_folder_are_refused(network, tmp_path):
+    write(tmp_path / "a", their_arrays(*network))
+    chunk = tmp_path / "a" / "target.decoder.layers_0.mlp.wo.kernel" / "0.0"
+    chunk.rename(tmp_path / "elsewhere")
+    for make in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "elsewhere")):
+        make(chunk)
+        with pytest.raises(CheckpointError, match=r"0\.0 is not a regular file of the folder"):
+            t5x.open_folder(tmp_path / "a")
+        chunk.unlink()
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a#b", "a?b c"])
+@pytest.mark.parametrize("ocdbt", [False, True])
+def test_a_folder_may_have_any_name(network, tmp_path, name, ocdbt):
+    write(tmp_path / "a", their_arrays(*network), ocdbt)
+    (tmp_path / "a").rename(tmp_path / name)
+    check_equal(pieces.collect(t5x.open_folder(tmp_path / name)), network[0])
+
+
+def test_the_files_are_those_of_the_parameters(network, tmp_path):
+    write(tmp_path / "a", their_arrays(*network))
+    (tmp_path / "a" / "README.md").write_text("x")
+    files = {path.relative_to(tmp_path / "a").as_posix() for path in t5x.open_folder(tmp_path / "a")
+             .files}  # fmt: skip
+    assert "target.encoder.encoder_norm.scale/.zarray" in files
+    assert "target.encoder.encoder_norm.scale/0" in files
+    assert {name.split(".")[0] for name in files} == {"target"}
+    write(tmp_path / "b", their_arrays(*network), ocdbt=True)
+    names = {path.name for path in t5x.open_folder(tmp_path / "b").files}
+    assert "manifest.ocdbt" in names
+    assert len(names) > 1

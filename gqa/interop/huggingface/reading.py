@@ -20,7 +20,7 @@ from gqa.interop.huggingface.names import COPIES, UNUSED
 from gqa.interop.safetensors_files import Tensors
 from gqa.model.config import Config
 from gqa.runtime import regular_files
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import CheckpointError
 
 
 def read_config(folder: str | os.PathLike) -> Config:
@@ -34,6 +34,8 @@ def read_config(folder: str | os.PathLike) -> Config:
 
 def _read_config(path: Path) -> tuple[Config, dict]:
     """Return our config, and config.json as it is."""
+    safetensors_files.check_folder(path.parent)
+    safetensors_files.check_is_downloaded(path)
     hf_config = regular_files.read_json(path)
     with safetensors_files.naming(path):
         return to_config(hf_config), hf_config
@@ -49,10 +51,17 @@ def open_folder(folder: str | os.PathLike) -> Source:
         UserError: if a file cannot be read, for another network than T5, and for a tensor that is
             missing, not expected, or of another shape than config.json says.
     """
-    _, hf_config = _read_config(Path(folder) / "config.json")
+    path = Path(folder) / "config.json"
+    _, hf_config = _read_config(path)
+    if hf_config.get("transformers_weights") is not None:
+        raise CheckpointError(
+            f"{path}: transformers_weights chooses a file of weights by name, which is not "
+            "supported; rename the file to model.safetensors and remove the key"
+        )
     tensors = Tensors(folder)
     with safetensors_files.naming(tensors.path):
-        return _source(tensors, hf_config)
+        source = _source(tensors, hf_config)
+    return source._replace(files=(path, *(tensors.folder / file for file in tensors.files)))
 
 
 def load(folder: str | os.PathLike) -> tuple[dict, Config]:
@@ -81,7 +90,9 @@ class _InMemory(dict):
         return dtype
 
     def read(self, name: str, first: int, count: int) -> np.ndarray:
-        return self[name][first : first + count]
+        rows = self[name][first : first + count]
+        pieces.check_finite(rows, f"tensor {name}")
+        return rows
 
 
 def _source(tensors: Tensors | _InMemory, hf_config: dict) -> Source:
@@ -91,7 +102,7 @@ def _source(tensors: Tensors | _InMemory, hf_config: dict) -> Source:
     # Tracing the shapes of a network takes time per layer, so an absurd number is refused first.
     num_layers = config.num_encoder_layers + config.num_decoder_layers
     if num_layers > len(tensors):
-        raise UserError(
+        raise CheckpointError(
             f"{len(tensors)} tensors are too few for the {num_layers} layers of config.json"
         )
 
@@ -113,7 +124,7 @@ def _source(tensors: Tensors | _InMemory, hf_config: dict) -> Source:
         chunk = (*layer_shape[:axis], length, *layer_shape[axis + 1 :])
         chunks[name] = (1, *chunk) if names.is_stacked(name) else chunk
     read = functools.partial(_blocks, tensors, tensors_of, shapes, chunks)
-    return Source(config, chunks, read)
+    return Source(config, shapes, chunks, read)
 
 
 def _chunk_along_axis(name: str, layer_shape: tuple[int, ...], itemsize: int) -> tuple[int, int]:
@@ -124,15 +135,17 @@ def _chunk_along_axis(name: str, layer_shape: tuple[int, ...], itemsize: int) ->
 
 
 def _check_names(tensors: Tensors | _InMemory, expected: set[str]) -> None:
-    """Raise a UserError for a missing tensor, an unknown one, or a copy that is none."""
+    """Raise a CheckpointError for a missing tensor, an unknown one, or a copy that is none."""
     present = set(tensors)
     if missing := sorted(expected - present):
-        raise UserError(f"tensor {missing[0]} is missing ({len(missing)} in all)")
+        raise CheckpointError(f"tensor {missing[0]} is missing ({len(missing)} in all)")
     if extra := sorted(present - expected - {*COPIES, UNUSED}):
-        raise UserError(f"tensor {extra[0]} is not one of T5's ({len(extra)} in all)")
+        raise CheckpointError(f"tensor {extra[0]} is not one of T5's ({len(extra)} in all)")
     for name in COPIES:
         if name in present - expected and not _equal(tensors, name, names.EMBEDDING):
-            raise UserError(f"tensor {name} differs from {names.EMBEDDING}, which it should repeat")
+            raise CheckpointError(
+                f"tensor {name} differs from {names.EMBEDDING}, which it should repeat"
+            )
 
 
 def _equal(tensors: Tensors | _InMemory, name: str, other: str) -> bool:
@@ -168,7 +181,10 @@ def _blocks(
         for first in range(0, layer_shape[axis], step):
             count = min(step, layer_shape[axis] - first)
             rows = tensors.read(tensor, first * rows_each, count * rows_each)
-            rows = rows.astype(np.float32, copy=False)
+            with np.errstate(over="ignore"):
+                rows = rows.astype(np.float32, copy=False)
+            # Numbers of 64 bits may be finite only there.
+            pieces.check_finite(rows, f"tensor {tensor}, in float32,")
             rows = rows.T if names.is_transposed(name, layer_shape) else rows
             block = rows.reshape(*layer_shape[:axis], count, *layer_shape[axis + 1 :])
             index = (slice(None),) * axis + (slice(first, first + count),)

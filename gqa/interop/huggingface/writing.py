@@ -7,7 +7,9 @@ is in reading.py.
 import dataclasses
 import functools
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +22,21 @@ from gqa.interop import safetensors_files
 from gqa.interop.huggingface import names
 from gqa.interop.huggingface.config import KV_HEADS, from_config
 from gqa.model.config import Config
+from gqa.runtime.errors import CheckpointError, is_disk_full
 
 VOCABULARY = "spiece.model"
 MAX_SHARD_BYTES = 5 * 10**9  # of one safetensors file, as Transformers has it
+# Files of a model that belong to its weights: those that `save` writes, and settings of the text
+# generation of the model that was there before.
+OWN_WEIGHTS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|generation_config\.json"
+)
+# Weights that other programs write, which `save` does not delete.
+OTHER_WEIGHTS = re.compile(
+    r"adapter_(config\.json|model\.(bin|safetensors))|pytorch_model.*\.bin(\.index\.json)?"
+    r"|tf_model.*\.h5|flax_model.*\.msgpack"
+)
+UNFINISHED = ".unfinished-"
 
 
 class _LazyTensor(NamedTuple):
@@ -58,21 +72,68 @@ def save(
     Transformers' T5 reads a folder that is multi-head or expanded. The config.json of a grouped
     network has num_key_value_heads, which Transformers' T5 does not know and `load` reads.
 
+    A model that is in the folder is replaced when the new one is complete: its safetensors, its
+    index and generation_config.json are removed, so that nothing of it is read with the new one.
+
     Args:
         expand: repeat each KV head for its query heads.
         vocabulary: a SentencePiece file, copied into the folder as spiece.model.
+
+    Raises:
+        CheckpointError: if the folder has weights in another format or an adapter, or cannot be
+            written; nothing is changed.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = _lazy_tensors(params, config, expand)
-    _write_weights(tensors, folder)
-    if vocabulary:
-        shutil.copyfile(vocabulary, folder / VOCABULARY)
     if expand:
         # Any, because a type checker does not match the keys of ** with the types of the fields.
         multi_head: dict[str, Any] = dict.fromkeys(KV_HEADS, config.num_heads)
-        config = dataclasses.replace(config, **multi_head)
-    safetensors_files.write_json(folder / "config.json", from_config(config))
+        new_config = dataclasses.replace(config, **multi_head)
+    else:
+        new_config = config
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_replaceable(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as name:
+            unfinished = Path(name)
+            _write_weights(_lazy_tensors(params, config, expand), unfinished)
+            if vocabulary:
+                shutil.copyfile(vocabulary, unfinished / VOCABULARY)
+            safetensors_files.write_json(unfinished / "config.json", from_config(new_config))
+            _replace_model(folder, unfinished)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise CheckpointError(
+            f"{error.filename or folder}: {error.strerror}; name a folder that can be written"
+        ) from error
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse a folder with weights that this program does not write and would have to remove."""
+    for path in sorted(folder.iterdir()):
+        if OTHER_WEIGHTS.fullmatch(path.name):
+            raise CheckpointError(
+                f"{path}: is in the folder already and would be loaded in the place of the new "
+                "weights or beside them; remove it or name another folder"
+            )
+
+
+def _replace_model(folder: Path, unfinished: Path) -> None:
+    """Put the files of a new model into a folder, in the place of the model that is there.
+
+    config.json goes first and comes last: a folder without it is no model, so that a kill leaves
+    no mixture of the two that could be read.
+    """
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in sorted(folder.iterdir()):
+        if OWN_WEIGHTS.fullmatch(path.name) and not path.is_dir():
+            path.unlink()
+        elif path.name.startswith(UNFINISHED) and path != unfinished and path.is_dir():
+            shutil.rmtree(path)  # a kill left it
+
+    names = sorted(path.name for path in unfinished.iterdir() if path.name != "config.json")
+    for name in (*names, "config.json"):
+        (unfinished / name).rename(folder / name)
 
 
 def _write_weights(tensors: dict[str, _LazyTensor], folder: Path) -> None:
@@ -86,9 +147,6 @@ def _write_weights(tensors: dict[str, _LazyTensor], folder: Path) -> None:
         shapes = {name: ("F32", tensors[name].shape, tensors[name].nbytes) for name in shard}
         safetensors_files.write(folder / file, shapes, lambda name: [tensors[name].make()])
         files |= dict.fromkeys(shard, file)
-
-    # An index of an earlier, larger network in the same folder would be read before the one file.
-    (folder / safetensors_files.INDEX).unlink(missing_ok=True)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         safetensors_files.write_index(folder, files, total)
