@@ -35,14 +35,14 @@ STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
 # Who may import it, as a pattern over module names.
 ROOMS = {
     "ml_collections": r"(configs|experiments|tests)\..*|launch",
-    "pyarrow": r"gqa\.data\.file_formats|tests\..*",
+    "pyarrow": r"gqa\.(data\.file_formats|checkpoints\.stored_arrays)|tests\..*",
     "tensorflow_datasets": r"gqa\.data\.tfds|tests\..*",
     "orbax": r"gqa\.checkpoints\.checkpoint|tests\..*",
     "safetensors": r"gqa\.interop\.safetensors_files|tests\..*",
     "submitit": r"experiments\.run\.slurm",
     "tensorboardX": r"gqa\.training\.tensorboard",
     "tensorflow": r"nobody",
-    "tensorstore": r"gqa\.(checkpoints\.pieces|interop\.t5x)|tests\..*",
+    "tensorstore": r"gqa\.(checkpoints\.(pieces|stored_arrays)|interop\.t5x)|tests\..*",
     "wandb": r"gqa\.training\.progress|tests\..*",
     "torch": r"experiments\.speed\.peers|tests\..*",
     "transformers": r"experiments\.speed\.peers|tests\..*",

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import os
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,11 @@ from ml_collections import ConfigDict
 from experiments.stages.settings import InitialCheckpoint
 from gqa import conversion
 from gqa.checkpoints import pieces
-from gqa.interop import huggingface, t5x
+from gqa.interop import huggingface, safetensors_files, t5x
 from gqa.interop.safetensors_files import naming
 from gqa.model.config import Config
-from gqa.runtime.errors import UserError
+from gqa.runtime import file_hashes, hardware
+from gqa.runtime.errors import CheckpointError, UserError
 
 READERS = {"huggingface": huggingface, "t5x": t5x}
 # Sizes that only this project has. No checkpoint of another program has them, so a config of such
@@ -30,8 +31,6 @@ OUR_SIZES = ("pico", "nano", "mini")
 FAMILY = ("vocab_size", "activation", "tied_logits")
 # Fields that a checkpoint does not say: they are no part of the network, but how it is run.
 HOW_IT_IS_RUN = ("dtype", "remat", "dropout_rate")
-# A fingerprint reads this many samples of each file, of this many bytes.
-SAMPLES, SAMPLE_BYTES = 64, 2**16
 
 
 def adopted(config: ConfigDict) -> ConfigDict:
@@ -67,17 +66,37 @@ def adopted(config: ConfigDict) -> ConfigDict:
 
 
 def identity(config: ConfigDict) -> InitialCheckpoint | None:
-    """Return which checkpoint the config names, if any, and a hash of its contents."""
-    kinds = [kind for kind in READERS if config.init[kind]]
-    if not kinds:
+    """Return which checkpoint the config names, if any, and a hash of the files that are used."""
+    named = _open_named(config)
+    if named is None:
         return None
-    folder = Path(config.init[kinds[0]]).absolute()
-    return InitialCheckpoint(kinds[0], str(folder), _fingerprint(folder))
+    return InitialCheckpoint(named.kind, str(named.folder), _contents(named.folder, named.source))
 
 
 def open_source(initial: InitialCheckpoint) -> pieces.Source:
-    """Return the network of a checkpoint and its parameters, which are read piece by piece."""
-    return READERS[initial.kind].open_folder(initial.folder)
+    """Return the network of a checkpoint and its parameters, which are read piece by piece.
+
+    Raises:
+        CheckpointError: if its files are no longer those that the stage was planned with.
+    """
+    source = READERS[initial.kind].open_folder(initial.folder)
+    check_contents(initial, source)
+    return source
+
+
+def check_contents(initial: InitialCheckpoint, source: pieces.Source) -> None:
+    """Compare the files of a checkpoint with those that the stage was planned with.
+
+    Call it after reading too: a file may have been replaced meanwhile.
+
+    Raises:
+        CheckpointError: if a file has changed.
+    """
+    folder = Path(initial.folder)
+    if _contents(folder, source) != initial.contents:
+        raise CheckpointError(
+            f"{folder}: its files have changed since this run began; run the same command again"
+        )
 
 
 def check_network(initial: InitialCheckpoint, theirs: Config, ours: Config) -> None:
@@ -97,6 +116,7 @@ def check_network(initial: InitialCheckpoint, theirs: Config, ours: Config) -> N
 class _Named(NamedTuple):
     """The checkpoint that a config names, opened."""
 
+    kind: str
     folder: Path
     source: pieces.Source
 
@@ -107,9 +127,15 @@ def _open_named(config: ConfigDict) -> _Named | None:
         raise UserError(f"init.{kinds[0]} and init.{kinds[1]} are both set; use one")
     if not kinds:
         return None
-    folder = Path(config.init[kinds[0]]).absolute()
-    with naming(f"init.{kinds[0]}"):
-        return _Named(folder, READERS[kinds[0]].open_folder(folder))
+    (kind,) = kinds
+    with naming(f"init.{kind}"):
+        # The name of a model on a Hub is only known as one before it is made an absolute path.
+        safetensors_files.check_folder(Path(config.init[kind]))
+        folder = Path(config.init[kind]).absolute()
+        source = READERS[kind].open_folder(folder)
+    size = sum(map(math.prod, source.shapes.values()))
+    hardware.check_memory(4 * size, f"init.{kind}: {folder}, of {size:,} parameters,")
+    return _Named(kind, folder, source)
 
 
 def _check_sizes(config: ConfigDict, folder: Path, sizes: dict[str, Any]) -> None:
@@ -136,14 +162,13 @@ def _vocabulary(named: _Named) -> str:
     return str(path)
 
 
-def _fingerprint(folder: Path) -> str:
-    """Return a hash of names, sizes and samples of all files, which may be tens of gigabytes."""
+def _contents(folder: Path, source: pieces.Source) -> str:
+    """Return a hash of every byte of the files that a checkpoint is read from, and of their names.
+
+    Files beside them, such as a README or a whole workdir, are no part of the checkpoint.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        digest.update(json.dumps([str(path.relative_to(folder)), size]).encode())
-        with open(path, "rb") as file:
-            for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
-                file.seek(start, os.SEEK_SET)
-                digest.update(file.read(SAMPLE_BYTES))
+    for path in sorted(source.files):
+        entry = [path.relative_to(folder).as_posix(), file_hashes.sha256(path)]
+        digest.update(json.dumps(entry).encode())
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from experiments.stages.typed_json import to_json
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.model import transformer
 from gqa.runtime import hardware
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import CheckpointError, UserError
 from gqa.training import training_step
 
 
@@ -74,6 +74,11 @@ def _take(
                 "data": data.batches.get_state(),
             }
             checkpoints.write(step, source, items)
+            try:
+                initial_checkpoint.check_contents(initial, source)
+            except CheckpointError:
+                checkpoints.discard_after(None)  # it may be a mixture of two checkpoints
+                raise
 
         if checkpoints.measured is None:
             params = load_params(open_parent(folder.checkpoints), job)

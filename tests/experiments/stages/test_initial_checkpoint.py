@@ -15,7 +15,8 @@ from gqa.checkpoints import checkpoint
 from gqa.data import tokenizer
 from gqa.interop import huggingface
 from gqa.model.config import RELU
-from gqa.runtime.errors import UserError
+from gqa.runtime import hardware
+from gqa.runtime.errors import CheckpointError, UserError
 from gqa.runtime.mesh import make_mesh
 from gqa.training import optimizer, training_step
 from tests.interop import test_t5x
@@ -116,7 +117,7 @@ def test_t5_of_a_named_size_may_be_of_another_family(tiny, random_params, tmp_pa
         ("", {"model__d_ff": 48}, r"model\.d_ff=48 contradicts .*, which has 24; use --conf"),
         ("", {"model__vocab_size": 1024}, r"model\.vocab_size=1024 contradicts .*, which has 512"),
         ("", {"init__t5x": "x"}, r"init\.huggingface and init\.t5x are both set; use one"),
-        ("", {"init__huggingface": "/none"}, r"/none/config\.json: No such file"),
+        ("", {"init__huggingface": "/none"}, r"init\.huggingface: /none: No such folder"),
     ],
 )
 def test_what_contradicts_it_is_refused(folder, arg, more, message):
@@ -159,13 +160,74 @@ def test_its_time_tells_nothing_of_training_steps(folder):
     assert local._work(by_kind["pretrain"]) == 1
 
 
-def test_a_stage_is_told_by_the_contents(folder, network):
-    def key():
-        return plan.plan(initial_checkpoint.adopted(config_of(folder)), None)[0].key
+def key_of(folder):
+    return plan.plan(initial_checkpoint.adopted(config_of(folder)), None)[0].key
 
-    before = key()
-    assert before == key()
+
+def test_every_byte_of_the_weights_tells_a_stage(folder, network):
+    before = key_of(folder)
+    assert before == key_of(folder)
     assert before != plan.plan(base.get_config(), None)[0].key
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    for place in (len(content) // 2, len(content) - 3):
+        content[place] ^= 1
+        path.write_bytes(content)
+        assert key_of(folder) != before
+        content[place] ^= 1
+    path.write_bytes(content)
+    assert key_of(folder) == before
     params = jax.tree.map(lambda x: 2 * x, network[0])
     huggingface.save(params, network[1], folder)
-    assert before != key()
+    assert before != key_of(folder)
+
+
+def test_files_that_are_not_read_tell_nothing(folder):
+    """Such as a README, or the workdir of the run itself."""
+    before = key_of(folder)
+    (folder / "README.md").write_text("x")
+    (folder / "runs" / "stages" / "pretrain-1" / "checkpoints").mkdir(parents=True)
+    (folder / "runs" / "results.jsonl").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    assert key_of(folder) == before
+
+
+def test_files_of_t5x_that_are_not_read_tell_nothing(network, vocabulary, tmp_path):
+    folder = tmp_path / "checkpoint_10"
+    test_t5x.write(folder, test_t5x.their_arrays(*network))
+    config = base.get_config()
+    config.init.t5x, config.text.vocabulary = str(folder), str(vocabulary)
+    before = initial_checkpoint.identity(config)
+    (folder / "README.md").write_text("x")
+    (folder / "runs").mkdir()
+    assert initial_checkpoint.identity(config) == before
+    chunk = folder / "target.encoder.encoder_norm.scale" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[4] ^= 1  # the time in gzip's header, which decodes to the same numbers
+    chunk.write_bytes(content)
+    assert initial_checkpoint.identity(config) != before
+
+
+def test_files_that_changed_since_the_plan_are_refused(folder, network):
+    config = initial_checkpoint.adopted(config_of(folder))
+    initial = initial_checkpoint.identity(config)
+    source = initial_checkpoint.open_source(initial)
+    huggingface.save(jax.tree.map(lambda x: 2 * x, network[0]), network[1], folder)
+    with pytest.raises(CheckpointError, match="t5-tiny: its files have changed since this run"):
+        initial_checkpoint.check_contents(initial, source)
+    with pytest.raises(CheckpointError, match="t5-tiny: its files have changed since this run"):
+        initial_checkpoint.open_source(initial)
+
+
+def test_the_name_of_a_model_on_a_hub_comes_with_advice():
+    with pytest.raises(CheckpointError, match=r"init\.huggingface: google/x: No such folder; for"):
+        initial_checkpoint.adopted(config_of("google/x"))
+
+
+def test_more_than_the_memory_is_refused(folder, monkeypatch):
+    memory = type("Memory", (), {"total": 1000})
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(
+        UserError, match=r"init\.huggingface: .*t5-tiny, of [\d,]+ parameters, takes"
+    ):
+        initial_checkpoint.adopted(config_of(folder))
