@@ -14,6 +14,7 @@ in an error of its own.
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -260,7 +261,7 @@ def _load(step: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     text = {name: _json_item(step, metadata, name) for name in names}
 
     for name, tree in arrays.items():
-        _by_primary(lambda name=name: _check_format(step, metadata, name))
+        _by_primary(functools.partial(_check_format, step, metadata, name))
         _check_shapes(step, name, tree)
     nbytes = sum(map(local_bytes, jax.tree.leaves(arrays)))
     hardware.check_memory(nbytes, f"checkpoint {step}")
@@ -269,7 +270,7 @@ def _load(step: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     for name, tree in arrays.items():
         most = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         with _reading(step):
-            _by_primary(lambda name=name, most=most: stored_arrays.check_all(step / name, most))
+            _by_primary(functools.partial(stored_arrays.check_all, step / name, most))
     with signals.deferred(), _reading(step):
         return text | (ocp.load_checkpointables(step, arrays) if arrays else {})
 

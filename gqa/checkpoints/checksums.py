@@ -99,10 +99,8 @@ def _digests(step: Path, names: Iterable[str]) -> list[list]:
     def digest(name: str) -> list:
         try:
             with regular_files.open_regular(step / name) as file:
-                return [
-                    os.fstat(file.fileno()).st_size,
-                    hashlib.file_digest(file, "sha256").hexdigest(),
-                ]
+                digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+                return [os.fstat(file.fileno()).st_size, digest.hexdigest()]
         except OSError as error:
             raise DamagedCheckpoint(step, f"{name}: {error.strerror}") from error
         except UserError as error:

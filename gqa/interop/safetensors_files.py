@@ -77,10 +77,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         CheckpointError: naming the path.
     """
+    refuse_address(folder)
     if folder.is_dir():
         return
-    if "://" in str(folder) or re.match("[a-z0-9]+:/[^/]", str(folder)):
-        raise CheckpointError(f"{folder}: an address is not read; copy the folder to this machine")
     if folder.exists():
         raise CheckpointError(f"{folder}: is a file; name the folder with config.json")
     advice = "name the folder with config.json"
@@ -90,6 +89,20 @@ def check_folder(folder: Path) -> None:
             "--local-dir FOLDER` and name FOLDER"
         )
     raise CheckpointError(f"{folder}: No such folder; {advice}")
+
+
+def refuse_address(folder: Path) -> None:
+    """Refuse an address such as gs://bucket/model, which would be taken for a local folder.
+
+    Raises:
+        CheckpointError: naming the address.
+    """
+    # A path has one slash in the place of two.
+    if re.match("[a-z0-9]+:/", str(folder)):
+        raise CheckpointError(
+            f"{folder}: an address is not a folder; mount the bucket, or use a folder of this "
+            "machine"
+        )
 
 
 def check_is_downloaded(path: Path) -> None:

@@ -84,6 +84,7 @@ def save(
             written; nothing is changed.
     """
     folder = Path(folder)
+    safetensors_files.refuse_address(folder)
     if expand:
         # Any, because a type checker does not match the keys of ** with the types of the fields.
         multi_head: dict[str, Any] = dict.fromkeys(KV_HEADS, config.num_heads)
