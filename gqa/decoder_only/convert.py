@@ -1,37 +1,35 @@
 """Rewrite a decoder-only Hugging Face folder with fewer KV heads.
 
 The network is never built. Files are rewritten one after the other; the tensors of an attention are
-converted a layer at a time, and all other tensors are copied byte by byte. layout.py says what a
-folder holds, rope.py converts the heads for "svd", command.py is `python -m gqa convert`. T5
+converted a layer at a time, and all other tensors are copied byte by byte. layout.py checks what a
+folder holds, side_files.py copies what lies beside the weights, target_folder.py keeps the record
+of a conversion, rope.py converts the heads for "svd", command.py is `python -m gqa convert`. T5
 networks, whose parameters fit in memory, are converted by gqa/conversion instead.
 """
 
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from gqa.decoder_only import rope
+from gqa.decoder_only import rope, side_files, target_folder
 from gqa.decoder_only.layout import (
     Parts,
     Sizes,
     attention_tensors,
+    check_finite,
     find_projection,
     read_sizes,
     tensor_shape,
 )
 from gqa.interop import safetensors_files
 from gqa.interop.safetensors_files import Tensors
-from gqa.runtime import atomic_files, regular_files
-from gqa.runtime.errors import ConfigError, UserError
+from gqa.runtime import regular_files
+from gqa.runtime.errors import ConfigError
 
 METHODS = ("mean", "first", "svd")
-RECORD = "gqa_conversion.json"  # the settings of a conversion, and the files that are finished
-# Weights in other formats, which are not copied because they would not be converted.
-WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".tmp")
 
 # Errors of one layer: for "k" and "v", squared weight errors by method, and the squared "norm".
 LayerErrors = dict[str, dict[str, float]]
@@ -68,13 +66,38 @@ def convert(
     old = Tensors(source)
     with safetensors_files.naming(old.path):
         layers = attention_tensors(old, sizes)
-    record = _begin(old, target, {"num_key_value_heads": num_kv_heads, "method": method})
+    settings = {"num_key_value_heads": num_kv_heads, "method": method}
+    record = target_folder.find_record(old, target, settings)
+    if record is None:
+        check_finite(old)
 
-    # Write the weights. Tensors of one layer are neighbours, so one converted layer is kept.
-    convert_layer = functools.lru_cache(maxsize=1)(
-        lambda i: _convert_layer(old, layers[i], sizes, method)
-    )
-    new_data = functools.partial(_new_data, old, convert_layer, sizes, record["errors"])
+    with target_folder.opened(target):
+        if record is None:
+            record = target_folder.start_record(old, target, settings)
+        convert_layer = functools.partial(_convert_layer, old, layers, sizes, method)
+        _write_weights(old, target, sizes, convert_layer, record, report)
+
+        # Copy the rest, and complete the folder by its config.
+        left_out = side_files.copy(source, target, target_folder.RECORD)
+        if left_out:
+            report(f"left out, because they may hold the old heads: {', '.join(left_out)}")
+        new_config = config | {"num_key_value_heads": num_kv_heads}
+        safetensors_files.write_json(target / "config.json", new_config)
+    report(_describe_errors(record["errors"], method, sizes))
+
+
+def _write_weights(
+    old: Tensors,
+    target: Path,
+    sizes: Sizes,
+    convert_layer: Callable[[int], tuple[dict[str, np.ndarray], LayerErrors]],
+    record: target_folder.Record,
+    report: Callable[[str], None],
+) -> None:
+    """Write every file of weights that the record does not call finished, and the index."""
+    # Tensors of one layer are neighbours, so one converted layer is kept.
+    latest_layer = functools.lru_cache(maxsize=1)(convert_layer)
+    new_data = functools.partial(_new_data, old, latest_layer, sizes, record["errors"])
     files: dict[str, str] = {}
     total_bytes = 0
     for file in dict.fromkeys(old[name].file for name in old):
@@ -82,46 +105,12 @@ def convert(
         headers = {name: _new_header(old, name, sizes) for name in names}
         files |= dict.fromkeys(names, file)
         total_bytes += sum(nbytes for _, _, nbytes in headers.values())
-        if _is_finished(target / file, record):
+        if target_folder.is_finished(target / file, record):
             continue
         record["done"][file] = safetensors_files.write(target / file, headers, new_data)
-        safetensors_files.write_json(target / RECORD, record)
+        target_folder.write_record(target, record)
         report(f"{target / file}: {len(names)} tensors")
     safetensors_files.write_index(target, files, total_bytes)
-
-    # Copy the rest, and complete the folder by its config.
-    _copy_other_files(source, target)
-    new_config = config | {"num_key_value_heads": num_kv_heads}
-    safetensors_files.write_json(target / "config.json", new_config)
-    report(_describe_errors(record["errors"], method, sizes))
-
-
-def _begin(old: Tensors, target: Path, settings: dict) -> dict:
-    """Return the record of this conversion: a new one, or that of an interrupted run in `target`.
-
-    The record holds the sizes and times of the source's files, so that a run never continues with
-    weights that have changed meanwhile.
-    """
-    if target.exists() and old.folder.samefile(target):
-        raise UserError(f"{target} is the model itself; name another folder")
-    stats = {file: os.stat(old.folder / file) for file in {old[name].file for name in old}}
-    source = {file: [stat.st_size, stat.st_mtime_ns] for file, stat in sorted(stats.items())}
-    fresh = {"source": source, **settings, "done": {}, "errors": {}}
-
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        path = target / RECORD
-        earlier = regular_files.read_json(path) if path.exists() else {}
-        if any(earlier.get(key) != fresh[key] for key in ("source", *settings)):
-            raise UserError(f"{target} holds something else; name a new or empty folder")
-        return fresh | {key: earlier.get(key, {}) for key in ("done", "errors")}
-    target.mkdir(parents=True, exist_ok=True)
-    safetensors_files.write_json(target / RECORD, fresh)
-    return fresh
-
-
-def _is_finished(path: Path, record: dict) -> bool:
-    """Return whether an earlier run has written this file whole."""
-    return path.is_file() and record["done"].get(path.name) == os.stat(path).st_size
 
 
 def _new_header(old: Tensors, name: str, sizes: Sizes) -> tuple[str, tuple[int, ...], int]:
@@ -150,9 +139,11 @@ def _new_data(
 
 
 def _convert_layer(
-    old: Tensors, parts: Parts, sizes: Sizes, method: str
+    old: Tensors, layers: list[Parts], sizes: Sizes, method: str, layer: int
 ) -> tuple[dict[str, np.ndarray], LayerErrors]:
     """Return the tensors that change in one layer, by name, and the layer's errors."""
+    parts = layers[layer]
+
     # Read what the method changes, as heads in float64.
     letters = "qkvo" if method == "svd" else "kv"
     arrays = {part: old.read(parts[part]) for part in parts if part[0] in letters}
@@ -241,14 +232,6 @@ def _pooling_errors(groups: np.ndarray) -> dict[str, float]:
         "first": float(np.square(groups - groups[:, :1]).sum()),
         "norm": float(np.square(groups).sum()),
     }
-
-
-def _copy_other_files(source: Path, target: Path) -> None:
-    """Copy the files beside the weights, such as the tokenizer's."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHTS) and path.name != "config.json":
-            with atomic_files.writing(target / path.name) as temporary:
-                shutil.copyfile(path, temporary)
 
 
 def _describe_errors(errors: dict[str, LayerErrors], method: str, sizes: Sizes) -> str:

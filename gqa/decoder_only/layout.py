@@ -1,15 +1,18 @@
-"""What a decoder-only Hugging Face folder holds: sizes in config.json, tensors of each attention.
+"""Check what a decoder-only Hugging Face folder holds: sizes in config.json, attention tensors.
 
-Everything is checked here before convert.py writes anything. The attention is Llama's, which
+Everything is checked here before convert.py writes anything. side_files.py chooses the files that
+are copied. The attention is Llama's, which
 Mistral, Qwen2 and Phi share: q_proj, k_proj, v_proj and o_proj (or dense) under self_attn, weights
 [outputs, inputs] with flattened heads. Neighbouring query heads share a KV head.
 """
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from gqa.interop.safetensors_files import Tensors
+import numpy as np
+
+from gqa.interop.safetensors_files import FLOATS, Tensors
 from gqa.model.config import check_kv_heads
 from gqa.runtime.checks import check_whole_number
 from gqa.runtime.errors import UserError
@@ -71,7 +74,7 @@ def read_sizes(config: dict, num_kv_heads: int, method: str, path: Path) -> Size
             f"model_type={config.get('model_type')!r}; use mean or first"
         )
     layers = _size(config, "num_hidden_layers", path)
-    rotary = _rotary(config, head_dim, path)
+    rotary = _rotary(config, head_dim, path) if method == "svd" else head_dim
     return Sizes(heads, kv_heads, num_kv_heads, head_dim, rotary, width, layers)
 
 
@@ -82,17 +85,75 @@ def _size(config: dict, key: str, path: Path, default: int | None = None) -> int
 
 
 def _rotary(config: dict, head_dim: int, path: Path) -> int:
-    """Return how many coordinates of a head RoPE rotates."""
-    nested = config.get("rope_parameters") or {}
-    default = 0.5 if config.get("model_type") == "phi" else 1.0  # Transformers' defaults
-    share = config.get("partial_rotary_factor", nested.get("partial_rotary_factor", default))
-    rotary = int(head_dim * share) if isinstance(share, int | float) else 0
+    """Return how many coordinates of a head RoPE rotates.
+
+    Of the types in ROPE only Phi rotates a part. The classes of the others ignore the share, or
+    fail on it, and other programs obey it; so a share is refused there.
+    """
+    partial = config.get("model_type") == "phi"
+    shares = set(_rotary_shares(config, path)) or {0.5 if partial else 1.0}
+    share = min(shares)
+    if len(shares) > 1:
+        raise UserError(
+            f"{path}: partial_rotary_factor has the values {sorted(shares)}; remove the wrong one"
+        )
+    if share != 1.0 and not partial:
+        raise UserError(
+            f"{path}: partial_rotary_factor={share!r} is ignored by Transformers' "
+            f"{config.get('model_type')}; remove it, or use mean or first"
+        )
+    rotary = int(head_dim * share)
     if not 0 < rotary <= head_dim or rotary % 2:
         raise UserError(
             f"{path}: partial_rotary_factor={share!r} gives no pairs in {head_dim}; use a share "
             "that rotates an even number of coordinates"
         )
     return rotary
+
+
+def _rotary_shares(config: dict, path: Path) -> list[float]:
+    """Return every partial_rotary_factor of a config: its own, and those of its RoPE settings.
+
+    The settings are an object, or an object for each kind of layer, under a new and an old name.
+    """
+    objects: list[Any] = [config]
+    for key in ("rope_parameters", "rope_scaling"):
+        settings = config.get(key)
+        if settings is not None and not isinstance(settings, dict):
+            raise UserError(f"{path}: {key}={settings!r:.100}; use an object, or remove it")
+        if settings is not None:
+            objects += [settings, *(x for x in settings.values() if isinstance(x, dict))]
+
+    shares = []
+    for settings in objects:
+        share = settings.get("partial_rotary_factor")
+        if share is None:
+            continue
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not 0 < share <= 1:
+            raise UserError(
+                f"{path}: partial_rotary_factor={share!r:.100}; use a number above 0 and up to 1"
+            )
+        shares.append(float(share))
+    return shares
+
+
+def check_finite(tensors: Tensors) -> None:
+    """Read all floating tensors once, a piece at a time, and refuse NaN and infinite numbers.
+
+    Raises:
+        UserError: naming the file and the tensor.
+    """
+    for name in tensors:
+        tensor = tensors[name]
+        if tensor.dtype not in FLOATS:
+            continue
+        for piece in tensors.pieces(name):
+            if not np.isfinite(np.frombuffer(piece, FLOATS[tensor.dtype])).all():
+                raise UserError(
+                    f"{tensors.folder / tensor.file}: tensor {name} has NaN or infinite numbers; "
+                    "use another checkpoint"
+                )
 
 
 def attention_tensors(tensors: Tensors, sizes: Sizes) -> list[Parts]:

@@ -8,27 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from gqa.decoder_only import convert
 from gqa.interop import safetensors_files
 from gqa.interop.safetensors_files import Tensors
 from gqa.runtime.errors import UserError
+from tests.support.llama_folders import SIZES, D, H, L, N, write_llama
 
 ROOT = Path(__file__).parent.parent.parent
 needs_torch = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
     reason="compares with torch and transformers",
 )
-D, N, H, L = 32, 8, 8, 2
-SIZES = {
-    "hidden_size": D,
-    "intermediate_size": 48,
-    "num_attention_heads": N,
-    "num_hidden_layers": L,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-}
 MODELS = {
     "llama": ("LlamaForCausalLM", {"head_dim": H}),
     "mistral": ("MistralForCausalLM", {"head_dim": H}),
@@ -157,32 +149,6 @@ def test_svd_is_exact_for_keys_turned_within_pairs_and_values_of_one_space(kind,
     assert ", values svd 0.0000, values mean 0." in said[-1]
 
 
-def write_llama(folder, kv_heads=N, dtype=np.float32, change=None, **more):
-    """Llama's tensors without Transformers, in two files; returns them."""
-    rng = np.random.default_rng(0)
-    state = {"model.embed_tokens.weight": rng.normal(size=(64, D)).astype(dtype)}
-    for i in range(L):
-        name = f"model.layers.{i}."
-        for role, heads in (("q", N), ("k", kv_heads), ("v", kv_heads)):
-            state[f"{name}self_attn.{role}_proj.weight"] = rng.normal(size=(heads * H, D))
-        state[f"{name}self_attn.o_proj.weight"] = rng.normal(size=(D, N * H))
-        state[f"{name}post_attention_layernorm.weight"] = np.ones(D)
-    state = {key: x.astype(dtype) for key, x in state.items()} | (change or {})
-    state = {key: x for key, x in state.items() if x is not None}
-    folder.mkdir()
-    names, places = list(state), {}
-    for number, part in enumerate((names[:4], names[4:]), 1):
-        file = f"model-0000{number}-of-00002.safetensors"
-        save_file({name: state[name] for name in part}, folder / file)
-        places |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    settings = SIZES | {"model_type": "llama", "head_dim": H, "num_key_value_heads": kv_heads}
-    (folder / "config.json").write_text(json.dumps(settings | more))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "pytorch_model.bin").write_bytes(b"old")
-    return state
-
-
 def read_all(folder):
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -239,7 +205,7 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path, monkeypatch):
             convert.convert(tmp_path / "a", tmp_path / "b", *other)
     again = []
     convert.convert(tmp_path / "a", tmp_path / "b", 2, "svd", again.append)
-    assert [len(said), len(again)] == [3, 2]  # a file was not done again
+    assert [len(said), len(again)] == [4, 3]  # a file was not done again
     assert again[-1] == said[-1]
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes()
@@ -301,7 +267,11 @@ def test_a_missing_tensor_or_whole_numbers_are_named(tmp_path):
         ({"is_encoder_decoder": True}, 2, "mean", "is_encoder_decoder is set"),
         ({"quantization_config": {"a": 1}}, 2, "mean", "quantization_config is set"),
         ({"num_attention_heads": None}, 2, "mean", "num_attention_heads=None; use a whole"),
-        ({"partial_rotary_factor": 0.1}, 2, "svd", "partial_rotary_factor=0.1 gives no pairs"),
+        ({"partial_rotary_factor": 0.5}, 2, "svd", "partial_rotary_factor=0.5 is ignored by"),
+        (
+            {"partial_rotary_factor": 0.1, "model_type": "phi"},
+            *(2, "svd", "partial_rotary_factor=0.1 gives no pairs"),
+        ),
         ({"num_hidden_layers": 2**30}, 2, "mean", r"layers\.2\.self_attn\.q_proj\.weight is miss"),
     ],
 )

@@ -1,0 +1,81 @@
+"""Choose the files beside the weights that a converted folder takes over.
+
+Files that are known to say nothing about heads are copied: tokenizers, chat templates, generation
+settings, licences, model code. Every other file may hold the weights or the number of heads of
+before, in another format, so it is left out and named.
+"""
+
+import fnmatch
+import os
+import shutil
+from pathlib import Path
+
+from gqa.runtime import atomic_files, regular_files
+
+# Names of files that are copied, in small letters.
+COPIED = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("tokenizer.model*", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken"),
+    *("merges.txt", "vocab.txt", "chat_template*", "*.jinja", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "tokenization_*.py"),
+    *("configuration_*.py", "modeling_*.py", "*.md", "license*", "notice*", "use_policy*"),
+)
+COPIED_FOLDERS = ("additional_chat_templates",)  # Transformers' name; templates lie in it directly
+# The folder's weights and its config are written anew, so nobody misses these.
+REWRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json")
+MAX_BYTES = 2**30  # of a file that is copied; the largest tokenizers have 40 MB
+
+
+def copy(source: Path, target: Path, record: str) -> list[str]:
+    """Copy what is known to be harmless from folder `source` to folder `target`.
+
+    Args:
+        record: the name of the file in which a conversion keeps its record. The source has one of
+            its own if it was converted before.
+
+    Returns:
+        The names of the files and folders that were left out, hidden ones excepted.
+    """
+    left_out = []
+    for path in sorted(source.iterdir()):
+        name = path.name.lower()
+        if name.startswith(".") or path.name == record or _matches(name, REWRITTEN):
+            continue
+        if path.is_dir() and path.name in COPIED_FOLDERS:
+            left_out += _copy_folder(path, target / path.name)
+        elif _matches(name, COPIED) and _is_copyable(path):
+            _copy_file(path, target / path.name)
+        else:
+            left_out.append(f"{path.name}/" if path.is_dir() else path.name)
+    return left_out
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_copyable(path: Path) -> bool:
+    """Return whether a path leads to a regular file of a reasonable size."""
+    return path.is_file() and os.stat(path).st_size <= MAX_BYTES
+
+
+def _copy_folder(source: Path, target: Path) -> list[str]:
+    """Copy the templates of a folder, and return the names of what is no template."""
+    target.mkdir(exist_ok=True)
+    left_out = []
+    for path in sorted(source.iterdir()):
+        if _matches(path.name.lower(), COPIED) and _is_copyable(path):
+            _copy_file(path, target / path.name)
+        else:
+            left_out.append(f"{source.name}/{path.name}")
+    return left_out
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a regular file, or of one that a link leads to."""
+    with (
+        regular_files.open_regular(source) as content,
+        atomic_files.writing(target) as temporary,
+        open(temporary, "wb") as file,
+    ):
+        shutil.copyfileobj(content, file)
