@@ -61,14 +61,16 @@ def convert(
     if method not in METHODS:
         raise ConfigError("method", method, f"use one of {', '.join(METHODS)}")
     source, target = Path(source), Path(target)
+    safetensors_files.refuse_address(target)
+    old = Tensors(source)
     config = regular_files.read_json(source / "config.json")
     sizes = read_sizes(config, num_kv_heads, method, source / "config.json")
-    old = Tensors(source)
     with safetensors_files.naming(old.path):
         layers = attention_tensors(old, sizes)
     settings = {"num_key_value_heads": num_kv_heads, "method": method}
     record = target_folder.find_record(old, target, settings)
     if record is None:
+        side_files.check(source)
         check_finite(old)
 
     with target_folder.opened(target):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gqa.checkpoints import pieces
 from gqa.interop.safetensors_files import FLOATS, Tensors
 from gqa.model.config import check_kv_heads
 from gqa.runtime.checks import check_whole_number
@@ -149,11 +150,8 @@ def check_finite(tensors: Tensors) -> None:
         if tensor.dtype not in FLOATS:
             continue
         for piece in tensors.pieces(name):
-            if not np.isfinite(np.frombuffer(piece, FLOATS[tensor.dtype])).all():
-                raise UserError(
-                    f"{tensors.folder / tensor.file}: tensor {name} has NaN or infinite numbers; "
-                    "use another checkpoint"
-                )
+            numbers = np.frombuffer(piece, FLOATS[tensor.dtype])
+            pieces.check_finite(numbers, f"{tensors.folder / tensor.file}: tensor {name}")
 
 
 def attention_tensors(tensors: Tensors, sizes: Sizes) -> list[Parts]:

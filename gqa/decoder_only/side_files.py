@@ -10,6 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
+from gqa.interop import safetensors_files
 from gqa.runtime import atomic_files, regular_files
 
 # Names of files that are copied, in small letters.
@@ -24,6 +25,17 @@ COPIED_FOLDERS = ("additional_chat_templates",)  # Transformers' name; templates
 # The folder's weights and its config are written anew, so nobody misses these.
 REWRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json")
 MAX_BYTES = 2**30  # of a file that is copied; the largest tokenizers have 40 MB
+
+
+def check(source: Path) -> None:
+    """Refuse a folder with a file to copy that Git LFS has not downloaded yet.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    for path in sorted(source.iterdir()):
+        if _matches(path.name.lower(), COPIED) and _is_copyable(path):
+            safetensors_files.check_is_downloaded(path)
 
 
 def copy(source: Path, target: Path, record: str) -> list[str]:

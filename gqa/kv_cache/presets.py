@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+from gqa.interop import safetensors_files
 from gqa.kv_cache import config_json
 from gqa.kv_cache.decoder import CachedLayer, Decoder
 from gqa.runtime.errors import UserError
@@ -49,6 +50,8 @@ def find(name: str) -> Decoder:
         path = path / "config.json" if path.is_dir() else path
         path.lstat()
     except (OSError, ValueError) as error:
+        if "/" in name and "\0" not in name:
+            safetensors_files.check_folder(path)  # which knows names of a Hub, and addresses
         raise UserError(
             f"{name!r} is no config.json ({getattr(error, 'strerror', None) or error}); use the "
             f"path of one, or one of {', '.join(PRESETS)}"

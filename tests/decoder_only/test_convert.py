@@ -289,7 +289,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     for target, message in (("a", "is the model itself"), ("b", "holds something else")):
         with pytest.raises(UserError, match=message):
             convert.convert(tmp_path / "a", tmp_path / target, 2)
-    with pytest.raises(UserError, match=r"config\.json: No such file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: No such file"):
         convert.convert(tmp_path / "b", tmp_path / "c", 2)
 
 

@@ -284,3 +284,38 @@ def test_how_many_coordinates_rope_rotates():
     assert rotary(model_type="phi") == H // 2
     assert rotary(model_type="phi", rope_parameters={"partial_rotary_factor": 0.25}) == H // 4
     assert rotary(model_type="phi", rope_scaling=None, partial_rotary_factor=1.0) == H
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "consolidated.00.pth", "pytorch_model.bin"])
+def test_weights_in_another_format_alone_are_named(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_text("")
+    with pytest.raises(UserError, match=f"{name}: is not safetensors; save the model as"):
+        quietly(tmp_path / "a", tmp_path / "b", 2)
+
+
+def test_names_of_a_hub_and_addresses_are_told_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"meta-llama/Llama-3-8B: No such folder; .*`hf download"):
+        quietly("meta-llama/Llama-3-8B", tmp_path / "b", 2)
+    write_llama(tmp_path / "a")
+    with pytest.raises(UserError, match="gs:/bucket/b: an address is not a folder"):
+        quietly(tmp_path / "a", "gs://bucket/b", 2)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_pointer_of_git_lfs_is_not_copied(tmp_path):
+    write_llama(tmp_path / "a")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "a" / "tokenizer.json").write_text(pointer)
+    with pytest.raises(UserError, match=r"tokenizer\.json: is a pointer of Git LFS"):
+        quietly(tmp_path / "a", tmp_path / "b", 2)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_beside_the_model_is_refused(tmp_path, name):
+    write_llama(tmp_path / "a")
+    (tmp_path / "a" / name).write_text("{}")
+    with pytest.raises(UserError, match=f"{name}: an adapter changes the model"):
+        quietly(tmp_path / "a", tmp_path / "b", 2)

@@ -326,6 +326,17 @@ def test_a_config_json_that_is_not_understood_is_refused(tmp_path, config, messa
         find(write(tmp_path, **config))
 
 
+def test_names_of_a_hub_and_addresses_are_told_what_to_do():
+    with pytest.raises(UserError, match=r"meta-llama/Llama-3-8B: No such folder; .*`hf download"):
+        find("meta-llama/Llama-3-8B")
+    with pytest.raises(UserError, match="gs:/bucket/model: an address is not a folder"):
+        find("gs://bucket/model")
+    with pytest.raises(UserError, match=r"is no config\.json .*null"):
+        find("a/\0")
+    with pytest.raises(UserError, match=r"is no config\.json .File name too long"):
+        find("a" * 300)
+
+
 def test_the_command_prints_nothing_else():
     line = [sys.executable, "-m", "gqa", "kv-cache", "Mistral-7B"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
