@@ -28,6 +28,7 @@ from experiments.stages.settings import (
     ConvertSettings,
     EvaluateSettings,
     FinetuneSettings,
+    PretrainOptions,
     PretrainSettings,
     Recipe,
     Setup,
@@ -82,7 +83,9 @@ def plan(
 def evaluate_checkpoint(config: ConfigDict, path: Path, variant: Variant, task: str) -> Stage:
     """Return the stage that scores any checkpoint on one task."""
     options = config.evaluate.to_dict()
-    settings = EvaluateSettings(variant, task, metrics=None, checkpoint=str(path), **options)
+    settings = EvaluateSettings(
+        variant, task, metrics=None, text=None, checkpoint=str(path), **options
+    )
     return Stage("evaluate", settings, (), make_setup(config))
 
 
@@ -139,6 +142,12 @@ def make_setup(config: ConfigDict) -> Setup:
     return Setup(
         run=config.name,
         text=text.settings(config),
+        remat=config.model.remat,
+        pretrain=PretrainOptions(
+            num_microbatches=config.pretrain.num_microbatches,
+            every=config.pretrain.every,
+            validation_examples=config.pretrain.validation_examples,
+        ),
         checkpoint=CheckpointOptions(**config.checkpoint),
         train=TrainOptions(**config.train),
         wandb=TrackingOptions(**config.wandb),
@@ -152,7 +161,7 @@ def _pretrain_settings(config: ConfigDict, prepared: text.Text | None) -> Pretra
         variant=_multi_head(config),
         recipe=pretrain_recipe(config),
         model=parent_config(config),
-        text=prepared and prepared.source(config.pretrain.task),
+        text=prepared and prepared.training_source(config.pretrain.task),
         vocabulary=prepared and prepared.tokenizer.hash,
         initial_checkpoint=initial_checkpoint.identity(config),
     )
@@ -212,12 +221,13 @@ def _tune_and_score(
     settings = FinetuneSettings(
         variant=leaf.variant,
         recipe=finetune_recipe(config, task),
-        text=prepared and prepared.source(task),
+        text=prepared and prepared.training_source(task),
     )
     tuned = Stage("finetune", settings, (leaf,), leaf.setup)
     metrics = tuple(prepared.metrics(task)) if prepared else None
+    source = prepared and prepared.source(task)
     scores = EvaluateSettings(
-        leaf.variant, task, metrics, checkpoint=None, **config.evaluate.to_dict()
+        leaf.variant, task, metrics, source, checkpoint=None, **config.evaluate.to_dict()
     )
     return [tuned, Stage("evaluate", scores, (tuned,), leaf.setup)]
 

@@ -9,16 +9,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiments.stages.folder import StageFolder
+from experiments.stages.folder import Course, StageFolder
 from experiments.stages.settings import (
     EvaluateSettings,
     FinetuneSettings,
     PretrainSettings,
     Settings,
     Setup,
+    UptrainSettings,
 )
 from experiments.stages.typed_json import to_json
 from experiments.stages.variant import Variant
+from gqa.conversion import learned
+
+# Settings that change no parameter and no number, except for the order of additions: `remat` and
+# `num_microbatches` exchange memory for time, as the mesh does.
+SAME_RESULT = ("num_microbatches", "remat")
+# Settings of a training stage that change what is measured, and no parameter that it hands on.
+MEASURED = ("every", "validation_examples")
+# Settings that say how long a stage trains.
+LENGTHS = ("steps", "alpha")
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,32 @@ class Stage:
     @cached_property
     def key(self) -> str:
         """A hash of all that determines the result."""
-        identity = [self.kind, self.settings_json, [parent.key for parent in self.parents]]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        settings = _without(self.settings_json, SAME_RESULT)
+        return _hash([self.kind, settings, [parent.key for parent in self.parents]])[:12]
+
+    @property
+    def course(self) -> Course | None:
+        """How far the stage goes on its way, if it trains and a longer one may go on from it."""
+        settings, lineage = self.settings, self._identity(LENGTHS)
+        if isinstance(settings, UptrainSettings):
+            # What a pooling learns depends on how long it will be trained.
+            is_learned = settings.variant.method in learned.METHODS
+            pace = self.setup.pretrain
+            measured = (pace.every, pace.validation_examples)
+            return None if is_learned else Course(lineage, settings.variant.alpha, *measured)
+        if isinstance(settings, PretrainSettings | FinetuneSettings):
+            recipe = settings.recipe
+            is_taken = isinstance(settings, PretrainSettings) and settings.initial_checkpoint
+            measured = (recipe.every, recipe.validation_examples)
+            return None if is_taken else Course(lineage, float(recipe.steps), *measured)
+        return None
+
+    def _identity(self, left_out: tuple[str, ...] = ()) -> str:
+        """Return a hash of what determines the parameters; `left_out` are names of own settings."""
+        if self.kind != "finetune":  # which keeps the best of the checkpoints that it validates
+            left_out += MEASURED
+        settings = _without(self.settings_json, SAME_RESULT + left_out)
+        return _hash([self.kind, settings, [parent._identity() for parent in self.parents]])
 
     def folder(self, workdir: Path) -> StageFolder:
         """Return the folder in which the stage works and leaves its outcome."""
@@ -54,13 +88,15 @@ class Stage:
 
     @property
     def texts(self) -> dict[str, str]:
-        """For each task that this stage or an ancestor trains on, the hash of its text."""
-        return {
-            stage.settings.recipe.task: stage.settings.text
-            for stage in ancestors(self)
-            if isinstance(stage.settings, PretrainSettings | FinetuneSettings)
-            and stage.settings.text is not None
-        }
+        """The hash of each text that this stage or an ancestor reads, by TASK/PART."""
+        texts: dict[str, str | None] = {}
+        for stage in ancestors(self):
+            settings = stage.settings
+            if isinstance(settings, PretrainSettings | FinetuneSettings):
+                texts[f"{settings.recipe.task}/training"] = settings.text
+            elif isinstance(settings, EvaluateSettings):
+                texts[f"{settings.task}/test"] = settings.text
+        return {name: text for name, text in texts.items() if text is not None}
 
     @property
     def variant(self) -> Variant:
@@ -89,6 +125,19 @@ class Stage:
         # Timings depend on no seed.
         words += [f"seed {variant.seed}"] if self.kind != "benchmark" else []
         return words
+
+
+def _without(settings: Any, names: tuple[str, ...]) -> Any:
+    """Return settings without some keys, at any depth."""
+    if isinstance(settings, dict):
+        return {k: _without(value, names) for k, value in settings.items() if k not in names}
+    if isinstance(settings, list | tuple):
+        return [_without(value, names) for value in settings]
+    return settings
+
+
+def _hash(identity: list) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def merge(plans: Iterable[list[Stage]]) -> list[Stage]:

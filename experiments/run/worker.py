@@ -21,7 +21,7 @@ import jax
 
 from experiments.graph.stage import Stage
 from experiments.run import process
-from experiments.stages import text
+from experiments.stages import head_start, text
 from experiments.stages.folder import Description, Outcome, StageFolder
 from experiments.stages.inputs import Job
 from experiments.stages.settings import EvaluateSettings, Setup
@@ -52,6 +52,7 @@ def describe(stage: Stage, workdir: Path) -> StageFolder:
         setup=stage.setup,
         parents=tuple(parent.folder(workdir).name for parent in stage.parents),
         texts=stage.texts,
+        course=stage.course,
     )
     folder.write_description(description)
     return folder
@@ -67,6 +68,7 @@ def run(folder: StageFolder) -> None:
     with lock(folder.lock, f"the stage in {folder}"):
         outcome = folder.read_outcome()
         if outcome is None:
+            head_start.take(folder)
             fresh, begun = not folder.is_begun, time.monotonic()
             outcome = _run_module(folder, description)
             # The seconds of a stage that was interrupted before are not known.

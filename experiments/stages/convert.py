@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from experiments.stages.folder import NATS, Outcome, StageFolder, record
-from experiments.stages.inputs import Job, Parent, load_state, open_parent
+from experiments.stages.inputs import Job, Parent, load_state, open_parent, pretrain_recipe
 from experiments.stages.settings import ConvertSettings
 from experiments.stages.text import Training, training
 from experiments.stages.typed_json import to_json
@@ -36,7 +36,7 @@ def run(
     """Convert the parent to the KV heads of `settings.variant`, and compare the two networks."""
     variant, parent = settings.variant, open_parent(parents[0])
     state, data_state = load_state(parent, job)
-    data = training(job.text, parent.info.recipe)
+    data = training(job.text, pretrain_recipe(parent, job))
     heads = {name: K for name, K in variant.heads.items() if parent.config.num_heads > K}
 
     # The time of a conversion is from the first calibration batch to the last converted array.

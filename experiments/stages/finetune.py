@@ -21,7 +21,9 @@ def run(
     parent, recipe = open_parent(parents[0]), settings.recipe
     info = dataclasses.replace(
         parent.info,
-        model=dataclasses.replace(parent.config, dropout_rate=recipe.dropout_rate),
+        model=dataclasses.replace(
+            parent.config, dropout_rate=recipe.dropout_rate, remat=job.setup.remat
+        ),
         recipe=recipe,
         variant=settings.variant,
         task=recipe.task,

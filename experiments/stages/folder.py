@@ -55,6 +55,23 @@ def record(metric: str, value: float, unit: str, **extra: Any) -> dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Course:
+    """How far a training stage goes on its way, and where it is measured.
+
+    Args:
+        lineage: a hash of all that determines the parameters at a step, but not of the steps.
+        length: training steps, or alpha for an uptraining.
+        every: steps between validations.
+        validation_examples: how many examples a validation has at most.
+    """
+
+    lineage: str
+    length: float
+    every: int
+    validation_examples: int
+
+
+@dataclass(frozen=True)
 class Description:
     """What a worker needs to know of a stage: the contents of stage.json.
 
@@ -64,7 +81,9 @@ class Description:
         title: the label as a folder's name, for TensorBoard.
         settings: an instance of `SETTINGS[kind]`.
         parents: names of the folders of the stages that this one builds on.
-        texts: for each task whose text the stage reads, the hash of the text that its key promises.
+        texts: the hash of each text that the stage reads, as its key promises it: by
+            TASK/training, for the splits train and validation, or TASK/test.
+        course: of a stage that trains, from which a longer one may go on.
     """
 
     kind: str
@@ -76,6 +95,7 @@ class Description:
     setup: Setup
     parents: tuple[str, ...]
     texts: dict[str, str]
+    course: Course | None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 What a stage leaves is in `folder.py`, what determines its result in `settings.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,11 @@ def _check_sizes(model: Any) -> None:
     for key, value in model.items():
         if type(value) is int and not 1 <= value <= LARGEST_SIZE:
             raise UserError(f"config.model.{key} is {value}; use 1 to {LARGEST_SIZE}")
+
+
+def pretrain_recipe(parent: Parent, job: Job) -> Recipe:
+    """Return the recipe of a multi-head parent, measured and split as this run's config says."""
+    return replace(parent.info.recipe, **asdict(job.setup.pretrain))
 
 
 def load_params(parent: Parent, job: Job) -> dict:

@@ -62,7 +62,7 @@ class PretrainSettings:
     """What determines the multi-head parent.
 
     Args:
-        text: a hash of the pretraining text; None before the text is prepared.
+        text: a hash of the pretraining text without the split test; None before it is prepared.
         vocabulary: a hash of the vocabulary, likewise.
     """
 
@@ -101,7 +101,8 @@ class FinetuneSettings:
     """What determines a fine-tuning.
 
     Args:
-        text: a hash of the task's text; None before the text is prepared.
+        text: a hash of the task's text for training and validation; None before the text is
+            prepared.
     """
 
     variant: Variant
@@ -115,6 +116,7 @@ class EvaluateSettings:
 
     Args:
         metrics: names of what the task is scored by; None before the text is prepared.
+        text: a hash of the task's text for all splits, likewise.
         checkpoint: a folder that the user named, to be scored instead of a parent stage's.
         examples: how many of the split's first examples to score; 0 for all.
         top_k: sample from the k likeliest tokens; 0 for all.
@@ -124,6 +126,7 @@ class EvaluateSettings:
     variant: Variant
     task: str
     metrics: tuple[str, ...] | None
+    text: str | None
     checkpoint: str | None
     split: str
     examples: int
@@ -221,17 +224,32 @@ class TrackingOptions:
 
 
 @dataclass(frozen=True)
+class PretrainOptions:
+    """Keys of the config's section `pretrain` that conversion and uptraining take from the config.
+
+    The other keys are in the recipe of the multi-head parent's checkpoint.
+    """
+
+    num_microbatches: int = 1
+    every: int = 1
+    validation_examples: int = 1
+
+
+@dataclass(frozen=True)
 class Setup:
     """What a stage is told that does not determine its result, and so is no part of its key.
 
     Args:
         run: the config's name, which result records carry.
+        remat: which activations the backward pass computes again.
         mesh: how networks are spread over devices.
         profile_benchmark: whether the benchmark leaves a trace of one more repetition.
     """
 
     run: str
     text: TextSettings
+    remat: str = "none"
+    pretrain: PretrainOptions = PretrainOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     train: TrainOptions = TrainOptions()
     wandb: TrackingOptions = TrackingOptions()

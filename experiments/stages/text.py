@@ -37,8 +37,8 @@ class Text(NamedTuple):
         options: the keyword arguments of each task's module.
         folder: WORKDIR/text, where corpus, vocabulary and token ids are kept.
         share: (index, count): this process reads part `index` of the `count` parts of every batch.
-        promised: for each task that a stage reads, the hash of the text that the stage was planned
-            with.
+        promised: the hashes of the texts that a stage was planned with, by TASK/training or
+            TASK/test.
     """
 
     tokenizer: tokenizer.Tokenizer
@@ -54,7 +54,7 @@ class Text(NamedTuple):
         Raises:
             UserError: if the text is not the one that was promised.
         """
-        with self._as_promised(task):
+        with self._as_promised(task, "test" if split == "test" else "training"):
             return tasks.get(task).load(split, corpus=self.corpus, **self.options.get(task, {}))
 
     def parts(self, task: str) -> list[tuple[Any, float]]:
@@ -63,18 +63,20 @@ class Text(NamedTuple):
         Raises:
             UserError: if the text is not the one that was promised.
         """
-        with self._as_promised(task):
+        with self._as_promised(task, "training"):
             return tasks.parts(task, corpus=self.corpus, **self.options.get(task, {}))
 
     @contextlib.contextmanager
-    def _as_promised(self, task: str) -> Iterator[None]:
+    def _as_promised(self, task: str, part: str) -> Iterator[None]:
         """Refuse a text that another one has replaced, before it is read or meanwhile."""
-        self._check(task)
+        self._check(task, part)
         yield
-        self._check(task)
+        self._check(task, part)
 
-    def _check(self, task: str) -> None:
-        if self.promised.get(task) not in (None, self.source(task)):
+    def _check(self, task: str, part: str) -> None:
+        source = self.training_source if part == "training" else self.source
+        promised = self.promised.get(f"{task}/{part}")
+        if promised is not None and promised != source(task):
             raise UserError(
                 f"the text of task {task} has changed since this stage was planned; put the old "
                 "text back, or run the same command again, which plans with the new text"
@@ -93,6 +95,14 @@ class Text(NamedTuple):
     def source(self, task: str) -> str:
         """Return a hash of the contents of the task's text, whatever folder the text lies in."""
         return _source(task, self.corpus, self.options)
+
+    def training_source(self, task: str) -> str:
+        """Return what `source` does, for the splits train and validation alone.
+
+        A task that has all splits in one place, such as the default corpus, has one hash for all.
+        """
+        options = {key: value for key, value in self.options.get(task, {}).items() if key != "test"}
+        return _source(task, self.corpus, {task: options})
 
     def metrics(self, task: str) -> list[str]:
         """Return the names of the metrics that the task is scored by."""

@@ -15,7 +15,14 @@ import numpy as np
 from jax import Array
 
 from experiments.stages.folder import NATS, Outcome, StageFolder, record
-from experiments.stages.inputs import Job, Parent, load_params, load_state, open_parent
+from experiments.stages.inputs import (
+    Job,
+    Parent,
+    load_params,
+    load_state,
+    open_parent,
+    pretrain_recipe,
+)
 from experiments.stages.settings import UptrainSettings
 from experiments.stages.text import Training, training
 from experiments.stages.training import Pooling, TrainingSpec, run_training
@@ -36,7 +43,8 @@ def run(
     """
     variant = settings.variant
     converted, origin = open_parent(parents[0]), open_parent(parents[-1])
-    recipe = origin.info.recipe
+    recipe = pretrain_recipe(origin, job)
+    model = dataclasses.replace(converted.config, remat=job.setup.remat)
     data = training(job.text, recipe)
     steps = round(variant.alpha * recipe.steps)
 
@@ -49,13 +57,13 @@ def run(
 
     def start() -> training_step.State:
         # A learned pooling trains the multi-head parameters themselves.
-        parent = (_head_start(folder) or converted) if pooling is None else origin
+        parent = converted if pooling is None else origin
         state, data_state = load_state(parent, job)
         data.batches.set_state(distributed.own(data_state))
         return state if pooling is None else pooling.start(_permute_heads(state, converted))
 
     spec = TrainingSpec(
-        info=dataclasses.replace(converted.info, variant=variant),
+        info=dataclasses.replace(converted.info, model=model, variant=variant),
         recipe=recipe,
         steps=steps,
         first_step=origin.step,
@@ -80,31 +88,6 @@ def _permute_heads(state: training_step.State, converted: Parent) -> training_st
     opt_state = optimizer_state.permute_heads(state.opt_state, state.params, orders)
     params = grouping.permute_heads(state.params, orders)
     return state._replace(params=params, opt_state=opt_state)
-
-
-def _head_start(folder: StageFolder) -> Parent | None:
-    """Return the end of the longest finished uptraining that differs from this one in alpha alone.
-
-    The last step of such an uptraining is a step of this one, bit for bit. None if there is none.
-    """
-    # The primary decides for all processes, because a stage may finish while they look.
-    name = distributed.by_primary(lambda: _find_shorter(folder))
-    return None if name is None else open_parent(folder.sibling(name).result())
-
-
-def _find_shorter(folder: StageFolder) -> str | None:
-    def read(stage: StageFolder) -> tuple[tuple, float]:
-        description = stage.load_description()
-        variant = description.settings.variant
-        return (dataclasses.replace(variant, alpha=0.0), description.parents), variant.alpha
-
-    identity, alpha = read(folder)
-    shorter = []
-    for sibling in folder.finished_siblings("uptrain"):
-        sibling_identity, sibling_alpha = read(sibling)
-        if sibling_identity == identity and sibling_alpha < alpha:
-            shorter.append((sibling_alpha, sibling.name))
-    return max(shorter)[1] if shorter else None
 
 
 def _make_pooling(method: str, converted: Parent, origin: Parent, steps: int) -> Pooling:

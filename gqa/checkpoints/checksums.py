@@ -27,7 +27,7 @@ def write(step: Path, metrics: dict[str, float] | None) -> None:
     _put(step, dict(zip(files, _digests(step, files), strict=True)), metrics)
 
 
-def amend(step: Path, metrics: dict[str, float]) -> None:
+def amend(step: Path, metrics: dict[str, float] | None) -> None:
     """Put metrics into the seal of a checkpoint that had none."""
     _put(step, _read(step)["files"], metrics)
 

@@ -20,6 +20,9 @@ class Prepared(Text):
     def source(self, task):
         return f"source of {task}"
 
+    def training_source(self, task):
+        return f"training source of {task}"
+
     def metrics(self, task):
         return ["rougeL"]
 
@@ -97,6 +100,10 @@ def test_a_setting_changes_the_stages_it_determines(change, kept):
 
 def test_a_text_changes_the_stages_that_read_it():
     class Other(Prepared):
+        def training_source(self, task):
+            return "other" if task == "parameter_qa" else super().training_source(task)
+
+    class OtherTest(Prepared):
         def source(self, task):
             return "other" if task == "parameter_qa" else super().source(task)
 
@@ -104,6 +111,10 @@ def test_a_text_changes_the_stages_that_read_it():
     changed = {label for label in before if before[label] != after[label]}
     assert changed
     assert all("parameter_qa" in label for label in changed)
+    after = keys(prepared=OtherTest(*PREPARED))
+    changed = {label for label in before if before[label] != after[label]}
+    assert changed
+    assert all("evaluate parameter_qa" in label for label in changed)
     vocabulary = type("Finer", (), {"hash": "other pieces"})
     changed = keys(prepared=PREPARED._replace(tokenizer=vocabulary)).items() - before.items()
     assert len(changed) == 11  # all but the benchmark
@@ -232,7 +243,7 @@ def test_uptraining_and_scores_are_told_all_that_determines_them():
     assert near.variant.method_label == "mean-kl0.5"
     assert all(s.settings.metrics == ("rougeL",) for s in stages() if s.kind == "evaluate")
     sources = {s.settings.text for s in stages() if s.kind == "finetune"}
-    assert sources == {"source of parameter_qa", "source of docstring_summary"}
+    assert sources == {f"training source of {t}" for t in ("parameter_qa", "docstring_summary")}
 
 
 def test_every_stage_is_told_which_texts_its_key_promises():
@@ -241,7 +252,46 @@ def test_every_stage_is_told_which_texts_its_key_promises():
             assert stage.texts == {}
             continue
         tuned_on = {stage.task} - {None, "docstrings"}
-        assert stage.texts == {t: f"source of {t}" for t in ("docstrings", *tuned_on)}
+        expected = {f"{t}/training": f"training source of {t}" for t in ("docstrings", *tuned_on)}
+        if stage.kind == "evaluate":
+            expected |= {f"{stage.task}/test": f"source of {stage.task}"}
+        assert stage.texts == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pretrain.num_microbatches": 4},
+        {"finetune.num_microbatches": 2},
+        {"model.remat": "full"},
+    ],
+)
+def test_what_trades_memory_for_time_is_no_part_of_a_key(change):
+    assert keys(**change) == keys()
+
+
+def courses(**settings):
+    return {s.kind: s.course for s in stages(**settings) if "16 KV" not in s.label or not s.parents}
+
+
+def test_stages_that_go_the_same_way_have_one_lineage():
+    plain, other = courses(), courses(**{"pretrain.every": 7, "pretrain.validation_examples": 9})
+    for kind in ("pretrain", "uptrain", "finetune"):
+        assert plain[kind].lineage == other[kind].lineage
+    assert (other["pretrain"].every, other["uptrain"].validation_examples) == (7, 9)
+    longer = courses(**{"pretrain.steps": 3200})
+    assert plain["pretrain"].lineage == longer["pretrain"].lineage
+    assert plain["uptrain"].lineage != longer["uptrain"].lineage  # its parent is another network
+    assert plain["uptrain"].lineage == courses(**{"uptrain.alpha": 0.5})["uptrain"].lineage
+    assert plain["finetune"].lineage == courses(**{"finetune.steps": 7})["finetune"].lineage
+    for change in ({"finetune.every": 7}, {"finetune.learning_rate": 0.5}, {"seed": 3}):
+        assert plain["finetune"].lineage != courses(**change)["finetune"].lineage
+    for change in ({"pretrain.warmup": 7}, {"pretrain.batch_size": 16}, {"seed": 3}):
+        assert plain["pretrain"].lineage != courses(**change)["pretrain"].lineage
+    assert {kind for kind, course in plain.items() if course is None} == {
+        *("convert", "evaluate", "benchmark"),
+    }
+    assert courses(**{"convert.method": "fuse"})["uptrain"] is None
 
 
 def test_results_name_the_heads_of_each_attention():

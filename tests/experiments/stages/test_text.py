@@ -76,7 +76,8 @@ def test_a_text_that_changes_after_the_plan_is_not_read(folder):
     """Rows of the same size, written at once: neither size nor a coarse clock tells them apart."""
     config = own()
     prepared = text.prepare(text.settings(config), folder / "work")
-    promised = {task: prepared.source(task) for task in ("files", "documents")}
+    promised = {f"{t}/training": prepared.training_source(t) for t in ("files", "documents")}
+    promised |= {"files/test": prepared.source("files")}
     planned = prepared._replace(promised=promised)
     assert len(planned.examples("files", "validation")) == 50
 
@@ -89,13 +90,18 @@ def test_a_text_that_changes_after_the_plan_is_not_read(folder):
     assert planned.parts("documents")
 
     (folder / "parts" / "2.jsonl").write_text(old)
+    write(folder / "test.jsonl", ROWS)
+    more = own(**{"files.test": "test.jsonl"})
+    prepared = text.prepare(text.settings(more), folder / "work")
+    assert prepared.training_source("files") == promised["files/training"]
+    assert prepared.source("files") != promised["files/test"]
     assert len(planned.examples("files", "test")) == 150
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
     config = own()
     prepared = text.prepare(text.settings(config), folder / "work")
-    planned = prepared._replace(promised={"files": prepared.source("files")})
+    planned = prepared._replace(promised={"files/training": prepared.training_source("files")})
     read = tasks.get("files").load
 
     def replace_and_read(split, *, corpus=None, **options):
@@ -111,7 +117,7 @@ def test_a_corpus_that_changes_after_the_plan_is_not_read(tmp_path):
     built = corpus.build(tmp_path / "corpus", ["absl-py", "opt_einsum", "optax", "rich"])
     prepared = text.Text(None, built, {}, tmp_path)
     assert prepared.source("docstrings") == built.manifest["sha256"]
-    planned = prepared._replace(promised={"docstrings": prepared.source("docstrings")})
+    planned = prepared._replace(promised={"docstrings/test": prepared.source("docstrings")})
     assert planned.examples("docstrings", "test")
     corpus.build(tmp_path / "corpus", ["opt_einsum", "optax", "rich"])
     with pytest.raises(UserError, match="the text of task docstrings has changed since"):

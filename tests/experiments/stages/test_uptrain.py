@@ -59,8 +59,7 @@ def workdir(tmp_path_factory):
 def test_a_head_start_changes_nothing(workdir, tmp_path):
     """alpha 1 went on where alpha 0.5 ended; here it has to go all the way itself."""
     longest, _ = stages(workdir)["mean", 1.0]
-    steps = {int(path.name) for path in longest.checkpoints.iterdir()}
-    assert steps == {4}
+    assert {"4"} <= {path.name for path in longest.checkpoints.iterdir()}
     copy = tmp_path / "runs"
     shutil.copytree(workdir, copy)
     for folder, _ in stages(copy).values():
