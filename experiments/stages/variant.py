@@ -163,7 +163,7 @@ class Variant(Conversion):
     @property
     def parent(self) -> "Variant":
         """The multi-head network that this variant was converted from, or is compared with."""
-        heads = dict.fromkeys(KV_HEADS, self.num_heads)
+        heads: dict[str, Any] = dict.fromkeys(KV_HEADS, self.num_heads)
         return dataclasses.replace(self.shape, **heads)
 
     @property
