@@ -24,9 +24,14 @@ def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path):
 def test_after_an_error_only_the_old_file_is_there(tmp_path, error):
     path = tmp_path / "a.json"
     atomic_files.write(path, b"old")
-    with pytest.raises(type(error)), atomic_files.writing(path) as temporary:
-        temporary.write_text("ne")
-        raise error
+
+    def write():
+        with atomic_files.writing(path) as temporary:
+            temporary.write_text("ne")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     assert not isinstance(error, OSError) or error.filename == str(path)
