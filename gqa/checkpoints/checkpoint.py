@@ -15,7 +15,7 @@ in an error of its own.
 
 import contextlib
 import functools
-import re
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from gqa.checkpoints import checksums, pieces, step_folders, stored_arrays
-from gqa.runtime import distributed, hardware, regular_files, signals
+from gqa.checkpoints import checksums, orbax_metadata, pieces, step_folders, stored_arrays
+from gqa.runtime import distributed, hardware, signals
 from gqa.runtime.errors import (
     CheckpointError,
     DamagedCheckpoint,
@@ -37,12 +37,6 @@ from gqa.runtime.sharding import local_bytes, share_copies
 
 # The items that are arrays; all others are JSON.
 ARRAYS = ("params", "opt_state")
-# The file in which Orbax keeps the JSON items.
-JSON = "_CHECKPOINT_METADATA"
-# The file in an item's folder that describes its tree of arrays.
-TREE = "_METADATA"
-# Orbax's name of what reads an item of arrays.
-HANDLER = re.compile(r"orbax\.checkpoint\.[\w.]*\.PyTree\w*Handler")
 
 
 class Checkpoints:
@@ -256,12 +250,14 @@ def _load(step: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     arrays = {name: tree for name, tree in abstract.items() if tree is not None}
     _by_primary(lambda: checksums.verify(step, arrays))
 
-    metadata = _read_metadata(step)
+    metadata = orbax_metadata.read(step)
     names = [name for name in abstract if name not in arrays]
-    text = {name: _json_item(step, metadata, name) for name in names}
+    text = {name: orbax_metadata.json_item(step, metadata, name) for name in names}
 
     for name, tree in arrays.items():
-        _by_primary(functools.partial(_check_format, step, metadata, name))
+        _by_primary(functools.partial(orbax_metadata.check, step, metadata, name))
+        with _reading(step):
+            _by_primary(functools.partial(stored_arrays.check_headers, step / name))
         _check_shapes(step, name, tree)
     nbytes = sum(map(local_bytes, jax.tree.leaves(arrays)))
     hardware.check_memory(nbytes, f"checkpoint {step}")
@@ -280,7 +276,11 @@ def _reading(step: Path) -> Iterator[None]:
     """Raise a CheckpointError for any error of Orbax or TensorStore while they read.
 
     The seal has shown that the files are as they were saved, so they were saved by something else.
+    Orbax logs warnings of the same errors before it raises them; these are left out.
     """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     except UserError:
@@ -290,6 +290,8 @@ def _reading(step: Path) -> Iterator[None]:
             f"checkpoint {step} cannot be read; use one that this program saved. "
             f"{type(error).__name__}: {error}"
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _check_finite(step: Path, items: dict[str, Any]) -> None:
@@ -324,50 +326,12 @@ def _reporting_full_disk(path: Path) -> contextlib.AbstractContextManager:
     return reporting_full_disk(f"saving checkpoint {path}", "earlier checkpoints are intact")
 
 
-def _read_metadata(step: Path) -> dict[str, Any]:
-    """Return Orbax's metadata of a step."""
-    path = step / JSON
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {step} has no {JSON}; use one that this program saved")
-    return regular_files.read_json(path)
-
-
-def _json_item(step: Path, metadata: dict[str, Any], name: str) -> dict:
-    """Return a JSON item."""
-    items = metadata.get("custom_metadata")
-    if not isinstance(items, dict) or not isinstance(items.get(name), dict):
-        raise CheckpointError(f"checkpoint {step} has no {name}; use one that this program saved")
-    return items[name]
-
-
-def _check_format(step: Path, metadata: dict[str, Any], item: str) -> None:
-    """Refuse arrays that are stored otherwise than this program stores them.
-
-    Orbax reads other formats as well. In some, the name of an array is a path that leads anywhere.
-    In OCDBT all names are keys of one database in the item's folder.
-    """
-    if not (step / item / TREE).is_file():
-        raise CheckpointError(f"checkpoint {step} has no {item}; use one that this program saved")
-    tree = regular_files.read_json(step / item / TREE)
-    handlers = metadata.get("item_handlers")
-    handler = handlers.get(item) if isinstance(handlers, dict) else None
-    is_ours = isinstance(handler, str) and HANDLER.fullmatch(handler)
-    has_database = (step / item / "manifest.ocdbt").is_file()
-    if not is_ours or not has_database or not (tree.get("use_ocdbt") and tree.get("use_zarr3")):
-        raise CheckpointError(
-            f"checkpoint {step}: {item} is not in Orbax's format of OCDBT and zarr 3; use one that "
-            "this program saved"
-        )
-    with _reading(step):
-        stored_arrays.read_headers(step / item)
-
-
 def _check_shapes(step: Path, item: str, expected: Any) -> None:
     """Compare names, shapes and kinds of numbers; Orbax's message would not name the parameter."""
     with signals.deferred(), _reading(step):
         metadata = ocp.metadata(step, item).metadata
         if metadata is None:
-            raise ValueError(f"the arrays of {item} are not those of its {TREE}")
+            raise ValueError(f"the arrays of {item} are not those of its metadata")
         have, want = _described(metadata), _described(expected)
     lines = [f"- {n} {have[n]}" for n in have if want.get(n) != have[n]]
     lines += [f"+ {n} {want[n]}" for n in want if have.get(n) != want[n]]

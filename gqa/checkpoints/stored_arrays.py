@@ -43,6 +43,7 @@ class Header(NamedTuple):
     Attributes:
         shape: of the array.
         dtype: NumPy's or ml_dtypes' name, such as "float32" or "bfloat16".
+        values: how many values the array is stored in.
         value_bytes: of a stored value, once decoded: a chunk, or a shard of several chunks.
         chunk_bytes: of a chunk, once decoded.
         compressor: name of the compression of a chunk; None for none.
@@ -51,6 +52,7 @@ class Header(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
+    values: int
     value_bytes: int
     chunk_bytes: int
     compressor: str | None
@@ -108,7 +110,7 @@ def _is_large_node(file: BinaryIO, start: int, length: int) -> bool:
     if not _is_one(content[version_end:method_end]):  # 0 is no compression
         return False
     try:
-        return _exceeds(_zstd(content[method_end:-4]), MAX_NODE_BYTES)
+        return _total(_zstd(content[method_end:-4]), MAX_NODE_BYTES) > MAX_NODE_BYTES
     except OSError:  # other data that happen to look like a node, or a damaged one
         return False
 
@@ -137,7 +139,7 @@ def read_header(store: tensorstore.KvStore, name: str, driver: str) -> Header:
 
 
 def check_chunks(store: tensorstore.KvStore, name: str, header: Header) -> None:
-    """Check that no chunk of an array is larger than its header says.
+    """Check that every chunk of an array is there and has the size that its header says.
 
     Raises:
         CheckpointError: naming the array.
@@ -145,12 +147,19 @@ def check_chunks(store: tensorstore.KvStore, name: str, header: Header) -> None:
     # "0" is the character after the slash: all keys from "name/" on.
     keys = store.list(tensorstore.KvStore.KeyRange(f"{name}/", f"{name}0")).result()
     chunks = [key for key in keys if not key.endswith((b".zarray", b".zattrs", b"zarr.json"))]
+    if len(chunks) < header.values:
+        raise _refused(name, f"{header.values - len(chunks)} of {header.values} chunks are missing")
 
     # Threads, because TensorStore, zlib and Arrow release Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for fault in pool.map(lambda key: _chunk_fault(store, key, header), chunks):
             if fault:
                 raise _refused(name, fault)
+
+
+def check_headers(folder: Path) -> None:
+    """Check how every array is stored, as `read_headers` does."""
+    read_headers(folder)
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
@@ -202,14 +211,18 @@ def _zarr_header(fields: dict) -> Header:
         raise ValueError("filters")
     dtype = np.dtype(fields["dtype"])
     compressor = _known(fields["compressor"]["id"]) if fields["compressor"] else None
-    nbytes = math.prod(_sizes(fields["chunks"])) * dtype.itemsize
-    return Header(_sizes(fields["shape"]), dtype.name, nbytes, nbytes, compressor, False)
+    shape, chunk = _sizes(fields["shape"]), _sizes(fields["chunks"])
+    nbytes = math.prod(chunk) * dtype.itemsize
+    return Header(shape, dtype.name, _values(shape, chunk), nbytes, nbytes, compressor, False)
 
 
 def _zarr3_header(fields: dict) -> Header:
     """Return the header of zarr 3; chunks may be gathered in shards, as Orbax does."""
     if fields.get("storage_transformers"):
         raise ValueError("storage_transformers")
+    keys = fields["chunk_key_encoding"]
+    if keys["name"] != "default" or keys.get("configuration", {}).get("separator", "/") != "/":
+        raise ValueError("chunk_key_encoding")
     dtype = np.dtype(fields["data_type"])
     value = chunk = _sizes(fields["chunk_grid"]["configuration"]["chunk_shape"])
     codecs = fields["codecs"]
@@ -229,11 +242,16 @@ def _zarr3_header(fields: dict) -> Header:
     return Header(
         _sizes(fields["shape"]),
         dtype.name,
+        _values(_sizes(fields["shape"]), value),
         math.prod(value) * dtype.itemsize,
         math.prod(chunk) * dtype.itemsize,
         _known(names[1]) if len(names) == 2 else None,
         is_sharded,
     )
+
+
+def _values(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
+    return math.prod(-(-size // step) for size, step in zip(shape, chunk, strict=True))
 
 
 def _sizes(value: list) -> tuple[int, ...]:
@@ -259,10 +277,12 @@ def _chunk_fault(store: tensorstore.KvStore, key: bytes, header: Header) -> str 
     try:
         for encoded in _inner(value, header) if header.is_sharded else [value]:
             decompress = DECOMPRESSORS[header.compressor]
-            if _exceeds(decompress(encoded), header.chunk_bytes):
+            total = _total(decompress(encoded), header.chunk_bytes)
+            if total != header.chunk_bytes:
+                than = "more" if total > header.chunk_bytes else "less"
                 return (
-                    f"chunk {chunk} has more than the {header.chunk_bytes:,} bytes that the header "
-                    "says when it is decompressed"
+                    f"chunk {chunk} has {than} than the {header.chunk_bytes:,} bytes that the "
+                    "header says when it is decompressed"
                 )
     except (OSError, ValueError, zlib.error) as error:
         return f"chunk {chunk} cannot be decompressed: {error}"
@@ -276,18 +296,19 @@ def _inner(value: bytes, header: Header) -> Iterator[bytes]:
     if end < 0:
         raise ValueError("no index")
     for start, size in np.frombuffer(value[end:-4], "<u8").reshape(-1, 2).tolist():
-        if start != size or start != 2**64 - 1:  # which means: the chunk is not there
-            yield value[start : start + size]
+        if start == size == 2**64 - 1:
+            raise ValueError("a part of it is missing")
+        yield value[start : start + size]
 
 
-def _exceeds(pieces: Iterable[int], most: int) -> bool:
-    """Return whether sizes add up to more than `most`, and stop asking when they do."""
+def _total(pieces: Iterable[int], most: int) -> int:
+    """Return the sum of sizes; stop asking for more of them when it is larger than `most`."""
     total = 0
     for size in pieces:
         total += size
         if total > most:
-            return True
-    return False
+            break
+    return total
 
 
 def _zstd(content: bytes) -> Iterator[int]:

@@ -4,12 +4,11 @@ A compiled program is native code, which whoever loads it runs. It is therefore 
 folder of the user, and never in a folder that may be handed from one user to another.
 """
 
-import os
 from pathlib import Path
 
 import jax
 
-from gqa.runtime.private_folders import make_private
+from gqa.runtime.private_folders import in_cache, make_private
 
 
 def enable() -> None:
@@ -24,16 +23,9 @@ def enable() -> None:
     if named and "://" in named:
         return  # JAX reads and writes a bucket itself, and the user has named it
     try:
-        folder = Path(named).absolute() if named else _default_folder()
+        folder = Path(named).absolute() if named else in_cache("compiled")
         make_private(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         print(f"compiled programs are not kept: {error}", flush=True)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def _default_folder() -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification wants a relative path ignored.
-    root = Path(caches) if os.path.isabs(caches) else Path.home() / ".cache"
-    return root / "gqa" / "compiled"

@@ -11,6 +11,18 @@ from pathlib import Path
 from gqa.runtime.errors import UserError
 
 
+def in_cache(name: str) -> Path:
+    """Return the folder `name` among this program's caches: ~/.cache/gqa/NAME by default.
+
+    Raises:
+        RuntimeError: if there is no home folder.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification wants a relative path ignored.
+    root = Path(caches) if os.path.isabs(caches) else Path.home() / ".cache"
+    return root / "gqa" / name
+
+
 def make_private(folder: Path) -> None:
     """Make a folder for this user alone (mode 0700), or check the one that is there.
 

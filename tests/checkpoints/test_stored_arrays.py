@@ -140,10 +140,16 @@ def test_every_compression_is_measured(tmp_path, compressor, encode):
     store.write("x/.zarray", json.dumps(header)).result()
     store.write("x/0", encode(bytes(32))).result()
     described = stored_arrays.read_header(store, "x", "zarr")
-    assert described[:3] == ((8,), "float32", 32)
+    assert described[:4] == ((8,), "float32", 1, 32)
     stored_arrays.check_chunks(store, "x", described)
     store.write("x/0", encode(bytes(33))).result()
     with pytest.raises(CheckpointError, match="array x: chunk 0 has more than the 32 bytes that"):
+        stored_arrays.check_chunks(store, "x", described)
+    store.write("x/0", encode(bytes(31))).result()
+    with pytest.raises(CheckpointError, match="array x: chunk 0 has less than the 32 bytes that"):
+        stored_arrays.check_chunks(store, "x", described)
+    store.write("x/0", None).result()
+    with pytest.raises(CheckpointError, match="array x: 1 of 1 chunks are missing"):
         stored_arrays.check_chunks(store, "x", described)
 
 

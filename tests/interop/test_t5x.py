@@ -255,7 +255,7 @@ def test_a_part_of_an_array_that_was_not_copied_is_no_zeros(network, tmp_path, o
     store = tensorstore.KvStore.open(stored_arrays.kvstore(tmp_path / "a")).result()
     store.write(f"{name}/1.0", None).result()
     source = t5x.open_folder(tmp_path / "a")
-    with pytest.raises(CheckpointError, match=rf"a: array {name} cannot be read; copy it again"):
+    with pytest.raises(CheckpointError, match=rf"a: array {name}: 1 of 4 chunks are missing"):
         pieces.collect(source)
 
 

@@ -47,3 +47,45 @@ def test_only_regular_files_have_a_hash(tmp_path):
     for name in ("pipe", "absent", "."):
         with pytest.raises(UserError, match=str(tmp_path)):
             file_hashes.sha256(tmp_path / name)
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file that counts as large; its hash is kept on disk in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setattr(file_hashes, "LARGE", 3)
+    monkeypatch.setattr(file_hashes, "SETTLED", -1.0)
+    monkeypatch.setattr(file_hashes, "_remembered", {})
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    return path
+
+
+def test_another_process_does_not_read_a_large_file_again(large, tmp_path, monkeypatch):
+    first = file_hashes.sha256(large)
+    file_hashes._remembered.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(hashlib, "file_digest", None)
+        assert file_hashes.sha256(large) == first
+    large.write_bytes(b"two")
+    assert file_hashes.sha256(large) == hashlib.sha256(b"two").hexdigest()
+    assert (tmp_path / "caches" / "gqa" / "hashes").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("content", ["", "x" * 64, "0" * 65, "0" * 63])
+def test_what_is_no_hash_is_not_taken_for_one(large, tmp_path, content):
+    file_hashes.sha256(large)
+    (kept,) = (tmp_path / "caches" / "gqa" / "hashes").iterdir()
+    kept.write_text(content)
+    file_hashes._remembered.clear()
+    assert file_hashes.sha256(large) == hashlib.sha256(b"one").hexdigest()
+
+
+def test_hashes_that_others_could_write_are_not_read(large, tmp_path):
+    file_hashes.sha256(large)
+    folder = tmp_path / "caches" / "gqa" / "hashes"
+    (kept,) = folder.iterdir()
+    kept.write_text("0" * 64)
+    folder.chmod(0o777)
+    file_hashes._remembered.clear()
+    assert file_hashes.sha256(large) == hashlib.sha256(b"one").hexdigest()

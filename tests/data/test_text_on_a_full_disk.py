@@ -1,9 +1,6 @@
-"""On a full disk nothing half-written is taken for whole, and with space the same call succeeds."""
+"""Vocabulary, tokens and corpus on a full disk: each is written whole or not at all."""
 
-import contextlib
-import errno
 import importlib.metadata
-import shutil
 import subprocess
 from types import SimpleNamespace
 
@@ -11,56 +8,18 @@ import numpy as np
 import pytest
 
 from gqa.data import corpus, token_cache, tokenizer
-from gqa.evaluation import results
-
-RECORD = {"run": "a", "value": 1}
+from tests.support import small_disk
+from tests.support.small_disk import assert_full, fill
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder on a disk of 64 KiB, which only root can make."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(disk):
-    """Take all space but less than a page."""
-    path = disk / "ballast"
-    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    return path
-
-
-def assert_full(error, path):
-    assert error.value.errno == errno.ENOSPC
-    assert str(path) in str(error.value)
+    with small_disk.mounted(tmp_path / "disk", "64k") as folder:
+        yield folder
 
 
 def names(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
-@pytest.mark.parametrize("first", [0, 1, 100])
-def test_of_several_results_all_or_none_are_appended(disk, first):
-    path = disk / "results.jsonl"
-    results.append(path, [RECORD] * first)
-    ballast = fill(disk)
-    before = path.read_bytes()
-    many = [RECORD | {"value": i} for i in range(1000)]
-    for _ in range(2):
-        with pytest.raises(OSError, match="No space left") as error:
-            results.append(path, many)
-        assert_full(error, path)
-        assert path.read_bytes() == before
-    ballast.unlink()
-    results.append(path, many)
-    assert results.read(path) == [RECORD] * first + many
 
 
 def test_a_vocabulary_is_written_whole_or_not(disk):
