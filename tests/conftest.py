@@ -44,13 +44,19 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests that tests/slow.txt lists: `make test` leaves them out."""
+    """Mark the tests that tests/slow.txt lists, which `make test` leaves out, and run them first.
+
+    A process takes whole files. If the long ones came last, all but one process would wait.
+    """
     lines = (Path(__file__).parent / "slow.txt").read_text().splitlines()
     slow = {line for line in lines if line and not line.startswith("#")}
     for item in items:
         test = item.nodeid.split("[")[0]
         if {test, test.split("::")[0]} & slow:
             item.add_marker(pytest.mark.slow)
+
+    long_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long_files)
 
 
 @pytest.fixture
