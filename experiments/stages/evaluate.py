@@ -46,7 +46,7 @@ def run(
         batch_size=batch_size,
         together=job.mesh.is_multi_process,
     )
-    predictions = [job.text.tokenizer.decode(row) for row in tokens]
+    predictions = [job.text.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
     shown = _keep(folder.predictions, examples, predictions)
 
     validation_loss = training_step.make_validation(parent.config, job.mesh)
@@ -108,16 +108,24 @@ def _scores(
     """
     options = job.text.options.get(task, {})
     names, headline = tasks.scoring(task, **options)
-    references = [list(example.targets) for example in examples]
-    validation = [list(e.targets) for e in job.text.examples(task, "validation")]
-    targets = [example.targets[0] for example in train_examples]
+
+    # A network can only write what the vocabulary's normalization leaves of a text.
+    normalize = job.text.tokenizer.normalize
+    references = [list(map(normalize, example.targets)) for example in examples]
+    validation = [
+        list(map(normalize, example.targets)) for example in job.text.examples(task, "validation")
+    ]
+    targets = [normalize(example.targets[0]) for example in train_examples]
+    for line in filter(None, (metrics.note(name, references) for name in names)):
+        print(f"task {task}: {line}")
     constant = metrics.constant_answer(targets, headline, validation)
     prefix = str(options.get("prefix") or getattr(tasks.get(task), "PREFIX", ""))
     sources = [example.inputs.removeprefix(prefix) for example in examples]
+    first_sentences = list(map(normalize, metrics.first_sentence(sources)))
     scored = {name: (name, predictions, "%") for name in names} | {
         "headline": (headline, predictions, f"{headline} %"),
         "constant_answer": (headline, [constant] * len(examples), f"{headline} %"),
-        "first_sentence": (headline, metrics.first_sentence(sources), f"{headline} %"),
+        "first_sentence": (headline, first_sentences, f"{headline} %"),
     }
     records = []
     for key, (metric, texts, unit) in scored.items():

@@ -16,6 +16,8 @@ from gqa.data.examples import Example, TokenPair
 from gqa.data.tokenizer import Tokenizer
 from gqa.runtime import atomic_files
 
+FORMAT = 2  # raise it when a vocabulary gives other ids for the same text
+
 
 def tokenize(
     texts: Sequence[str], tokenizer: Tokenizer, folder: str | os.PathLike
@@ -26,7 +28,7 @@ def tokenize(
     Otherwise they are written there.
     """
     # The length of each text is part of the key, so that ["ab", "c"] and ["a", "bc"] differ.
-    key = hashlib.sha256(tokenizer.hash.encode())
+    key = hashlib.sha256(f"{FORMAT} {tokenizer.hash}".encode())
     for text in texts:
         key.update(len(text).to_bytes(8, "little") + text.encode())
     path = pathlib.Path(folder) / f"tokens-{key.hexdigest()[:16]}.npz"

@@ -19,6 +19,8 @@ from gqa.runtime.errors import UserError
 
 PAD, EOS, UNK = 0, 1, 2
 NUM_SENTINELS = 100
+# Special tokens that are recognised in a text, as Transformers' T5Tokenizer recognises them.
+SPECIAL = re.compile(r"<extra_id_([1-9]?[0-9])>|(<pad>)|(</s>)|(<unk>)")
 # Sentinels, the three special ids, a piece for each byte, each printable ASCII character and space.
 SMALLEST = NUM_SENTINELS + 3 + 256 + 94 + 1
 
@@ -46,22 +48,58 @@ class Tokenizer:
         return self.num_pieces + NUM_SENTINELS - 1 - k
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, without EOS."""
-        return self._processor.encode(text)
+        """Return the ids of one text, without EOS at the end.
+
+        "<extra_id_0>" to "<extra_id_99>", "</s>", "<pad>" and "<unk>" in a text become their
+        special ids, as in Transformers, wherever the text comes from: a text that quotes "</s>" in
+        its middle is cut there by whoever reads up to the first EOS.
+        """
+        if "<" not in text:
+            return self._processor.encode(text)
+        ids: list[int] = []
+        begin = 0
+        for match in SPECIAL.finditer(text):
+            ids += self._processor.encode(text[begin : match.start()])
+            ids.append(self._special(match))
+            begin = match.end()
+        return ids + self._processor.encode(text[begin:])
+
+    def _special(self, match: re.Match[str]) -> int:
+        """Return the id of a special token that was recognised in a text."""
+        sentinel, pad, eos, _ = match.groups()
+        if sentinel is not None:
+            return self.sentinel(int(sentinel))
+        return PAD if pad else EOS if eos else UNK
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without EOS; uses every core."""
-        return self._processor.encode(list(texts), num_threads=-1)
+        """Return the ids of each text, as `encode` does; uses every core."""
+        encoded = self._processor.encode(list(texts), num_threads=-1)
+        for i, text in enumerate(texts):
+            if SPECIAL.search(text):
+                encoded[i] = self.encode(text)
+        return encoded
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text before the first EOS, padding dropped; sentinels read `<extra_id_k>`."""
+    def normalize(self, text: str) -> str:
+        """Return a text as `decode` would write it if every character were in the vocabulary.
+
+        T5's vocabularies apply NFKC and collapse white space: a fullwidth question mark becomes
+        "?". References are normalized before they are compared with texts that were decoded.
+        """
+        return self._processor.normalize(text).replace("\u2581", " ").strip()
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
+        """Return the text before the first EOS, without padding.
+
+        Sentinels read `<extra_id_k>`, or are left out with `skip_special_tokens`.
+        """
         texts: list[str] = []
         pieces: list[int] = []  # ids since the last sentinel
         for token in np.asarray(ids).tolist():
             if token == EOS:
                 break
             if token >= self.num_pieces:
-                texts += [self._processor.decode(pieces), self._name(token)]
+                name = "" if skip_special_tokens else self._name(token)
+                texts += [self._processor.decode(pieces), name]
                 pieces = []
             else:
                 pieces.append(token)

@@ -2,15 +2,18 @@
 
 Every metric is first a row of statistics per example, [n, s], and then a function of their sums.
 Resampling the rows is therefore enough for an interval, for corpus BLEU as much as for a mean.
+
+Words are found in every script: in Chinese, Japanese, Thai and others that put no space between
+words, each character is a word. For English the tokens are those of the metrics' own programs.
 """
 
-import re
 import string
 from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import regex
 from rapidfuzz.distance import Levenshtein
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
@@ -33,9 +36,14 @@ RESAMPLES = 1000
 REPLICATES = 200
 NGRAM_ORDER = 4
 
-_PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}\u2018\u2019\u00b4]")
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_SENTENCE = re.compile(r".+?(?:[.!?](?=\s|$)|(?=\n\s*\n))", re.DOTALL)
+# Scripts that put no space between words. A character with its marks counts as a word there.
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+_UNSPACED_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*")
+_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|(?:(?![{_UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+")
+
+_PUNCTUATION = regex.compile(f"[{regex.escape(string.punctuation)}\u2018\u2019\u00b4]")
+_ARTICLES = regex.compile(r"\b(a|an|the)\b")
+_SENTENCE = regex.compile(r".+?(?:[.!?](?=\s|$)|[\u3002\uff01\uff1f]|(?=\n\s*\n))", regex.DOTALL)
 
 
 class Score(NamedTuple):
@@ -68,17 +76,56 @@ def score(name: str, predictions: list[str], references: list[list[str]]) -> Sco
     return Score(value, float(low), float(high), n, replicates)
 
 
+def note(name: str, references: list[list[str]]) -> str:
+    """Return one line on how a metric treats the script of these references; "" for Latin script.
+
+    Args:
+        references: [n][1 or more], normalized as the predictions are.
+    """
+    script = _script(references)
+    if script == "unspaced" and name not in ("word_accuracy", "phoneme_error_rate"):
+        tokens = f"sacreBLEU's tokenizer {_bleu_tokenizer(references)}" if name == "bleu" else ""
+        return f"{name}: each character is a word{tokens and ', as in '}{tokens}"
+    if script == "other" and name.startswith("rouge"):
+        return f"{name}: words of this script are not stemmed, as those of English are"
+    return ""
+
+
+def _script(references: list[list[str]]) -> str:
+    """Return "unspaced", "latin" or "other": the script of most letters in the references."""
+    text = "".join(reference for texts in references for reference in texts)
+    letters = len(regex.findall(r"\p{L}", text))
+    if 2 * len(regex.findall(rf"(?=\p{{L}})[{_UNSPACED}]", text)) > letters:
+        return "unspaced"
+    return "latin" if 2 * len(regex.findall(r"\p{Latin}", text)) >= letters else "other"
+
+
+def _bleu_tokenizer(references: list[list[str]]) -> str:
+    """Return the name of sacreBLEU's tokenizer for the script of the references.
+
+    "zh" divides Chinese into characters and leaves other words whole. Japanese and Thai would need
+    a dictionary, so that "char" divides them into characters, spaces and punctuation.
+    """
+    if _script(references) != "unspaced":
+        return "13a"
+    text = "".join(reference for texts in references for reference in texts)
+    unspaced = regex.findall(rf"[{_UNSPACED}]", text)
+    is_chinese = len(regex.findall(r"\p{Han}", text)) > 0.9 * len(unspaced)
+    return "zh" if is_chinese else "char"
+
+
 def _statistics(name, predictions, references):
     """Return the statistics [n, s] that the metric `name` sums over n examples."""
     if name not in METRICS:
         raise UserError(f"metric {name!r} is unknown; known: {', '.join(METRICS)}")
     pairs = list(zip(predictions, references, strict=True))
     if name == "bleu":
-        return np.array([_bleu_counts(*pair) for pair in pairs])
+        bleu = _sentence_bleu(_bleu_tokenizer(references))
+        return np.array([_bleu_counts(bleu, *pair) for pair in pairs])
     if name == "phoneme_error_rate":
         return np.array([_edit_counts(*pair) for pair in pairs])
     if name.startswith("rouge"):
-        scorer = RougeScorer([name], tokenizer=_CachedTokenizer(use_stemmer=True))
+        scorer = RougeScorer([name], tokenizer=_UnicodeTokenizer())
         values = [scorer.score_multi(refs, text)[name].fmeasure for text, refs in pairs]
     else:
         compare = {"exact_match": _exact_match, "f1": _f1, "word_accuracy": _same_tokens}[name]
@@ -97,41 +144,69 @@ def _aggregate(name, sums, n):
     return BLEU.compute_bleu(correct, total, sys_len, ref_len, smooth_method="exp").score
 
 
-# One sentence at a time, because corpus_score wants equally many references for every example.
-_SENTENCE_BLEU = BLEU(effective_order=True, max_ngram_order=NGRAM_ORDER)
+@lru_cache
+def _sentence_bleu(tokenizer):
+    """Return BLEU of one sentence: `corpus_score` wants equally many references for every one."""
+    return BLEU(effective_order=True, max_ngram_order=NGRAM_ORDER, tokenize=tokenizer)
 
 
-def _bleu_counts(text, references):
-    result = _SENTENCE_BLEU.sentence_score(text, references)
+def _bleu_counts(bleu, text, references):
+    result = bleu.sentence_score(text, references)
     return [result.sys_len, result.ref_len, *result.counts, *result.totals]
+
+
+class _UnicodeTokenizer(DefaultTokenizer):
+    """rouge_score's tokenizer, extended from ASCII to all scripts.
+
+    rouge_score itself takes every character outside a-z and 0-9 for a space. Each text is stemmed
+    once, however many ROUGE variants and candidates it is compared with.
+    """
+
+    def __init__(self):
+        super().__init__(use_stemmer=True)
+
+    def tokenize(self, text):
+        """Return the words of a text in lower case; those of ASCII letters are stemmed."""
+        return _stemmed_words(text)
 
 
 @lru_cache(maxsize=1 << 15)
 def _stemmed_words(text):
-    return DefaultTokenizer(use_stemmer=True).tokenize(text)
-
-
-class _CachedTokenizer(DefaultTokenizer):
-    """Stem a text once, however many ROUGE variants and candidates it is compared with."""
-
-    def tokenize(self, text):
-        return _stemmed_words(text)
+    words = _WORD.findall(text.lower())
+    stem = DefaultTokenizer(use_stemmer=True).tokenize
+    return [part for word in words for part in (stem(word) if word.isascii() else [word])]
 
 
 def _normalize(text):
-    """Lower case, without punctuation and articles, as TriviaQA's own evaluation has it.
+    """Return the words that exact match and F1 compare, as TriviaQA's own evaluation has them.
 
-    Punctuation becomes a space, where SQuAD's deletes it: "well-known" is two words.
+    Lower case, without punctuation and articles. Punctuation becomes a space, where SQuAD's
+    evaluation deletes it: "well-known" is two words. A text of which nothing would be left, such as
+    the answer "A", keeps its articles and punctuation, so that an empty text does not equal it.
     """
-    return _ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).split()
+    words = _ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).split()
+    return [part for word in words or text.lower().split() for part in _characters(word)]
+
+
+def _characters(word):
+    """Return a word as it is, or its characters if its script puts no space between words."""
+    return _WORD.findall(word) if _UNSPACED_WORD.search(word) else [word]
 
 
 def _exact_match(text, reference):
     return float(_normalize(text) == _normalize(reference))
 
 
+def _f1(text, reference):
+    words, expected = _normalize(text), _normalize(reference)
+    if not words or not expected:
+        return float(words == expected)
+    overlap = (Counter(words) & Counter(expected)).total()
+    return 2 * overlap / (len(words) + len(expected))
+
+
 def _same_tokens(text, reference):
-    """Compare as they are, but for the amount of space between tokens."""
+    """Return whether two texts are the same but for the amount of space between tokens."""
     return float(text.split() == reference.split())
 
 
@@ -146,14 +221,6 @@ def _edit_counts(text, references):
         for expected in map(str.split, references)
     ]
     return min(counts, key=lambda count: count[0] / max(count[1], 1))
-
-
-def _f1(text, reference):
-    words, expected = _normalize(text), _normalize(reference)
-    if not words or not expected:
-        return float(words == expected)
-    overlap = (Counter(words) & Counter(expected)).total()
-    return 2 * overlap / (len(words) + len(expected))
 
 
 def constant_answer(

@@ -109,3 +109,46 @@ def test_other_models_have_other_hashes(model, tmp_path):
     other = tokenizer.train(["another text to learn from"], 455, tmp_path / "other")
     assert other.hash != tokenizer.load(model).hash
     assert tokenizer.load(tmp_path / "other").hash == other.hash
+
+
+SPECIAL_TEXTS = [
+    "sat <extra_id_0> mat",
+    "sat<extra_id_0>mat",
+    "<extra_id_0> the cat <extra_id_1> mat <extra_id_99>",
+    "the </s> cat",
+    "the<pad>cat",
+    "the <unk> cat",
+    "  the  <extra_id_5>  cat ",
+    "<extra_id_0>",
+    "<extra_id_100> and <extra_id_01> and <extra_id_> and < s >",
+    "no special token",
+]
+
+
+@pytest.mark.parametrize("text", SPECIAL_TEXTS)
+def test_special_tokens_in_a_text_are_those_of_transformers(text, model):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.T5Tokenizer.from_pretrained(model.parent)
+    expected = theirs(text, add_special_tokens=False).input_ids
+    ours = tokenizer.load(model)
+    assert ours.encode(text) == expected
+    others = ours.encode("the cat")
+    assert ours.encode_batch([text, "the cat", text]) == [expected, others, expected]
+
+
+def test_what_decode_writes_encode_reads(model):
+    ours = tokenizer.load(model)
+    ids = [ours.sentinel(0), *ours.encode("the cat"), ours.sentinel(1), ours.sentinel(99)]
+    assert ours.encode(ours.decode(ids)) == ids
+    assert ours.decode(ids, skip_special_tokens=True) == "the cat"
+
+
+@pytest.mark.parametrize("text", ["你好吗？", " ﬁve  ｃats\n ", "größe", "a\u0303 ɔ̃", "½ …"])
+def test_normalize_gives_what_decode_gives(text, model):
+    """Bytes spell the characters that have no piece, so that only normalization changes a text."""
+    ours = tokenizer.load(model)
+    assert ours.normalize(text) == ours.decode(ours.encode(text))
+
+
+def test_a_fullwidth_question_mark_becomes_an_ordinary_one(model):
+    assert tokenizer.load(model).normalize("你好吗？") == "你好吗?"
