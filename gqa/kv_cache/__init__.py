@@ -1,8 +1,9 @@
 """Bytes of the decoder's KV cache, and what a decoding step reads and computes.
 
 `kv_cache_bytes` is a formula. `step` reads its numbers from the shapes of the arrays that
-`gqa/inference/step.py` allocates. The command `python -m gqa kv-cache` is in `command.py`, the
-decoders it knows are in `presets.py`.
+`gqa/inference/step.py` allocates. Both are about networks of this project. Decoders of others are
+in `decoder.py` and read by `config_json.py`; the command `python -m gqa kv-cache` is in
+`command.py`.
 """
 
 from functools import partial
@@ -38,13 +39,14 @@ def kv_cache_bytes(
 
 
 class Step(NamedTuple):
-    """What decoding one token for each sequence of a batch reads and computes.
+    """The bytes read and the FLOPs computed to decode one token for each sequence of a batch.
 
-    weights: bytes of weights.
-    cross_cache: bytes of the cross-attention cache.
-    self_cache: bytes of the self-attention cache, as the mean over all tokens, because the cache
-        grows with the text.
-    flops: FLOPs of the products with weights.
+    Attributes:
+        weights: bytes of weights.
+        cross_cache: bytes of the cross-attention cache.
+        self_cache: bytes of the self-attention cache, as the mean over all tokens, because the
+            cache grows with the text.
+        flops: FLOPs of the products with weights.
     """
 
     weights: int
@@ -54,7 +56,12 @@ class Step(NamedTuple):
 
 
 def step(net: Inference, batch_size: int, inputs_length: int, targets_length: int) -> Step:
-    """Return what a step of greedy decoding reads and computes, from the shapes of its arrays."""
+    """Return the bytes and FLOPs of a step of greedy decoding, from the shapes of its arrays.
+
+    Args:
+        net: the network, with the layout and the dtypes of its backend.
+        inputs_length, targets_length: positions of the encoder and of the decoder.
+    """
     inputs = jax.ShapeDtypeStruct((batch_size, inputs_length), jnp.int32)
     weights = weight_shapes(net)
     memory = jax.eval_shape(net.prefill, weights, inputs)

@@ -20,7 +20,7 @@ HINT = re.compile(
     r"layer|window|head|kv|key_value|cache|shar|reuse|attn|attention|mla|cla(?![a-z])|chunk|sliding"
     r"|swa|local|global|latent|lora_rank|state|ssm|mamba|rwkv|conv|recurrent|linear|hybrid|channels"
     r"|pattern|period|offset|block|multi_query|mqa|gqa|group|cross|encoder|skip|sparse|sink|compress|index"
-    r"|interval|interleave|every|depth|memory|span|stride|d_k|d_v|full_"
+    r"|^(text|llm|language|thinker|decoder|encoder)(_config)?$|interval|interleave|every|depth|memory|span|stride|d_k|d_v|full_"
 )
 # Fields with such words that decide about something else in every type.
 HARMLESS = re.compile(

@@ -24,6 +24,7 @@ from gqa.kv_cache.class_defaults import (
     t5_sizes,
     window,
 )
+from gqa.kv_cache.fields import EMPTY_LAYERS, STATE_LAYERS
 from gqa.kv_cache.readers import CHUNKED, FULL, STATE, Reader, causal, every, listed_or
 
 
@@ -139,7 +140,9 @@ MODEL_TYPES = {
     ),
     "mistral": ModelType(causal(readers.all_sliding), sizes(32, 32, 8, 4096) | window(4096)),
     "mixtral": ModelType(causal(readers.all_sliding), sizes(32, 32, 8, 4096) | window(None)),
-    "phi3": ModelType(causal(readers.all_sliding), sizes(32, 32, None, 3072) | window(None)),
+    "phi3": ModelType(
+        causal(readers.all_sliding), sizes(32, 32, None, 3072) | window(None), ("full_attn_mod",)
+    ),
     "phimoe": ModelType(causal(readers.all_sliding), sizes(32, 32, 8, 4096) | window(None)),
     "qwen3_moe": ModelType(
         causal(readers.all_sliding),
@@ -229,33 +232,36 @@ MODEL_TYPES = {
         sizes(36, 16, 4, 2048)
         | window(None, use_sliding_window=False, no_rope_layers=None, no_rope_layer_interval=4)
         | LISTED,
+        ("max_window_layers",),
     ),
     "vaultgemma": ModelType(causal(every(2)), sizes(26, 8, 4, 2304, 256) | window(4096) | LISTED),
     # Attention in some layers, a state of a fixed size in others or beside it.
     "bamba": ModelType(
-        causal(readers.attention_at("attn_layer_indices")),
+        causal(readers.attention_at("attn_layer_indices"), others=STATE_LAYERS),
         sizes(32, 32, 8, 4096) | {"attn_layer_indices": None},
         (*MAMBA, "attn_rotary_emb"),
     ),
     "falcon_h1": ModelType(readers.falcon_h1, sizes(32, 32, 8, 4096), MAMBA),
     "granitemoehybrid": ModelType(
-        causal(readers.listed),
+        causal(readers.listed, others=STATE_LAYERS),
         sizes(32, 32, None, 4096) | {"layers_block_type": None} | LISTED,
         MAMBA,
     ),
     "jamba": ModelType(
-        causal(readers.jamba),
+        causal(readers.jamba, others=STATE_LAYERS),
         sizes(32, 32, 8, 4096) | {"attn_layer_period": 8, "attn_layer_offset": 4},
         MAMBA,
     ),
     "lfm2": ModelType(
-        causal(listed_or(readers.attention_at("full_attn_idxs"))),
+        causal(listed_or(readers.attention_at("full_attn_idxs")), others=STATE_LAYERS),
         sizes(32, 32, 8, 2560) | {"full_attn_idxs": None} | LISTED,
         LFM2,
     ),
-    "lfm2_moe": ModelType(causal(readers.listed), sizes(32, 32, 8, 2048) | LISTED, LFM2),
+    "lfm2_moe": ModelType(
+        causal(readers.listed, others=STATE_LAYERS), sizes(32, 32, 8, 2048) | LISTED, LFM2
+    ),
     "nemotron_h": ModelType(
-        causal(readers.nemotron_h),
+        causal(readers.nemotron_h, others=(*STATE_LAYERS, *EMPTY_LAYERS)),
         {
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
@@ -269,20 +275,20 @@ MODEL_TYPES = {
         MAMBA,
     ),
     "olmo_hybrid": ModelType(
-        causal(readers.olmo_hybrid), sizes(32, 30, None, 3840) | LISTED, LINEAR
+        causal(readers.olmo_hybrid, others=STATE_LAYERS), sizes(32, 30, None, 3840) | LISTED, LINEAR
     ),
     "qwen3_5_moe_text": ModelType(
-        causal(every(4, STATE, "full_attention_interval")),
+        causal(every(4, STATE, "full_attention_interval"), others=STATE_LAYERS),
         sizes(40, 16, 2, 2048, 256) | {"full_attention_interval": 4} | LISTED,
         LINEAR,
     ),
     "qwen3_5_text": ModelType(
-        causal(every(4, STATE, "full_attention_interval")),
+        causal(every(4, STATE, "full_attention_interval"), others=STATE_LAYERS),
         sizes(32, 16, 4, 4096, 256) | {"full_attention_interval": 4} | LISTED,
         LINEAR,
     ),
     "qwen3_next": ModelType(
-        causal(every(4, STATE, "full_attention_interval")),
+        causal(every(4, STATE, "full_attention_interval"), others=STATE_LAYERS),
         sizes(48, 16, 2, 2048, 256) | {"full_attention_interval": 4} | LISTED,
         LINEAR,
     ),
@@ -343,7 +349,7 @@ MODEL_TYPES = {
         sizes(26, 8, 4, 2304, 256) | window(4096) | LISTED,
         ("cross_attention_hidden_size",),
     ),
-    "umt5": ModelType(readers.t5, t5_sizes(8, 6)),
+    "umt5": ModelType(readers.t5, t5_sizes(8, 6), ("scalable_attention",)),
     "whisper": ModelType(
         readers.encoder_decoder,
         bart_sizes(4, 6, 384) | {"max_source_positions": 1500},

@@ -7,7 +7,7 @@ A pattern returns the kind of each layer. A reader makes a `Decoder` of a patter
 from collections.abc import Callable
 
 from gqa.kv_cache.decoder import CachedLayer, Decoder
-from gqa.kv_cache.fields import EMPTY_LAYERS, KV_HEADS, STATE_LAYERS, Fields
+from gqa.kv_cache.fields import KV_HEADS, STATE_LAYERS, Fields
 from gqa.model.config import check_kv_heads
 from gqa.runtime.checks import check_whole_number
 from gqa.runtime.errors import ConfigError
@@ -155,13 +155,19 @@ def nemotron_h(fields: Fields) -> list[str]:
 # Readers.
 
 
-def causal(pattern: Pattern = all_full, head_dim: str = "", shared: str = "") -> Reader:
+def causal(
+    pattern: Pattern = all_full,
+    head_dim: str = "",
+    shared: str = "",
+    others: tuple[str, ...] = (),
+) -> Reader:
     """Return the reader of decoder-only models with a key and a value of one size for each head.
 
     Args:
         head_dim: "width" for types that take the width divided by the heads whatever the file
             says of `head_dim`.
         shared: the field with the number of last layers that reuse the cache of earlier ones.
+        others: the kinds of layers without a cache that the type has.
     """
 
     def read(fields: Fields) -> Decoder:
@@ -169,6 +175,7 @@ def causal(pattern: Pattern = all_full, head_dim: str = "", shared: str = "") ->
         check_kv_heads(KV_HEADS[0], kv_heads, fields.heads)
         size = fields.shared_width(fields.heads) if head_dim == "width" else fields.head_dim()
         kinds = pattern(fields)
+        check_kinds(kinds, (FULL, SLIDING, CHUNKED, *others))
         layers = len(kinds)
         if shared:
             reusing = check_whole_number(shared, fields[shared], least=0, most=layers - 1)
@@ -176,6 +183,13 @@ def causal(pattern: Pattern = all_full, head_dim: str = "", shared: str = "") ->
         return _decoder(fields, kinds, layers, CachedLayer(kv_heads, size, size))
 
     return read
+
+
+def check_kinds(kinds: list[str], known: tuple[str, ...]) -> None:
+    """Refuse a kind of layer that the type does not have, whatever the file lists."""
+    for kind in kinds:
+        if kind not in known:
+            raise ConfigError("layer_types", kind, f"this type has {', '.join(known)} alone")
 
 
 def _decoder(fields: Fields, kinds: list[str], layers: int, layer: CachedLayer) -> Decoder:
@@ -191,8 +205,6 @@ def _decoder(fields: Fields, kinds: list[str], layers: int, layer: CachedLayer) 
                 )
         elif kind == FULL:
             cached.append(layer)
-        elif kind not in (*STATE_LAYERS, *EMPTY_LAYERS):
-            raise ConfigError("layer_types", kind, "use a model type that is understood")
 
     states = sum(kind in STATE_LAYERS for kind in kinds)
     note = f"{states} layers keep a state of a fixed size instead, not counted here"
@@ -257,6 +269,7 @@ def mpt(fields: Fields) -> Decoder:
 def gemma4(fields: Fields) -> Decoder:
     """Read Gemma 4: full layers have other heads than sliding ones, and later layers share."""
     kinds = every(6)(fields)
+    check_kinds(kinds, (FULL, SLIDING))
     kinds[-1] = FULL
     reusing = check_whole_number(
         "num_kv_shared_layers", fields["num_kv_shared_layers"], least=0, most=len(kinds) - 1

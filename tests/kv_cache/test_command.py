@@ -1,6 +1,7 @@
 """The cache of known decoders, by worked examples."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -303,6 +304,15 @@ def test_fields_of_published_files_are_no_hints(tmp_path):
         ({"model_type": "bart", "is_encoder_decoder": False}, "is_encoder_decoder=False; a bart"),
         ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "layer_types has 1 entries"),
         (
+            {"model_type": "qwen3", "layer_types": ["linear_attention"] * 32},
+            "layer_types='linear_attention'; this type has full_attention, ",
+        ),
+        (
+            {"model_type": "gemma4_text", "layer_types": ["mamba"] * 30},
+            "layer_types='mamba'; this type has full_attention, sliding_attention alone",
+        ),
+        ({"model_type": "llama", "text_config": {"head_dim": 3}}, "text_config=.* not understood"),
+        (
             {"model_type": "qwen2", "layer_types": ["lightning"] * 32},
             "layer_types='lightning'; use kinds out of full_attention, ",
         ),
@@ -324,6 +334,13 @@ def test_fields_of_published_files_are_no_hints(tmp_path):
 def test_a_config_json_that_is_not_understood_is_refused(tmp_path, config, message):
     with pytest.raises(UserError, match=rf"config\.json: {message}"):
         find(write(tmp_path, **config))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_config_json_that_is_no_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: is a device, a pipe or a socket"):
+        find(str(tmp_path))
 
 
 def test_names_of_a_hub_and_addresses_are_told_what_to_do():
