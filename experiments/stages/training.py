@@ -130,39 +130,40 @@ def run_training(
     running_config = config if pooling is None else pooling.running_config
     step_flops = train_flops(running_config, recipe.batch_size, **data.lengths)
 
-    checkpoints, keep_last = folder.checkpoints.absolute(), job.setup.checkpoint.keep_last
-    train_options = job.setup.train
+    settings, checkpoints = _run_settings(spec, job), folder.checkpoints.absolute()
     with (
         _make_progress(label, job, folder, recipe.every, step_flops, config.dtype) as shown,
         profiling.profiled(
             lambda state, batch: step(state, batch, *loss_arguments),
-            train_options.profile,
+            job.setup.train.profile,
             job.events if distributed.is_primary() else None,
         ) as train_step,
     ):
-        rollbacks = loop.fit(
-            lambda: put(start(), training_step.shardings(abstract)),
-            abstract,
-            train_step,
-            data.batches,
-            steps=spec.first_step + spec.steps,
-            every=recipe.every,
+        computation = loop.Computation(
+            start=lambda: put(start(), training_step.shardings(abstract)),
+            abstract_state=abstract,
+            train_step=train_step,
             validate=lambda params: validation_loss(fold(params), data.validation()),
-            config=to_json(spec.info),
-            folder=checkpoints,
             mesh=job.mesh,
-            progress=shown,
-            mishaps=divergence.Settings(
-                train_options.on_divergence, train_options.max_rollbacks, train_options.spike
-            ),
-            keep_last=keep_last,
         )
+        rollbacks = loop.fit(computation, settings, data.batches, checkpoints, shown)
 
-    with checkpoint.Checkpoints(checkpoints, keep_last) as saved:
+    with checkpoint.Checkpoints(checkpoints, settings.keep_last) as saved:
         chosen = saved.best if spec.keep == "best" else saved.latest
         loss = saved.metric(chosen)
     records = _records(loss, data.validation_size, chosen - spec.first_step, rollbacks)
     return Outcome(records + _curve(folder, spec.first_step), str(chosen))
+
+
+def _run_settings(spec: TrainingSpec, job: Job) -> loop.RunSettings:
+    options = job.setup.train
+    return loop.RunSettings(
+        steps=spec.first_step + spec.steps,
+        every=spec.recipe.every,
+        config=to_json(spec.info),
+        keep_last=job.setup.checkpoint.keep_last,
+        divergence=divergence.Settings(options.on_divergence, options.max_rollbacks, options.spike),
+    )
 
 
 def _step_spec(spec: TrainingSpec, job: Job) -> _StepSpec:

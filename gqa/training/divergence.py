@@ -1,4 +1,4 @@
-"""What counts as a diverging loss, and how often training may go back because of one.
+"""Decide which loss has diverged, and how often training may go back because of one.
 
 A loss that is not finite, or far above its running mean, is a `BadLoss`. The training loop
 (`gqa.training.loop`) catches it and asks the `Guard` whether it may roll back to the last good
@@ -17,13 +17,14 @@ LEAST = 20  # losses that the mean needs before it can call another one a spike
 
 
 class Settings(NamedTuple):
-    """What to do when the loss diverges.
+    """The rules by which a run reacts to a diverging loss.
 
     Args:
-        on_divergence: "stop", or "rollback": go on from the last checkpoint with a validation loss,
-            and skip the batches since.
+        on_divergence: "stop" ends the run. "rollback" goes on from the last checkpoint with a
+            validation loss, and skips the batches since.
         max_rollbacks: how many rollbacks one run may do.
-        spike: a loss this many nats per token above the running mean is bad; 0 turns the check off.
+        spike: a loss more than this many nats per token above the running mean has diverged; 0
+            turns the check off.
     """
 
     on_divergence: str = "stop"
@@ -46,7 +47,11 @@ class BadLoss(Exception):
 
 
 class Guard:
-    """Watches the losses of one run, and counts its rollbacks."""
+    """Watches the losses of one run, and counts its rollbacks.
+
+    Example with the defaults: the mean of the last 100 losses or so is 2.0. A loss of 5.1 is a
+    spike, because it is more than 3.0 nats above the mean.
+    """
 
     def __init__(self, settings: Settings):
         self._settings = settings
@@ -75,7 +80,8 @@ class Guard:
             problem = f"the loss is {loss:.3f}, {above:.3f} above its mean of {self._mean:.3f}"
             raise BadLoss(step, problem, position)
 
-        # The plain mean of the first WINDOW losses, from then on an exponential one.
+        # The plain mean of the first WINDOW losses. From then on it is an exponential mean, in
+        # which the newest loss has the weight 1 / WINDOW.
         self._count += 1
         self._mean += above / min(self._count, WINDOW)
 

@@ -15,10 +15,12 @@ from gqa.runtime.errors import ConfigError
 
 
 def parse_window(text: str) -> range:
-    """Return the steps of a window "FIRST:LAST", of which LAST is the first step outside.
+    """Return the steps of a window "FIRST:LAST". LAST is the first step behind the window.
+
+    Example: "100:110" is steps 100 to 109, counted from 1.
 
     Raises:
-        ConfigError: for anything else, and for a window without a step.
+        ConfigError: for a text of another form, and for a window without a step.
     """
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
     if match is None or not 1 <= int(match[1]) < int(match[2]):
@@ -28,13 +30,15 @@ def parse_window(text: str) -> range:
 
 @contextlib.contextmanager
 def profiled(train_step: Callable, window: str, folder: Path | None) -> Iterator[Callable]:
-    """Yield `train_step`, which then leaves a trace of the steps of `window` in `folder`.
+    """Yield a training step that also records a trace of the steps of `window` in `folder`.
 
-    The training step itself, where the window is empty or there is no folder (of several processes
-    the primary alone records). A run that ends inside the window leaves the trace until there.
+    A run that ends inside the window leaves a trace of the steps it has done.
 
     Args:
-        train_step: (state, batch) -> (state, metrics); `state.step` counts the steps before it.
+        train_step: (state, batch) -> (state, metrics); `state.step` counts the steps done. It is
+            yielded unchanged if there is nothing to record.
+        window: as in `parse_window`; an empty text records nothing.
+        folder: None in all processes but the primary, which alone records.
     """
     if not window or folder is None:
         yield train_step
@@ -50,7 +54,8 @@ def profiled(train_step: Callable, window: str, folder: Path | None) -> Iterator
 
         state, metrics = train_step(state, batch)
 
-        # Steps are dispatched ahead of the devices, so the trace waits for the last of them.
+        # JAX returns before the devices have run the step. Wait for the last step of the window, so
+        # that the trace holds all of it.
         if recording and number == steps.stop - 1:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()

@@ -1,4 +1,8 @@
-"""What a training run shows: a bar on a terminal, else lines; TensorBoard events; W&B if wished."""
+"""Show the progress of a training run to a person.
+
+A run shows a bar on a terminal, or lines where its output is not a terminal. The same numbers go to
+TensorBoard's event files and, if asked for, to Weights & Biases. Nothing here changes the run.
+"""
 
 import contextlib
 import importlib.util
@@ -14,12 +18,20 @@ import tqdm
 from gqa.runtime.errors import UserError, reporting_full_disk
 from gqa.training.tensorboard import Event, EventsWriter, SessionLog, scalar
 
-COUNTS = ("input_tokens", "tokens")  # per step; `tokens` are those of the targets
-MODES = ("off", "offline", "online")
+# Metrics that count the real tokens of a step; "tokens" are those of the targets.
+COUNTS = ("input_tokens", "tokens")
+MODES = ("off", "offline", "online")  # of Weights & Biases
 
 
 class Tracking(NamedTuple):
-    """A run of Weights & Biases: the same `id` goes on with it; files are in `folder`/wandb."""
+    """The names of a run in Weights & Biases.
+
+    Args:
+        mode: one of MODES.
+        project, group, name: where the run appears on the website.
+        id: a run with an id that exists already is continued.
+        folder: receives a folder `wandb` with the run's files.
+    """
 
     mode: str
     project: str
@@ -30,23 +42,24 @@ class Tracking(NamedTuple):
 
 
 def check(mode: str) -> None:
-    """Raise a UserError unless Weights & Biases can be used so."""
+    """Raise a UserError if `mode` needs Weights & Biases and the package is not installed."""
     if mode != "off" and importlib.util.find_spec("wandb") is None:
         raise UserError(f"wandb.mode={mode} needs a package that is missing: pip install wandb")
 
 
 class Progress:
-    """Progress of one training run called `name`, with TensorBoard events in `folder`.
-
-    With `folder` None nothing is shown: another process does that.
+    """The progress of one training run.
 
     Args:
+        name: the run's name in every line.
+        folder: receives TensorBoard's event files. None shows nothing at all: of several processes
+            the primary alone shows progress.
         every: steps from one log line to the next.
-        step_flops: model FLOPs of a step, and
-        peak_flops: FLOP/s the devices can do, for the model FLOPs utilisation (MFU) of training;
-            None, where that is not known, shows none.
+        step_flops: model FLOPs of a step.
+        peak_flops: FLOP/s that the devices can do. The model FLOPs utilisation (MFU) is the rate of
+            `step_flops` divided by this number. None, if it is not known, shows no MFU.
         tracking: a run of Weights & Biases that gets the same numbers, or None.
-        curve: a file for the validation losses, to be read by `read_curve`.
+        curve: a file that collects the validation losses for `read_curve`, or None.
     """
 
     def __init__(
@@ -62,7 +75,8 @@ class Progress:
         self.name, self._folder, self._every = name, folder, every
         self._step_flops, self._peak_flops = step_flops, peak_flops
         self._tracking, self._curve = tracking, curve
-        # Made by `start`, of which only the primary process does more than return.
+
+        # `start` makes these, in the primary process alone.
         self._bar: Any = None
         self._writer: Any = None
         self._run: Any = None
@@ -81,7 +95,10 @@ class Progress:
                 self._writer.close()
 
     def start(self, first: int, last: int) -> None:
-        """Begin, or go on, at step `first`; events of later steps that were lost are dropped."""
+        """Begin, or go on, behind step `first`; `last` is the step at which training will end.
+
+        After a rollback or a kill, TensorBoard drops the events of steps that are done again.
+        """
         if self._folder is None:
             return
         self._first, self._last = first, last
@@ -90,9 +107,12 @@ class Progress:
         with self._reporting_full_disk():
             if self._writer is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                # Not tensorboardX's usual writer: an error in its thread is told to nobody.
+                # tensorboardX's usual writer has a thread, and an error in that thread, such as a
+                # full disk, is lost. This writer raises its errors here.
                 self._writer = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
                 self._run = self._tracking and _track(self._tracking)
+
+            # TensorBoard drops all events from the step of a START on that came before it.
             begin = SessionLog(status=SessionLog.START)
             self._writer.write_event(Event(step=first + 1, session_log=begin))
         self._bar = tqdm.tqdm(
@@ -103,35 +123,42 @@ class Progress:
         self._since = None
 
     def _forget(self) -> None:
+        """Begin a new interval over which rates are averaged."""
         self._steps, self._seconds = 0, 0.0
         self._counts = dict.fromkeys(COUNTS, 0.0)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Keep what is done inside, a validation or a checkpoint, out of the rates."""
+        """Keep the time spent inside, on a validation or a checkpoint, out of the rates."""
         yield
         if self._since is not None:
             self._since = time.monotonic()
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Take in the metrics of one step; show them every `every` steps.
+        """Count one step; show its metrics if `every` steps have passed or it is the last.
 
-        `metrics` has loss, accuracy and the real tokens of inputs and targets; the rates are of the
-        time from step to step, without that of the first one, which waits for the compiler.
+        Rates are averaged over the steps since the last line. The first step after `start` is left
+        out, because it waits for the compiler.
+
+        Args:
+            metrics: loss, accuracy, learning rate, and the numbers of COUNTS.
         """
         if self._folder is None:
             return
+
         now = time.monotonic()
         if self._since is not None:
             self._steps, self._seconds = self._steps + 1, self._seconds + now - self._since
             self._counts = {name: n + metrics[name] for name, n in self._counts.items()}
         self._since = now
         self._bar.update()
+
         if step % self._every and step != self._last:
             return
         rates = self._rates()
         self._forget()
         self.scalars(step, {n: v for n, v in metrics.items() if n not in COUNTS} | rates)
+
         text = f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.3f}{_text(rates)}"
         if self._bar.disable:
             left = (now - self._begun) / (step - self._first) * (self._last - step)
@@ -140,6 +167,7 @@ class Progress:
             self._bar.set_postfix_str(text)
 
     def _rates(self) -> dict[str, float]:
+        """Return tokens per second and MFU since the last `_forget`; empty before two steps."""
         if not self._seconds:
             return {}
         inputs, targets = (self._counts[name] / self._seconds for name in COUNTS)
@@ -149,7 +177,10 @@ class Progress:
         return rates
 
     def scalars(self, step: int, metrics: dict[str, float]) -> None:
-        """Write metrics where they are kept, and the validation loss to the terminal too."""
+        """Write metrics to TensorBoard and Weights & Biases.
+
+        A validation loss is also printed, and appended to the curve.
+        """
         if self._folder is None:
             return
         with self._reporting_full_disk():
@@ -160,6 +191,8 @@ class Progress:
                 )
             self._writer.flush()
             if self._curve and "validation_loss" in metrics:
+                # The line break comes first: a killed process may have left half a line, which is
+                # then a line of its own that `read_curve` passes over.
                 with open(self._curve, "a", encoding="utf-8") as file:
                     file.write("\n" + json.dumps([step, metrics["validation_loss"]]))
         if self._run is not None:
@@ -177,9 +210,10 @@ class Progress:
 
 
 def read_curve(path: Path) -> list[tuple[int, float]]:
-    """Steps and their validation losses, in order; of a step that was done again, the last.
+    """Return pairs of a step and its validation loss, in the order of steps.
 
-    A run that was killed may have left half a line, of a step that was done again.
+    A step that was done again has the loss of the last time. Lines that are not JSON pairs are
+    passed over, because a killed run may have left half a line.
     """
     losses = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -190,8 +224,12 @@ def read_curve(path: Path) -> list[tuple[int, float]]:
 
 
 def _track(tracking: Tracking) -> Any:
-    """Begin or go on with a run of Weights & Biases."""
-    import wandb  # optional
+    """Begin a run of Weights & Biases, or continue the one with this id.
+
+    Raises:
+        UserError: if Weights & Biases refuses, such as without a login or a network.
+    """
+    import wandb  # an optional package
 
     fields = tracking._asdict()
     try:
@@ -204,12 +242,14 @@ def _track(tracking: Tracking) -> Any:
         raise UserError(
             f"Weights & Biases: {' '.join(str(error).split())}; use --config.wandb.mode=offline"
         ) from error
-    # An axis of our own: W&B's may not go back, which a run that goes on or is rolled back does.
+    # Weights & Biases' step counter may not go back, but a rolled-back run does. So every record
+    # carries its step as a metric, and the plots use that metric as their axis.
     run.define_metric("*", step_metric="step")
     return run
 
 
 def _text(rates: dict[str, float]) -> str:
+    """Return rates for a log line; an empty text if there are none yet."""
     if not rates:
         return ""
     inputs, targets = (rates[f"{side}_tokens_per_second"] for side in ("input", "target"))

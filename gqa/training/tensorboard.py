@@ -1,14 +1,16 @@
-"""TensorBoard's event files, by tensorboardX.
+"""The names of tensorboardX that write TensorBoard's event files, imported without PyTorch.
 
-That imports PyTorch wherever it is installed, without a need for it here: two seconds of the start
-of every process.
+tensorboardX imports PyTorch wherever PyTorch is installed. Event files do not need it, and the
+import takes two seconds of the start of every process. This file holds that import and nothing
+else; `progress.py` writes the events.
 """
 
 import sys
 
 _absent = "torch" not in sys.modules
 if _absent:
-    # None makes an import fail, as if PyTorch were not installed.
+    # An entry of None makes `import torch` fail as if PyTorch were not installed, which
+    # tensorboardX allows for. The entry is removed below, so that other modules can import PyTorch.
     sys.modules["torch"] = None  # type: ignore[assignment]
 try:
     from tensorboardX.event_file_writer import EventsWriter

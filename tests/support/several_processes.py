@@ -21,7 +21,6 @@ from gqa.model.config import Config
 from gqa.runtime import distributed, sharding
 from gqa.runtime.mesh import Layout, make_mesh, resolve_layout
 from gqa.training import loop, optimizer, training_step
-from gqa.training.divergence import Settings
 from gqa.training.progress import Progress
 from tests.support.jobs import ROOT
 
@@ -121,23 +120,18 @@ def fit(folder: Path, steps: int, layout: Layout, alive=lambda step: None) -> No
         abstract = training_step.abstract(CONFIG, mesh, layout)
         at = training_step.shardings(abstract)
         validation = training_step.make_validation(CONFIG, mesh)
-        loop.fit(
-            lambda: sharding.put(training_step.init(CONFIG, 0), at),
-            abstract,
-            training_step.make_step(
+        computation = loop.Computation(
+            start=lambda: sharding.put(training_step.init(CONFIG, 0), at),
+            abstract_state=abstract,
+            train_step=training_step.make_step(
                 training_step.make_loss(CONFIG, 1e-4), optimizer.constant(1e-2), 0, 2, placed=at
             ),
-            batching.finetuning_batches([pairs], [1.0], **shape, seed=0, pack=True),
-            steps=steps,
-            every=EVERY,
             validate=lambda params: validation(params, batching.evaluation_batches(pairs, **shape)),
-            config={"model": CONFIG.__dict__},
-            folder=folder / "checkpoints",
             mesh=mesh,
-            progress=progress,
-            mishaps=Settings(),
-            keep_last=10,
         )
+        settings = loop.RunSettings(steps, EVERY, {"model": CONFIG.__dict__}, keep_last=10)
+        batches = batching.finetuning_batches([pairs], [1.0], **shape, seed=0, pack=True)
+        loop.fit(computation, settings, batches, folder / "checkpoints", progress)
 
 
 def generate(folder: Path, layout: Layout) -> None:

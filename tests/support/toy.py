@@ -93,21 +93,16 @@ def fit(
 
     events = folder / "events" if distributed.is_primary() else None
     with Watched("toy", events, every, 1.0, None) as progress:
-        return loop.fit(
-            lambda: replicated(start(), make_mesh()),
-            abstract_state(),
-            train_step,
-            Batches(poison, apart),
-            steps=steps,
-            every=every,
+        computation = loop.Computation(
+            start=lambda: replicated(start(), make_mesh()),
+            abstract_state=abstract_state(),
+            train_step=train_step,
             validate=validate,
-            config={"model": {}},
-            folder=folder / "checkpoints",
             mesh=make_mesh(),
-            progress=progress,
-            mishaps=settings,
-            keep_last=keep_last,
         )
+        run_settings = loop.RunSettings(steps, every, {"model": {}}, keep_last, settings)
+        batches = Batches(poison, apart)
+        return loop.fit(computation, run_settings, batches, folder / "checkpoints", progress)
 
 
 def outcome(folder: Path) -> dict:

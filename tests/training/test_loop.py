@@ -14,7 +14,6 @@ from gqa.model.config import Config
 from gqa.runtime.errors import UserError
 from gqa.runtime.mesh import make_mesh
 from gqa.training import loop, optimizer, training_step
-from gqa.training.divergence import Settings
 from gqa.training.progress import Progress
 
 
@@ -127,7 +126,6 @@ def compiled(config, rate):
 
 
 def run_fit(config, folder, steps, every=2, rate=1e-2, batches=None, alive=lambda step: None):
-    mesh = make_mesh()
     step, validation = compiled(config, rate)
 
     def validate(params):
@@ -140,19 +138,22 @@ def run_fit(config, folder, steps, every=2, rate=1e-2, batches=None, alive=lambd
 
     with Watched("test", folder / "events", every, 1.0, None) as progress:
         loop.fit(
-            lambda: training_step.init(config, 0),
-            training_step.abstract(config, mesh),
-            step,
+            computation(config, step, validate),
+            loop.RunSettings(steps, every, {"model": config.__dict__}),
             batches or Batches(),
-            steps=steps,
-            every=every,
-            validate=validate,
-            config={"model": config.__dict__},
-            folder=folder / "checkpoints",
-            mesh=mesh,
-            progress=progress,
-            mishaps=Settings(),
+            folder / "checkpoints",
+            progress,
         )
+
+
+def computation(config, step, validate):
+    return loop.Computation(
+        start=lambda: training_step.init(config, 0),
+        abstract_state=training_step.abstract(config, make_mesh()),
+        train_step=step,
+        validate=validate,
+        mesh=make_mesh(),
+    )
 
 
 def result(config, folder, step):
@@ -216,21 +217,14 @@ def run_fit_with_nan(config, folder, loss, batches):
         third = jnp.array_equal(batch["inputs"], make_batch(3)["inputs"])
         return sums | {name: sums[name] + jnp.where(third, jnp.nan, 0) for name in ("loss", "nats")}
 
-    mesh = make_mesh()
     with Progress("test", folder / "events", 1, 1.0, None) as progress:
+        step = training_step.make_step(poisoned, optimizer.constant(1e-2), seed=0)
         loop.fit(
-            lambda: training_step.init(config, 0),
-            training_step.abstract(config, mesh),
-            training_step.make_step(poisoned, optimizer.constant(1e-2), seed=0),
+            computation(config, step, lambda params: 1.0),
+            loop.RunSettings(steps=5, every=1, config={"model": config.__dict__}),
             batches,
-            steps=5,
-            every=1,
-            validate=lambda params: 1.0,
-            config={"model": config.__dict__},
-            folder=folder / "checkpoints",
-            mesh=mesh,
-            progress=progress,
-            mishaps=Settings(),
+            folder / "checkpoints",
+            progress,
         )
 
 

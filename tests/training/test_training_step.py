@@ -184,4 +184,4 @@ def test_a_teacher_adds_its_divergence_times_beta_and_is_not_dropped_out(config)
     [(2, 9, 2, True), (3, 9, 2, False), (9, 9, 2, True), (10, 9, 2, True), (8, 9, 5, False)],
 )
 def test_a_checkpoint_is_due_every_so_many_steps_and_at_the_end(step, steps, every, due):
-    assert loop._is_due(step, steps, every) is due
+    assert loop.RunSettings(steps, every, config={}).is_due(step) is due
