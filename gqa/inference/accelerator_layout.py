@@ -38,6 +38,7 @@ class AcceleratorLayout:
     fused: bool = False
 
     def prepare_layer(self, params: dict) -> dict:
+        # Where a KV head is replicated, its kernels are: the cache then has a head for each device.
         weights = dict(params["mlp"])
         for name in ("self", "cross"):
             kernels = params[f"{name}_attention"]
@@ -99,6 +100,7 @@ class AcceleratorLayout:
         v: Float[Array, "B R K H"],
         index: Int[Array, ""] | int,
     ) -> KeysValues:
+        # The beams of all examples are rows of the cache: [B, R, K, H] -> [B * R, K, H].
         k, v = (x.reshape(-1, *x.shape[2:]).astype(cache[0].dtype) for x in (k, v))
         return (
             jax.lax.dynamic_update_slice(cache[0], k[..., None], (0, 0, 0, index)),
@@ -124,6 +126,7 @@ class AcceleratorLayout:
     def self_attention(
         self, q: Float[Array, "B R N H"], cache: KeysValues, bias: Float[Array, "1 N 1 S"]
     ) -> Float[Array, "B R N H"]:
+        # Beams have caches of their own here, so each beam is a row of the batch with one query.
         B, R, N, H = q.shape
         out = _attend(q.reshape(B * R, 1, N, H), *cache, bias).reshape(q.shape)
         return self._place_queries(out, self.config.layer_kv_heads("self_attention"))
@@ -131,6 +134,7 @@ class AcceleratorLayout:
     def cross_attention(
         self, q: Float[Array, "B R N H"], cache: KeysValues, mask: Float[Array, "B 1 1 S"]
     ) -> Float[Array, "B R N H"]:
+        # Beams share the keys of their example, so they are R queries of one row of the batch.
         out = _attend_fused(q, *cache, mask) if self.fused else _attend(q, *cache, mask)
         return self._place_queries(out, self.config.layer_kv_heads("cross_attention"))
 
@@ -189,6 +193,9 @@ def _attend(q: Array, k: Array, v: Array, bias: Array) -> Array:
     q = q.astype(k.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     rows = q.reshape(B, K, -1, H)
     logits = jnp.einsum("BKMH,BKHS->BKMS", rows, k, preferred_element_type=jnp.float32)
+
+    # The position bias differs by head, and query heads are rows here. A mask is equal for all
+    # rows.
     if bias.shape[1] > 1:
         bias = bias.reshape(1, K, N // K, -1)
 

@@ -88,7 +88,11 @@ class CpuLayout:
         return jnp.zeros((*lead, H, block), dtype), jnp.zeros((*lead, block, H), dtype)
 
     def _block(self, length: int, num_query_rows: int) -> int:
-        """Return the positions of a block that `num_query_rows` rows read in one product."""
+        """Return the number of positions in a block that `num_query_rows` rows read in one product.
+
+        Example: with N = 16 and K = 4, each KV head has 4 query rows, so blocks have 64 positions.
+        With K = 16 there is one row, and all positions are one block.
+        """
         return BLOCK if num_query_rows > 1 else length
 
     def num_rows(self, cache: KeysValues) -> int:
@@ -110,6 +114,8 @@ class CpuLayout:
         v: Float[Array, "B R K H"],
         index: Int[Array, ""] | int,
     ) -> KeysValues:
+        # Position `index` is position index % block of block index // block. Each write is one
+        # slice of B * R * K rows.
         block = cache[0].shape[-1]
         k, v = (x.reshape(-1, x.shape[-1]).astype(cache[0].dtype) for x in (k, v))
         k, v, offset = k[:, :, None], v[:, None], index % block
@@ -125,6 +131,7 @@ class CpuLayout:
     def self_attention_heads(
         self, weights: dict, x: Float[Array, "B R D"]
     ) -> tuple[Float[Array, "B R N H"], Float[Array, "B R K H"], Float[Array, "B R K H"]]:
+        # One product with the kernels of queries, keys and values side by side.
         c = self.config
         N, K, H = c.num_heads, c.layer_kv_heads("self_attention"), c.head_dim
         heads = project(x, weights["qkv"], (N + 2 * K) * H).reshape(*x.shape[:2], N + 2 * K, H)
@@ -140,12 +147,14 @@ class CpuLayout:
     def self_attention(
         self, q: Float[Array, "B R N H"], cache: KeysValues, bias: Float[Array, "1 N 1 S"]
     ) -> Float[Array, "B R N H"]:
+        # Beams have caches of their own here, so each beam is a row of the batch with one query.
         B, R, N, H = q.shape
         return blocked_attention(q.reshape(B * R, 1, N, H), *cache, bias).reshape(q.shape)
 
     def cross_attention(
         self, q: Float[Array, "B R N H"], cache: KeysValues, mask: Float[Array, "B 1 1 S"]
     ) -> Float[Array, "B R N H"]:
+        # Beams share the keys of their example, so they are R queries of one row of the batch.
         return blocked_attention(q, *cache, mask)
 
     def project_out(self, kernel: Array, x: Float[Array, "B R N H"]) -> Float[Array, "B R D"]:

@@ -56,9 +56,13 @@ def advance(
         return (index < end) & ~rows.ended.all()
 
     def choose(carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
+        # tokens[..., index] is the token before position `index`, because tokens begin with the
+        # start token. The step reads it and gives the logits of position `index`.
         index, rows, cache = carry
         last = jax.lax.dynamic_index_in_dim(rows.tokens, index, axis=2, keepdims=False)
         logits, cache = step(last, index, cache)
+
+        # A search with beams may continue one beam twice and drop another, so the cache follows.
         rows, parents = search.update(rows, logits, index, eos)
         if parents is not None:
             cache = _follow(cache, parents)
@@ -127,10 +131,14 @@ class Sample:
         if self.temperature == 0:
             return _arg_max(logits)
 
+        # With `top_k`, logits are those of the k likeliest tokens, whose ids are in `tokens`.
         tokens = None
         if self.top_k:
             logits, tokens = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))
         logits = _nucleus(logits / self.temperature, self.top_p)
+
+        # One key for each (seed, position, example): a draw does not depend on the other examples
+        # of the batch, so texts do not change with the batch size.
         key = jax.random.fold_in(jax.random.key(self.seed), index)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
@@ -227,13 +235,17 @@ class Beam:
         The best continuation comes first.
         """
         B, R, V = logits.shape
-        each = min(2 * R, V)  # the most continuations that one beam can have among the best 2R
+
+        # No beam can have more than 2R of the best 2R continuations. So each beam's best 2R are
+        # taken first, and the best 2R among these R * 2R are those among all R * V.
+        each = min(2 * R, V)
         top, tokens = jax.lax.top_k(logits, each)
         top += (scores - jax.nn.logsumexp(logits, axis=-1))[:, :, None]
         scores, places = jax.lax.top_k(top.reshape(B, R * each), 2 * R)
         return places // each, _take(tokens.reshape(B, R * each), places), scores
 
     def _penalty(self, length: Array | int) -> Array | float:
+        """Return the number that the log-probability of a text of `length` tokens is divided by."""
         return ((5 + length) / 6) ** self.length_penalty
 
     def outputs(self, rows: Beams) -> Int[Array, "B length"]:
@@ -277,6 +289,7 @@ def _nucleus(logits: Array, top_p: float) -> Array:
         return logits
     probability = jax.nn.softmax(logits)
 
+    # Invariant: tokens with a probability of at least `low` sum to `top_p` or more.
     def bisect(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) / 2

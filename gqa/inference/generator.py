@@ -109,7 +109,7 @@ class Generator:
     """Generates texts of up to `length` tokens by a `search` over `net`.
 
         generate = Generator(Inference(config), GREEDY, length=512)
-        weights = generate.prepare(params)                              once a checkpoint
+        weights = generate.prepare(params)                              once per checkpoint
         tokens = generate(weights, inputs)                              prefill, then decode
 
     If `stop` is False, texts do not end at the token 1 and all have `length` tokens.
@@ -137,7 +137,7 @@ class Generator:
         self._num_shards, self._batch_sharding = split.num_shards, split.batch
         state = None if mesh is None else (split.batch, split.cache, split.memory)
 
-        # Once a checkpoint, and once a batch.
+        # Programs that run once per checkpoint or once per batch.
         prefill = partial(net.prefill, num_beams=search.num_beams)
         self.prepare = jax.jit(net.prepare, out_shardings=split.weights)
         self.prefill = jax.jit(
@@ -148,7 +148,8 @@ class Generator:
             net.init_cache, static_argnums=(0, 1, 2), out_shardings=split.cache
         )
 
-        # Once a segment. The cache is donated, so that a step writes into it instead of a copy.
+        # Programs that run once per segment. The cache is donated, so that a step writes into its
+        # memory instead of a copy.
         self._advance = jax.jit(
             self._advance_rows, donate_argnames="cache", out_shardings=state and state[:2]
         )
@@ -182,6 +183,8 @@ class Generator:
 
         # For each row that is still in the batch: its row of `outputs`, and whether it has ended.
         output_rows, ended = np.arange(B), numbers < 0
+
+        # The cache begins with the smallest capacity and grows with the texts.
         rows = self._start(numbers.astype(np.int32))
         cache = self._init_cache(B, self.search.num_beams, bucket(1, self.length))
         sizes = self._batch_sizes(B)
@@ -191,6 +194,7 @@ class Generator:
             # Shrink the batch if the unfinished examples fit a smaller one.
             size = min(size for size in sizes if size >= (~ended).sum())
             if size < len(output_rows):
+                # Keep the texts so far, because those of ended examples leave the batch now.
                 outputs[output_rows] = self._outputs(rows)
                 keep = np.argsort(ended, kind="stable")[:size]  # unfinished examples come first
                 rows, cache, memory = self._keep(rows, cache, memory, keep)

@@ -1,10 +1,10 @@
-"""The network as it generates: one token a step, over cached keys and values.
+"""The network as it generates: one token per step, over cached keys and values.
 
     net = Inference(config)
-    weights = net.prepare(params)                                       once a checkpoint
-    memory = net.prefill(weights, inputs)                               once a batch
+    weights = net.prepare(params)                                       once per checkpoint
+    memory = net.prefill(weights, inputs)                               once per batch
     cache = net.init_cache(batch_size, num_beams, length)
-    logits, cache = net.step(weights, tokens, index, cache, memory)     once a token
+    logits, cache = net.step(weights, tokens, index, cache, memory)     once per token
 
 A step multiplies a few rows by every weight of the decoder and reads every cached key and value. It
 is as fast as memory if it reads each of these bytes once and moves no other large array. How
@@ -50,7 +50,7 @@ CPU_LOGITS = 2**24
 
 
 class Memory(NamedTuple):
-    """What a decoding step reads of the encoded inputs.
+    """The part of the KV cache that belongs to the inputs: cross-attention reads it at every step.
 
     kv: the keys and values of cross-attention, a pair for each decoder layer.
     mask: the bias [B, 1, 1, S] that hides padding.
@@ -62,7 +62,7 @@ class Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    """How a network of `config` generates on a backend. All methods are pure functions.
+    """A network of `config` as it generates on one backend. All methods are pure functions.
 
     cache_dtype: by default float32 on CPUs, where products of bfloat16 cost more time than reading
         half the bytes saves, and bfloat16 on accelerators.
@@ -129,7 +129,8 @@ class Inference:
         with jax.named_scope("encoder"):
             encoded = self._encode(weights, inputs)
 
-        # Pad the inputs up to whole blocks of the layout.
+        # Pad the inputs up to whole blocks of the layout. In cross-attention the G query heads of
+        # all beams read a KV head in one product, so this product has num_beams * G rows.
         num_query_rows = [
             num_beams * self.config.num_heads // K for K in self.config.kv_heads("cross_attention")
         ]
@@ -169,6 +170,7 @@ class Inference:
             # encoder's x by rows in every layer.
             return constrain(encoded, "batch", None, None)
 
+        # The number of examples whose logits [N, S, S] fit, rounded down to a divisor of B.
         fit = CPU_LOGITS // (c.num_heads * S * S) if self.backend == "cpu" else B
         rows = next(n for n in range(min(max(fit, 1), B), 0, -1) if B % n == 0)
         if rows == B:
@@ -257,6 +259,8 @@ class Inference:
         """Run one layer on x [B, R, D]; returns the new x and the new self-attention cache."""
         dtype = self.config.dtype
 
+        # `decoder_layer` knows no cache. Self-attention hands its new cache out by `nonlocal`.
+
         def self_attention(h: Array) -> Array:
             nonlocal self_kv
             with jax.named_scope("self_attention"):
@@ -281,6 +285,7 @@ class Inference:
         return x, self_kv
 
     def _norm(self, params: dict, x: Array) -> Array:
+        """Apply the norm with parameters `params` to x [B, R, D]."""
         with jax.named_scope("norm"):
             normed: Any = RMSNorm(jnp.dtype(self.config.dtype)).apply({"params": params}, x)
             return normed

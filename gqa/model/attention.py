@@ -55,8 +55,11 @@ def make_mask(
     Returns:
         0 where a query may look and `MASKED` elsewhere; None if every query may look everywhere.
     """
+    # Causal: query t sees keys 0 .. t, the lower triangle.
     visible: AnyArray | None = jnp.tri(T, S, dtype=bool)[None, None] if causal else None
     if segments is not None:
+        # Keys that are padding are hidden from every query. Where rows are packed, keys of other
+        # examples are hidden, too.
         real = (segments.key > 0)[:, None, None, :]
         if segments.packed:
             real &= (segments.query[:, :, None] == segments.key[:, None, :])[:, None]
@@ -91,13 +94,18 @@ def grouped_query_attention(
     K = k.shape[2]
     check_heads(N, K)
 
-    # The G query heads of a group become an axis of the product, so K and V are never repeated.
+    # The G query heads of a group become an axis of their own. Query head n is head n % G of group
+    # n // G, because a reshape cuts the head axis into neighbours. The products below then read KV
+    # head n // G for all G query heads of its group, so K and V are never repeated.
     q = q.reshape(B, T, K, N // K, H)
+
+    # Sum in float32 also for bfloat16 inputs, because the softmax is sensitive to small
+    # differences.
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += split_heads(bias, K)
 
-    weights = jax.nn.softmax(logits)
+    weights = jax.nn.softmax(logits)  # over S, the last axis
     if dropout is not None:
         weights *= split_heads(dropout, K)
 
@@ -112,6 +120,10 @@ def check_heads(N: int, K: int) -> None:
 
 
 def split_heads(x: Float[Array, "B N T S"], K: int) -> Float[Array, "B _ _ T S"]:
-    """Reshape [B, N, T, S] to [B, K, G, T, S]; a head axis of 1 stays 1, to be broadcast."""
+    """Reshape [B, N, T, S] to [B, K, G, T, S], the axes of the logits.
+
+    A bias that is equal for all heads has a head axis of 1. It becomes [B, 1, 1, T, S], which is
+    broadcast.
+    """
     B, N, T, S = x.shape
     return x.reshape(B, K, N // K, T, S) if N > 1 else x[:, None]

@@ -54,8 +54,9 @@ class Config:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        # The fields are in the order of their declaration: num_heads comes before the numbers of KV
-        # heads, which must divide it.
+        # Fields are checked in the order of their declaration: num_heads comes before the numbers
+        # of KV heads, which must divide num_heads. A frozen dataclass sets a field only in this
+        # way.
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.startswith("num_kv_heads"):
@@ -132,6 +133,8 @@ class Config:
         heads = list(
             zip(self.kv_heads("self_attention"), self.kv_heads("cross_attention"), strict=True)
         )
+
+        # A group starts at the first layer, and wherever a layer differs from the layer before it.
         starts = [i for i, K in enumerate(heads) if i == 0 or heads[i - 1] != K]
         ends = [*starts[1:], len(heads)]
         return {first: end - first for first, end in zip(starts, ends, strict=True)}

@@ -45,7 +45,8 @@ def attention_with_custom_gradient(
     check_heads(N, K)
     G = N // K
 
-    # The G query heads of a group become G * T rows of one matrix product with their KV head.
+    # The G query heads of a group become G * T rows of one matrix product with their KV head. Bias,
+    # mask and dropout get the same rows: head by head, and within a head query by query.
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     if position_bias is not None:
         position_bias = position_bias.reshape(1, K, G * T, -1)
@@ -67,7 +68,7 @@ def _attend_rows(
     mask: Array | None,
     dropout: Array | None,
 ) -> Array:
-    """Attend from q [B, K, M, H], M = G * T rows for each KV head.
+    """Attend from q [B, K, M, H], with M = G * T rows for each KV head; returns [B, K, M, H].
 
     The last three arguments are broadcastable to [B, K, M, S]. No array has more than four axes,
     because XLA:CPU materialises whatever it has to broadcast to five. The backward pass is written
@@ -84,6 +85,7 @@ def _attend_rows_forward(
     mask: Array | None,
     dropout: Array | None,
 ) -> tuple[Array, tuple]:
+    """Return the output, and what the backward pass reads."""
     logits = _product(q, k, 3, 2)
     biases = [bias for bias in (position_bias, mask) if bias is not None]
     if biases:
@@ -97,8 +99,15 @@ def _attend_rows_forward(
 
 
 def _attend_rows_backward(saved: tuple, dout: Array) -> tuple[Array | None, ...]:
+    """Return the gradients of all six arguments from the gradient of the output [B, K, M, H].
+
+    Mask and dropout are constants and get None. `d` before a name stands for the loss's gradient.
+    """
     q, k, v, weights, dropout, out, has_bias = saved
     dropped = weights if dropout is None else weights * dropout
+
+    # dv = dropped' dout, computed as (dout' dropped)'. So the transposed arrays are the small ones,
+    # [.., M, H] and [.., S, H], and not the weights [.., M, S].
     dv = _product(_transposed(dout), dropped.astype(v.dtype), 3, 2).swapaxes(2, 3)
 
     dweights = _product(dout, v, 3, 3)
@@ -109,6 +118,7 @@ def _attend_rows_backward(saved: tuple, dout: Array) -> tuple[Array | None, ...]
     inner = jnp.sum(dout * out, axis=-1, keepdims=True, dtype=jnp.float32)
     dlogits = weights * (dweights - inner)
 
+    # logits = q k. The two products take the gradient in the dtype of their other operand.
     narrow = dlogits.astype(k.dtype)
     dq = _product(narrow, k, 3, 3).astype(q.dtype)
     dk = _product(_transposed(q), narrow, 3, 2).astype(k.dtype)
@@ -178,8 +188,12 @@ def _attend_each_block(q: Array, k: Array, v: Array, bias: Array) -> Array:
     rows = jnp.broadcast_to(q.reshape(B * K, 1, G * T, H), (B * K, C, G * T, H))
     logits = jnp.einsum("bCMH,bCHS->bCMS", rows, k, preferred_element_type=jnp.float32)
 
+    # Cut the key axis of the bias into blocks as well: [B or 1, K or 1, C, G * T or 1, block].
     bias = bias.reshape(*bias.shape[:2], -1, C, block).swapaxes(2, 3)
     split = logits.reshape(B, K, C, G * T, block) + bias
+
+    # A softmax over axes 2 and 4 together, which are all keys. The division by the total comes
+    # last, on [M, H] numbers of the output instead of [C, M, block] weights.
     weights = jnp.exp(split - split.max((2, 4), keepdims=True))
     total = weights.sum((2, 4)).reshape(B * K, G * T, 1)
 

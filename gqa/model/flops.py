@@ -22,6 +22,8 @@ def forward_flops(
 ) -> float:
     """Return the FLOPs of teacher-forced logits [B, T, V], for inputs [B, S] and targets [B, T]."""
     c, S, T = config, inputs_length, targets_length
+
+    # The lengths of queries and keys of each attention.
     lengths = {"encoder": (S, S), "self_attention": (T, T), "cross_attention": (T, S)}
     attention = sum(_attention(c, K, *lengths[name]) for name in lengths for K in c.kv_heads(name))
     mlps = c.num_encoder_layers * _mlp(c, S) + c.num_decoder_layers * _mlp(c, T)
@@ -31,6 +33,8 @@ def forward_flops(
 
 def _attention(config: Config, K: int, T: int, S: int) -> int:
     """Return the FLOPs of one layer's attention from T queries to S keys, with projections."""
+    # Only keys and values get cheaper with fewer KV heads; the logits and the weighted sum are
+    # computed for every query head.
     D, N, H = config.d_model, config.num_heads, config.head_dim
     query_and_out = 2 * (2 * T * D * N * H)
     key_and_value = 2 * (2 * S * D * K * H)

@@ -35,6 +35,7 @@ from gqa.model.attention import MASKED, AnyArray, Segments
 ArrayOrShape = Array | jax.ShapeDtypeStruct
 
 LANES = 128  # T and S of the TPU kernels are multiples of this number
+
 # The shortest T and S at which flash attention saves memory. It writes LANES copies of each row's
 # softmax statistics, and a gradient of the bias for each example: compiled for TPU v4, its gradient
 # takes 1.5 times the memory of the definition's at 512 positions, and less from 1024 on.
@@ -94,12 +95,15 @@ def select(
         return Selection(None, "dropout differs among the query heads that share a KV head")
     if backend == "cudnn":
         return _select_cudnn(T, S, H, q.dtype, position_bias, packed)
+
+    # The rest is about Pallas' kernels on TPUs: first shapes, then how a mesh splits them.
     if min(T, S) < LANES // 2:
         return Selection(None, f"more than half of a block of {LANES} positions would be padding")
     if position_bias and min(T, S) < FLASH_LENGTH:
         return Selection(None, f"with a bias a kernel saves nothing below {FLASH_LENGTH} positions")
     if H > LANES and H % LANES:
         return Selection(None, f"head_dim {H} is over {LANES} and no multiple of it")
+
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty and jax.device_count() > 1:
         return Selection(None, "there are several devices, and jax.set_mesh has set no mesh")
@@ -114,6 +118,7 @@ def select(
 def _select_cudnn(
     T: int, S: int, H: int, dtype: jnp.dtype, position_bias: bool, packed: bool
 ) -> Selection:
+    """Return whether cuDNN takes T queries and S keys with heads of size H, and why not."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return Selection(None, f"cuDNN's attention is for 16 bits, not {dtype}")
     if H > 128 or H % 8:
@@ -160,12 +165,16 @@ def fused_attention(
     )
     if kernel is None:
         return None
+
     if dropout is not None:
         # All queries share the draw of a key. So instead of the weights of a key, of which the
         # kernel keeps no array, its value can be multiplied.
         v *= dropout[:, :, 0].swapaxes(1, 2)[..., None].astype(v.dtype)
     if kernel == "cudnn":
         return _cudnn(q, k, v, position_bias, segments, causal)
+
+    # Pallas' kernels hide keys of other segments. They pad T and S with segment 0, so real
+    # positions need a segment number also where the caller has none.
     if segments is None:
         query_ids, key_ids = (jnp.ones(x.shape[:2], jnp.int32) for x in (q, k))
         segments = Segments(query_ids, key_ids, packed=False)
@@ -183,6 +192,7 @@ def _cudnn(
     segments: Segments | None,
     causal: bool,
 ) -> Array:
+    """Attend with cuDNN: q [B, T, N, H] to k and v [B, S, K, H]; returns [B, T, N, H]."""
     lengths = None
     if segments is not None:
         # At least one key, so that the softmax of an example of padding alone is defined. Queries
@@ -213,10 +223,14 @@ def _per_device(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return attend(*arrays, *shared)
+
+    # Rows are split over every axis but "model", heads over "model". A device that holds query
+    # heads of a group also holds the KV head of the group, because `select` asked for that.
     rows = tuple(name for name in mesh.axis_names if name != "model")
     split = PartitionSpec(rows, None, "model")
     specs = tuple(split if x.ndim == 4 else PartitionSpec(rows) for x in arrays)
     specs += (PartitionSpec(None, "model"),) * len(shared)
+
     # Pallas' kernels do not declare along which axes of the mesh their results vary, so shard_map
     # cannot check this.
     run = jax.shard_map(attend, in_specs=specs, out_specs=split, check_vma=False)
@@ -224,6 +238,10 @@ def _per_device(
 
 
 def _splash(q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array, causal: bool) -> Array:
+    """Run Splash attention, which reads a group's KV head for each of its query heads itself.
+
+    q is [B, T, N, H], k and v are [B, S, K, H], and ids are [B, T] and [B, S].
+    """
     T = q.shape[1]
     q, k, v, query_ids, key_ids = map(_fill, (q, k, v, query_ids, key_ids))
     shape = q.shape[1], k.shape[1]
@@ -242,6 +260,8 @@ def _splash(q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array, caus
         head_shards=1,
         q_seq_shards=1,
     )
+
+    # The kernel takes one example, with the head axis first: [N, T, H] and [K, S, H].
     ids = splash.SegmentIds(query_ids, key_ids)
     out = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)), ids)
     return out.swapaxes(1, 2)[:, :T]
@@ -256,15 +276,25 @@ def _flash(
     position_bias: Array,
     causal: bool,
 ) -> Array:
-    """Run flash attention; the G query heads of a group are G * T rows of their KV head."""
+    """Run flash attention; the G query heads of a group are G * T rows of their KV head.
+
+    The kernel knows only as many query heads as KV heads. With the heads of a group as rows of one
+    head it serves grouped attention, and each KV head is read once for the group. Shapes are those
+    of `_splash`, and the bias is [1, N, T, S].
+    """
     (B, T, N, H), S, K = q.shape, k.shape[1], k.shape[2]
     G = N // K
+
+    # The kernel's own causal mask would take the G * T rows for G * T positions, so the mask is
+    # part of the bias.
     bias = position_bias[0].astype(jnp.float32)
     if causal:
         bias += jnp.where(jnp.tri(T, S, dtype=bool), 0.0, MASKED)[None]
     bias = jnp.pad(bias, ((0, 0), (0, -T % LANES), (0, -S % LANES)))
     # The kernel reads the bias as often as it would read the logits, so its bytes count.
     bias = bias.astype(q.dtype)
+
+    # From here on T and S are whole numbers of lanes.
     q, k, v, query_ids, key_ids = map(_fill, (q, k, v, query_ids, key_ids))
     T, S = bias.shape[1:]
     rows, columns = _block(G * T), _block(S)

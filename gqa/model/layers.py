@@ -1,7 +1,8 @@
 """The parts of a T5 layer: attention with its projections, norm, MLP and position bias.
 
 The formula of attention itself is in `attention.py`, whose letters are used here. How the parts
-form a network is in `transformer.py`.
+form a network is in `transformer.py`. Every module here is for training and for encoding; the
+decoding step has its own projections and MLP, in the layouts of `gqa/inference/`.
 """
 
 from collections.abc import Callable
@@ -22,11 +23,13 @@ from gqa.runtime.sharding import constrain, repeat_heads
 
 
 class Attention(nn.Module):
-    """Attention with its projections.
+    """Attention with its four projections.
 
-    It runs the backend's fused kernel, or `attention_with_custom_gradient` if there is none.
+    The formula runs in the backend's fused kernel, or in `attention_with_custom_gradient` if there
+    is none. Both equal `grouped_query_attention`.
 
-    Parameters: query [D, N, H], key and value [D, K, H], out [N, H, D]; no biases.
+    Parameters: query [D, N, H], key and value [D, K, H], out [N, H, D]; no biases. Only key and
+    value depend on the number of KV heads K, so only these two change shape in a conversion.
     """
 
     d_model: int
@@ -40,13 +43,17 @@ class Attention(nn.Module):
     def setup(self) -> None:
         D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
 
-        # T5 leaves the logits unscaled and draws the query kernel sqrt(H) times smaller instead.
+        # T5 leaves the logits unscaled and draws the query kernel sqrt(H) times smaller instead:
+        # its variance is 1 / (D H) where that of keys and values is 1 / D. Axis 0 is the fan-in D,
+        # axes 1 and 2 are the fan-out.
         query_init = variance_scaling(1 / H, "fan_in", "normal", 0, (1, 2))
         self.query = self.param("query", query_init, (D, N, H))
 
         init = variance_scaling(1.0, "fan_in", "normal", 0, (1, 2))
         self.key = self.param("key", init, (D, K, H))
         self.value = self.param("value", init, (D, K, H))
+
+        # The output projection reads all heads, so its fan-in is N * H.
         self.out = self.param("out", variance_scaling(1.0, "fan_in", "normal", (0, 1)), (N, H, D))
 
     def __call__(
@@ -57,14 +64,24 @@ class Attention(nn.Module):
         segments: Segments | None,
         train: bool,
     ) -> Float[Array, "B T D"]:
-        """Attend from x to y. In self-attention, y is x."""
+        """Attend from x to y. In self-attention, y is x.
+
+        Args:
+            position_bias: added to the logits; None in cross-attention, where T5 has no bias.
+            segments: limits each query to its own example; None limits nothing.
+            train: whether to drop attention weights, with the "dropout" key of the caller.
+        """
         (B, T, D), S, N, H = x.shape, y.shape[1], self.num_heads, self.head_dim
+
+        # Where the mesh has more devices along "model" than there are KV heads, `repeat_heads`
+        # copies each KV head to several devices; otherwise it returns keys and values unchanged.
         q = constrain(self._heads(x, self.query), "batch", None, "heads", None)
         k, v = (repeat_heads(self._heads(y, kernel)) for kernel in (self.key, self.value))
 
         dropout = None
         if train and self.dropout_rate > 0:
-            # One draw for each key serves all query positions, as in T5.
+            # One draw for each key serves all query positions, as in T5: the axis of T is 1. What
+            # is kept is divided by its share, so that the expected sum of weights stays 1.
             keep = 1 - self.dropout_rate
             dropout = jax.random.bernoulli(self.make_rng("dropout"), keep, (B, N, 1, S)) / keep
 
@@ -78,7 +95,8 @@ class Attention(nn.Module):
             dropout=dropout,
             backend=fused_attention.backend(),
         )
-        if out is None:  # no kernel of this backend fits
+        if out is None:
+            # No kernel of this backend fits. Axes: k [B, K, H, S] and v [B, K, S, H].
             k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
             mask = make_mask(segments, self.causal, T, S)
             out = attention_with_custom_gradient(q, k, v, position_bias, mask, dropout)
@@ -100,13 +118,19 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         scale = self.param("scale", ones, (x.shape[-1],))
+
+        # The squares of bfloat16 values would lose too many digits in their mean.
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * jnp.expand_dims(scale, range(x.ndim - 1))).astype(self.dtype)
 
 
 class MLP(nn.Module):
-    """T5 1.1: (gelu(x wi_0) * (x wi_1)) wo. T5 1.0: relu(x wi_0) wo. Kernels [D, F] and [F, D]."""
+    """The feed-forward part of a layer, applied to each position alone.
+
+    T5 1.1 computes (gelu(x wi_0) * (x wi_1)) wo, T5 1.0 computes relu(x wi_0) wo. The parameters
+    wi_0 and wi_1 are [D, F], wo is [F, D]. Hidden activations are dropped out before wo.
+    """
 
     d_ff: int
     activation: str
@@ -133,7 +157,8 @@ class MLP(nn.Module):
 class RelativePositionBias(nn.Module):
     """T5's learned bias for each query head and bucket of distances.
 
-    The layers of a stack share one table [buckets, N].
+    The layers of a stack share one table [buckets, N]. There is a column for each query head, not
+    for each KV head, so a conversion leaves the table as it is.
     """
 
     num_heads: int
@@ -149,9 +174,13 @@ class RelativePositionBias(nn.Module):
         """Return the bias of queries 0..T-1 and keys 0..S-1.
 
         The bias depends on the distance alone, so only M = T + S values are looked up. They are
-        laid out by a reshape, which is faster than a gather of T * S values: if a row of M values
-        is repeated T times and cut into rows of M - 1, each row starts one value later than the row
-        above it, as the distances of the next query do.
+        laid out by a reshape, which is faster than a gather of T * S values. If a row of M values
+        is repeated T times and cut into rows of M - 1, each row starts one value earlier in the
+        cycle than the row above it, which is the value of one distance less.
+
+        Example with T = S = 2: the row of values has the distances 0 1 -2 -1. Repeated twice and
+        cut into rows of 3, it reads 0 1 -2 / -1 0 1; the first S = 2 columns are the distances of
+        query 0 (0, 1) and of query 1 (-1, 0).
         """
         M = T + S
         distance = (jnp.arange(M) + T) % M - T  # 0 .. S-1, then -T .. -1
@@ -179,7 +208,11 @@ def relative_position_bucket(
     Half of a direction's buckets hold one distance each. The widths of the others grow
     logarithmically up to `max_distance`, computed in float32. Keys ahead of the query get buckets
     of their own if `bidirectional`; if not, they share bucket 0, since a mask hides them.
+
+    Example with T5's 32 buckets and max_distance 128, not bidirectional: distances 0, -1 .. -15
+    have the buckets 0 .. 15, distances -16 .. -18 share bucket 16, and all from -113 on have 31.
     """
+    # The direction: keys ahead of the query have the upper half of the buckets.
     bucket = jnp.zeros_like(distance)
     if bidirectional:
         num_buckets //= 2
@@ -188,6 +221,7 @@ def relative_position_bucket(
     else:
         distance = jnp.maximum(-distance, 0)
 
+    # The size: small distances have exact buckets, larger ones logarithmic buckets.
     exact = num_buckets // 2
     eps = jnp.finfo(jnp.float32).eps  # keeps the unused logarithm of distance 0 finite
     ratio = jnp.log(distance.astype(jnp.float32) / exact + eps)

@@ -30,6 +30,7 @@ def _linear_backward(saved: tuple[Array, Array], dout: Array) -> tuple[Array, Ar
     # Materialise the output's gradient once, so that neither product fuses a transpose of it.
     dout = jax.lax.optimization_barrier(dout)
 
+    # dx = dout kernel', summed over F. dkernel = x' dout, summed over all rows of x.
     batch = tuple(range(x.ndim - 1))
     dx = jax.lax.dot_general(dout, kernel, (((x.ndim - 1,), (1,)), ((), ())))
     dkernel = jax.lax.dot_general(x, dout, ((batch, batch), ((), ())))

@@ -1,8 +1,10 @@
-"""T5 with any number of KV heads per attention. The letters are those of `gqa/model/attention.py`.
+"""T5 with any number of KV heads in each attention. Letters are those of `gqa/model/attention.py`.
 
 This file puts the parts of `layers.py` together: layers, stacks of layers, the network, and its
-parameters as a tree. Training runs scanned layers: every layer parameter has a leading axis L, so
-that converting a checkpoint is one reshape.
+parameters as a tree. Training runs scanned layers: every layer parameter has a leading axis L. So
+the compiler sees one layer instead of L, and converting a checkpoint is one reshape for all layers.
+For example, the keys of a decoder are params["decoder"]["layers"]["self_attention"]["key"], an
+array [L, D, K, H].
 
 `decoder_layer` is the order of a decoder layer's parts. Training and `gqa/inference/step.py`, which
 generates a token at a time, both call it.
@@ -73,9 +75,11 @@ class EncoderLayer(nn.Module):
 
         position_bias is [1, N, S, S].
         """
+        # T5 norms what a part reads and adds what the part computes to the unnormed x ("pre-norm").
         h = self.attention_norm(x)
         h = self.attention(h, h, position_bias, segments, self.train)
         x += self.dropout(h, deterministic=not self.train)
+
         h = self.mlp(self.mlp_norm(x), self.train)
         x += self.dropout(h, deterministic=not self.train)
         return constrain(x, "batch", None, None), None
@@ -95,6 +99,7 @@ def decoder_layer(
         norms: the norms before self-attention, before cross-attention and before the MLP.
         self_attention, cross_attention, mlp: take the normed x and return what is added to x.
     """
+    # T5 norms what a part reads and adds what the part computes to the unnormed x ("pre-norm").
     self_attention_norm, cross_attention_norm, mlp_norm = norms
     x += self_attention(self_attention_norm(x))
     x += cross_attention(cross_attention_norm(x))
@@ -131,10 +136,12 @@ class DecoderLayer(nn.Module):
             x: [B, T, D].
             encoded: the encoder's output [B, S, D].
             position_bias: [1, N, T, T].
-            segments: which targets attend to each other.
+            segments: which targets attend to each other; None limits nothing but causality.
             cross_segments: which targets attend to which inputs.
         """
 
+        # Dropout is part of training alone, so it is wrapped around the parts here and not written
+        # into `decoder_layer`, which generation shares.
         def drop(h: Array) -> Array:
             return self.dropout(h, deterministic=not self.train)
 
@@ -155,9 +162,15 @@ class DecoderLayer(nn.Module):
 def _layers(
     layer: type[nn.Module], config: Config, train: bool, length: int, name: str = "layers"
 ) -> nn.Module:
-    """Return `length` layers as one scan: x is carried, all layers share the other arguments."""
+    """Return `length` layers as one scan: x is carried, all layers share the other arguments.
+
+    Each parameter of `layer` gets a leading axis of `length`, and each layer its own dropout key.
+    """
     if REMAT[config.remat] is not None:
+        # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barriers
+        # that `prevent_cse` would add are not needed.
         layer = nn.remat(layer, policy=REMAT[config.remat], prevent_cse=False)
+
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0},
@@ -192,6 +205,8 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, segments: Segments, train: bool) -> Array:
+        # All layers share one position bias. The last dropout, behind the norm, draws for each
+        # position; the others draw once for all positions.
         c, S = self.config, x.shape[1]
         position_bias = _position_bias(c, bidirectional=True, name="position_bias")(S, S)
         x = _dropout(c)(x, deterministic=not train)
@@ -216,6 +231,9 @@ class Decoder(nn.Module):
         c, T = self.config, x.shape[1]
         position_bias = _position_bias(c, bidirectional=False, name="position_bias")(T, T)
         x = _dropout(c)(x, deterministic=not train)
+
+        # Layers with different numbers of KV heads have arrays of different shapes, which one scan
+        # cannot stack.
         if len(c.layer_groups) == 1:
             layers = _layers(DecoderLayer, c, train, c.num_decoder_layers)
         else:
@@ -236,6 +254,7 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
+        # Inputs and targets share one table of embeddings. T5 1.0 also uses it for the logits.
         self.embedding = self.param("embedding", normal(1.0), (c.vocab_size, c.d_model))
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         if not c.tied_logits:
@@ -254,6 +273,7 @@ class Transformer(nn.Module):
             # Causality is enough: a target sees only targets before it, and the padding behind
             # the end of a text is not scored.
             segments = None
+
         x = self.encoder(self.embed(inputs), Segments(source, source, packed), train)
         cross = Segments(target, source, packed)
         previous = shift_right(targets, batch.get("targets_positions"))
@@ -270,6 +290,7 @@ class Transformer(nn.Module):
         """Return float32 logits [..., V] of the decoder's output [..., D]."""
         x = x.astype(jnp.float32)
         if self.config.tied_logits:
+            # The embedding has unit variance, so a product over D is divided by sqrt(D).
             logits = x * self.config.d_model**-0.5 @ self.embedding.T
         else:
             logits = linear(x, self.logits)
@@ -282,7 +303,8 @@ def shift_right(
     """Return the decoder's inputs: the targets one position later, behind a start token.
 
     The start token is 0, which T5 also uses for padding. In a packed row every example starts with
-    it, wherever `positions` is 0.
+    it, wherever `positions` is 0. Example: targets 7 8 1 | 9 1 with positions 0 1 2 | 0 1 give
+    0 7 8 | 0 9.
     """
     shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
     return shifted if positions is None else jnp.where(positions == 0, 0, shifted)
@@ -291,8 +313,9 @@ def shift_right(
 def cut(tree: dict, config: Config) -> dict:
     """Cut the decoder's one stack of layers into a stack for each layer group of `config`.
 
-    The tree is one of parameters, or one like it (an optimizer's state). For a config with a single
-    layer group the tree is returned as it is.
+    The tree is one of parameters, or one of the same structure (an optimizer's state). For a config
+    with a single layer group the tree is returned as it is. Example: layer groups {0: 2, 2: 1} turn
+    the arrays [3, ...] of "layers" into {"0": arrays [2, ...], "2": arrays [1, ...]}.
     """
     if len(config.layer_groups) == 1:
         return tree
@@ -306,6 +329,8 @@ def cut(tree: dict, config: Config) -> dict:
 
 def each_layer(stack: dict) -> Iterator[dict]:
     """Yield each layer's parameters of a stack, `params["encoder"]` or `params["decoder"]`."""
+    # A stack of several layer groups has their first layers as keys ("0", "2"), other stacks have
+    # the parts of a layer ("mlp", ...).
     layers = stack["layers"]
     groups = [layers] if "mlp" in layers else [layers[i] for i in sorted(layers, key=int)]
     for group in groups:
@@ -315,7 +340,8 @@ def each_layer(stack: dict) -> Iterator[dict]:
 
 @partial(jax.jit, static_argnums=0)
 def init_params(config: Config, seed: int) -> dict:
-    """Draw random parameters from T5's initialisers."""
+    """Draw random parameters from T5's initialisers; the same seed gives the same parameters."""
+    # The shapes of parameters depend on the config alone, so the shortest batch does.
     batch = {name: jnp.zeros((1, 1), jnp.int32) for name in ("inputs", "targets")}
     return Transformer(config).init(jax.random.key(seed), batch)["params"]
 
