@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from gqa.conversion import arguments, calibration, closed_form, layer_budget, learned
 from gqa.conversion.arguments import (
@@ -67,15 +68,18 @@ __all__ = [
 
 
 class Conversion(NamedTuple):
-    """What `convert` returns: the grouped network, and how its heads were reordered.
+    """The result of `convert`: the grouped network, and the order of its heads.
 
-    head_orders[name] [L, N]: head i of layer l was head head_orders[name][l, i] of the old
-    parameters. An attention that kept its order is left out.
+    Attributes:
+        params, config: of the grouped network.
+        head_orders: by attention, an array [L, N]. KV head i of layer l, before heads were pooled,
+            was head `head_orders[name][l, i]` of the old parameters. An attention that kept its
+            order is left out.
     """
 
     params: dict
     config: Config
-    head_orders: dict[str, np.ndarray]
+    head_orders: dict[str, Int[np.ndarray, "L N"]]
 
 
 def convert(
@@ -100,7 +104,8 @@ def convert(
             change. The latter two also take a number for each layer (see `per_layer_kv_heads`).
         method: one of METHODS. "weighted" and "fuse" give the network their training starts from.
         seed: of everything random in method and grouping.
-        input_covariances: of `calibration.input_covariances`, where they or `batches` are needed.
+        input_covariances: of `calibration.input_covariances`. A method or grouping that weighs
+            heads by activations needs either these or `batches`.
         batches: calibration batches. Each layer is then measured in the network as converted so
             far, so that later layers can make up for the errors of earlier ones.
         space: what "svd" approximates best: kernels ("weight"), keys and values ("activation"), or
@@ -120,6 +125,7 @@ def convert(
     if not heads:
         return Conversion(params, new_config, {})
 
+    # 1. Grouping: reorder the heads so that the members of a group are neighbours.
     if grouping in MEASURED:
         input_covariances = _reusable(input_covariances, params, config, batches, heads)
     # Only "contiguous" and the methods without training take KV heads by layer; see `check`.
@@ -127,6 +133,7 @@ def convert(
     head_orders = find_head_orders(params, one_for_all, grouping, seed, input_covariances)
     params = permute_heads(params, head_orders)
 
+    # 2. Method: make one head of each group.
     if method in learned.METHODS:
         params = learned.fold(learned.expand(params, one_for_all, method))
         return Conversion(params, new_config, head_orders)
@@ -135,6 +142,8 @@ def convert(
         kernels = closed_form_kernels(params, new_config, heads, layers, method, space, shrinkage)
     else:
         kernels = pooled_kernels(params, new_config, heads, method, seed)
+
+    # 3. Norm: scale the new heads, if asked for. All other parameters are shared with the parent.
     if renorm:
         kernels = restore_norms(kernels, params)
     return Conversion(with_kernels(params, new_config, kernels), new_config, head_orders)
@@ -185,6 +194,7 @@ def per_layer_kv_heads(
     check(config, heads, "svd", space, calibrated=input_covariances is not None)
     heads = arguments.changed_attentions(config, heads)
 
+    # What every layer would lose with each possible number of heads; then the cheapest choice.
     discarded = {}
     layers = layer_covariances(params, config, heads, space, input_covariances, None)
     for covariance in layers:

@@ -1,4 +1,4 @@
-"""The arguments of a conversion: known names, defaults, and which of them go together.
+"""Check the arguments of a conversion: known names, defaults, and which of them go together.
 
 Messages name the argument of `gqa.convert` and the values that would do. Nothing here
 touches parameters, so a pipeline can check a conversion before it trains the network.
@@ -51,12 +51,15 @@ def check(
         raise UserError(
             "the layers of this network differ in KV heads already; convert its multi-head parent"
         )
+
+    # The numbers of KV heads must divide the heads that the network has now.
     for name, value in num_kv_heads.items():
         if name not in ATTENTIONS:
             raise UserError(f"no attention {name!r} to convert; use {', '.join(ATTENTIONS)}")
         for K in value if isinstance(value, tuple) else (value,):
             check_kv_heads(_field(name), K, getattr(config, _field(name)))
 
+    # Combinations: some methods exclude an option, others need calibration text.
     if renorm and method in learned.METHODS:
         advice = f"use renorm=False, or method={', '.join(CLOSED)}"
         raise ConfigError("renorm", True, advice, f"does not go with {method!r}, which is trained")
@@ -121,4 +124,5 @@ def config_fields(num_kv_heads: KVHeads) -> dict[str, Any]:
 
 
 def _field(attention: str) -> str:
+    """Return the field of `Config` that holds an attention's number of KV heads."""
     return f"num_kv_heads_{attention}"

@@ -1,8 +1,8 @@
 """Apply a conversion method to every layer, and put the new kernels into the parameter tree.
 
 Neighbouring decoder layers with equal numbers of KV heads form a layer group and share stacked
-arrays (`Config.layer_groups`), so new kernels come by attention and by the first layer of a group.
-The methods themselves are in pooling.py and closed_form.py.
+arrays (`Config.layer_groups`). So new kernels are keyed by attention and by the first layer of a
+layer group. The methods themselves are in pooling.py and closed_form.py.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ def pooled_kernels(
     """Pool keys and values of the attentions in `num_kv_heads` by a method of pooling.py."""
     kernels: GroupKernels = {name: {} for name in num_kv_heads}
     for name in num_kv_heads:
+        # Each attention has a key of its own, so that "random" draws different heads for each.
         old = kernels_of(params, name)
         key = jax.random.fold_in(jax.random.key(seed), list(ATTENTIONS).index(name))
         for first, (layers, K) in _layer_groups(new_config, name).items():
@@ -46,7 +47,8 @@ def pooled_kernels(
             kernels[name][first] = group
             if group["key"].shape[2] == K:
                 continue
-            # Every layer group folds its first layer into the key, so that "random" draws anew.
+
+            # Each layer group folds its first layer into the key, so that no two draw equal heads.
             heads = [in_groups(group[side], K) for side in ("key", "value")]
             keys, values = getattr(pooling, method)(*heads, jax.random.fold_in(key, first))
             kernels[name][first] = group | {"key": keys, "value": values}
@@ -64,7 +66,7 @@ def layer_covariances(
     """Return the input covariances in the order in which layers are to be converted.
 
     With `batches` they are measured on the way, and a caller may send a layer's new kernels back.
-    In the space "weight" nothing is measured, and the covariances' `keys` are None.
+    In the space "weight" nothing is measured, and `keys` of every covariance is None.
     """
     if space == "weight":
         num_layers = {name: len(kernels_of(params, name)["key"]) for name in num_kv_heads}
@@ -81,8 +83,8 @@ def layer_covariances(
 def _ignoring_sends(
     covariances: Iterable[InputCovariance],
 ) -> Generator[InputCovariance, dict | None, None]:
-    """Yield covariances that were measured before, so that kernels sent back change nothing."""
-    # `yield from` would pass what is sent on to a list's iterator, which cannot receive it.
+    """Yield covariances that were measured before; kernels that are sent back change nothing."""
+    # `yield from` would pass sent kernels on to a list's iterator, which has no method `send`.
     for covariance in covariances:  # noqa: UP028
         yield covariance
 
@@ -103,6 +105,9 @@ def closed_form_kernels(
     """
     kernels: dict[str, dict[int, dict]] = {name: {} for name in num_kv_heads}  # by layer
     conditions: dict[tuple[str, int], float] = {}
+
+    # Each pass sends the new kernels of the layer before, and receives the next covariance. The
+    # generator ends with StopIteration.
     new: dict | None = None
     with contextlib.suppress(StopIteration):
         while True:
@@ -112,6 +117,8 @@ def closed_form_kernels(
                 new = None
                 continue
             old = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
+
+            # With KV heads by layer, a layer may keep all of its heads; then it keeps its kernels.
             new, K = old, new_config.kv_heads(name)[layer]
             if new["key"].shape[1] != K:
                 new, conditions[name, layer] = closed_form.convert_layer(
@@ -165,7 +172,7 @@ def _stack(params: dict, new_config: Config, name: str, layers: dict[int, dict])
 
 
 def _warn_if_ill_conditioned(conditions: dict[tuple[str, int], float]) -> None:
-    """Warn once, of the worst covariance; the converted weights are finite all the same."""
+    """Warn once, about the worst covariance. The converted weights are finite all the same."""
     (name, layer), worst = max(conditions.items(), key=lambda item: item[1])
     if worst > ILL_CONDITIONED:
         warnings.warn(

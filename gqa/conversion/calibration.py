@@ -1,9 +1,9 @@
-"""Measure the covariances of what attentions read, by running calibration batches.
+"""Measure the covariances of the inputs of attentions, by running calibration batches.
 
 closed_form.py and grouping.py weigh a direction of a layer's input by how much the input varies
-along it. All they need of the data is the uncentred covariance E[x x'] of each input, a matrix
-[D, D] in float64. Covariances are yielded one layer at a time, because those of a large network
-would not fit in memory together. Letters are those of gqa/model/attention.py.
+along this direction. The only statistic they need is the uncentred covariance E[x x'] of each
+input, a matrix [D, D] in float64. Covariances are yielded one layer at a time, because those of a
+large network would not fit in memory together. Letters are those of gqa/model/attention.py.
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Bool, Float
 
 from gqa.model.attention import Segments
 from gqa.model.config import Config
@@ -32,19 +32,20 @@ ATTENTIONS = {
 
 
 class InputCovariance(NamedTuple):
-    """The covariances of what one attention of one layer reads.
+    """The covariances of the inputs of one attention of one layer.
 
     Attributes:
         attention: "encoder", "self_attention" or "cross_attention".
         keys: [D, D] float64, the mean of x x' over the `num_keys` tokens x from which keys and
             values are computed. None if nothing was measured.
-        queries: the same over the `num_queries` tokens from which queries are computed.
+        queries: [D, D] float64, the same mean over the `num_queries` tokens from which queries are
+            computed. In self-attention these are the same tokens.
     """
 
     attention: str
     layer: int
-    keys: np.ndarray | None
-    queries: np.ndarray | None
+    keys: Float[np.ndarray, "D D"] | None
+    queries: Float[np.ndarray, "D D"] | None
     num_keys: int
     num_queries: int
 
@@ -79,11 +80,13 @@ def input_covariances(
     batches then continue through these kernels, so later covariances are those of the network as
     converted so far.
     """
+    # The encoder: embed all batches, then send them through it layer by layer.
     batches = list(batches)
     # Any, because jitted functions take NumPy arrays too, and `Array` does not say so.
     sources: list[Any] = [_source(batch) for batch in batches]
     embed = jax.jit(partial(Transformer(config).apply, method="embed"))
 
+    # Batches of one length share a position bias.
     activations, bias = [], cache(partial(_bias, params["encoder"], config, True))
     for batch, source in zip(batches, sources, strict=True):
         S, packed = source.shape[1], "inputs_segments" in batch
@@ -92,7 +95,8 @@ def input_covariances(
         activations.append(_Activations(x, source > 0, shared))
     activations = yield from _stack("encoder", params, config, activations, attentions, None)
 
-    # All cross-attentions make keys and values from the encoder's normalised output.
+    # All cross-attentions make keys and values from the encoder's normalised output, so its
+    # covariance is measured once.
     norm = RMSNorm(jnp.dtype(config.dtype))
     encoded: list[Any] = [
         norm.apply({"params": params["encoder"]["norm"]}, r.x) for r in activations
@@ -101,6 +105,7 @@ def input_covariances(
     if "cross_attention" in attentions:
         memory = second_moment(encoded, [r.real for r in activations])
 
+    # The decoder, which reads the targets one position later and the encoder's output.
     activations, bias = [], cache(partial(_bias, params["decoder"], config, False))
     for batch, source, y in zip(batches, sources, encoded, strict=True):
         targets, packed = batch["targets"], "targets_segments" in batch
@@ -155,18 +160,24 @@ def _layer(
     memory: tuple[np.ndarray, int] | None,
     index: int,
 ) -> Generator[InputCovariance, dict | None, list[_Activations]]:
-    """Do what `_stack` does for one layer, which runs again whenever its kernels are replaced."""
+    """Yield the covariances of one layer, and return the activations behind the layer.
+
+    When a caller replaces kernels of the layer, the layer runs again. So the covariance of a
+    decoder's cross-attention is that behind the converted self-attention.
+    """
     module = EncoderLayer if stack == "encoder" else DecoderLayer
     results = None
     for name, (_, attention) in ATTENTIONS.items():
         if name not in attentions or attention not in layer:
             continue
         results = results or [_run(module, config, layer, r.x, r.shared) for r in activations]
+        # An attention reads x after the norm of the same name.
         normed = [norms[f"{attention}_norm"] for _, norms in results]
         queries, count = second_moment(normed, [r.real for r in activations])
         keys, num_keys = (queries, count)
         if name == "cross_attention" and memory is not None:
             keys, num_keys = memory
+
         new_kernels = yield InputCovariance(name, index, keys, queries, num_keys, count)
         if new_kernels is not None:
             layer = layer | {attention: _repeated(new_kernels, layer[attention])}
@@ -179,7 +190,11 @@ def _layer(
 def _run(
     module: type[nn.Module], config: Config, params: dict, x: Array, shared: tuple
 ) -> tuple[Array, dict[str, Array]]:
-    """Return a layer's output [B, T, D], and the output of each of its norms by name."""
+    """Return a layer's output [B, T, D], and the output of each of its norms by name.
+
+    The norms are read out of the layer as it is (`capture_intermediates`), so that calibration does
+    not repeat the order of a layer's parts.
+    """
     (x, _), captured = module(config, train=False).apply(
         {"params": params},
         x,
@@ -197,7 +212,9 @@ def _repeated(new: dict, old: dict) -> dict:
     return new | wide
 
 
-def second_moment(xs: Sequence[Array], real: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
+def second_moment(
+    xs: Sequence[Float[Array, "_ _ D"]], real: Sequence[Bool[np.ndarray, "_ _"]]
+) -> tuple[Float[np.ndarray, "D D"], int]:
     """Return the mean of x x' over all real positions, [D, D] in float64, and their number.
 
     Args:
@@ -206,6 +223,7 @@ def second_moment(xs: Sequence[Array], real: Sequence[np.ndarray]) -> tuple[np.n
     """
     total, count = np.zeros((xs[0].shape[-1],) * 2), 0
     for x, mask in zip(xs, real, strict=True):
+        # On the host in float64: the small eigenvalues would be lost in a sum in float32.
         tokens = np.asarray(x, np.float64)[mask]
         total += tokens.T @ tokens
         count += len(tokens)

@@ -8,8 +8,9 @@ and the partners P_h (query kernels, or output kernels transposed) become
 
     W = sum_h W_h down_h          P_h <- P_h up_h          (eq. 3)
 
-so that head h reads W up_h', its approximation. All is computed in float64 on the host, one group
-at a time: `heads` [G, D, H] and `partners` [G, P, D, H], where P query heads read each head.
+so that head h reads W up_h', the approximation of its own W_h. Everything is computed in float64 on
+the host, one group at a time: `heads` [G, D, H] and `partners` [G, P, D, H], where P is the number
+of query heads that read each head before the conversion (1 for a multi-head parent).
 
 This file knows one layer. calibration.py measures the covariances, assemble.py visits the layers.
 """
@@ -24,6 +25,7 @@ SPACES = ("weight", "activation", "logit")
 
 # Eigenvalues of a matrix that is inverted are raised to this share of the largest.
 FLOOR = 1e-9
+
 # The Procrustes iteration ends after so many rounds, or when a round gains relatively less.
 ROUNDS, TOLERANCE = 100, 1e-10
 
@@ -49,6 +51,7 @@ def convert_layer(
         The new kernels in float32, and the largest condition number among the covariances of the
         inputs and of the heads' partners.
     """
+    # Keys with their queries, and values with their outputs, are two instances of one problem.
     conditions = [] if covariance.keys is None else [condition(covariance.keys)]
     new, partners = {}, {}
     for name, groups in _split_groups(kernels, num_groups, covariance, shrinkage).items():
@@ -56,6 +59,9 @@ def convert_layer(
         new[name] = np.stack([head for head, _, _ in pooled], axis=1)
         partners[name] = np.concatenate([p.reshape(-1, *p.shape[2:]) for _, p, _ in pooled])
         conditions += [worst for _, _, worst in pooled]
+
+    # Partners are [N, D, H]. A query kernel is [D, N, H]; an output kernel is the transpose of its
+    # partner, [N, H, D].
     new["query"] = partners["key"].transpose(1, 0, 2)
     new["out"] = partners["value"].transpose(0, 2, 1)
     return {name: x.astype(np.float32) for name, x in new.items()}, max(conditions)
@@ -72,6 +78,7 @@ def discarded_energy(
     for groups in _split_groups(kernels, num_groups, covariance, shrinkage).values():
         lost = whole = 0.0
         for heads, partner, C, C_partner in groups:
+            # The top H eigenvalues are what one head of size H can keep.
             root, _, _ = _head_weights(space, partner, C_partner)
             values = np.maximum(np.linalg.eigvalsh(_weighted_gram(gram_matrix(heads, C), root)), 0)
             lost, whole = lost + values[: -heads.shape[-1]].sum(), whole + values.sum()
@@ -93,6 +100,9 @@ def _split_groups(
         C, C_query = shrunk(covariance.keys, shrinkage), shrunk(covariance.queries, shrinkage)
     query, out = (np.asarray(kernels[name], np.float64) for name in ("query", "out"))
     partners = {"key": (query.transpose(1, 0, 2), C_query), "value": (out.transpose(0, 2, 1), None)}
+
+    # Heads [K, D, H] are cut into groups of neighbours, and so are the query heads that read them:
+    # partner [N, D, H] becomes [groups, G, P, D, H].
     groups_of = {}
     for name, (partner, C_partner) in partners.items():
         heads = np.asarray(kernels[name], np.float64).transpose(1, 0, 2)
@@ -123,6 +133,7 @@ def pool(
     G = len(heads)
     gram = gram_matrix(heads, C)
     if method == "procrustes":
+        # Rotate every head, then average; each partner turns with its head (eq. 9).
         up = procrustes(gram)
         return np.einsum("GDH,GHI->DI", heads, up) / G, partners @ up[:, None], 1.0
 
@@ -183,7 +194,7 @@ def svd(
     """
     G, H = gram.shape[:2]
     _, vectors = np.linalg.eigh(_weighted_gram(gram, root))
-    V = vectors[:, -H:].reshape(G, H, H)
+    V = vectors[:, -H:].reshape(G, H, H)  # eigenvalues ascend, so the last H are the top H
     return V @ polar(V[0]).T
 
 

@@ -1,4 +1,4 @@
-"""Which heads share a group: an order of the heads that makes the members of a group neighbours.
+"""Choose which heads share a group: an order that makes the members of a group neighbours.
 
 Query heads, their rows of the output kernel and, in self-attention, their columns of the position
 bias move with their KV head, so the network stays the same function. Each cross-attention has an
@@ -30,7 +30,7 @@ def find_head_orders(
     grouping: str,
     seed: int = 0,
     input_covariances: Iterable[InputCovariance] | None = None,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Int[np.ndarray, "L N"]]:
     """Return the order [L, N] of each attention's KV heads in which groups are neighbours.
 
     Example: with N=4, K=2 and "strided" each layer's order is 0, 2, 1, 3: heads 0 and 2 share one
@@ -56,10 +56,13 @@ def find_head_orders(
 
     head_orders = {}
     for name, K in fewer_heads.items():
+        # Self-attentions share one order; each cross-attention has its own (see the top of the
+        # file).
         L, _, N, _ = shapes[name]
         rng = np.random.default_rng([seed, list(ATTENTIONS).index(name)])
         num_orders = L if name == "cross_attention" else 1
         if grouping == "strided":
+            # Row i of the reshape is heads i K .. i K + K - 1; column k is group k: k, k + K, ...
             rows = [np.arange(N).reshape(-1, K).T.reshape(-1)]
         elif grouping == "random":
             rows = [rng.permutation(N) for _ in range(num_orders)]
@@ -71,7 +74,7 @@ def find_head_orders(
     return head_orders
 
 
-def permute_heads(params: dict, head_orders: dict[str, np.ndarray]) -> dict:
+def permute_heads(params: dict, head_orders: dict[str, Int[np.ndarray, "L N"]]) -> dict:
     """Return parameters whose KV head i of layer l was head order[l, i]; the function is the same.
 
     Raises:
@@ -83,7 +86,7 @@ def permute_heads(params: dict, head_orders: dict[str, np.ndarray]) -> dict:
 
 
 def head_axes(
-    params: dict, head_orders: dict[str, np.ndarray]
+    params: dict, head_orders: dict[str, Int[np.ndarray, "L N"]]
 ) -> list[tuple[tuple[str, ...], int, np.ndarray]]:
     """Return the path of every leaf with heads, the axis they lie on, and their new order."""
     return [
@@ -161,6 +164,8 @@ def similarity(
     `aligned` takes the largest cosine that any rotation of one of the two heads gives: the nuclear
     norm of their product instead of its trace.
     """
+    # The trace of W_i' C W_j is the inner product of heads i and j. Divided by both norms it is
+    # their cosine.
     total = np.zeros(())
     for name in ("key", "value"):
         heads = np.asarray(kernels[name][layer], np.float64).transpose(1, 0, 2)
@@ -181,6 +186,7 @@ def search(
     Hill climbing by the best swap of two heads, from groups of neighbours and from RESTARTS random
     ones. Groups come in the order of their first heads.
     """
+    # A head's similarity to itself is the same in every grouping.
     N = len(similarities)
     similarities = np.where(np.eye(N, dtype=bool), 0.0, similarities)
     neighbours = np.repeat(np.arange(num_groups), N // num_groups)

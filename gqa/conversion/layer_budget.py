@@ -16,14 +16,17 @@ def allocate(
 ) -> dict[str, tuple[int, ...]]:
     """Return the KV heads of each attention's layers with the least total loss (eq. 12).
 
-    It is a knapsack, solved exactly by dynamic programming over the size of the cache.
+    This is a knapsack problem: each layer picks one of its options, at a cost in bytes of cache.
+    It is solved exactly by dynamic programming over the size of the cache.
 
     Args:
         discarded: by attention and layer, the loss with each possible number of KV heads.
         num_kv_heads: by attention, the number whose cache is the budget.
         lengths: by attention, the positions in the cache.
     """
-    # One unit of the cache holds one KV head at as many positions as divide all lengths.
+    # Sizes are counted in units, so that the table below stays small. One unit is the cache of one
+    # KV head at as many positions as divide all lengths: 512 and 2048 positions make units of 512,
+    # and a head of the two attentions costs 1 and 4 units.
     unit = math.gcd(*(lengths[name] for name in num_kv_heads))
     cost = {name: lengths[name] // unit for name in num_kv_heads}
     budget = sum(cost[name] * num_kv_heads[name] for name, _ in discarded)
@@ -32,6 +35,8 @@ def allocate(
     # number of heads that layer i has there.
     best, chosen = np.zeros(budget + 1), []
     for (name, _), options in discarded.items():
+        # reached[o][b] is the least loss with this layer's option o, or infinite if the option
+        # alone costs more than b.
         heads = sorted(options)
         reached = np.full((len(heads), budget + 1), np.inf)
         for row, K in zip(reached, heads, strict=True):

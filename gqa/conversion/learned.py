@@ -2,7 +2,7 @@
 
 `expand` adds two leaves to each attention that loses heads, `key_pool` and `value_pool`; its
 kernels keep all their heads. `fold` applies these weights and returns plain grouped parameters. A
-training step differentiates through it:
+training step differentiates through `fold`. The weights are:
 
     weighted (WGQA)   [L, K, G]      a group's head is the weighted sum of its members, from 1/G
     fuse (DHA)        [L, K, G, G]   each head is a mixture of its group, from the identity; the
@@ -10,7 +10,7 @@ training step differentiates through it:
 
 For "weighted" the step runs `fold(tree)` in the grouped config. For "fuse" it runs
 `blend(tree, progress)` in the parent's config, and `fold` comes at the end. The training itself is
-the uptrain stage's.
+in the uptrain stage of the pipeline.
 """
 
 from collections.abc import Callable
@@ -32,6 +32,8 @@ def expand(params: dict, num_kv_heads: dict[str, int], method: str) -> dict:
         L, _, N, _ = kernels["key"].shape
         if K == N:
             continue
+
+        # weighted: G numbers 1/G. fuse: the identity [G, G], a row of mixing weights for each head.
         G, dtype = N // K, kernels["key"].dtype
         start = jnp.full((G,), 1 / G, dtype) if method == "weighted" else jnp.eye(G, dtype=dtype)
         # Keys and values need arrays of their own, because a training step donates its inputs.
@@ -52,6 +54,7 @@ def fold(tree: dict) -> dict:
     """Return plain parameters of the grouped config: one head per group, no added leaves."""
 
     def pooled(kernel: Array, pool: Array) -> Array:
+        # The mean of the rows of "fuse" is the row that all heads of a group have in the end.
         weights = pool if pool.ndim == 3 else pool.mean(2)
         return jnp.einsum("LDKGH,LKG->LDKH", in_groups(kernel, pool.shape[1]), weights)
 
@@ -70,6 +73,7 @@ def blend(tree: dict, progress: Array | float) -> dict:
     share = pull(progress)
 
     def mixed(kernel: Array, pool: Array) -> Array:
+        # Head i of a group becomes the sum over g of weights[i, g] times head g.
         weights = (1 - share) * pool + share * pool.mean(2, keepdims=True)
         groups = in_groups(kernel, pool.shape[1])
         return jnp.einsum("LDKGH,LKIG->LDKIH", groups, weights).reshape(kernel.shape)

@@ -1,8 +1,8 @@
 """Convert Adafactor's state together with the parameters.
 
-Three steps, in the order of `convert`: reorder the heads, split the layers into layer groups, and
-pool the second moments of heads that become one. "Moments" here are Adafactor's estimates of
-squared gradients (gqa/training/optimizer.py), in one state per leaf of the parameters.
+There are three steps, in the order of `convert`: reorder the heads, split the layers into layer
+groups, and pool the second moments of heads that become one. "Moments" here are Adafactor's running
+means of squared gradients (gqa/training/optimizer.py), in one state per leaf of the parameters.
 """
 
 from functools import partial
@@ -79,10 +79,14 @@ def _permute_leaf(state: Any, shape: tuple[int, ...], axis: int, order: np.ndarr
     """
     # Adafactor sees each layer as a matrix, in which heads and head_dim lie along one side.
     stacked = order.ndim - 1
+    # For query [L, D, N, H], axis 2, the matrix is [D, N * H] and its side 1.
     matrix, side = shape[stacked:], min(axis - stacked, 1)
     if len(matrix) == 3:
         A, B, C = matrix
         matrix = (A, B * C) if side else (A * B, C)
+
+    # Only the vector of means that has one entry per head and coordinate is reordered. The other
+    # vector holds means over all heads, which do not depend on their order.
     side_is_larger = side == _larger_side(matrix)
 
     def reordered(x: Array, order: Array, axis: int = 0) -> Array:
@@ -116,6 +120,8 @@ def _pool_layer(old: Any, fresh: Any, shape: tuple[int, int, int], num_kv_heads:
     moments = moments.reshape(D, num_kv_heads, -1, H).sum(2).reshape(D, num_kv_heads * H)
     if fresh.v_row.size == 1:
         return fresh._replace(count=old.count, v=moments)
+
+    # Factor the pooled matrix as Adafactor would: `v_row` is the mean over the larger side.
     means = moments.mean(1), moments.mean(0)
     v_row, v_col = means if _larger_side((D, num_kv_heads * H)) else means[::-1]
     return fresh._replace(count=old.count, v_row=v_row, v_col=v_col)

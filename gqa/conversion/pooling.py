@@ -1,4 +1,4 @@
-"""Methods that pool keys and values alone; queries and outputs stay as they are.
+"""Methods that pool the keys and values of a group; queries and outputs stay as they are.
 
 Each method is a function with the method's name. It takes the key and value kernels of an
 attention, grouped as [L, D, K, G, H], and a random key, and returns the pooled kernels
@@ -7,30 +7,32 @@ attention, grouped as [L, D, K, G, H], and a random key, and returns the pooled 
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.nn.initializers import variance_scaling
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-Kernels = tuple[Array, Array]
+Groups = Float[Array, "L D K G H"]
+Heads = Float[Array, "L D K H"]
+Kernels = tuple[Heads, Heads]
 
 METHODS = ("mean", "first", "random", "medoid", "largest")
 
 
-def mean(keys: Array, values: Array, rng: Array) -> Kernels:
+def mean(keys: Groups, values: Groups, rng: PRNGKeyArray) -> Kernels:
     """Return the mean of the heads of each group: the paper's choice."""
     del rng
     return keys.mean(3), values.mean(3)
 
 
-def first(keys: Array, values: Array, rng: Array) -> Kernels:
+def first(keys: Groups, values: Groups, rng: PRNGKeyArray) -> Kernels:
     """Return the first head of each group (paper, section 3.3 "First")."""
     del rng
     return keys[:, :, :, 0], values[:, :, :, 0]
 
 
-def random(keys: Array, values: Array, rng: Array) -> Kernels:
+def random(keys: Groups, values: Groups, rng: PRNGKeyArray) -> Kernels:
     """Draw fresh heads from the initialiser (paper, section 3.3 "Random")."""
 
-    def fresh(groups: Array, rng: Array) -> Array:
+    def fresh(groups: Groups, rng: PRNGKeyArray) -> Heads:
         L, D, K, _, H = groups.shape
         init = variance_scaling(1.0, "fan_in", "normal", 0, (1, 2))
         return jax.vmap(lambda key: init(key, (D, K, H), groups.dtype))(jax.random.split(rng, L))
@@ -41,12 +43,13 @@ def random(keys: Array, values: Array, rng: Array) -> Kernels:
     return new_keys, new_values
 
 
-def medoid(keys: Array, values: Array, rng: Array) -> Kernels:
+def medoid(keys: Groups, values: Groups, rng: PRNGKeyArray) -> Kernels:
     """Return the head of each group with the least sum of distances to the others.
 
     The distance of two heads is that of their key and value kernels side by side.
     """
     del rng
+    # [L, D, K, G, 1, H] - [L, D, K, 1, G, H], summed over D and H: [L, K, G, G].
     of_keys, of_values = (
         jnp.square(x[:, :, :, :, None] - x[:, :, :, None]).sum((1, 5)) for x in (keys, values)
     )
@@ -54,7 +57,7 @@ def medoid(keys: Array, values: Array, rng: Array) -> Kernels:
     return _take(keys, values, jnp.sqrt(squared_distances).sum(3).argmin(2))
 
 
-def largest(keys: Array, values: Array, rng: Array) -> Kernels:
+def largest(keys: Groups, values: Groups, rng: PRNGKeyArray) -> Kernels:
     """Return the head of each group with the largest norm of key and value kernel side by side."""
     del rng
     of_keys, of_values = (jnp.square(x).sum((1, 4)) for x in (keys, values))
@@ -62,8 +65,8 @@ def largest(keys: Array, values: Array, rng: Array) -> Kernels:
     return _take(keys, values, square.argmax(2))
 
 
-def _take(keys: Array, values: Array, index: Array) -> Kernels:
-    """Return member index[l, k] of every group."""
+def _take(keys: Groups, values: Groups, index: Int[Array, "L K"]) -> Kernels:
+    """Return member index[l, k] of group k of layer l, of keys and of values."""
     index = index[:, None, :, None, None]
     new_keys, new_values = (
         jnp.take_along_axis(x, index, axis=3)[:, :, :, 0] for x in (keys, values)
@@ -71,7 +74,7 @@ def _take(keys: Array, values: Array, index: Array) -> Kernels:
     return new_keys, new_values
 
 
-def restore_norm(pooled: Array, groups: Array) -> Array:
+def restore_norm(pooled: Heads, groups: Groups) -> Heads:
     """Scale each pooled head to the mean Frobenius norm of its group (docs/conversion.md, eq. 13).
 
     A head of zeros stays zero.
@@ -80,6 +83,7 @@ def restore_norm(pooled: Array, groups: Array) -> Array:
         pooled: the new heads [L, D, K, H].
         groups: the heads that they replace, [L, D, K, G, H].
     """
+    # A head of zeros is multiplied by 1. The inner `where` keeps the unused quotient finite.
     target = jnp.sqrt(jnp.square(groups).sum((1, 4), keepdims=True)).mean(3)
     norm = jnp.sqrt(jnp.square(pooled).sum((1, 3), keepdims=True))
     return pooled * jnp.where(norm > 0, target / jnp.where(norm > 0, norm, 1.0), 1.0)

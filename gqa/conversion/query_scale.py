@@ -1,13 +1,17 @@
-"""How much a conversion changed the size of queries, which reports print."""
+"""Measure how much a conversion changed the size of the query kernels; reports print it.
+
+The methods of closed_form.py change queries, those of pooling.py do not.
+"""
 
 import numpy as np
+from jaxtyping import Float
 
 from gqa.conversion.calibration import ATTENTIONS
 from gqa.model.transformer import each_layer
 
 
-def query_scale(old: dict, new: dict) -> dict[str, np.ndarray]:
-    """Return the RMS of each query kernel of `new` divided by that of `old`: [L] per attention.
+def query_scale(old: dict, new: dict) -> dict[str, Float[np.ndarray, " L"]]:
+    """Return, by attention, the RMS of each layer's query kernel in `new` divided by `old`: [L].
 
     Adafactor's steps are relative to the size of a parameter, so queries that were scaled up learn
     faster than before. A kernel of zeros in `old` has the scale 1.

@@ -1,4 +1,4 @@
-"""KV heads by layer in one cache: known choices, ties, and the space that losses are in."""
+"""Test KV heads by layer in a fixed cache: known choices, ties, and the space of the losses."""
 
 import itertools
 
@@ -81,7 +81,7 @@ def test_no_other_choice_within_the_cache_loses_less(seed):
         {"self_attention": 2, "cross_attention": 1},
         {"self_attention": 2, "cross_attention": 6},
     )
-    found = layer_budget.allocate(lost, heads, lengths)
+    actual = layer_budget.allocate(lost, heads, lengths)
     room = 2 * 2 + 2 * 2 + 6 * 1
 
     def loss(choice):
@@ -89,7 +89,7 @@ def test_no_other_choice_within_the_cache_loses_less(seed):
 
     choices = itertools.product((1, 2, 4), repeat=3)
     fitting = [(a, b, c) for a, b, c in choices if 2 * a + 2 * b + 6 * c <= room]
-    assert (*found["self_attention"], *found["cross_attention"]) == min(fitting, key=loss)
+    assert (*actual["self_attention"], *actual["cross_attention"]) == min(fitting, key=loss)
 
 
 @pytest.mark.parametrize("space", closed_form.SPACES)

@@ -1,4 +1,4 @@
-"""Kernels made run by run: what stays, what draws anew, dtypes, and the warning's threshold."""
+"""Test kernels by layer group: shared leaves, random draws, dtypes, and the warning."""
 
 import dataclasses
 import warnings
@@ -20,8 +20,8 @@ def params(tiny, random_params):
     return random_params(tiny)
 
 
-def assert_equal(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.mark.parametrize("method", ["svd", "procrustes", "mean", "random"])
@@ -99,9 +99,9 @@ def test_only_moments_worse_than_a_billion_are_warned_of_and_the_worst_is_named(
 
 def test_defaults_are_logits_and_a_shrinkage_of_a_hundredth(tiny, params):
     covariances = covariances_of(tiny)
-    found = convert(params, tiny, 2, "svd", input_covariances=covariances).params
+    actual = convert(params, tiny, 2, "svd", input_covariances=covariances).params
     assert_equal(
-        found,
+        actual,
         convert(
             params, tiny, 2, "svd", input_covariances=covariances, space="logit", shrinkage=0.01
         ).params,
@@ -112,7 +112,7 @@ def test_defaults_are_logits_and_a_shrinkage_of_a_hundredth(tiny, params):
         check(tiny, {"cross_attention": 2}, "svd", calibrated=False)
     for keys in ({"shrinkage": 0.0}, {"space": "activation"}):
         other = convert(params, tiny, 2, "svd", input_covariances=covariances, **keys).params
-        one, two = (kernels_of(p, "cross_attention")["key"] for p in (found, other))
+        one, two = (kernels_of(p, "cross_attention")["key"] for p in (actual, other))
         assert np.abs(one - two).max() > 1e-3
 
 
@@ -148,12 +148,12 @@ def test_a_deeper_encoder_is_converted_in_all_its_layers(tiny, random_params, me
     params = random_params(config)
     heads = {"encoder": 2, "self_attention": (2, 1)}
     new, *_ = convert(params, config, heads, method, space="weight")
-    found = kernels_of(new, "encoder")["key"]
+    actual = kernels_of(new, "encoder")["key"]
     expected = kernels_of(
         convert(params, config, {"encoder": 2}, method, space="weight")[0], "encoder"
     )
-    assert found.shape == (3, 16, 2, 8)
-    np.testing.assert_array_equal(found, expected["key"])
+    assert actual.shape == (3, 16, 2, 8)
+    np.testing.assert_array_equal(actual, expected["key"])
 
 
 def test_a_layer_that_keeps_its_heads_keeps_every_bit_and_warns_of_nothing(tiny, params):

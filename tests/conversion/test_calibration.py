@@ -1,4 +1,4 @@
-"""Moments are those of what the network's own attentions read, padding apart."""
+"""Covariances are those of the inputs of the network's attentions, without padding."""
 
 import dataclasses
 
@@ -42,16 +42,16 @@ def unpack(packed):
     return {"inputs": inputs, "targets": targets}
 
 
-def assert_same(found, expected):
-    for one, other in zip(found, expected, strict=True):
+def assert_same(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
         assert one[:2] + one[4:] == other[:2] + other[4:]
         np.testing.assert_allclose(one.keys, other.keys, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(one.queries, other.queries, rtol=1e-4, atol=1e-5)
 
 
 def test_they_come_layer_by_layer_in_the_networks_order(tiny, params, batch):
-    found = list(input_covariances(params, tiny, [batch], ALL))
-    assert [m[:2] for m in found] == [
+    actual = list(input_covariances(params, tiny, [batch], ALL))
+    assert [m[:2] for m in actual] == [
         *(("encoder", 0), ("encoder", 1)),
         *(
             ("self_attention", 0),
@@ -60,20 +60,20 @@ def test_they_come_layer_by_layer_in_the_networks_order(tiny, params, batch):
             ("cross_attention", 1),
         ),
     ]
-    assert [(m.num_keys, m.num_queries) for m in found[:4]] == [
+    assert [(m.num_keys, m.num_queries) for m in actual[:4]] == [
         *((15, 15), (15, 15)),
         *((11, 11), (15, 11)),
     ]
-    assert {m.keys.dtype for m in found} == {np.dtype(np.float64)}
-    assert_same(input_covariances(params, tiny, [batch]), found[2:])
+    assert {m.keys.dtype for m in actual} == {np.dtype(np.float64)}
+    assert_same(input_covariances(params, tiny, [batch]), actual[2:])
 
 
 def test_they_do_not_depend_on_the_order_of_heads(tiny, params, batch):
     rng = np.random.default_rng(0)
     L, N = tiny.num_decoder_layers, tiny.num_heads
-    own = np.tile(rng.permutation(N), (L, 1))  # the layers share a bias
+    shared_order = np.tile(rng.permutation(N), (L, 1))  # the layers share a bias
     orders = {
-        "self_attention": own,
+        "self_attention": shared_order,
         "cross_attention": np.stack([rng.permutation(N) for _ in range(L)]),
     }
     permuted_params = grouping.permute_heads(params, orders)
@@ -109,7 +109,7 @@ def test_they_are_of_what_the_attentions_read(tiny, params, batch, layer, length
         rng = np.random.default_rng(1)
         batch = {name: rng.integers(1, 32, (2, length), dtype=np.int32) for name in batch}
         batch["inputs"][1, length // 2 :] = batch["targets"][0, length - 3 :] = 0
-    found = {m[:2]: m for m in input_covariances(params, tiny, [batch], ALL)}
+    actual = {m[:2]: m for m in input_covariances(params, tiny, [batch], ALL)}
     source, target = (batch["inputs"] > 0).astype(np.int32), batch["targets"] > 0
     embed = params["embedding"]
     previous = shift_right(jnp.asarray(batch["targets"]))
@@ -118,17 +118,19 @@ def test_they_are_of_what_the_attentions_read(tiny, params, batch, layer, length
         {"params": params["encoder"]}, embed[batch["inputs"]], segments, False
     )
     expected = mean(encoded, source > 0)
-    np.testing.assert_allclose(found["cross_attention", layer].keys, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        actual["cross_attention", layer].keys, expected, rtol=1e-4, atol=1e-5
+    )
 
     variables, config = cut(params, tiny, "encoder", layer)
     x = Encoder(config).apply(variables, embed[batch["inputs"]], segments, False)
     expected = mean(x, source > 0)
-    np.testing.assert_allclose(found["encoder", layer].keys, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(actual["encoder", layer].keys, expected, rtol=1e-4, atol=1e-5)
     cross = Segments(np.ones_like(batch["targets"]), source, False)
     for name in ("self_attention", "cross_attention"):
         variables, config = cut(params, tiny, name, layer)
         x = Decoder(config).apply(variables, embed[previous], encoded, None, cross, False)
-        expected, covariance = mean(x, target), found[name, layer]
+        expected, covariance = mean(x, target), actual[name, layer]
         np.testing.assert_allclose(covariance.queries, expected, rtol=1e-4, atol=1e-5)
         assert (covariance.keys is covariance.queries) == (name == "self_attention")
 

@@ -1,4 +1,4 @@
-"""Closed forms: exact for copies under any invertible map, and never worse than rotations."""
+"""Test that closed forms are exact for invertible copies, and never worse than rotations."""
 
 import functools
 

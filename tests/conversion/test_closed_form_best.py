@@ -1,8 +1,4 @@
-"""Closed forms reach the least error there is, measured on the layer's kernels before and after.
-
-Eckart and Young: of all matrices of rank H, none is nearer to M than its first H singular values
-leave. Here M holds what a group's heads compute, side by side, so each bound is one plain SVD.
-"""
+"""Test that closed forms reach the least possible error, measured on a layer's kernels."""
 
 import itertools
 
@@ -97,20 +93,20 @@ def test_svd_reaches_the_least_error_of_any_head(space, seed):
     new, _ = closed_form.convert_layer(kernels, K, "svd", space, given, 0.0)
     for side in ("key", "value"):
         least = bounds(kernels, side, space, covariance if space != "weight" else given)[:, 0]
-        found = errors(kernels, new, side, space, covariance if space != "weight" else given)
-        np.testing.assert_allclose(found, least, rtol=1e-3, err_msg=side)
+        actual = errors(kernels, new, side, space, covariance if space != "weight" else given)
+        np.testing.assert_allclose(actual, least, rtol=1e-3, err_msg=side)
 
 
 @pytest.mark.parametrize("space", closed_form.SPACES)
 def test_discarded_is_the_share_beyond_the_singular_values_kept(space):
     kernels, covariance = layer_of(3)
     given = covariance._replace(keys=None, queries=None) if space == "weight" else covariance
-    found = closed_form.discarded_energy(kernels, K, space, given, 0.0)
+    actual = closed_form.discarded_energy(kernels, K, space, given, 0.0)
     expected = 0.0
     for side in ("key", "value"):
         lost, whole = bounds(kernels, side, space, given).sum(0)
         expected += lost / whole
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
     np.testing.assert_allclose(
         closed_form.discarded_energy(kernels, K * G, space, given, 0.0), 0, atol=1e-9
     )
@@ -137,8 +133,8 @@ def test_procrustes_turns_the_second_of_two_heads_to_the_first():
             expected = (one + other @ U @ Vh) / 2
             np.testing.assert_allclose(new[side][:, group], expected, atol=1e-4)
             turned = partners(kernels, side)[G * P * group + P :][:P] @ U @ Vh
-            found = partners(new, side)[G * P * group + P :][:P]
-            np.testing.assert_allclose(found, turned, atol=1e-3)
+            actual = partners(new, side)[G * P * group + P :][:P]
+            np.testing.assert_allclose(actual, turned, atol=1e-3)
 
 
 @pytest.mark.parametrize("space", ["activation", "logit"])
@@ -149,12 +145,12 @@ def test_shrinkage_mixes_both_moments_with_the_identity_first(space):
         return 0.7 * C + 0.3 * np.trace(C) / D * np.eye(D)
 
     by_hand = covariance._replace(keys=mixed(covariance.keys), queries=mixed(covariance.queries))
-    found, _ = closed_form.convert_layer(kernels, K, "svd", space, covariance, 0.3)
+    actual, _ = closed_form.convert_layer(kernels, K, "svd", space, covariance, 0.3)
     expected, _ = closed_form.convert_layer(kernels, K, "svd", space, by_hand, 0.0)
     without, _ = closed_form.convert_layer(kernels, K, "svd", space, covariance, 0.0)
     for name in kernels:
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-4)
-        assert np.abs(found[name] - without[name]).max() > 1e-2
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-4)
+        assert np.abs(actual[name] - without[name]).max() > 1e-2
     lost = [
         closed_form.discarded_energy(kernels, K, space, *x)
         for x in ((covariance, 0.3), (by_hand, 0.0))

@@ -1,4 +1,4 @@
-"""Conversion: identity at equal head count, lossless for tied heads, and nothing else touched."""
+"""Test conversion: identity at equal heads, lossless for tied heads, other leaves untouched."""
 
 import functools
 
@@ -300,8 +300,8 @@ def test_svd_keeps_the_size_of_keys(tiny, random_params):
     for name in ("self_attention", "cross_attention"):
         for side in ("key", "value"):
             old = np.linalg.norm(np.asarray(kernels(params, name)[side]), axis=(1, 3)).mean(1)
-            found = np.linalg.norm(np.asarray(kernels(new, name)[side]), axis=(1, 3))[:, 0]
-            np.testing.assert_allclose(found, old, rtol=1e-5)
+            actual = np.linalg.norm(np.asarray(kernels(new, name)[side]), axis=(1, 3))[:, 0]
+            np.testing.assert_allclose(actual, old, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

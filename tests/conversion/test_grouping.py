@@ -1,4 +1,4 @@
-"""Regrouping is a change of order that leaves the function, and finds heads that are alike."""
+"""Test that regrouping leaves the function as it is, and joins similar heads."""
 
 import functools
 import itertools
@@ -87,8 +87,8 @@ def test_conversion_is_that_of_an_index_map(tiny, random_params):
         for side in ("key", "value"):
             pooled = old[side][:, :, members].mean(3)
             mapped[side] = pooled[:, :, np.array([0, 1, 0, 1])]
-        found = outputs(kernels_of(new, name), table[:, order], 1)
-        np.testing.assert_allclose(found, outputs(mapped, table, 1), rtol=1e-4, atol=1e-4)
+        actual = outputs(kernels_of(new, name), table[:, order], 1)
+        np.testing.assert_allclose(actual, outputs(mapped, table, 1), rtol=1e-4, atol=1e-4)
         stack = ATTENTIONS[name][0]
         columns = order if name != "cross_attention" else np.arange(4)
         np.testing.assert_array_equal(
@@ -143,29 +143,29 @@ def test_layers_of_cross_attention_are_grouped_apart(tiny, random_params):
     new = permute_heads(
         params, find_head_orders(params, {"cross_attention": 2, "self_attention": 2}, "random", 2)
     )
-    found = {}
+    actual = {}
     for name in ("cross_attention", "self_attention"):
         old, moved = (np.array(kernels_of(p, name)["key"][:, 0, :, 0]) for p in (params, new))
-        found[name] = [
+        actual[name] = [
             np.argmax(o[:, None] == m, axis=0).tolist() for o, m in zip(old, moved, strict=True)
         ]
-    assert found["cross_attention"][0] != found["cross_attention"][1]
-    assert found["self_attention"][0] == found["self_attention"][1]
+    assert actual["cross_attention"][0] != actual["cross_attention"][1]
+    assert actual["self_attention"][0] == actual["self_attention"][1]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_search_finds_the_best_of_all_groupings(seed):
     x = np.random.default_rng(seed).normal(size=(6, 6))
     alike = x + x.T
-    found = search(alike, 2, np.random.default_rng(1))
+    actual = search(alike, 2, np.random.default_rng(1))
 
     def total(order):
         return sum(alike[np.ix_(group, group)].sum() for group in (order[:3], order[3:]))
 
     best = max(total(order) for order in itertools.permutations(range(6)))
-    np.testing.assert_allclose(total(found), best)
-    assert found[0] == 0
-    np.testing.assert_array_equal(np.sort(found), np.arange(6))
+    np.testing.assert_allclose(total(actual), best)
+    assert actual[0] == 0
+    np.testing.assert_array_equal(np.sort(actual), np.arange(6))
 
 
 def pairs_by_layer(params, name, layers):
@@ -191,11 +191,11 @@ def test_layers_that_share_an_order_decide_by_the_sum_of_their_similarities(
     layers = [(pairs, 0.01 if i == sure else 0.6) for i, pairs in enumerate(ways)]
     expected = [[0, 2, 1, 3], [0, 3, 1, 2]]
     params = pairs_by_layer(random_params(tiny), "self_attention", layers)
-    found = find_head_orders(params, {"self_attention": 2}, "weight_cos")["self_attention"]
-    np.testing.assert_array_equal(found, [expected[sure]] * 2)
+    actual = find_head_orders(params, {"self_attention": 2}, "weight_cos")["self_attention"]
+    np.testing.assert_array_equal(actual, [expected[sure]] * 2)
     params = pairs_by_layer(random_params(tiny), "cross_attention", layers)
-    found = find_head_orders(params, {"cross_attention": 2}, "weight_cos")["cross_attention"]
-    np.testing.assert_array_equal(found, expected)
+    actual = find_head_orders(params, {"cross_attention": 2}, "weight_cos")["cross_attention"]
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("grouping", ["act_cos", "act_aligned"])
@@ -213,12 +213,12 @@ def test_heads_are_alike_where_their_inputs_move(tiny, random_params, grouping):
     covariances = [
         InputCovariance("cross_attention", layer, read, other, 60, 60) for layer in range(2)
     ]
-    found = find_head_orders(params, {"cross_attention": 2}, grouping, 0, covariances)[
+    actual = find_head_orders(params, {"cross_attention": 2}, grouping, 0, covariances)[
         "cross_attention"
     ]
-    np.testing.assert_array_equal(found, [[0, 3, 1, 2]] * 2)
-    found = find_head_orders(params, {"cross_attention": 2}, "weight_cos")["cross_attention"]
-    np.testing.assert_array_equal(found, [[0, 2, 1, 3]] * 2)
+    np.testing.assert_array_equal(actual, [[0, 3, 1, 2]] * 2)
+    actual = find_head_orders(params, {"cross_attention": 2}, "weight_cos")["cross_attention"]
+    np.testing.assert_array_equal(actual, [[0, 2, 1, 3]] * 2)
 
 
 def test_similarity_is_the_sum_of_two_cosines(tiny, random_params):
@@ -243,16 +243,16 @@ def test_similarity_is_the_sum_of_two_cosines(tiny, random_params):
 
 def test_strided_groups_take_every_kth_head_and_random_ones_go_by_seed(tiny, random_params):
     params = random_params(tiny)
-    found = find_head_orders(
+    actual = find_head_orders(
         params, {"cross_attention": 2, "self_attention": 1, "encoder": 4}, "strided"
     )
-    assert found.keys() == {"cross_attention", "self_attention"}
-    np.testing.assert_array_equal(found["cross_attention"], [[0, 2, 1, 3]] * 2)
-    np.testing.assert_array_equal(found["self_attention"], [[0, 1, 2, 3]] * 2)
+    assert actual.keys() == {"cross_attention", "self_attention"}
+    np.testing.assert_array_equal(actual["cross_attention"], [[0, 2, 1, 3]] * 2)
+    np.testing.assert_array_equal(actual["self_attention"], [[0, 1, 2, 3]] * 2)
     six = {"decoder": {"layers": {"cross_attention": {"key": np.zeros((1, 2, 6, 2))}}}}
     for K, order in {2: [0, 2, 4, 1, 3, 5], 3: [0, 3, 1, 4, 2, 5]}.items():
-        found = find_head_orders(six, {"cross_attention": K}, "strided")["cross_attention"]
-        np.testing.assert_array_equal(found, [order])
+        actual = find_head_orders(six, {"cross_attention": K}, "strided")["cross_attention"]
+        np.testing.assert_array_equal(actual, [order])
     draws = [
         find_head_orders(params, {"cross_attention": 2}, "random", seed)["cross_attention"]
         for seed in (0, 0, 1, 2)
@@ -277,8 +277,8 @@ def test_the_search_is_as_good_in_groups_of_pairs(seed):
     def total(pairs):
         return sum(alike[one, other] for one, other in pairs)
 
-    found = search(alike, 4, np.random.default_rng(seed)).reshape(4, 2)
+    actual = search(alike, 4, np.random.default_rng(seed)).reshape(4, 2)
     best = max(total(pairs) for pairs in pairings(list(range(8))))
-    assert total(found) == pytest.approx(best)
-    assert (found[:, 0] < found[:, 1]).all()
-    assert (np.diff(found[:, 0]) > 0).all()
+    assert total(actual) == pytest.approx(best)
+    assert (actual[:, 0] < actual[:, 1]).all()
+    assert (np.diff(actual[:, 0]) > 0).all()

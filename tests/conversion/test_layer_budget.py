@@ -1,4 +1,4 @@
-"""KV heads that differ by layer: the same functions, layer by layer, and where the cache goes."""
+"""Test KV heads that differ by layer: the same function, and the layers that get more heads."""
 
 import dataclasses
 import itertools
@@ -41,8 +41,8 @@ def mixed(deep) -> Config:
 
 def input_covariances(config):
     """Those of two layers, the second twice."""
-    found = covariances_of(config)
-    return [*found, *(m._replace(layer=2) for m in found if m.layer and m.attention != "encoder")]
+    actual = covariances_of(config)
+    return [*actual, *(m._replace(layer=2) for m in actual if m.layer and m.attention != "encoder")]
 
 
 def repeated(params, config):
@@ -92,9 +92,9 @@ def test_the_network_is_the_multi_head_one_with_repeated_heads(
 ):
     params = random_params(mixed)
     mixed = dataclasses.replace(mixed, remat=remat)
-    found = Transformer(mixed).apply({"params": params}, batch)
+    actual = Transformer(mixed).apply({"params": params}, batch)
     expected = Transformer(deep).apply({"params": repeated(params, mixed)}, batch)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -144,8 +144,8 @@ def test_the_optimizers_state_follows(deep, random_params):
     assert jax.tree.map(np.shape, mapped) == jax.tree.map(np.shape, fresh)
     two_heads = convert(params, deep, 2)
     expected = convert_optimizer_state(state, params, two_heads, "map")["decoder"]["layers"]
-    found = mapped["decoder"]["layers"]["1"]["self_attention"]["key"][0].v
-    np.testing.assert_array_equal(found, expected["self_attention"]["key"][0].v[1:])
+    actual = mapped["decoder"]["layers"]["1"]["self_attention"]["key"][0].v
+    np.testing.assert_array_equal(actual, expected["self_attention"]["key"][0].v[1:])
 
 
 def test_moments_of_a_mixed_network_are_those_of_the_repeated_one(
@@ -216,8 +216,8 @@ def test_no_other_heads_lose_less_in_the_same_cache(seed):
     def loss(choice):
         return sum(lost[item][K] for item, K in zip(items, choice, strict=True))
 
-    found = layer_budget.allocate(lost, heads, lengths)
-    chosen = (*found["self_attention"], *found["cross_attention"])
+    actual = layer_budget.allocate(lost, heads, lengths)
+    chosen = (*actual["self_attention"], *actual["cross_attention"])
     fitting = [c for c in itertools.product((1, 2, 4), repeat=4) if cost(c) <= cost((2,) * 4)]
     assert cost(chosen) <= cost((2,) * 4)
     assert loss(chosen) == pytest.approx(min(map(loss, fitting)))
@@ -234,15 +234,15 @@ def test_heads_that_are_alike_give_theirs_to_others(deep, random_params):
             kernels[side] = kernel
         layers = params["decoder"]["layers"] | {attention: kernels}
         params = params | {"decoder": params["decoder"] | {"layers": layers}}
-    found = per_layer_kv_heads(
+    actual = per_layer_kv_heads(
         params,
         deep,
         2,
         {"self_attention": 4, "cross_attention": 4},
         input_covariances=input_covariances(deep),
     )
-    assert found["self_attention"][0] == found["cross_attention"][0] == 1
-    heads = [*found["self_attention"], *found["cross_attention"]]
+    assert actual["self_attention"][0] == actual["cross_attention"][0] == 1
+    heads = [*actual["self_attention"], *actual["cross_attention"]]
     assert sum(heads) <= 12
     assert max(heads) == 4
 

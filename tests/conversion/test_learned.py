@@ -1,4 +1,4 @@
-"""Learned pooling: what it starts from, what trains, and that it ends as plain parameters."""
+"""Test learned pooling: its start, its training, and that it ends as plain parameters."""
 
 import dataclasses
 import functools
@@ -130,12 +130,12 @@ def test_each_fused_head_is_its_own_mixture_of_its_group(params):
     for side in ("key", "value"):
         heads, pool = (np.asarray(kernels[name]) for name in (side, f"{side}_pool"))
         for layer, group, i in np.ndindex(2, 2, 2):
-            own, mean = (
+            initial, mean = (
                 sum(rows[g] * heads[layer, :, 2 * group + g] for g in range(2))
                 for rows in (pool[layer, group, i], pool[layer, group].mean(0))
             )
-            found = start[side][layer, :, 2 * group + i]
-            np.testing.assert_allclose(found, own, atol=1e-5)
-            found = halfway[side][layer, :, 2 * group + i]
-            np.testing.assert_allclose(found, (own + mean) / 2, atol=1e-5)
+            actual = start[side][layer, :, 2 * group + i]
+            np.testing.assert_allclose(actual, initial, atol=1e-5)
+            actual = halfway[side][layer, :, 2 * group + i]
+            np.testing.assert_allclose(actual, (initial + mean) / 2, atol=1e-5)
             np.testing.assert_allclose(end[side][layer, :, group], mean, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Methods that take a group's head from its members alone, against plain loops over the members."""
+"""Test the pooling methods against plain loops over the members of a group."""
 
 import jax
 import numpy as np
@@ -47,11 +47,11 @@ def test_the_largest_has_the_largest_norm_of_keys_and_values_joined():
 
 def test_first_and_mean_are_those_of_keys_and_of_values():
     keys, values = (heavy_tailed(seed, (2, 3, 2, 3, 4)) for seed in (4, 5))
-    for found, x in zip(pooling.first(keys, values, KEY), (keys, values), strict=True):
-        np.testing.assert_array_equal(found, x[..., 0, :])
-    for found, x in zip(pooling.mean(keys, values, KEY), (keys, values), strict=True):
+    for actual, x in zip(pooling.first(keys, values, KEY), (keys, values), strict=True):
+        np.testing.assert_array_equal(actual, x[..., 0, :])
+    for actual, x in zip(pooling.mean(keys, values, KEY), (keys, values), strict=True):
         expected = (x[..., 0, :] + x[..., 1, :] + x[..., 2, :]) / 3
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_random_heads_have_the_variance_of_one_by_the_inputs():
@@ -71,10 +71,10 @@ def test_renormed_blocks_have_the_mean_norm_and_zeros_stay():
     new = np.asarray(pooling.restore_norm(pooled, groups))
     for layer, group in np.ndindex(2, 2):
         norms = [np.linalg.norm(groups[layer, :, group, g]) for g in range(4)]
-        found = np.linalg.norm(new[layer, :, group])
+        actual = np.linalg.norm(new[layer, :, group])
         zero = (layer, group) == (1, 0)
-        np.testing.assert_allclose(found, 0 if zero else np.mean(norms), rtol=1e-5)
+        np.testing.assert_allclose(actual, 0 if zero else np.mean(norms), rtol=1e-5)
         # Only the size changes.
         norm = np.linalg.norm(pooled[layer, :, group])
-        expected = pooled[layer, :, group] * (found / norm if norm else 1)
+        expected = pooled[layer, :, group] * (actual / norm if norm else 1)
         np.testing.assert_allclose(new[layer, :, group], expected, rtol=1e-5, atol=1e-6)

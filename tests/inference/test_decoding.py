@@ -1,4 +1,4 @@
-"""Searches over scripted steps, and over small languages whose texts can all be enumerated."""
+"""Test searches over scripted steps, and over small languages whose texts can be enumerated."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Generation is Transformers', token for token, however the work is cut into pieces."""
+"""Test that generated texts equal Transformers', token for token, in batches of every size."""
 
 import dataclasses
 import functools

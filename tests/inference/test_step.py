@@ -1,4 +1,4 @@
-"""Decoding step by step gives what teacher forcing gives, in every layout, and copies no cache."""
+"""Test that decoding equals teacher forcing in every layout, and copies no cache."""
 
 import dataclasses
 import math

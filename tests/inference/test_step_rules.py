@@ -1,4 +1,4 @@
-"""Rules of decoding: encoding a batch in parts, ties, the nucleus, numbered draws, batch sizes."""
+"""Test rules of decoding: batches encoded in parts, ties, the nucleus, draws, batch sizes."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention is what the paper's section 2.2 says, for every number of KV heads."""
+"""Test that grouped-query attention equals the paper's section 2.2, for any number of KV heads."""
 
 import re
 

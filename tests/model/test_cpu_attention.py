@@ -1,4 +1,4 @@
-"""The layouts of XLA:CPU compute what the definition computes, for training and for decoding."""
+"""Test that attention in the layouts of XLA:CPU equals the definition, to train and to decode."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Which kernel is chosen at the limits of what each can do."""
+"""Test which kernel is chosen at the limits of each kernel."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The whole network: what may depend on what, its sizes, and dropout."""
+"""Test the whole network: what each output may depend on, parameter counts, and dropout."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The guard over the losses: when a loss is a spike, what the mean is, and when training ends."""
+"""Test the guard over the losses: its mean, when a loss is a spike, and when training ends."""
 
 import math
 from pathlib import Path

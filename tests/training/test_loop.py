@@ -1,4 +1,4 @@
-"""The training loop: what a step may depend on, and that a killed run loses nothing."""
+"""Test the training loop: what a step may depend on, and that a killed run loses nothing."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ def test_rows_of_padding_change_nothing(config):
 
 
 def test_every_step_and_microbatch_draws_its_own_dropout(config):
-    """Observed in the loss: equal rows, equal parameters, only the key can differ."""
+    """Rows and parameters are equal, so losses can differ by their dropout alone."""
     config = dataclasses.replace(config, dropout_rate=0.5)
     params = training_step.init(config, 0).params
     seen = []
@@ -178,23 +178,23 @@ def test_a_killed_run_resumes_bit_for_bit(config, tmp_path, at):
     with pytest.raises(Killed):
         run_fit(config, tmp_path / "killed", 7, alive=die)
     run_fit(config, tmp_path / "killed", 7)
-    found, expected = (result(config, tmp_path / name, 7) for name in ("killed", "whole"))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    actual, expected = (result(config, tmp_path / name, 7) for name in ("killed", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_more_steps_continue_a_finished_run(config, tmp_path):
     run_fit(config, tmp_path / "whole", 6)
     run_fit(config, tmp_path / "parts", 4)
     run_fit(config, tmp_path / "parts", 6)
-    found, expected = (result(config, tmp_path / name, 6) for name in ("parts", "whole"))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    actual, expected = (result(config, tmp_path / name, 6) for name in ("parts", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_no_steps_save_the_start(config, tmp_path):
     run_fit(config, tmp_path, 0)
-    found = result(config, tmp_path, 0)
+    actual = result(config, tmp_path, 0)
     jax.tree.map(
-        np.testing.assert_array_equal, found["params"], training_step.init(config, 0).params
+        np.testing.assert_array_equal, actual["params"], training_step.init(config, 0).params
     )
 
 

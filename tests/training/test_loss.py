@@ -1,4 +1,4 @@
-"""Token losses: against their definitions, and indifferent to padding."""
+"""Test token losses against their definitions, and that padding does not change them."""
 
 import jax
 import jax.numpy as jnp

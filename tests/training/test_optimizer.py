@@ -1,4 +1,4 @@
-"""Adafactor sees T5's matrices; conversion carries its moments over."""
+"""Test that Adafactor sees T5's matrices, and that conversion maps its moments."""
 
 import jax
 import jax.numpy as jnp
@@ -111,8 +111,8 @@ def test_mapping_keeps_the_total_second_moment_and_the_count(wide, params, train
     old, pooled = (s["decoder"]["layers"]["self_attention"]["key"][0] for s in (state, converted))
     total = old.v_row.sum(1) * 256  # row means of 256 columns
     columns = 16 * num_kv_heads
-    found = pooled.v_row.sum(1) * columns if num_kv_heads > 1 else pooled.v.sum((1, 2))
-    np.testing.assert_allclose(found, total, rtol=1e-5)
+    actual = pooled.v_row.sum(1) * columns if num_kv_heads > 1 else pooled.v.sum((1, 2))
+    np.testing.assert_allclose(actual, total, rtol=1e-5)
     np.testing.assert_array_equal(pooled.count, old.count)
     np.testing.assert_array_equal(
         converted["encoder"]["layers"]["attention"]["key"][0].v_row,
@@ -135,8 +135,8 @@ def test_mapped_moments_are_those_of_the_groups_whichever_side_is_larger(D):
     mapped = pool_moments(state, tree(old), tree(new))
     seen = mapped["layers"]["key"][0]
     squares = np.square(old[0]).reshape(D, 8, 2, 16)
-    found = {len(x): x for x in (seen.v_row[0], seen.v_col[0])} if D != 128 else {}
-    by_row, by_column = found.get(D, seen.v_row[0]), found.get(128, seen.v_col[0])
+    actual = {len(x): x for x in (seen.v_row[0], seen.v_col[0])} if D != 128 else {}
+    by_row, by_column = actual.get(D, seen.v_row[0]), actual.get(128, seen.v_col[0])
     np.testing.assert_allclose(by_row, squares.sum((1, 2, 3)) / 128, rtol=1e-5)
     np.testing.assert_allclose(by_column, squares.sum(2).mean(0).ravel(), rtol=1e-5)
     optimizers.adafactor().update(tree(new), mapped, tree(new))
@@ -162,10 +162,10 @@ def test_moments_move_with_their_heads(wide, params, trained, orders):
 
     update = jax.jit(optimizers.adafactor().update)
     expected, after = update(grads, state, params)
-    found, moved_after = update(
+    actual, moved_after = update(
         moved(grads), optimizer_state.permute_heads(state, params, orders), moved(params)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, moved(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), actual, moved(expected))
     again = optimizer_state.permute_heads(after, params, orders)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), moved_after, again)
     unmoved = jax.tree.map(lambda a, b: bool((a != b).any()), moved(expected), expected)

@@ -1,4 +1,4 @@
-"""Rates are of training alone, not of compiling, validating, saving; all viewers get the same."""
+"""Test that rates count training alone, and that the terminal, TensorBoard and W&B agree."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""Whatever ends a run, going on from it ends bit for bit like a run that nothing ended."""
+"""Test that a run that was killed or stopped ends bit for bit like one that was not."""
 
 import signal
 
@@ -111,7 +111,7 @@ def test_an_interruption_is_never_the_best(tmp_path):
 @pytest.mark.parametrize("poison", [{4: NAN}, {1: NAN}, {6: NAN}, {5: NAN, 7: NAN, 8: NAN}])
 def test_a_rollback_skips_the_batches_since_the_last_checkpoint(tmp_path, poison):
     rollbacks = toy.fit(tmp_path, 9, 3, poison=poison, settings=ROLLBACK)
-    found = toy.outcome(tmp_path)["checkpoints"][9]
+    actual = toy.outcome(tmp_path)["checkpoints"][9]
     state, batches, step, used = toy.start(), toy.Batches(), 0, []
     kept, expected_rollbacks = (0, state, []), 0
     while step < 9:
@@ -128,9 +128,9 @@ def test_a_rollback_skips_the_batches_since_the_last_checkpoint(tmp_path, poison
             host = type(state)(step, *({k: np.array(v) for k, v in x.items()} for x in state[1:]))
             kept = (step, host, list(used))
     assert rollbacks == expected_rollbacks > 0
-    assert found["guard"]["rollbacks"] == rollbacks
-    assert found["data"] == {"position": used[-1]}
-    np.testing.assert_array_equal(found["params"]["w"], state.params["w"])
+    assert actual["guard"]["rollbacks"] == rollbacks
+    assert actual["data"] == {"position": used[-1]}
+    np.testing.assert_array_equal(actual["params"]["w"], state.params["w"])
 
 
 @pytest.mark.parametrize("at", [1, 4, 5, 8])

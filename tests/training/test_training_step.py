@@ -1,4 +1,4 @@
-"""One training step: what is divided by what, which rate it takes, and what it is told of."""
+"""Test one training step: its divisors, its learning rate, its metrics."""
 
 import dataclasses
 import functools
@@ -106,8 +106,10 @@ def test_gradients_are_of_the_mean_over_real_tokens(config):
 
     def mean(params):
         log_p = jax.nn.log_softmax(network(config)(params, batch))
-        own = jnp.take_along_axis(log_p, jnp.asarray(batch["targets"])[..., None], -1)[..., 0]
-        return -(own * (batch["targets"] > 0)).sum() / sum(LENGTHS)
+        target_log_p = jnp.take_along_axis(log_p, jnp.asarray(batch["targets"])[..., None], -1)[
+            ..., 0
+        ]
+        return -(target_log_p * (batch["targets"] > 0)).sum() / sum(LENGTHS)
 
     expected = jax.grad(mean)(params)["logits"]
     after, _ = step_of(config, num_microbatches=2)(training_step.init(config, 0), batch)
@@ -137,9 +139,9 @@ def test_validation_is_a_mean_over_tokens_and_not_over_batches(config):
     validate = training_step.make_validation(
         dataclasses.replace(config, dropout_rate=0.5), make_mesh()
     )
-    found = validate(params, [(batch, 4) for batch in batches])
-    assert found == pytest.approx(np.concatenate(each).mean(), rel=1e-5)
-    assert abs(np.mean([x.mean() for x in each]) - found) > 1e-3
+    actual = validate(params, [(batch, 4) for batch in batches])
+    assert actual == pytest.approx(np.concatenate(each).mean(), rel=1e-5)
+    assert abs(np.mean([x.mean() for x in each]) - actual) > 1e-3
     assert validate(params, []) == 0
 
 
@@ -162,8 +164,8 @@ def test_divergence_is_from_the_teacher_and_a_mean_over_tokens(config):
     expected = np.concatenate([divergence(config, teacher, params, b) for b in batches]).mean()
     backward = np.concatenate([divergence(config, params, teacher, b) for b in batches]).mean()
     measure = training_step.make_divergence(config, config, make_mesh())
-    found = measure(teacher, params, [(batch, 4) for batch in batches])
-    assert found == pytest.approx(expected, rel=1e-4)
+    actual = measure(teacher, params, [(batch, 4) for batch in batches])
+    assert actual == pytest.approx(expected, rel=1e-4)
     assert abs(expected - backward) > 1e-3 * expected
 
 
