@@ -99,13 +99,11 @@ def convert(
     """Convert parameters to `num_kv_heads` KV heads; arrays that do not change are shared.
 
     Args:
-        num_kv_heads: one number for both attentions of the decoder (the paper leaves the encoder
-            alone), or a dict of "encoder", "self_attention" and "cross_attention" as far as they
-            change. The latter two also take a number for each layer (see `per_layer_kv_heads`).
+        num_kv_heads: one number for both attentions of the decoder, or a dict of "encoder",
+            "self_attention" and "cross_attention"; the latter two also take a number per layer.
         method: one of METHODS. "weighted" and "fuse" give the network their training starts from.
         seed: of everything random in method and grouping.
-        input_covariances: of `calibration.input_covariances`. A method or grouping that weighs
-            heads by activations needs either these or `batches`.
+        input_covariances: of `calibration.input_covariances`, where they or `batches` are needed.
         batches: calibration batches. Each layer is then measured in the network as converted so
             far, so that later layers can make up for the errors of earlier ones.
         space: what "svd" approximates best: kernels ("weight"), keys and values ("activation"), or
@@ -115,25 +113,25 @@ def convert(
         shrinkage: of the covariances toward the identity (eq. 10), from 0 to 1.
 
     Raises:
-        UserError: for arguments that `check` refuses.
+        UserError: for arguments that `check` refuses, and for numbers that are not finite.
     """
     heads = arguments.heads_by_attention(num_kv_heads)
     calibrated = input_covariances is not None or batches is not None
     check(config, heads, method, space, grouping, renorm, calibrated)
+    arguments.check_finite(params)
     new_config = dataclasses.replace(config, **arguments.config_fields(heads))
     heads = arguments.changed_attentions(config, heads)
     if not heads:
         return Conversion(params, new_config, {})
 
-    # 1. Grouping: reorder the heads so that the members of a group are neighbours.
+    # Grouping: reorder the heads so that the members of a group are neighbours.
     if grouping in MEASURED:
         input_covariances = _reusable(input_covariances, params, config, batches, heads)
-    # Only "contiguous" and the methods without training take KV heads by layer; see `check`.
     one_for_all = arguments.one_for_all_layers(heads)
     head_orders = find_head_orders(params, one_for_all, grouping, seed, input_covariances)
     params = permute_heads(params, head_orders)
 
-    # 2. Method: make one head of each group.
+    # Method: make one head of each group. All other parameters are shared with the parent.
     if method in learned.METHODS:
         params = learned.fold(learned.expand(params, one_for_all, method))
         return Conversion(params, new_config, head_orders)
@@ -142,10 +140,7 @@ def convert(
         kernels = closed_form_kernels(params, new_config, heads, layers, method, space, shrinkage)
     else:
         kernels = pooled_kernels(params, new_config, heads, method, seed)
-
-    # 3. Norm: scale the new heads, if asked for. All other parameters are shared with the parent.
-    if renorm:
-        kernels = restore_norms(kernels, params)
+    kernels = restore_norms(kernels, params) if renorm else kernels
     return Conversion(with_kernels(params, new_config, kernels), new_config, head_orders)
 
 
@@ -192,6 +187,7 @@ def per_layer_kv_heads(
     """
     heads = arguments.heads_by_attention(num_kv_heads)
     check(config, heads, "svd", space, calibrated=input_covariances is not None)
+    arguments.check_finite(params)
     heads = arguments.changed_attentions(config, heads)
 
     # What every layer would lose with each possible number of heads; then the cheapest choice.
@@ -200,6 +196,7 @@ def per_layer_kv_heads(
     for covariance in layers:
         name, layer = covariance.attention, covariance.layer
         if name in heads:
+            calibration.check_finite(covariance)
             kernels = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
             discarded[name, layer] = {
                 K: closed_form.discarded_energy(kernels, K, space, covariance, shrinkage)

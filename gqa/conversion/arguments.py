@@ -1,18 +1,21 @@
 """Check the arguments of a conversion: known names, defaults, and which of them go together.
 
-Messages name the argument of `gqa.convert` and the values that would do. Nothing here
-touches parameters, so a pipeline can check a conversion before it trains the network.
+Messages name the argument of `gqa.convert` and the values that would do. Nothing but `check_finite`
+reads parameters, so a pipeline can check a conversion before it trains the network.
 """
 
 from collections.abc import Mapping
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from gqa.conversion import closed_form, learned, pooling
 from gqa.conversion.calibration import ATTENTIONS
 from gqa.conversion.closed_form import SPACES
 from gqa.conversion.grouping import GROUPINGS, MEASURED
 from gqa.model.config import Config, check_kv_heads
-from gqa.runtime.errors import ConfigError, UserError
+from gqa.runtime.errors import CheckpointError, ConfigError, UserError
 
 ABSORBING = closed_form.METHODS  # queries and outputs absorb a change of basis
 CLOSED = (*pooling.METHODS, *ABSORBING)  # methods that need no training
@@ -73,6 +76,21 @@ def check(
         raise ConfigError(*measured, advice, "weighs heads by activations")
 
 
+def check_finite(params: dict) -> None:
+    """Raise a CheckpointError that names the first parameter with NaN or an infinite number.
+
+    Every method would spread such a number over a whole group, or stop inside a factorisation.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        bad = leaf.size - int(jnp.isfinite(leaf).sum())
+        if bad:
+            name = "/".join(str(key.key) for key in path)
+            raise CheckpointError(
+                f"parameter {name} has NaN or infinity in {bad} of {leaf.size} places, so the "
+                "network cannot be converted; use an earlier checkpoint"
+            )
+
+
 def check_per_layer(method: str, grouping: str) -> None:
     """Raise a ConfigError for a choice that needs one number of KV heads for all layers.
 
@@ -104,7 +122,10 @@ def heads_by_attention(
 
 
 def one_for_all_layers(num_kv_heads: KVHeads) -> dict[str, int]:
-    """Return the entries with one number of KV heads for all layers."""
+    """Return the entries with one number of KV heads for all layers.
+
+    Groupings other than "contiguous" and the learned methods have no other entries; see `check`.
+    """
     return {name: K for name, K in num_kv_heads.items() if not isinstance(K, tuple)}
 
 

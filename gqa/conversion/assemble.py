@@ -118,6 +118,8 @@ def closed_form_kernels(
                 continue
             old = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
 
+            calibration.check_finite(covariance)
+
             # With KV heads by layer, a layer may keep all of its heads; then it keeps its kernels.
             new, K = old, new_config.kv_heads(name)[layer]
             if new["key"].shape[1] != K:

@@ -20,6 +20,7 @@ from gqa.model.attention import Segments
 from gqa.model.config import Config
 from gqa.model.layers import RelativePositionBias, RMSNorm
 from gqa.model.transformer import DecoderLayer, EncoderLayer, Transformer, each_layer, shift_right
+from gqa.runtime.errors import UserError
 
 TOKENS = 65_536  # default number of calibration tokens
 
@@ -48,6 +49,20 @@ class InputCovariance(NamedTuple):
     queries: Float[np.ndarray, "D D"] | None
     num_keys: int
     num_queries: int
+
+
+def check_finite(covariance: InputCovariance) -> None:
+    """Raise a UserError if a covariance has NaN or an infinite number.
+
+    Finite parameters can have such covariances, if activations overflow.
+    """
+    for matrix in (covariance.keys, covariance.queries):
+        if matrix is not None and not np.isfinite(matrix).all():
+            raise UserError(
+                f"the input covariance of {covariance.attention} in layer {covariance.layer} has "
+                "NaN or infinity: the network's activations overflow; use a method that needs no "
+                'calibration, such as "mean", or another checkpoint'
+            )
 
 
 class _Activations(NamedTuple):

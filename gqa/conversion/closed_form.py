@@ -15,6 +15,8 @@ of query heads that read each head before the conversion (1 for a multi-head par
 This file knows one layer. calibration.py measures the covariances, assemble.py visits the layers.
 """
 
+from functools import partial
+
 import numpy as np
 from jaxtyping import Float
 
@@ -207,11 +209,33 @@ def _weighted_gram(gram: np.ndarray, root: np.ndarray) -> np.ndarray:
 def procrustes(gram: Float[np.ndarray, "G H G H"]) -> Float[np.ndarray, "G H H"]:
     """Return the rotations of the heads to their mean (generalised Procrustes, eq. 9).
 
-    The first head keeps its basis. The iteration starts from the rotations nearest to the singular
-    vectors, which is already exact for heads that are rotated copies of each other.
+    The first head keeps its basis. For two heads, and for heads that are rotated copies of each
+    other, the result is optimal. For more heads no closed form is known: the result is the better
+    of the local optima that the iteration reaches from two starts.
     """
     G, H = gram.shape[:2]
-    R = polar(svd(gram, np.broadcast_to(np.eye(H), (G, H, H))))
+
+    # The rotations nearest to the singular vectors are exact for rotated copies. Those that bring
+    # all heads nearest to one of them are exact for two heads; of these G, the best is a start.
+    to_singular_vectors = polar(svd(gram, np.broadcast_to(np.eye(H), (G, H, H))))
+    to_one_head = max((polar(gram[:, :, head]) for head in range(G)), key=partial(_fit, gram))
+
+    R, other = (_rotated_to_mean(gram, start) for start in (to_singular_vectors, to_one_head))
+    if _fit(gram, other) > _fit(gram, R) * (1 + TOLERANCE):
+        R = other
+    return R @ R[0].T
+
+
+def _fit(gram: np.ndarray, R: np.ndarray) -> float:
+    """Return the squared norm of the sum of the rotated heads."""
+    return float(np.einsum("GHI,GHI->", R, np.einsum("GHKJ,KJI->GHI", gram, R)))
+
+
+def _rotated_to_mean(gram: np.ndarray, R: np.ndarray) -> np.ndarray:
+    """Return the rotations [G, H, H] after rotating heads nearest to their sum, from a start R.
+
+    It ends when the sum no longer grows.
+    """
     last_fit = -np.inf
     for _ in range(ROUNDS):
         sum_of_heads = np.einsum("GHKJ,KJI->GHI", gram, R)
@@ -219,7 +243,7 @@ def procrustes(gram: Float[np.ndarray, "G H G H"]) -> Float[np.ndarray, "G H H"]
         if fit - last_fit <= TOLERANCE * abs(fit):
             break
         R, last_fit = polar(sum_of_heads), fit
-    return R @ R[0].T
+    return R
 
 
 def polar(x: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from gqa.conversion import closed_form
 from gqa.conversion.attention_kernels import at, kernels_of, replaced
-from gqa.conversion.calibration import ATTENTIONS, InputCovariance
+from gqa.conversion.calibration import ATTENTIONS, InputCovariance, check_finite
 
 GROUPINGS = ("contiguous", "strided", "random", "weight_cos", "act_cos", "act_aligned")
 MEASURED = ("act_cos", "act_aligned")  # groupings that read input covariances
@@ -145,6 +145,7 @@ def _similarities(
         for covariance in input_covariances or ():
             name, layer = covariance.attention, covariance.layer
             if name in num_kv_heads:
+                check_finite(covariance)
                 by_layer[name][layer] = similarity(
                     kernels_of(params, name), layer, covariance.keys, grouping == "act_aligned"
                 )

@@ -164,13 +164,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
 
-        metrics = {
-            "loss": sums["nats"] / tokens,
-            "accuracy": sums["correct"] / tokens,
-            "learning_rate": rate,
-            "input_tokens": jnp.sum(batch["inputs"] > 0),
-            "tokens": sums["tokens"],
-        }
+        metrics = _metrics(sums, batch, tokens) | {"learning_rate": rate}
         return State(state.step + 1, params, opt_state), metrics
 
     # Metrics are replicated, so that every process can read them.
@@ -179,6 +173,16 @@ def make_step(
         mesh = placed.step.mesh  # type: ignore[attr-defined]  # a state of shardings
         out = placed, NamedSharding(mesh, PartitionSpec())
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)
+
+
+def _metrics(sums: dict[str, Array], batch: dict, tokens: Array) -> dict[str, Array]:
+    """Return the metrics of a step from the sums over its batch; `tokens` is at least 1."""
+    return {
+        "loss": sums["nats"] / tokens,
+        "accuracy": sums["correct"] / tokens,
+        "input_tokens": jnp.sum(batch["inputs"] > 0),
+        "tokens": sums["tokens"],
+    }
 
 
 def accumulate(

@@ -187,3 +187,23 @@ def test_procrustes_finds_opposite_heads():
     head, C = rng.normal(size=(12, 4)), spread(rng, 12)
     R = closed_form.procrustes(closed_form.gram_matrix(np.stack([head, -head]), C))
     np.testing.assert_allclose(R, [np.eye(4), -np.eye(4)], atol=1e-9)
+
+
+@pytest.mark.parametrize("H", [2, 4, 8])
+def test_procrustes_is_optimal_for_two_heads(H):
+    """The best fit of two heads is the nuclear norm of the product of their kernels."""
+    for seed in range(20):
+        heads = np.random.default_rng(seed).normal(size=(2, 2 * H, H))
+        R = closed_form.procrustes(closed_form.gram_matrix(heads, None))
+        fit = np.trace((heads[0] @ R[0]).T @ (heads[1] @ R[1]))
+        assert fit == pytest.approx(np.linalg.norm(heads[0].T @ heads[1], "nuc"), rel=1e-6)
+
+
+def test_procrustes_is_no_worse_than_turning_all_heads_to_any_one_of_them():
+    for seed in range(20):
+        heads = np.random.default_rng(seed).normal(size=(4, 8, 4))
+        R = closed_form.procrustes(closed_form.gram_matrix(heads, None))
+        size = np.linalg.norm((heads @ R).sum(0))
+        for target in heads:
+            turned = heads @ closed_form.polar(heads.swapaxes(1, 2) @ target)
+            assert size >= np.linalg.norm(turned.sum(0)) - 1e-9
