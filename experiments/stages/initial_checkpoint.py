@@ -159,6 +159,7 @@ def _vocabulary(named: _Named) -> str:
     path = named.folder / huggingface.VOCABULARY
     if not path.is_file():
         raise UserError(f"{path} is missing; set text.vocabulary to the checkpoint's vocabulary")
+    safetensors_files.check_is_downloaded(path)
     return str(path)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gqa.model.config import GATED_GELU, RELU, Config
 from gqa.runtime.checks import check_whole_number
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import CheckpointError
 
 ACTIVATIONS = {"relu": RELU, "gated-gelu": GATED_GELU}
 
@@ -46,25 +46,25 @@ def to_config(hf_config: dict) -> Config:
     """Return our config for a config.json; a key that is missing has Transformers' default.
 
     Raises:
-        UserError: naming the key whose value our network cannot have.
+        CheckpointError: naming the key whose value our network cannot have.
     """
     if not isinstance(hf_config, dict):
-        raise UserError("not a JSON object with a model's settings")
+        raise CheckpointError("not a JSON object with a model's settings")
     kind = hf_config.get("model_type")
     if kind == "umt5":
-        raise UserError(
+        raise CheckpointError(
             "model_type='umt5' is not supported: it has a position bias in every layer, "
             "our network one for all; use t5 or mt5"
         )
     if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise UserError(f"model_type={kind!r} is not supported; use t5 or mt5")
+        raise CheckpointError(f"model_type={kind!r} is not supported; use t5 or mt5")
     for key, ours in FIXED.items():
         if hf_config.get(key, ours) not in (ours, None):
-            raise UserError(f"{key}={hf_config[key]!r} is not supported; use {ours}")
+            raise CheckpointError(f"{key}={hf_config[key]!r} is not supported; use {ours}")
     activation = hf_config.get("feed_forward_proj", DEFAULTS[kind])
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         supported = ", ".join(ACTIVATIONS)
-        raise UserError(
+        raise CheckpointError(
             f"feed_forward_proj={activation!r} is not supported; use one of {supported}"
         )
     # Any, because a type checker does not match the keys of ** with the types of the fields.
@@ -99,14 +99,14 @@ def _size_or_sizes(hf_config: dict, key: str, default: int) -> int | tuple[int, 
 def _size(hf_config: dict, key: str, default: int | None = None) -> int:
     value = hf_config.get(key, default)
     if value is None:
-        raise UserError(f"config.json has no {key}")
+        raise CheckpointError(f"config.json has no {key}")
     return check_whole_number(key, value)
 
 
 def _flag(hf_config: dict, key: str, default: bool) -> bool:
     value = hf_config.get(key, default)
     if not isinstance(value, bool):
-        raise UserError(f"{key}={value!r}; use true or false")
+        raise CheckpointError(f"{key}={value!r}; use true or false")
     return value
 
 

@@ -134,6 +134,9 @@ def test_a_grouped_network_or_no_vocabulary_is_refused(folder, network, random_p
     huggingface.save(random_params(grouped), grouped, tmp_path / "grouped")
     with pytest.raises(UserError, match=r"grouped has grouped attention; init\.\* takes a multi"):
         initial_checkpoint.adopted(config_of(tmp_path / "grouped"))
+    (folder / "spiece.model").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    with pytest.raises(CheckpointError, match=r"spiece\.model: is a pointer of Git LFS"):
+        initial_checkpoint.adopted(config_of(folder))
     (folder / "spiece.model").unlink()
     with pytest.raises(UserError, match=r"spiece\.model is missing; set text\.vocabulary"):
         initial_checkpoint.adopted(config_of(folder))
