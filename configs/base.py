@@ -87,6 +87,9 @@ def _text() -> ConfigDict:
     text.packages = ""
     # A SentencePiece model file. Empty: a vocabulary is trained on the pretraining text.
     text.vocabulary = ""
+    # The SentencePiece model to train: unigram, as T5's vocabularies are, or bpe, which keeps short
+    # and frequent words such as phonemes whole.
+    text.vocabulary_model = "unigram"
     # The folder in which tensorflow-datasets has the paper's data sets, in array_record format.
     # Empty: the folder that tensorflow-datasets uses by default.
     text.data_dir = ""

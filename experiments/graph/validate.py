@@ -37,6 +37,7 @@ CHOICES = {
     "checkpoint.on_damage": ("stop", "previous"),
     "train.on_divergence": ("stop", "rollback"),
     "wandb.mode": progress.MODES,
+    "text.vocabulary_model": tokenizer.MODEL_TYPES,
 }
 
 

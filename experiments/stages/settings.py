@@ -186,11 +186,13 @@ class TextSettings:
     Args:
         packages: whose documentation is the default corpus.
         vocabulary: a SentencePiece file; "" to train one on the text of the `pretraining` task.
+        vocabulary_model: the kind of SentencePiece model to train, "unigram" or "bpe".
         options: of each task, the keyword arguments that its module takes.
     """
 
     packages: tuple[str, ...]
     vocabulary: str
+    vocabulary_model: str
     vocab_size: int
     pretraining: str
     tasks: tuple[str, ...]

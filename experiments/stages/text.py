@@ -126,6 +126,7 @@ def settings(config: ConfigDict) -> TextSettings:
     return TextSettings(
         packages=_packages(config),
         vocabulary=vocabulary and os.path.abspath(vocabulary),
+        vocabulary_model=config.text.vocabulary_model,
         vocab_size=config.model.vocab_size,
         pretraining=config.pretrain.task,
         tasks=tuple(names),
@@ -241,11 +242,17 @@ def _vocabulary(
         raise UserError(f"the text of task {task} changed while it was read; run again")
     if isinstance(texts[0], Example):
         texts = [part for example in texts for part in (example.inputs, *example.targets)]
-    return tokenizer.train(texts, wanted.vocab_size, path)
+    trained = tokenizer.train(texts, wanted.vocab_size, path, wanted.vocabulary_model)
+    if (size := trained.sentinel(0) + 1) < wanted.vocab_size:
+        print(
+            f"vocabulary: the text of {task} fills {size} of model.vocab_size={wanted.vocab_size}; "
+            f"set that to {size} to leave no row of the embedding unused"
+        )
+    return trained
 
 
 def _vocabulary_path(wanted: TextSettings, source: str, folder: Path) -> Path:
-    key = _hash([source, wanted.vocab_size, wanted.pretraining])
+    key = _hash([source, wanted.vocab_size, wanted.pretraining, wanted.vocabulary_model])
     return folder / f"vocabulary-{key[:12]}.model"
 
 

@@ -9,7 +9,7 @@ import io
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import sentencepiece
@@ -19,6 +19,7 @@ from gqa.runtime.errors import UserError
 
 PAD, EOS, UNK = 0, 1, 2
 NUM_SENTINELS = 100
+MODEL_TYPES = ("unigram", "bpe")
 # Special tokens that are recognised in a text, as Transformers' T5Tokenizer recognises them.
 SPECIAL = re.compile(r"<extra_id_([1-9]?[0-9])>|(<pad>)|(</s>)|(<unk>)")
 # Sentinels, the three special ids, a piece for each byte, each printable ASCII character and space.
@@ -112,50 +113,73 @@ class Tokenizer:
         return f"<extra_id_{k}>" if k >= 0 else ""
 
 
-def train(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tokenizer:
-    """Fit a unigram model on `texts`, write it to `path` and return it.
+def train(
+    texts: Sequence[str],
+    vocab_size: int,
+    path: str | os.PathLike,
+    model_type: str = "unigram",
+) -> Tokenizer:
+    """Fit a SentencePiece model to `texts`, write it to `path` and return it.
 
-    `vocab_size` counts the sentinels: 4096 gives 3996 pieces. Bytes are the fallback for rare
-    characters, so nothing becomes unknown; whitespace is normalised as T5 does (newline = space).
+    Bytes are the fallback for rare characters, so nothing becomes unknown; whitespace is normalized
+    as T5 does (newline = space). A text with too few different pieces gives a smaller vocabulary.
+
+    Args:
+        vocab_size: counts the sentinels: 4096 gives 3996 pieces.
+        model_type: "unigram", as T5's vocabularies are, or "bpe", which keeps short and frequent
+            words such as phonemes whole.
+
+    Raises:
+        UserError: if `vocab_size` is too small for the bytes and the characters of the text.
     """
     path = pathlib.Path(path)
-    model = io.BytesIO()
+    try:
+        model = _fit(texts, vocab_size - NUM_SENTINELS, model_type)
+    except RuntimeError as error:
+        most = re.search(r"<= (\d+)", str(error))
+        if most is None:
+            raise UserError(_advice(str(error), vocab_size)) from error
+        model = _fit(texts, int(most[1]), model_type)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_files.write(path, model)
+    return Tokenizer(model)
+
+
+def _fit(texts: Sequence[str], num_pieces: int, model_type: str) -> bytes:
+    """Return a SentencePiece model of so many pieces, bytes and special tokens included.
+
+    Raises:
+        RuntimeError: if the text cannot give so many, or not so few.
+    """
     # Bounded fragments: SentencePiece silently skips any "sentence" longer than 4192 bytes.
     fragments = (
         line[i : i + 1000]
-        for t in texts
-        for line in t.split("\n")
+        for text in texts
+        for line in text.split("\n")
         if line.strip()
         for i in range(0, len(line), 1000)
     )
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=fragments,
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocab_size - NUM_SENTINELS,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            required_chars="".join(map(chr, range(33, 127))),
-            pad_id=PAD,
-            eos_id=EOS,
-            unk_id=UNK,
-            bos_id=-1,
-            num_threads=2,  # part of the result: partial sums are per thread
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise UserError(_advice(str(error), vocab_size)) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_files.write(path, model.getvalue())
-    return Tokenizer(model.getvalue())
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=fragments,
+        model_writer=model,
+        model_type=model_type,
+        vocab_size=num_pieces,
+        byte_fallback=True,
+        character_coverage=0.9995,
+        required_chars="".join(map(chr, range(33, 127))),
+        pad_id=PAD,
+        eos_id=EOS,
+        unk_id=UNK,
+        bos_id=-1,
+        num_threads=2,  # part of the result: partial sums are per thread
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def _advice(error: str, vocab_size: int) -> str:
-    """SentencePiece's complaint about a size, in terms of ours."""
-    if size := re.search(r"<= (\d+)", error):
-        most = int(size[1]) + NUM_SENTINELS
-        return f"vocab_size={vocab_size} is too large for the training text: use at most {most}"
+    """Return SentencePiece's complaint about a size, in terms of ours."""
     if size := re.search(r"vs (\d+)", error):
         least = int(size[1]) + NUM_SENTINELS
         return f"vocab_size={vocab_size} is too small: use at least {least}"

@@ -52,7 +52,7 @@ VARIANT = Variant(
 )
 
 
-SETUP = Setup("r", TextSettings((), "", 512, "docstrings", (), {}))
+SETUP = Setup("r", TextSettings((), "", "unigram", 512, "docstrings", (), {}))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ VARIANT = Variant(
     alpha=0.0,
     seed=0,
 )
-SETUP = Setup("r", TextSettings((), "", 512, "docstrings", (), {}))
+SETUP = Setup("r", TextSettings((), "", "unigram", 512, "docstrings", (), {}))
 PLANNED = plan(base.get_config(), None)[0]
 PLANNED = dataclasses.replace(PLANNED, setup=SETUP)
 ORIGIN = {"commit": "c", "device": "d", "time": "t"}
