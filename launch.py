@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments.run import process
+from gqa.runtime.checks import check_local_path
 from gqa.runtime.errors import UserError
 
 
@@ -97,10 +98,13 @@ def _run(values: flags.FlagValues) -> None:
 
     from experiments import pipeline
     from experiments.aot import analysis
+    from experiments.graph import validate
     from experiments.speed import benchmark
     from experiments.stages import initial_checkpoint
     from gqa.runtime import compilation_cache, distributed
 
+    for name in ("workdir", "checkpoint"):
+        check_local_path(f"--{name}", values[name].value or "")
     config, workdir, stage = values.config, Path(values.workdir), values.stage
     if stage == "aot" or config.experiment == "aot":
         analysis.run(config, workdir, stage)
@@ -121,6 +125,7 @@ def _run(values: flags.FlagValues) -> None:
     options = pipeline.Options(values.executor, values.jobs, bool(values["dry-run"].value))
     pipeline.check_options(options)
     if experiment is pipeline:
+        validate.check_paths(config)
         config = initial_checkpoint.adopted(config)
         pipeline.check(config, options)
     else:

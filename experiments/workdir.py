@@ -15,7 +15,7 @@ from typing import TextIO
 
 from gqa.runtime import atomic_files
 from gqa.runtime.distributed import is_primary
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import ConfigError, UserError
 
 MAX_HOLDER = 200  # characters of a lock's file that a message shows
 
@@ -24,14 +24,18 @@ def make_workdir(workdir: Path) -> None:
     """Make the folder if it is not there.
 
     Raises:
-        UserError: if the folder cannot be made.
+        UserError: if the folder cannot be made or listed, or has links that lead nowhere.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        links = [path for path in workdir.iterdir() if path.is_symlink()]
     except OSError as error:
-        raise UserError(
-            f"--workdir={workdir}: {error.strerror}; use a folder to write to"
-        ) from error
+        # A ConfigError shortens the path, which may be what is wrong with it.
+        advice, reason = "use a folder to write to", f"cannot be used: {error.strerror}"
+        raise ConfigError("--workdir", str(workdir), advice, reason) from error
+    for link in links:
+        if not link.exists():
+            raise UserError(f"{link}: a link that leads nowhere; delete it")
 
 
 @contextlib.contextmanager

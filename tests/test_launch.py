@@ -55,7 +55,7 @@ def run(capsys, tmp_path, monkeypatch):
             "evaluate.search='best'; use one of greedy, beam, sample",
         ),
         ((GQA8, "--config.evaluate.top_p=0"), "evaluate.top_p=0.0; use more than 0 and at most 1"),
-        ((GQA8, "--config.evaluate.top_k=-1"), "evaluate.top_k=-1; use 0 or more"),
+        ((GQA8, "--config.evaluate.top_k=-1"), "evaluate.top_k=-1; use a whole number, 0 or more"),
         ((GQA8, "--config.evaluate.num_beams=0"), "evaluate.num_beams=0; use 1 or more"),
         (
             (GQA8, "--config.evaluate.length_penalty=-1"),

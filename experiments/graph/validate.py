@@ -16,7 +16,7 @@ from experiments.stages import text
 from gqa import conversion
 from gqa.data import tasks, tokenizer
 from gqa.data.examples import SPLITS
-from gqa.runtime.checks import check_whole_number
+from gqa.runtime.checks import check_local_path, check_whole_number
 from gqa.runtime.errors import UserError, renamed_fields
 from gqa.runtime.mesh import Layout, check_batch, check_layout, check_rows
 from gqa.training import progress
@@ -27,6 +27,11 @@ ZERO_TOO = (
     *("seed", "evaluate.examples", "evaluate.top_k", "train.max_rollbacks"),
     *("finetune.inputs_length", "finetune.targets_length"),
     *("slurm.gpus_per_node", "slurm.cpus_per_task", "slurm.mem_gb", "slurm.timeout_min"),
+)
+# Keys that name files or folders, some of them several, separated by commas.
+PATHS = (
+    *("init.huggingface", "init.t5x", "text.vocabulary", "text.data_dir"),
+    *("files.train", "files.validation", "files.test", "documents.train", "documents.validation"),
 )
 CHOICES = {
     "convert.optimizer": ("map", "reset"),
@@ -73,6 +78,13 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
     with renamed_fields("evaluate."):
         check_batch(config.evaluate.batch_size, 1, layout, count)
     progress.check(config.wandb.mode)
+
+
+def check_paths(config: ConfigDict) -> None:
+    """Refuse URLs where the config names files or folders."""
+    for key in PATHS:
+        for path in text.split_names(str(dict(flatten(config)).get(key, ""))):
+            check_local_path(key, path)
 
 
 def check_text(config: ConfigDict) -> None:

@@ -3,6 +3,7 @@
 This is the one place that adds the flag of `launch.py` which helps against an error of the library.
 """
 
+import contextlib
 import os
 import shlex
 import sys
@@ -21,6 +22,8 @@ def status(run: Callable[[], None]) -> int:
     0 is done, 2 something to change in the command, the config, a file or the disk, 128 + signal
     an interruption. One of several processes that fails ends here and does not return.
     """
+    # A notebook names a backend of its own for figures, which its child processes do not have.
+    os.environ["MPLBACKEND"] = "agg"
     try:
         check_environment()
         run()
@@ -61,7 +64,9 @@ def _remedy(error: BaseException) -> str:
 
 def _say(text: str, code: int) -> int:
     if text:
-        print(text, file=sys.stderr, flush=True)
+        # A terminal that has gone away takes no more lines; the status says enough.
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
     _leave(code)
     return code
 

@@ -176,7 +176,12 @@ class StageFolder:
 
     def write_description(self, description: Description) -> None:
         """Make the folder and write stage.json."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: {error.strerror}; use a --workdir to write to"
+            ) from error
         write_whole(self._description_file, json.dumps(to_json(description), indent=1))
 
     def read_description(self) -> Description:

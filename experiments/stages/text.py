@@ -23,7 +23,7 @@ from gqa.data.corpus_packages import DEFAULT_PACKAGES
 from gqa.data.examples import SPLITS, Example, TokenPair
 from gqa.runtime import file_hashes
 from gqa.runtime.distributed import primary_first
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import UserError, renamed_fields
 
 # A vocabulary is trained on at most this many texts, the first ones.
 VOCABULARY_TEXTS = 1_000_000
@@ -242,7 +242,8 @@ def _vocabulary(
         raise UserError(f"the text of task {task} changed while it was read; run again")
     if isinstance(texts[0], Example):
         texts = [part for example in texts for part in (example.inputs, *example.targets)]
-    trained = tokenizer.train(texts, wanted.vocab_size, path, wanted.vocabulary_model)
+    with renamed_fields("model."):
+        trained = tokenizer.train(texts, wanted.vocab_size, path, wanted.vocabulary_model)
     if (size := trained.sentinel(0) + 1) < wanted.vocab_size:
         print(
             f"vocabulary: the text of {task} fills {size} of model.vocab_size={wanted.vocab_size}; "

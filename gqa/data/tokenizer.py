@@ -15,7 +15,7 @@ import numpy as np
 import sentencepiece
 
 from gqa.runtime import atomic_files
-from gqa.runtime.errors import UserError
+from gqa.runtime.errors import ConfigError, UserError
 
 PAD, EOS, UNK = 0, 1, 2
 NUM_SENTINELS = 100
@@ -138,7 +138,7 @@ def train(
     except RuntimeError as error:
         most = re.search(r"<= (\d+)", str(error))
         if most is None:
-            raise UserError(_advice(str(error), vocab_size)) from error
+            raise _refusal(str(error), vocab_size) from error
         model = _fit(texts, int(most[1]), model_type)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.write(path, model)
@@ -178,12 +178,12 @@ def _fit(texts: Sequence[str], num_pieces: int, model_type: str) -> bytes:
     return model.getvalue()
 
 
-def _advice(error: str, vocab_size: int) -> str:
-    """Return SentencePiece's complaint about a size, in terms of ours."""
+def _refusal(error: str, vocab_size: int) -> UserError:
+    """Return SentencePiece's complaint about a number of pieces as one about `vocab_size`."""
     if size := re.search(r"vs (\d+)", error):
         least = int(size[1]) + NUM_SENTINELS
-        return f"vocab_size={vocab_size} is too small: use at least {least}"
-    return f"no vocabulary can be trained on this text: {' '.join(error.split())}"
+        return ConfigError("vocab_size", vocab_size, f"use at least {least}", "is too small")
+    return UserError(f"no vocabulary can be trained on this text: {' '.join(error.split())}")
 
 
 def load(path: str | os.PathLike) -> Tokenizer:

@@ -4,6 +4,7 @@ Each raises a ConfigError that names the field. Checks that relate several setti
 they protect, such as `gqa.runtime.mesh.check_layout`.
 """
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -23,6 +24,17 @@ def check_whole_number(field: str, value: Any, least: int = 1, most: int = MAX_I
     if value > most:
         raise ConfigError(field, value, f"use a whole number from {least} to {most}")
     return value
+
+
+def check_local_path(field: str, path: str) -> None:
+    """Refuse a path that is a URL, which would else become a folder called "gs:".
+
+    Raises:
+        ConfigError: for a path such as gs://bucket/folder.
+    """
+    if re.match(r"[A-Za-z][\w+.-]*:/", path):
+        advice = "mount the bucket or copy its files, and name the folder on this machine"
+        raise ConfigError(field, path, advice, "is a URL")
 
 
 def check_choice(field: str, value: Any, choices: Collection[str]) -> None:

@@ -7,6 +7,7 @@ this program and keeps its traceback. Single checks of values are in `gqa.runtim
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 # A message may quote a whole file; a terminal should not show more characters of it than this.
 MAX_MESSAGE_LENGTH = 1000
 MAX_VALUE_LENGTH = 100
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk or a quota
 
 
 class UserError(Exception):
@@ -110,13 +112,18 @@ class OutOfDiskError(UserError):
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Return whether an error, or one that it was raised from, means that a disk is full."""
+    return _means(error, FULL)
+
+
+def _means(error: BaseException | None, codes: tuple[int, ...]) -> bool:
+    """Return whether an error, or one that it was raised from, has one of the system's codes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in codes:
             return True
         # TensorStore and XLA raise exceptions of their own that quote the system's words.
-        if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
+        if any(os.strerror(code) in str(error) for code in codes):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -124,7 +131,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def reporting_full_disk(activity: str, kept: str) -> Iterator[None]:
-    """Raise an OutOfDiskError for any error inside that means a full disk.
+    """Raise an OutOfDiskError for any error inside that means a full disk, or a file at its limit.
 
     Args:
         activity: what is being done, such as "saving checkpoint /runs/3".
@@ -133,11 +140,16 @@ def reporting_full_disk(activity: str, kept: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OutOfDiskError) or not is_disk_full(error):
+        if isinstance(error, OutOfDiskError):
+            raise
+        if is_disk_full(error):
+            reason, advice = "no space left on device", "free space"
+        elif _means(error, (errno.EFBIG,)):
+            reason, advice = "file too large", "raise the limit on the size of files (ulimit -f)"
+        else:
             raise
         raise OutOfDiskError(
-            f"no space left on device while {activity}; free space and run the same command "
-            f"again; {kept}"
+            f"{reason} while {activity}; {advice} and run the same command again; {kept}"
         ) from error
 
 

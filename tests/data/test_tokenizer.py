@@ -78,7 +78,7 @@ def test_training_is_deterministic_and_reads_long_lines(model, source, tmp_path)
 
 
 def test_mistakes_are_named(model, source, tmp_path):
-    with pytest.raises(UserError, match=r"vocab_size=120 is too small: use at least 454"):
+    with pytest.raises(UserError, match=r"vocab_size=120 is too small; use at least 454"):
         tokenizer.train([source], 120, tmp_path / "small")
     with pytest.raises(UserError, match="missing: No such file"):
         tokenizer.load(tmp_path / "missing")
