@@ -4,7 +4,9 @@ The library checks its own arguments; here its errors get the config's key. Chec
 than one section of the config, or its files, are made here alone.
 """
 
+import errno
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +19,7 @@ from gqa import conversion
 from gqa.data import tasks, tokenizer
 from gqa.data.examples import SPLITS
 from gqa.runtime.checks import check_local_path, check_whole_number
-from gqa.runtime.errors import UserError, renamed_fields
+from gqa.runtime.errors import ConfigError, UserError, renamed_fields
 from gqa.runtime.mesh import Layout, check_batch, check_layout, check_rows
 from gqa.training import progress
 from gqa.training.profiling import parse_window
@@ -81,10 +83,16 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
 
 
 def check_paths(config: ConfigDict) -> None:
-    """Refuse URLs where the config names files or folders."""
+    """Refuse URLs, and names that no file can have, where the config names files or folders."""
+    values = dict(flatten(config))
     for key in PATHS:
-        for path in text.split_names(str(dict(flatten(config)).get(key, ""))):
+        for path in text.split_names(str(values.get(key, ""))):
             check_local_path(key, path)
+            try:
+                os.lstat(path)
+            except OSError as error:  # a file that is missing is named by its reader
+                if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                    raise ConfigError(key, path, "use another path", error.strerror) from error
 
 
 def check_text(config: ConfigDict) -> None:
