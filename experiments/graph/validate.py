@@ -92,7 +92,9 @@ def check_paths(config: ConfigDict) -> None:
                 os.lstat(path)
             except OSError as error:  # a file that is missing is named by its reader
                 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-                    raise ConfigError(key, path, "use another path", error.strerror) from error
+                    raise ConfigError(
+                        key, path, "use another path", error.strerror or ""
+                    ) from error
 
 
 def check_text(config: ConfigDict) -> None:
