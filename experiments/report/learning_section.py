@@ -9,22 +9,29 @@ from experiments.report.variants_section import interval
 
 SHOWN, LONGEST = 2, 240  # variants whose predictions are shown, and characters of a text
 MARGIN = 0.01  # nats per token; a loss that is lower by less counts as the same
-BASELINES = {"constant_answer": "best constant answer", "first_sentence": "first sentence"}
+BASELINES = {
+    "constant_answer": "best constant answer",
+    "first_sentence": "first sentence",
+    "letter_by_letter": "letter by letter",
+}
 LOSSES = ("test_loss", "test_loss_other_input", "test_loss_unigram")
 
 
 def baselines(summary: Summary) -> str:
     """Say what each task's model learned: beside trivial answers, and from its input."""
-    header = ["variant", "score", *BASELINES.values(), "test loss"]
-    header += ["other example's input", "margin", "unigram model", "margin"]
     parts = ["## What the models learned"] if summary.tasks else []
     for task in summary.tasks:
+        # A task has the constant answer, and one more baseline that fits its inputs.
+        recorded = summary.metrics("evaluate", task)
+        names = [name for name in BASELINES if name in recorded]
+        header = ["variant", "score", *(BASELINES[name] for name in names), "test loss"]
+        header += ["other example's input", "margin", "unigram model", "margin"]
         rows, remarks = [], []
         for variant in summary.scored:
             metrics = ("headline", *BASELINES, *LOSSES)
             estimates = {m: summary.get(variant, "evaluate", m, task) for m in metrics}
             if any(estimates.values()):
-                rows.append([summary.title(variant), *_baseline_cells(estimates)])
+                rows.append([summary.title(variant), *_baseline_cells(estimates, names)])
                 remarks += [f"- {summary.title(variant)}: {r}." for r in _missing(estimates)]
 
         # Say that nothing is missing only where something was measured, never over dashes.
@@ -41,12 +48,11 @@ def baselines(summary: Summary) -> str:
     return "\n\n".join(parts)
 
 
-def _baseline_cells(estimates):
+def _baseline_cells(estimates, names):
     model, other_input, unigram = (estimates[name] for name in LOSSES)
     return [
         interval(estimates["headline"]),
-        interval(estimates["constant_answer"]),
-        interval(estimates["first_sentence"]),
+        *(interval(estimates[name]) for name in names),
         _number(model),
         _number(other_input),
         _margin(other_input, model),
@@ -74,7 +80,7 @@ def _missing(estimates):
         yield "the loss is hardly lower than the unigram model's, or higher"
 
     # Compare the lower end of the interval, if there is one: a mean above may be chance.
-    for name in ("constant_answer", "first_sentence"):
+    for name in BASELINES:
         trivial = estimates[name]
         if score and trivial and (score.value if score.low is None else score.low) <= trivial.value:
             yield f"the score is not shown to be above that of the {BASELINES[name]}"

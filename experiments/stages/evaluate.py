@@ -104,7 +104,7 @@ def _scores(
     """Score the predictions by every metric of the task.
 
     The headline metric is reported again for two answers that need no network: the best constant
-    answer, and the first sentence of the input.
+    answer, and the task's own baseline or else the first sentence of the input.
     """
     options = job.text.options.get(task, {})
     names, headline = tasks.scoring(task, **options)
@@ -119,13 +119,11 @@ def _scores(
     for line in filter(None, (metrics.note(name, references) for name in names)):
         print(f"task {task}: {line}")
     constant = metrics.constant_answer(targets, headline, validation)
-    prefix = str(options.get("prefix") or getattr(tasks.get(task), "PREFIX", ""))
-    sources = [example.inputs.removeprefix(prefix) for example in examples]
-    first_sentences = list(map(normalize, metrics.first_sentence(sources)))
+    baseline, answers = _baseline(task, options, examples, train_examples)
     scored = {name: (name, predictions, "%") for name in names} | {
         "headline": (headline, predictions, f"{headline} %"),
         "constant_answer": (headline, [constant] * len(examples), f"{headline} %"),
-        "first_sentence": (headline, first_sentences, f"{headline} %"),
+        baseline: (headline, list(map(normalize, answers)), f"{headline} %"),
     }
     records = []
     for key, (metric, texts, unit) in scored.items():
@@ -135,3 +133,16 @@ def _scores(
             del number["replicates"]
         records.append(record(key, unit=unit, **number))
     return records
+
+
+def _baseline(
+    task: str, options: dict, examples: list[Example], train_examples: list[Example]
+) -> tuple[str, list[str]]:
+    """Return the name and the answers of the baseline that reads the inputs without a network."""
+    module = tasks.get(task)
+    if hasattr(module, "BASELINE"):
+        name, answer = module.BASELINE
+        return name, answer(train_examples, [example.inputs for example in examples])
+    prefix = str(options.get("prefix") or getattr(module, "PREFIX", ""))
+    sources = [example.inputs.removeprefix(prefix) for example in examples]
+    return "first_sentence", metrics.first_sentence(sources)

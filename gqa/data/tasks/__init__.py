@@ -17,6 +17,8 @@ and, where they are needed,
     parts(**options)        the parts of a mixture with their weights, [(data, weight)]
     SPLITS                  if it lacks a split
     LENGTHS                 tokens of inputs and targets, if they differ from those below
+    BASELINE                (name, answer), if the task has a baseline that says more than the first
+                            sentence of the input: answer(training examples, inputs) gives texts
 """
 
 import importlib

@@ -104,11 +104,20 @@ def test_within_decides_the_answer(tmp_path):
         assert heads in (tmp_path / "report.html").read_text()
 
 
+def job_of(examples, options=None, normalize=lambda text: text):
+    """As much of a job as the scores of a stage need."""
+    text = SimpleNamespace(
+        options=options or {},
+        examples=lambda task, split: examples,
+        tokenizer=SimpleNamespace(normalize=normalize),
+    )
+    return SimpleNamespace(text=text)
+
+
 def test_the_headline_alone_keeps_its_replicates():
     """As the scores of a job's evaluation are recorded, in the unit of the score."""
     examples = [Example("The shape. More.", (f"the shape {i % 3}",)) for i in range(12)]
-    text = SimpleNamespace(options={}, examples=lambda task, split: examples)
-    job = SimpleNamespace(text=text)
+    job = job_of(examples)
     predictions = ["the shape 1"] * 12
     records = {
         r["metric"]: r
@@ -124,10 +133,30 @@ def test_the_first_sentence_is_the_sources_without_what_was_put_before_it():
     options = {"metrics": ("exact_match",), "source": "s", "target": "t", "prefix": "shorten. "}
     options |= dict.fromkeys(("train", "validation", "test"), "")
     examples = [Example(f"shorten. The shape {i}. More.", (f"The shape {i}.",)) for i in range(3)]
-    text = SimpleNamespace(options={"files": options}, examples=lambda task, split: examples)
-    job = SimpleNamespace(text=text)
+    job = job_of(examples, {"files": options})
     records = evaluate._scores("files", job, examples, ["no"] * 3, examples)
     assert [r["value"] for r in records if r["metric"] == "first_sentence"] == [100]
+
+
+def test_references_are_normalized_as_predictions_are(capsys):
+    """A network whose vocabulary has no fullwidth question mark cannot write one."""
+    options = {"metrics": ("exact_match", "bleu")}
+    examples = [Example("Greet.", ("你好吗？",)), Example("Ask.", ("谁在那里？",))]
+    job = job_of(examples, {"files": options}, normalize=lambda text: text.replace("？", "?"))
+    records = evaluate._scores("files", job, examples, ["你好吗?", "谁在那里?"], examples)
+    values = {r["metric"]: r["value"] for r in records}
+    assert values["exact_match"] == 100
+    assert "task files: bleu: each character is a word" in capsys.readouterr().out
+
+
+def test_a_task_may_have_a_baseline_of_its_own():
+    examples = [Example("English: on", ("o n",)), Example("English: no", ("n o",))]
+    records = evaluate._scores("pronounce_en", job_of(examples), examples, ["o n"] * 2, examples)
+    values = {r["metric"]: r["value"] for r in records}
+    assert values["letter_by_letter"] == 100
+    assert values["word_accuracy"] == 50
+    assert values["phoneme_error_rate"] == 50
+    assert "first_sentence" not in values
 
 
 def test_missing_pieces_are_dashes(tmp_path):
