@@ -119,3 +119,9 @@ def test_what_the_system_refuses_is_told_with_its_path(number):
 
 def test_ctrl_c_during_imports_has_its_status():
     assert command_line.describe_failure(KeyboardInterrupt())[0] == 130
+
+
+def test_no_output_is_no_error(monkeypatch):
+    """As in `python -m gqa kv-cache T5-XL >&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert command_line.status(lambda: print("nobody reads this")) == 0

@@ -12,7 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gqa.runtime import signals
-from gqa.runtime.command_line import check_environment, close_output, describe_failure
+from gqa.runtime.command_line import (
+    check_environment,
+    close_output,
+    describe_failure,
+    flush_output,
+)
 from gqa.runtime.errors import DamagedCheckpoint, DivergedError
 
 
@@ -27,7 +32,7 @@ def status(run: Callable[[], None]) -> int:
     try:
         check_environment()
         run()
-        sys.stdout.flush()
+        flush_output()
     except (Exception, signals.Interrupted, KeyboardInterrupt) as error:
         failure = describe_failure(error)
         if failure is None:

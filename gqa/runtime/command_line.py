@@ -123,7 +123,7 @@ def status(run: Callable[[], None]) -> int:
     try:
         check_environment()
         run()
-        sys.stdout.flush()
+        flush_output()
     except (Exception, Interrupted, KeyboardInterrupt) as error:
         failure = describe_failure(error)
         if failure is None:
@@ -137,6 +137,13 @@ def status(run: Callable[[], None]) -> int:
     return DONE
 
 
+def flush_output() -> None:
+    """Print what is buffered, so that an error of it is seen; there may be no output (`>&-`)."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
 def close_output() -> None:
     """Send what is still to be printed nowhere: the interpreter would complain at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
