@@ -168,6 +168,29 @@ def test_the_newest_version_is_read_and_known_again(data_dir, tmp_path):
     assert fingerprint(data_dir=data_dir) != tasks.get("arxiv").fingerprint(data_dir=data_dir)
 
 
+def test_a_fingerprint_has_the_version_and_the_sizes(data_dir, tmp_path):
+    fingerprint = tasks.get("multi_news").fingerprint
+    prepare(tmp_path / "larger", "multi_news", DATASETS["multi_news"][1], size=4)
+    larger = fingerprint(data_dir=str(tmp_path / "larger"))
+    assert larger != fingerprint(data_dir=data_dir)
+    assert larger[:2] == fingerprint(data_dir=data_dir)[:2]
+
+    # The same records under another version.
+    folder = tmp_path / "newer" / "multi_news" / "10.0.0"
+    shutil.copytree(f"{data_dir}/multi_news/2.1.0", folder)
+    change(folder / "dataset_info.json", '"2.1.0"', '"10.0.0"')
+    newer = fingerprint(data_dir=str(tmp_path / "newer"))
+    assert newer != fingerprint(data_dir=data_dir)
+    assert newer[2] == fingerprint(data_dir=data_dir)[2]
+
+
+def test_examples_without_a_target_are_left_out(tmp_path):
+    name, row, *_ = DATASETS["cnn_dailymail"]
+    prepare(tmp_path, name, lambda i: row(i) | ({"highlights": " "} if i == 1 else {}))
+    examples = tasks.get("cnn_dailymail").load("train", data_dir=str(tmp_path))
+    assert [example.targets for example in examples] == [("A .\nB .",)] * 2
+
+
 def use(name, data_dir):
     tasks.check(name, data_dir=data_dir)
     tasks.get(name).load("train", data_dir=data_dir)

@@ -79,3 +79,17 @@ def test_kept_tokens_are_of_one_vocabulary_and_one_division_into_texts(tmp_path)
         assert tokenize("fine", ["ab", "c"]) == [[9, 9], [9]]
         assert tokenize("coarse", ["a", "bc"]) == [[7], [7, 7]]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths"),
+    [([4, 5, 6], [3, 0]), ([4, 5], [3, 0, 7]), ([4] * 11, [3, 0, 7]), ([], [])],
+)
+def test_a_whole_file_of_other_sizes_is_made_again(tmp_path, ids, lengths):
+    """The file's checksums are right; its contents are not those of three texts of ten ids."""
+    encoder = SimpleNamespace(hash="x", encode_batch=lambda texts: IDS)
+    token_cache.tokenize(["a", "b", "c"], encoder, tmp_path)
+    (path,) = tmp_path.iterdir()
+    with open(path, "wb") as file:
+        np.savez(file, ids=np.array(ids, np.int32), lengths=np.array(lengths, np.int64))
+    assert_ids(token_cache.tokenize(["a", "b", "c"], encoder, tmp_path))

@@ -1,8 +1,10 @@
 """Result files survive killed writers, and say where their numbers come from."""
 
+import fcntl
 import json
 import multiprocessing
 import subprocess
+import threading
 from datetime import datetime
 
 import numpy as np
@@ -73,6 +75,20 @@ def test_several_processes_write_to_one_file(tmp_path):
     for writer in writers:
         writer.join()
     assert sorted(r["run"] for r in results.read(path)) == ["a"] * 100 + ["b"] * 100 + ["c"] * 100
+
+
+def test_a_writer_waits_for_the_lock_of_another(tmp_path):
+    path = tmp_path / "results.jsonl"
+    results.append(path, [record(1)])
+    writer = threading.Thread(target=results.append, args=(path, [record(2)]))
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer.start()
+        writer.join(0.5)
+        assert writer.is_alive()
+        assert len(results.read(path)) == 1
+    writer.join()
+    assert [r["value"] for r in results.read(path)] == [1, 2]
 
 
 def test_latest_keeps_the_last_of_each_measurement():

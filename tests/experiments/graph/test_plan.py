@@ -115,6 +115,17 @@ def test_a_text_changes_the_stages_that_read_it():
     changed = {label for label in before if before[label] != after[label]}
     assert changed
     assert all("evaluate parameter_qa" in label for label in changed)
+
+    # The text of pretraining is in the key of every network; the benchmark has none of its weights.
+    class OtherPretraining(Prepared):
+        def training_source(self, task):
+            mine = task == base.get_config("nano").pretrain.task
+            return "other" if mine else super().training_source(task)
+
+    after = keys(prepared=OtherPretraining(*PREPARED))
+    changed = {label for label in before if before[label] != after[label]}
+    assert any(label.startswith("pretrain") for label in changed)
+
     vocabulary = type("Finer", (), {"hash": "other pieces"})
     changed = keys(prepared=PREPARED._replace(tokenizer=vocabulary)).items() - before.items()
     assert len(changed) == 11  # all but the benchmark

@@ -101,6 +101,7 @@ def test_another_size_has_its_own_recipe_and_what_the_user_changed():
     config.model.remat = "full"
     large, _, small = sweep.expand(config)
     assert (large.size, small.size) == ("mini", "nano")
+    assert large.name == small.name == config.name != base.get_config("nano").name
     assert large.finetune.steps == small.finetune.steps == 7
     assert large.model.remat == small.model.remat == "full"
     assert small.pretrain.steps == base.get_config("nano").pretrain.steps != large.pretrain.steps

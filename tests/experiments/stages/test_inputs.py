@@ -99,3 +99,12 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(info, tmp_path, load):
     text = SimpleNamespace(tokenizer=SimpleNamespace(hash="another hash"), folder=tmp_path / "text")
     with pytest.raises(UserError, match=r"trained with another vocabulary .* text in .*text; use"):
         load(parent, SimpleNamespace(text=text))
+
+
+def test_the_state_has_the_step_of_its_checkpoint(monkeypatch):
+    """Uptraining goes on from this step, with the learning rate that belongs to it."""
+    items = {"params": {"w": 1}, "opt_state": {"m": 2}, "data": {"position": 3}}
+    monkeypatch.setattr(inputs, "_load", lambda *_: items)
+    state, data = inputs.load_state(SimpleNamespace(step=7), SimpleNamespace())
+    assert int(state.step) == 7
+    assert (state.params, state.opt_state, data) == ({"w": 1}, {"m": 2}, {"position": 3})
