@@ -147,5 +147,7 @@ def test_the_splits_that_will_be_needed_are_asked_for(run, tmp_path):
     good.write_text('{"source": "a", "target": "b"}\n')
     files = ["--config.finetune.tasks=files", f"--config.files.train={good}"]
     assert "needs validation=PATH" in run(GQA8, *files)[1]
-    files.append(f"--config.files.validation={good}")
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"source": "c", "target": "d"}\n')
+    files.append(f"--config.files.validation={held}")
     assert "files.test names no file, evaluate.split='test'" in run(GQA8, *files)[1]

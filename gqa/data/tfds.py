@@ -15,13 +15,20 @@ from typing import overload
 import tensorflow_datasets as tfds
 
 from gqa.data.examples import SPLITS, Example
+from gqa.runtime import regular_files
 from gqa.runtime.errors import UserError
 
 CHARACTERS = 1 << 15  # of an input: 16 for each of 2048 tokens; what follows is never read
-LARGEST = 1 << 24  # bytes of a JSON file
 VERSION = re.compile(r"\d+\.\d+\.\d+")
-CLASS_KEYS = ("pythonClassName", "python_class_name", "type", "proto_cls")
+CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 FEATURES = "tensorflow_datasets.core.features."
+
+# The classes that importing TFDS has registered. It would import a module for any other name.
+SHIPPED = frozenset(
+    name
+    for name in tfds.features.FeatureConnector._registered_features
+    if name.startswith(FEATURES)
+)
 
 
 def task(
@@ -153,9 +160,14 @@ def _command(dataset: str, data_dir: str) -> str:
 
 
 def _open(folder: Path, dataset: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    for name in _classes(_json(folder / "features.json")):
-        if not name.startswith(FEATURES):  # TFDS would import it
-            raise UserError(f"{folder / 'features.json'}: {name} is no feature of TFDS")
+    path = folder / "features.json"
+    try:
+        names = list(_classes(_json(path)))
+    except RecursionError as error:
+        raise UserError(f"{path}: not what TFDS writes: nested too deeply") from error
+    for name in names:
+        if name not in SHIPPED:
+            raise UserError(f"{path}: {name} is no feature of TFDS")
     kept_as = _json(folder / "dataset_info.json").get("fileFormat", "tfrecord")
     if kept_as != "array_record":
         raise UserError(
@@ -169,24 +181,28 @@ def _open(folder: Path, dataset: str, data_dir: str) -> tfds.core.DatasetBuilder
 
 def _json(path: Path) -> dict:
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError("it is too large")
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        return regular_files.read_json(path)
+    except UserError as error:
         raise UserError(f"{path}: not what TFDS writes: {error}") from error
-    return value
 
 
 def _classes(value) -> Iterator[str]:
-    """Names of classes in features.json, of its present and its former layout."""
+    """Yield the names of classes in features.json, of its present and its former layout.
+
+    A feature may hold a text that is JSON itself and names classes, too, at any depth. TFDS parses
+    such a text under several keys, so every text that is JSON is searched.
+    """
     if isinstance(value, list):
         for item in value:
             yield from _classes(item)
     elif isinstance(value, dict):
         for key, item in value.items():
-            if isinstance(item, str) and key in CLASS_KEYS:
+            if key in CLASS_KEYS and isinstance(item, str):
                 yield item
-            else:
-                yield from _classes(item)
+            yield from _classes(item)
+    elif isinstance(value, str) and any(bracket in value for bracket in "{["):
+        try:
+            inner = json.loads(value)
+        except ValueError:
+            return
+        yield from _classes(inner)

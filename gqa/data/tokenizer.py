@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import sentencepiece
 
-from gqa.runtime import atomic_files
+from gqa.runtime import atomic_files, regular_files
 from gqa.runtime.errors import ConfigError, UserError
 
 PAD, EOS, UNK = 0, 1, 2
@@ -189,10 +189,11 @@ def _refusal(error: str, vocab_size: int) -> UserError:
 def load(path: str | os.PathLike) -> Tokenizer:
     """Read a SentencePiece model written by `train`, or any T5 `spiece.model`."""
     try:
-        tokenizer = Tokenizer(pathlib.Path(path).read_bytes())
-    except (OSError, RuntimeError, IndexError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a SentencePiece model"
-        raise UserError(f"vocabulary {path}: {reason}") from error
+        tokenizer = Tokenizer(regular_files.read_bytes(path))
+    except UserError as error:
+        raise UserError(f"vocabulary {error}") from error
+    except (RuntimeError, IndexError, UnicodeDecodeError) as error:
+        raise UserError(f"vocabulary {path}: not a SentencePiece model") from error
     ids = [tokenizer._processor.pad_id(), tokenizer._processor.eos_id()]
     if ids != [PAD, EOS]:
         raise UserError(f"vocabulary {path}: pad and eos have ids {ids}, T5 needs [{PAD}, {EOS}]")

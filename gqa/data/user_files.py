@@ -6,7 +6,6 @@ reads the rows of one file; `gqa.data.tasks.files` and `.documents` make example
 """
 
 import glob
-import json
 import os
 import pathlib
 import re
@@ -14,11 +13,14 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from gqa.data import file_formats
-from gqa.runtime import file_hashes
+from gqa.data.examples import SPLITS
+from gqa.runtime import file_hashes, regular_files
 from gqa.runtime.errors import UserError
 
 MOST_BAD = 0.01  # share of a file's rows that may be bad
-SHOWN = 5  # bad rows that a message quotes
+SHOWN = 5  # bad rows, or files passed over, that a message quotes
+# A file of which so many rows are bad, and more than half, is not read to its end.
+HOPELESS = 100_000
 WEIGHTED = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
 FIELD = re.compile(r"\{([^{}]+)\}")
 
@@ -65,6 +67,8 @@ def collect(entry: Entry, columns: Collection[str], make: Callable) -> tuple[lis
                 report = report._replace(bad=report.bad + 1)
                 if report.bad <= SHOWN:
                     report.first.append(f"{path}:{number}: {error}")
+                if report.bad > max(HOPELESS, report.rows / 2):
+                    break
         if not report.rows:
             raise UserError(f"{path}: no rows")
         if report.bad > MOST_BAD * report.rows:
@@ -177,10 +181,25 @@ def _expand(name: str, split: str) -> list[str]:
         return _folder(pathlib.Path(name), split)
     if os.path.lexists(name) or not glob.has_magic(name):
         return [name]
-    matches = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
-    if not matches:
+    matches = sorted(glob.glob(name, recursive=True))
+    files = [file for file in matches if not os.path.isdir(file)]
+
+    # A pattern such as data/* stands for the folders in data, too. With ** their files match
+    # already.
+    if "**" not in name:
+        for folder in matches:
+            if os.path.isdir(folder):
+                files += _walk(pathlib.Path(folder)).files
+    if not files:
         raise UserError(f"{name}: matches no file")
-    return matches
+    return files
+
+
+class _Folder(NamedTuple):
+    """The files of a folder that can be read, and those whose names have another ending."""
+
+    files: list[str]
+    passed_over: list[str]
 
 
 def _folder(folder: pathlib.Path, split: str) -> list[str]:
@@ -191,35 +210,95 @@ def _folder(folder: pathlib.Path, split: str) -> list[str]:
             raise UserError(f"{folder}: not there; name the folder of the split that is meant")
     if (folder / "state.json").is_file():
         return _saved(folder)
-    files = [
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if file_formats.ending(name)
-    ]
+    files = _walk(folder).files
     if not files:
-        raise UserError(f"{folder}: no file in it ends in {', '.join(file_formats.READERS)}")
-    root = folder.resolve()
+        raise UserError(f"{folder}: no file in it ends in {file_formats.ENDINGS}")
+    return files
+
+
+def _walk(folder: pathlib.Path) -> _Folder:
+    """Return the files of a folder and its subfolders, without hidden ones.
+
+    Hidden are names that begin with a dot, such as .ipynb_checkpoints and what macOS leaves, and
+    with two underscores.
+
+    Raises:
+        UserError: for a link that leads out of the folder, or a subfolder that `datasets` saved.
+    """
+    files, passed_over = [], []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        if parent != str(folder) and {"state.json", "dataset_dict.json"} & {*names}:
+            raise UserError(f"{parent}: saved by datasets; name that folder itself")
+        for name in names:
+            if not name.startswith((".", "__")):
+                known = files if file_formats.ending(name) else passed_over
+                known.append(os.path.join(parent, name))
     for file in files:
-        if not pathlib.Path(file).resolve().is_relative_to(root):
-            raise UserError(f"{file}: leads out of its folder; name the file it leads to")
-    return sorted(files)
+        _check_link(file, folder)
+    return _Folder(sorted(files), sorted(passed_over))
+
+
+def _check_link(file: str, folder: pathlib.Path) -> None:
+    """Refuse a file of a folder that is a link to a file elsewhere."""
+    target = pathlib.Path(file).resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{file}: leads out of its folder, to {target}; if that is meant, name the files of "
+            f"the folder one by one, as {file}"
+        )
+
+
+def passed_over(names: str) -> list[str]:
+    """Return a line for each folder among `names` of which files are not read, and why."""
+    lines = []
+    for name in names.split(","):
+        folder = _weighted(name.strip())[0]
+        if not os.path.isdir(folder) or os.path.exists(os.path.join(folder, "state.json")):
+            continue
+        if os.path.exists(os.path.join(folder, "dataset_dict.json")):
+            continue
+        if others := _walk(pathlib.Path(folder)).passed_over:
+            shown = ", ".join(others[:SHOWN]) + (" ..." if len(others) > SHOWN else "")
+            lines.append(
+                f"{len(others)} files of {folder} do not end in {file_formats.ENDINGS}: {shown}"
+            )
+    return lines
+
+
+def check_splits(options: dict) -> None:
+    """Refuse a file that two splits name, under whatever name or link, or as a copy.
+
+    Raises:
+        UserError: naming the file and the splits.
+    """
+    splits: dict[str, tuple[str, str]] = {}
+    for split in SPLITS:
+        if not options.get(split):
+            continue
+        for file in {file for entry in entries(options[split], split) for file in entry.files}:
+            other, first = splits.setdefault(file_hashes.sha256(file), (split, file))
+            if other != split:
+                raise UserError(
+                    f"{file}: {split} has the same contents as {first} of {other}, so that scores "
+                    "would be of texts seen in training; give each split files of its own"
+                )
 
 
 def _saved(folder: pathlib.Path) -> list[str]:
     """Return the Arrow files that `save_to_disk` listed in state.json, in that order."""
     path = folder / "state.json"
     try:
-        if path.stat().st_size > file_formats.LONGEST:
-            raise ValueError("it is too large")
-        state = json.loads(path.read_bytes())
+        state = regular_files.read_json(path)
         names = [entry["filename"] for entry in state["_data_files"]]
         if not names or not all(isinstance(name, str) and _is_plain(name) for name in names):
             raise ValueError("_data_files must name files of the folder")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (UserError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: not what datasets writes: {error}") from error
     if state.get("_indices_data_files"):
         raise UserError(f"{path}: rows are chosen by indices; save it after flatten_indices()")
+    for name in names:
+        _check_link(str(folder / name), folder)
     return [str(folder / name) for name in names]
 
 
@@ -234,6 +313,6 @@ def contents(options: dict) -> dict:
             [[file_hashes.sha256(file) for file in files], weight]
             for files, weight in entries(names, split)
         ]
-        for split in ("train", "validation", "test")
+        for split in SPLITS
         if (names := options.get(split))
     }

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from gqa.data import file_formats
+from gqa.data import columnar_files, file_formats, text_lines
 from gqa.runtime.errors import UserError
 
 ROWS = [
@@ -73,7 +73,7 @@ def test_plain_text_gives_paragraphs(tmp_path):
 
 
 def test_a_long_line_is_bad_and_a_long_paragraph_is_divided(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_formats, "LONGEST", 30)
+    monkeypatch.setattr(text_lines, "LONGEST", 30)
     lines = ['{"de": "x"}', '{"de": "' + "y" * 1000 + '"}', '{"de": "z"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     expected = [(1, {"de": "x"}), (2, "longer than 30 bytes"), (3, {"de": "z"})]
@@ -82,9 +82,8 @@ def test_a_long_line_is_bad_and_a_long_paragraph_is_divided(tmp_path, monkeypatc
     texts = [row["text"] for _, row in read(tmp_path / "a.txt")]
     assert "\n".join(texts).split("\n") == [f"line {i:04}" for i in range(20)]
     assert len(texts) > 1
-    monkeypatch.setattr(file_formats, "LARGEST", 100)
-    (tmp_path / "a.json").write_text("[" + " \n" * 100 + "]")
-    with pytest.raises(UserError, match=r"a\.json: larger than 0 GiB; write one object a line"):
+    (tmp_path / "a.json").write_text('[{"de": "' + "y" * 100_000 + '"}]')
+    with pytest.raises(UserError, match=r"a\.json: an element is longer than 30 bytes"):
         read(tmp_path / "a.json")
 
 
@@ -127,7 +126,7 @@ def test_a_row_behind_a_bad_one_is_read(tmp_path):
     [
         ("a.csv", b"de,en,de\n", "a.csv:1: the header has 2 columns 'de'"),
         ("a.csv", b"\n\xff,en\n1,2\n", "a.csv:2: not UTF-8 text"),
-        ("a.csv", b'"de\n', "a.csv:1: unexpected end of data"),
+        ("a.csv", b'"de\n', "a.csv:1: not CSV: unexpected end of data"),
         ("a.json", b"\xff", "a.json: not UTF-8 text"),
         ("a.json", b'{"a": 1}\n{"a": 2}\n', r"a.json: not JSON: Extra data .* name it \.jsonl"),
         ("a.json", b"[" * 100_000, "a.json: JSON nested too deeply"),
@@ -135,7 +134,7 @@ def test_a_row_behind_a_bad_one_is_read(tmp_path):
         ("a.json", b'{"rows": []}', "a.json: neither a list"),
         ("a.json", b'{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "a.json: neither a list"),
         ("a.json", b'{"data": [{"paragraphs": 3}]}', "a.json: neither a list"),
-        ("a.json.gz", b"x", "a.json.gz:1: not a whole gzip file"),
+        ("a.json.gz", b"x", r"a.json.gz: not a whole \.gz file"),
         ("a.parquet", b"", "a.parquet: damaged or not Parquet"),
         ("a.parquet", b"PAR1" + bytes(99) + b"PAR1", "a.parquet: "),
         ("a.arrow", b"", "a.arrow: damaged or not an Arrow stream"),
@@ -180,17 +179,9 @@ def test_damage_to_a_columnar_file_is_read_or_refused(tmp_path, ending):
     assert refused > 10
 
 
-def test_a_row_group_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
-    WRITERS[".parquet"](tmp_path / "a.parquet", ROWS)
-    virtual_memory = file_formats.hardware.psutil.virtual_memory()._replace(total=100)
-    monkeypatch.setattr(file_formats.hardware.psutil, "virtual_memory", lambda: virtual_memory)
-    with pytest.raises(UserError, match=r"a\.parquet: one row group takes 0\.0 GiB, this machine"):
-        read(tmp_path / "a.parquet")
-
-
 @pytest.mark.parametrize("ending", [".parquet", ".arrow"])
 def test_rows_of_many_batches_are_all_read_and_numbered_on(tmp_path, ending):
-    path, count = tmp_path / f"a{ending}", 2 * file_formats.MOST_ROWS + 3
+    path, count = tmp_path / f"a{ending}", 2 * columnar_files.MOST_ROWS + 3
     WRITERS[ending](path, [{"de": str(i), "en": "x"} for i in range(1, count + 1)])
     found = read(path)
     assert [number for number, _ in found] == list(range(1, count + 1))

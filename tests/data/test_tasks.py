@@ -134,7 +134,7 @@ def test_tsv_is_read_by_its_header(write, name):
         ("a.jsonl", '{"de": ' + "1" * 5000 + "}\n", "a.jsonl:1: .* a number too long"),
         ("a.jsonl", '{"de": "x", "en": "\\ud800"}\n', "a.jsonl:1: .* must be text"),
         ("a.jsonl", '{"de": "x", "e\\nn": "y"}\n', "a.jsonl:1: .* this row has de, e n"),
-        ("a.xls", "de,en\n", "a.xls: file name must end in .jsonl, .json, .tsv, .csv, .*.parquet"),
+        ("a.xls", "de,en\n", "a.xls: file name must end in .jsonl, .ndjson, .json, .*.parquet"),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(write, name, content, message):
@@ -149,19 +149,20 @@ def test_unreadable_files_are_named(write, tmp_path):
     (tmp_path / "folder.tsv").mkdir()
     os.mkfifo(tmp_path / "pipe.tsv")
     for name in ("folder", "pipe"):
-        with pytest.raises(UserError, match=rf"{name}\.tsv: not a file"):
+        with pytest.raises(UserError, match=rf"{name}\.tsv: is a (folder|device, a pipe)"):
             load(str(tmp_path / f"{name}.tsv"))
     path = write("cut.jsonl.gz", JSONL)
     content = (tmp_path / "cut.jsonl.gz").read_bytes()
     for damaged in (content[:-12], b"not gzip", content[:10] + b"\xff" * 30):
         (tmp_path / "cut.jsonl.gz").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"cut\.jsonl\.gz:[13]: not a whole gzip file"):
+        with pytest.raises(UserError, match=r"cut\.jsonl\.gz: not a whole \.gz file"):
             load(path)
 
 
 def test_check_finds_mistakes_in_every_row_of_every_file(write):
     good, bad = write("a.jsonl", JSONL), write("b.tsv", "de\tfr\nx\ty\n")
-    options = {"train": good, "validation": good, "source": "de", "target": "en"}
+    held = write("held.jsonl", JSONL * 2)
+    options = {"train": good, "validation": held, "source": "de", "target": "en"}
     tasks.check("files", **options)
     late = write("late.jsonl", JSONL * 40 + "not JSON\n")
     for split in ("train", "validation", "test"):

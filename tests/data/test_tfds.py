@@ -223,7 +223,7 @@ def change(path, old, new):
             "os.text",
             "os.text.* no feature",
         ),
-        ("features.json", "text_feature.Text", "text_feature.Txt", "not what TFDS writes"),
+        ("features.json", "text_feature.Text", "text_feature.Txt", "Txt is no feature"),
         ("features.json", '"document"', '"text"', "not the features of multi_news: 'document'"),
         ("features.json", "{", "{" * 9, "features.json: not what TFDS writes"),
     ],
@@ -277,3 +277,39 @@ def test_c4_is_read_as_it_is_needed(tmp_path, monkeypatch):
         assert len(words) == 47
         assert set(words) <= set(range(100, 140))
     assert np.unique(batch["inputs"]).size > 5
+
+
+def hostile_features(place):
+    """A features.json whose names are TFDS's own, but for one inside a text that is JSON."""
+    evil = {"pythonClassName": "evil_module.Feature", "jsonFeature": {"json": "{}"}}
+    sequence = "tensorflow_datasets.core.features.sequence_feature.Sequence"
+    inner = {
+        "present": {"feature": evil, "length": 3},
+        "former": {"feature": {"type": "evil_module.Feature", "content": "{}"}, "length": 3},
+        "snake": {"feature": {"python_class_name": "evil_module.Feature"}, "length": 3},
+    }[place]
+    once = {"pythonClassName": sequence, "jsonFeature": {"json": json.dumps(inner)}}
+    twice = {"pythonClassName": sequence, "jsonFeature": {"json": json.dumps({"feature": once})}}
+    return [once, twice, {"type": sequence, "content": inner}]
+
+
+@pytest.mark.parametrize("depth", range(3))
+@pytest.mark.parametrize("place", ["present", "former", "snake"])
+def test_no_class_is_imported_that_a_text_inside_a_feature_names(
+    data_dir, tmp_path, monkeypatch, place, depth
+):
+    shutil.copytree(f"{data_dir}/multi_news", tmp_path / "multi_news")
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('code ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "multi_news" / "2.1.0" / "features.json"
+    path.write_text(json.dumps(hostile_features(place)[depth]))
+    with pytest.raises(UserError, match=r"features\.json: evil_module\.Feature is no feature of"):
+        use("multi_news", str(tmp_path))
+
+
+def test_features_that_are_nested_too_deeply_are_refused(data_dir, tmp_path):
+    shutil.copytree(f"{data_dir}/multi_news", tmp_path / "multi_news")
+    path = tmp_path / "multi_news" / "2.1.0" / "features.json"
+    path.write_text(json.dumps({"content": '{"a":' * 50_000 + "1" + "}" * 50_000}))
+    with pytest.raises(UserError, match=r"features\.json: not what TFDS writes: nested too deeply"):
+        use("multi_news", str(tmp_path))

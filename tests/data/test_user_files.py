@@ -198,3 +198,70 @@ def test_contents_are_of_every_split_and_say_which(tmp_path):
     ]
     found = [json.dumps(user_files.contents(options)) for options in several]
     assert len(set(found)) == len(several)
+
+
+def test_hidden_files_are_no_data_and_others_are_said(folder):
+    hidden = (".hidden.jsonl", ".ipynb_checkpoints/c-checkpoint.jsonl", "__MACOSX/._c.jsonl")
+    for name in (*hidden, "sub/deeper/g.JSONL", "sub/h.jsonl.xz"):
+        (folder / "in" / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / "in" / name).write_text("x")
+    (folder / "in" / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    names = ["in/c.jsonl", "in/d.txt", "in/sub/deeper/g.JSONL"]
+    for pattern in ("in", "in/*", "in/**"):
+        ((files, _),) = user_files.entries(pattern, "test")
+        assert {os.path.relpath(file, folder) for file in files} >= {*names}
+        assert not any("/." in file or "__" in file for file in files)
+    ((files, _),) = user_files.entries("in", "train")
+    assert files == names
+    (line,) = user_files.passed_over("a.txt,in")
+    assert line.startswith("2 files of in do not end in .jsonl, ")
+    assert line.endswith(": in/notes.md, in/sub/h.jsonl.xz")
+    assert user_files.passed_over("a.txt") == []
+
+
+def test_a_folder_inside_that_datasets_saved_is_named(folder):
+    save(folder / "in" / "saved", ["eins"])
+    with pytest.raises(UserError, match="in/saved: saved by datasets; name that folder itself"):
+        user_files.entries("in", "train")
+
+
+def test_a_link_is_read_when_it_is_named_itself(folder):
+    (folder / "linked").mkdir()
+    (folder / "linked" / "x.jsonl").symlink_to(folder / "in" / "c.jsonl")
+    with pytest.raises(UserError, match=r"name the files of the folder one by one, as linked/x\."):
+        user_files.entries("linked", "train")
+    assert user_files.entries("linked/x.jsonl", "train")[0].files == ["linked/x.jsonl"]
+    save(folder / "arrows", ["eins"])
+    (path,) = (folder / "arrows").glob("*.arrow")
+    path.rename(folder / "elsewhere.arrow")
+    path.symlink_to(folder / "elsewhere.arrow")
+    with pytest.raises(UserError, match="arrow: leads out of its folder"):
+        user_files.entries("arrows", "train")
+
+
+@pytest.mark.parametrize("kind", ["the same name", "a link", "a copy", "a folder"])
+def test_no_two_splits_have_the_same_file(tmp_path, kind):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"a": "{name}"}}')
+    train = tmp_path / "train.jsonl"
+    options = {"train": str(train), "test": str(tmp_path / "test.jsonl")}
+    user_files.check_splits(options)
+    (tmp_path / "link.jsonl").symlink_to(train)
+    (tmp_path / "copy.jsonl").write_bytes(train.read_bytes())
+    again = {"the same name": "train.jsonl", "a link": "link.jsonl", "a copy": "copy.jsonl"}
+    options["test"] = str(tmp_path / again.get(kind, ""))
+    with pytest.raises(UserError, match=r"jsonl: test has the same contents as .*train\.jsonl of"):
+        user_files.check_splits(options)
+
+
+def test_a_file_of_which_most_rows_are_bad_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(user_files, "HOPELESS", 10)
+    with pytest.raises(UserError, match="11 of 11 rows are bad"):
+        collect(tmp_path / "a.jsonl", ["bad"] * 1000)
+
+
+def test_a_bad_byte_is_named_by_its_line_where_no_line_is_blank(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nth\xffree\nfour\n")
+    entry = user_files.Entry([str(tmp_path / "a.txt")], 1.0)
+    with pytest.raises(UserError, match=r"a\.txt:3: not UTF-8 text"):
+        user_files.collect(entry, ["text"], lambda row: user_files.text(row, "text"))

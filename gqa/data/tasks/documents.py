@@ -26,16 +26,20 @@ def parts(*, train: str, column: str, **options) -> list[tuple[list[str], float]
 
 def check(
     *, train: str = "", validation: str = "", column: str = "text"
-) -> list[user_files.Report]:
-    """Read every file; return a report for each file of which bad rows are left out.
+) -> list[user_files.Report | str]:
+    """Read every file; return reports of bad rows, and lines about files that are passed over.
 
     Raises:
-        UserError: for a wrong path or column, or a file with many bad rows.
+        UserError: for a wrong path or column, a file with many bad rows, or a file that both
+            splits name.
     """
-    reports = []
+    reports: list[user_files.Report | str] = []
     for split in ("train", "validation"):
         for entry in _entries(split, train, validation):
             reports += _documents(entry, column)[1]
+    for names in (train, validation):
+        reports += user_files.passed_over(names)
+    user_files.check_splits({"train": train, "validation": validation})
     return reports
 
 

@@ -58,23 +58,27 @@ def parts(*, source: str, target: str, train: str, prefix: str = "", **options):
 
 def check(
     *, source: str = "", target: str = "", metrics=METRICS, **options
-) -> list[user_files.Report]:
-    """Read every file; return a report for each file of which bad rows are left out.
+) -> list[user_files.Report | str]:
+    """Read every file; return reports of bad rows, and lines about files that are passed over.
 
     Raises:
-        UserError: for a wrong path, column or metric, or a file with many bad rows.
+        UserError: for a wrong path, column or metric, a file with many bad rows, or a file that
+            two splits name.
     """
     if not (source and target and options.get("train")):
         raise UserError("task files needs train=PATH and the columns source=NAME and target=NAME")
     for name in metrics:
         if name not in METRICS:
             raise UserError(f"metrics={name!r} is unknown; choose from {', '.join(METRICS)}")
-    reports = []
+    reports: list[user_files.Report | str] = []
     for split in SPLITS:
-        for entry in user_files.entries(options.get(split) or "", split):
+        names = options.get(split) or ""
+        for entry in user_files.entries(names, split):
             reports += _examples(entry, source, target, "")[1]
+        reports += user_files.passed_over(names)
     if not options.get("validation"):
         raise UserError("task files needs validation=PATH to choose a checkpoint by")
+    user_files.check_splits(options)
     return reports
 
 

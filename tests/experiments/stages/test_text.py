@@ -27,8 +27,11 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "parts").mkdir()
     for i in range(3):
         write(tmp_path / "parts" / f"{i}.jsonl", ROWS[50 * i : 50 * i + 50])
+    (tmp_path / "held").mkdir()
+    write(tmp_path / "held" / "all.jsonl", ROWS)
     paragraphs = [" ".join(f"w{i * k % 97}" for k in range(60)) for i in range(60)]
     (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
+    (tmp_path / "held.txt").write_text("\n\n".join(reversed(paragraphs)))
     tokenizer.train([*paragraphs, *map(str, ROWS)], 500, tmp_path / "small.model")
     return tmp_path
 
@@ -43,9 +46,9 @@ def make_config(size="nano", **changes):
 
 
 def own(**changes):
-    files = {"train": "parts/[01].jsonl", "validation": "parts/2.jsonl", "test": "parts"}
+    files = {"train": "parts/[01].jsonl", "validation": "parts/2.jsonl", "test": "held"}
     files |= {"source": "frage: {q}", "target": "answers.text", "prefix": "qa ", "metrics": "f1"}
-    documents = {"train": "text.txt", "validation": "text.txt"}
+    documents = {"train": "text.txt", "validation": "held.txt"}
     options = {f"files.{key}": value for key, value in files.items()}
     options |= {f"documents.{key}": value for key, value in documents.items()}
     options |= {"finetune.tasks": "files", "pretrain.task": "documents"}

@@ -1,0 +1,187 @@
+"""Rows of CSV and TSV files.
+
+A quote that is not closed takes in all lines up to the next quote. Such a row is bad, and the lines
+behind its first are read again as rows of their own, so that one typing error costs one row.
+"""
+
+import collections
+import csv
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from gqa.data import text_lines
+from gqa.data.text_lines import WrongText, decode
+from gqa.runtime.errors import UserError
+
+# Bytes of a file that may be read again behind unclosed quotes; lines beyond are bad unread.
+MOST_REREAD = 1 << 28
+
+# Of a TSV file's rows that hold quotes, this share may be written otherwise than the others.
+MOST_ODD = 0.01
+
+# Columns of a header.
+MOST_COLUMNS = 1 << 16
+
+# 131,072 otherwise: an article can be longer.
+csv.field_size_limit(text_lines.LONGEST)
+
+_QUOTED_FIELD = r'"(?:[^"]|"")*"'
+_QUOTED_ROW = {
+    separator: re.compile(
+        rf'(?:{_QUOTED_FIELD}|[^"{separator}]*)(?:{separator}(?:{_QUOTED_FIELD}|[^"{separator}]*))*'
+    )
+    for separator in ",\t"
+}
+
+Rows = Iterator[tuple[int, dict | str]]
+
+
+class Record(NamedTuple):
+    """The values of a row, or what is wrong with it; `text` is the row as it stands in the file."""
+
+    number: int
+    text: str
+    values: list[str]
+    wrong: str
+
+
+def read_csv(path: str) -> Rows:
+    """Yield the rows of a file with a header line; quotes may enclose commas and line ends."""
+    return _named(path, lambda width: _quoted_records(path, ",", width))
+
+
+def read_tsv(path: str) -> Rows:
+    """Yield the rows of a file with a header line and tabs between the columns.
+
+    Programs such as pandas quote a text that holds a quote, a tab or a line end, and double its
+    quotes; others write quotes as they are. The whole file tells which of the two it is.
+
+    Raises:
+        UserError: if the file is written in both ways.
+    """
+    if _is_quoted_tsv(path):
+        return _named(path, lambda width: _quoted_records(path, "\t", width))
+    return _named(path, lambda width: _plain_records(path, width))
+
+
+class _Width:
+    """The number of columns, which is known once the header is read."""
+
+    columns = 0
+
+
+def _named(path: str, open_records: Callable[[_Width], Iterator[Record]]) -> Rows:
+    """Yield rows as dicts of the header's columns."""
+    width = _Width()
+    names: list[str] = []
+    for number, _, values, wrong in open_records(width):
+        if names:
+            yield number, wrong or dict(zip(names, values, strict=True))
+        elif wrong:
+            raise UserError(f"{path}:{number}: {wrong}")
+        elif len(values) > MOST_COLUMNS:
+            raise UserError(f"{path}:{number}: the header has {len(values)} columns")
+        else:
+            name, times = collections.Counter(values).most_common(1)[0]
+            if times > 1:
+                raise UserError(f"{path}:{number}: the header has {times} columns {name!r}")
+            names, width.columns = values, len(values)
+
+
+def _plain_records(path: str, width: _Width) -> Iterator[Record]:
+    """Yield the lines of a file without quoting. A line of tabs is a row of empty columns."""
+    for number, raw in text_lines.lines(path):
+        try:
+            text = decode(raw).rstrip("\r\n")
+            if text.strip(" "):
+                values = text.split("\t")
+                yield Record(number, text, values, _width_fault(values, width))
+        except WrongText as error:
+            yield Record(number, "", [], str(error))
+
+
+def _width_fault(values: list[str], width: _Width) -> str:
+    if width.columns in (0, len(values)):
+        return ""
+    return f"{len(values)} columns, the header has {width.columns}"
+
+
+def _quoted_records(path: str, separator: str, width: _Width) -> Iterator[Record]:
+    """Yield the rows of a file with quoting; behind a bad row go on with its second line."""
+    source = text_lines.lines(path)
+    waiting: collections.deque[tuple[int, bytes]] = collections.deque()
+    reread = 0
+    while True:
+        taken, record = _next_record(source, waiting, separator, width)
+        if not taken:
+            return
+        if record is not None:
+            yield record
+        if record is None or not record.wrong:
+            continue
+
+        # The lines that a bad row took in are rows too, which the quote may have hidden.
+        behind = taken[1:]
+        reread += sum(len(raw) for _, raw in behind)
+        if reread <= MOST_REREAD:
+            waiting.extendleft(reversed(behind))
+        else:
+            for number, _ in behind:
+                yield Record(number, "", [], "inside the quote of a bad row")
+
+
+def _next_record(
+    source, waiting, separator, width
+) -> tuple[list[tuple[int, bytes]], Record | None]:
+    """Read one row; return the numbered lines it takes, and the row unless it is blank."""
+    taken: list[tuple[int, bytes]] = []
+    size = 0
+
+    def take() -> Iterator[str]:
+        nonlocal size
+        while (line := waiting.popleft() if waiting else next(source, None)) is not None:
+            taken.append(line)
+            size += len(line[1])
+            if size > text_lines.LONGEST:
+                raise WrongText(f"longer than {text_lines.LONGEST} bytes")
+            yield decode(line[1])
+
+    try:
+        values = next(csv.reader(take(), delimiter=separator, strict=True), [])
+        wrong = _width_fault(values, width) if values else ""
+    except csv.Error as error:
+        values, wrong = [], f"not {'CSV' if separator == ',' else 'TSV'}: {error}"
+    except WrongText as error:
+        values, wrong = [], str(error)
+    if not taken or not (values or wrong):
+        return taken, None
+    text = b"".join(raw for _, raw in taken).decode(errors="replace")
+    return taken, Record(taken[0][0], text.rstrip("\r\n"), values, wrong)
+
+
+def _is_quoted_tsv(path: str) -> bool:
+    """Return whether the quotes of a TSV file enclose its texts."""
+    evident, odd, header = 0, 0, ""
+    for record in _quoted_records(path, "\t", _Width()):
+        header = header or record.text
+        if '"' not in record.text:
+            continue
+        if record.wrong or not _QUOTED_ROW["\t"].fullmatch(record.text):
+            odd += 1
+        elif (
+            '""' in record.text
+            or len(record.values) < record.text.count("\t") + 1
+            or "\n" in record.text
+        ):
+            evident += 1
+
+    # A program that quotes everything quotes the header, too.
+    if header.startswith('"') and header.endswith('"'):
+        evident += 1
+    if evident and odd and not MOST_ODD * odd > evident and not MOST_ODD * evident > odd:
+        raise UserError(
+            f"{path}: {evident} rows have quoted texts with doubled quotes and {odd} rows have "
+            "single quotes; write it as .jsonl, or as .csv"
+        )
+    return evident > odd
