@@ -184,15 +184,27 @@ def _expand(name: str, split: str) -> list[str]:
     matches = sorted(glob.glob(name, recursive=True))
     files = [file for file in matches if not os.path.isdir(file)]
 
-    # A pattern such as data/* stands for the folders in data, too. With ** their files match
-    # already.
-    if "**" not in name:
-        for folder in matches:
-            if os.path.isdir(folder):
-                files += _walk(pathlib.Path(folder)).files
+    # A pattern such as data/* stands for the folders in data, too.
+    for folder in _folders(name):
+        is_saved = _is_saved(folder)
+        files += _folder(folder, split) if is_saved else _walk(folder).files
     if not files:
         raise UserError(f"{name}: matches no file")
     return files
+
+
+def _folders(name: str) -> list[pathlib.Path]:
+    """Return the folders that a name stands for; none with **, because their files match then."""
+    if os.path.isdir(name) and not file_formats.ending(name):
+        return [pathlib.Path(name)]
+    if "**" in name or os.path.lexists(name) or not glob.has_magic(name):
+        return []
+    return [pathlib.Path(match) for match in sorted(glob.glob(name)) if os.path.isdir(match)]
+
+
+def _is_saved(folder: pathlib.Path) -> bool:
+    """Return whether `datasets` saved a folder."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 class _Folder(NamedTuple):
@@ -225,10 +237,11 @@ def _walk(folder: pathlib.Path) -> _Folder:
     Raises:
         UserError: for a link that leads out of the folder, or a subfolder that `datasets` saved.
     """
-    files, passed_over = [], []
+    files: list[str] = []
+    passed_over: list[str] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        if parent != str(folder) and {"state.json", "dataset_dict.json"} & {*names}:
+        if _is_saved(pathlib.Path(parent)):
             raise UserError(f"{parent}: saved by datasets; name that folder itself")
         for name in names:
             if not name.startswith((".", "__")):
@@ -251,14 +264,13 @@ def _check_link(file: str, folder: pathlib.Path) -> None:
 
 def passed_over(names: str) -> list[str]:
     """Return a line for each folder among `names` of which files are not read, and why."""
+    folders = [
+        folder for name in names.split(",") for folder in _folders(_weighted(name.strip())[0])
+    ]
     lines = []
-    for name in names.split(","):
-        folder = _weighted(name.strip())[0]
-        if not os.path.isdir(folder) or os.path.exists(os.path.join(folder, "state.json")):
-            continue
-        if os.path.exists(os.path.join(folder, "dataset_dict.json")):
-            continue
-        if others := _walk(pathlib.Path(folder)).passed_over:
+    for folder in folders:
+        others = [] if _is_saved(folder) else _walk(folder).passed_over
+        if others:
             shown = ", ".join(others[:SHOWN]) + (" ..." if len(others) > SHOWN else "")
             lines.append(
                 f"{len(others)} files of {folder} do not end in {file_formats.ENDINGS}: {shown}"
