@@ -34,4 +34,4 @@ def run(
         return State(jnp.int32(0), params, optimizer.adafactor().init(params))
 
     spec = TrainingSpec(info, recipe, recipe.steps, keep="best")
-    return run_training(label, job, folder, training(job.text, recipe), start, spec)
+    return run_training(label, job, folder, training(job.text, recipe, "finetune"), start, spec)

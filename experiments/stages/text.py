@@ -277,8 +277,25 @@ class Training(NamedTuple):
     validation_size: int
 
 
-def training(text: Text, recipe: Recipe) -> Training:
-    """Return the data to train on: span corruption of documents, or examples as they are."""
+def _say_what_is_cut(recipe: Recipe, section: str, pairs: list[TokenPair]) -> None:
+    """Print the share of inputs and of targets that are cut, and the key that would change it."""
+    sides = {"inputs": recipe.inputs_length, "targets": recipe.targets_length}
+    for i, (side, length) in enumerate(sides.items()):
+        share = batching.share_cut([pair[i] for pair in pairs], length)
+        if share:
+            print(
+                f"task {recipe.task}: {100 * share:.1f}% of the training {side} are cut to "
+                f"{length} tokens; raise {section}.{side}_length to keep them whole"
+            )
+
+
+def training(text: Text, recipe: Recipe, section: str = "pretrain") -> Training:
+    """Return the data to train on: span corruption of documents, or examples as they are.
+
+    Args:
+        section: the section of the config that has the lengths, for the line that says how many
+            examples are cut.
+    """
     shape: dict[str, Any] = {
         "inputs_length": recipe.inputs_length,
         "targets_length": recipe.targets_length,
@@ -294,6 +311,7 @@ def training(text: Text, recipe: Recipe) -> Training:
     validation = text.examples(recipe.task, "validation")
     if isinstance(train[0][0], Example):
         pairs = [text.pairs(part) for part in train]
+        _say_what_is_cut(recipe, section, [pair for part in pairs for pair in part])
         batches = batching.finetuning_batches(pairs, weights, **shape, **stream, pack=recipe.pack)
         held_out = text.pairs(validation[:limit])
     else:

@@ -237,6 +237,11 @@ def _rows_per_process(batch_size: int, shard: tuple[int, int]) -> int:
 # --- evaluation -----------------------------------------------------------------------------------
 
 
+def share_cut(texts: Sequence[np.ndarray], length: int) -> float:
+    """Return the share of texts of token ids without EOS that do not fit `length` with EOS."""
+    return sum(len(text) >= length for text in texts) / max(len(texts), 1)
+
+
 def evaluation_batches(
     pairs: Sequence[TokenPair],
     *,

@@ -93,7 +93,7 @@ def test_a_text_that_changes_after_the_plan_is_not_read(folder):
     assert planned.parts("documents")
 
     (folder / "parts" / "2.jsonl").write_text(old)
-    write(folder / "test.jsonl", ROWS)
+    write(folder / "test.jsonl", ROWS[1:])
     more = own(**{"files.test": "test.jsonl"})
     prepared = text.prepare(text.settings(more), folder / "work")
     assert prepared.training_source("files") == promised["files/training"]
@@ -222,3 +222,18 @@ def test_large_sizes_have_the_lengths_of_the_paper():
     assert {recipe.targets_length for recipe in recipes(config)} == {32, 512, 256}
     small = make_config("nano", **{"finetune.tasks": "trivia_qa"})
     assert {(r.inputs_length, r.targets_length) for r in recipes(small)} == {(128, 48)}
+
+
+def test_the_share_of_texts_that_are_cut_is_said_with_its_key(folder, capsys):
+    config = own(**{"finetune.inputs_length": 8, "finetune.targets_length": 60})
+    prepared = text.prepare(text.settings(config), folder / "work")
+    text.training(prepared, plan.finetune_recipe(config, "files"), "finetune")
+    inputs = [inputs for inputs, _ in prepared.pairs(prepared.examples("files", "train"))]
+    share = 100 * np.mean([len(row) > 7 for row in inputs])
+    assert capsys.readouterr().out == (
+        f"task files: {share:.1f}% of the training inputs are cut to 8 tokens; raise "
+        "finetune.inputs_length to keep them whole\n"
+    )
+    assert share > 0
+    text.training(prepared, plan.finetune_recipe(own(), "files"), "finetune")
+    assert "are cut" not in capsys.readouterr().out
