@@ -1,6 +1,6 @@
 """The main job, and sweeps of it: check, prepare the text, plan, run or submit, report."""
 
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +12,7 @@ from experiments.graph import sweep
 from experiments.graph import validate as checks
 from experiments.graph.plan import evaluate_checkpoint, plan
 from experiments.graph.stage import Stage, ancestors, merge
-from experiments.report import report
-from experiments.run import local, slurm, worker
+from experiments.run import local, report_job, slurm, worker
 from experiments.stages import text
 from experiments.stages.inputs import open_parent
 from experiments.stages.settings import SETTINGS, TextSettings
@@ -65,7 +64,10 @@ def check_options(options: Options) -> None:
 def run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) -> None:
     """Run the stages that are not finished: all, or those of one kind and their ancestors."""
     if kind == "report":
-        _report(config, workdir)
+        results = workdir / worker.RESULTS
+        if not os.path.lexists(results):
+            raise UserError(f"{results}: No such file or directory; run a stage that writes it")
+        _report(config, workdir, _stages(config, workdir, None, _prepared))
     elif options.dry_run:
         stages = _stages(config, workdir, kind, _prepared)
         print(local.describe(stages, workdir))
@@ -80,28 +82,18 @@ def _run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) 
     if options.executor == "slurm":
         for stage in stages:
             worker.describe(stage, workdir)
-        slurm.submit(stages, workdir, config.slurm.to_dict(), _report_command(config, workdir))
+        command = report_job.command(stages, workdir, config.report.within)
+        slurm.submit(stages, workdir, config.slurm.to_dict(), command)
         return
     local.run(stages, workdir, options.jobs)
     if kind is None:
-        _report(config, workdir)
+        _report(config, workdir, stages)
 
 
-def _report(config: ConfigDict, workdir: Path) -> None:
-    if not is_primary():
-        return
-    print(report.run(workdir / worker.RESULTS, workdir, within=config.report.within))
-    print(f"report: {workdir / 'report.md'}, {workdir / 'report.html'}")
-
-
-def _report_command(config: ConfigDict, workdir: Path) -> list[str]:
-    """Return the command of the report, which reads the results alone: any config will do."""
-    command = [sys.executable, "launch.py", "--config=configs/mha.py", "--stage=report"]
-    return [
-        *command,
-        f"--workdir={workdir.absolute()}",
-        f"--config.report.within={config.report.within}",
-    ]
+def _report(config: ConfigDict, workdir: Path, stages: list[Stage]) -> None:
+    """Report on the stages of this config alone: the workdir may hold those of others."""
+    if is_primary():
+        report_job.write(workdir, config.report.within, {stage.key for stage in stages})
 
 
 def _stages(config: ConfigDict, workdir: Path, kind: str | None, prepare: Callable) -> list[Stage]:

@@ -6,6 +6,7 @@ seeds with `estimate`; each section is a module (`how_many_heads`, `variants_sec
 """
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from experiments.report import (
@@ -20,7 +21,7 @@ from experiments.report import (
     tables,
     variants_section,
 )
-from experiments.report.summary import Summary, variant_of
+from experiments.report.summary import Summary, check_variant, variant_of
 from gqa.evaluation import results
 from gqa.runtime import atomic_files
 from gqa.runtime.errors import UserError
@@ -33,18 +34,23 @@ QUESTION = (
 )
 
 
-def run(results_path: str | os.PathLike, folder: str | os.PathLike, within: float = 1.0) -> str:
+def run(
+    results_path: str | os.PathLike,
+    folder: str | os.PathLike,
+    keys: Collection[str],
+    within: float = 1.0,
+) -> str:
     """Write `report.md`, `report.html` and the figures into `folder`.
 
     Args:
+        keys: of the stages that the report is made of. The results file may hold the results of
+            other commands too, on other data or with other settings, which compare with nothing.
         within: how many points of the average score below multi-head attention are acceptable.
 
     Returns the main table as plain text, followed by the answer to "how many KV heads?" if the
     results allow one.
     """
-    records = [r for r in results.read(results_path) if r["stage"] in STAGES]
-    if not records:
-        raise UserError(f"{results_path}: no results yet; run a stage before the report")
+    records = _read(results_path, keys)
     summary, folder = Summary(records), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = _draw(summary, folder)
@@ -68,6 +74,33 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, within: floa
     atomic_files.write(folder / "report.html", html_page.page(TITLE, text, pictures))
     table = tables.plain(*variants_section.table(summary))
     return "\n\n".join(filter(None, [table, how_many_heads.plain(summary, within)]))
+
+
+def _read(results_path, keys):
+    """Read the records of the stages with these keys."""
+    others = dict.fromkeys(("keyed", "without a key"), 0)
+
+    def wanted(record):
+        if record["stage"] not in STAGES:
+            return False
+        if record["stage_key"] in keys:
+            check_variant(record)
+            return True
+        others["keyed" if record["stage_key"] else "without a key"] += 1
+        return False
+
+    records = results.of_stages(results.read(results_path, wanted), keys)
+    if others["without a key"]:
+        print(
+            f"{results_path}: {others['without a key']} records of an older version name no stage "
+            "and are left out; run the command again, which adds the results of finished stages"
+        )
+    if not records:
+        message = f"{results_path}: no results of this command yet"
+        if others["keyed"]:
+            message += ", only of commands with other settings or data"
+        raise UserError(f"{message}; run it without --stage=report")
+    return records
 
 
 def _draw(summary, folder):

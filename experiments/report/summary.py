@@ -5,18 +5,35 @@ by `estimate`. The sections and figures read their numbers from a `Summary` and 
 """
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from experiments.report import estimate
 from experiments.report.estimate import Difference, Estimate
+from experiments.stages.typed_json import from_json
 from experiments.stages.variant import Variant
 from gqa.evaluation import results
+from gqa.runtime.errors import UserError
 
 # Stages whose numbers belong to a task. The task of pretraining and uptraining is their text, which
 # is the same for all networks of a report; conversions and timings have none.
 TASK_STAGES = ("finetune", "evaluate")
+
+
+def check_variant(record: dict[str, Any]) -> None:
+    """Refuse a record whose variant is not one, such as a file may hold that was edited.
+
+    Raises:
+        UserError: naming the field of the variant.
+    """
+    variant = from_json(Variant, record["variant"], "variant")
+    counts = [variant.num_heads, *variant.heads.values()]
+    if min(counts) < 1:
+        raise UserError("variant has a number of heads below 1")
+    if not 0 <= variant.alpha < math.inf:
+        raise UserError(f"variant.alpha is {variant.alpha}")
 
 
 def variant_of(record: dict[str, Any]) -> Variant:

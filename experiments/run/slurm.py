@@ -9,6 +9,7 @@ Before the time limit SLURM sends USR2 instead, which the job makes a SIGTERM fo
 the job asks to be requeued, unless SLURM is ending it anyway; in its next run the worker goes on.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -32,7 +33,7 @@ WORKER = (sys.executable, "-m", "experiments.run.worker")
 # Several nodes train on one batch, and share out the texts to generate. Conversion takes minutes on
 # one, and timings are of one node's devices.
 SPREAD = ("pretrain", "uptrain", "finetune", "evaluate")
-REPORT = "gqa-report"  # a job's name; others have that of their first stage's folder
+REPORT = "gqa-report"  # a job's name begins so; others have that of their first stage's folder
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter before the worker could catch it
 
 
@@ -104,13 +105,20 @@ def submit(
         new = queue.submit([folder.name for folder in folders], calls, options)
         ids |= {stage.key: i for stage, i in zip(job.stages, new, strict=True)}
         _say(new, job.stages[0].label, options["dependency"])
-    before = queue.find(REPORT)
+    # Each set of stages has its own report, and jobs of other commands do not stand for it.
+    keys = json.dumps(sorted(stage.key for stage in stages))
+    report_name = f"{REPORT}-{hashlib.sha256(keys.encode()).hexdigest()[:8]}"
+    before = queue.find(report_name)
     if before and not planned:
         print(f"{before}  report: {queue.state(before)} already")
         return
     after = sorted({i.split("_")[0] for i in (*ids.values(), before) if i})
     options = settings | {"dependency": ":".join(["afterany", *after]) if after else "", "nodes": 1}
-    _say(queue.submit([REPORT], [(list(report), None)], options), "report", options["dependency"])
+    _say(
+        queue.submit([report_name], [(list(report), None)], options),
+        "report",
+        options["dependency"],
+    )
     print(f"logs: {queue.folder}/JOB_0_log.out")
 
 
@@ -192,7 +200,7 @@ class _Queue:
         self._states = squeue(f"--name={','.join(names)}") if names else {}
 
     def find(self, name: str) -> str | None:
-        """Return the id under which a stage, or REPORT, is pending or running, if it is."""
+        """Return the id under which a stage, or a report, is pending or running, if it is."""
         job = self._jobs.get(name)
         return job["id"] if job and job["id"] in self._states else None
 

@@ -142,9 +142,14 @@ def _make_job(setup_json: str, workdir: Path, alone: bool) -> Job:
 def _publish(folder: StageFolder, description: Description, outcome: Outcome) -> None:
     """Append the outcome's records to results.jsonl unless all of them are in the file already."""
     path = folder.workdir / RESULTS
+    settings, provenance = description.settings, outcome.provenance or {}
     published = results.read(path) if path.exists() else []
-    settings = description.settings
-    num_published = sum(record["stage_key"] == description.key for record in published)
+
+    # A stage that was done again has a new outcome, with a time of its own, under the same key.
+    num_published = sum(
+        (record["stage_key"], record["time"]) == (description.key, provenance.get("time"))
+        for record in published
+    )
     # A checkpoint that the user named is scored, and published, each time anew.
     scored_anew = isinstance(settings, EvaluateSettings) and settings.checkpoint
     if num_published >= len(outcome.records) and not scored_anew:
@@ -158,7 +163,6 @@ def _publish(folder: StageFolder, description: Description, outcome: Outcome) ->
         "variant": to_json(settings.variant),
         **dict.fromkeys(("low", "high", "n")),
     }
-    provenance = outcome.provenance or {}
     results.append(path, [common | record | provenance for record in outcome.records])
 
 

@@ -3,6 +3,8 @@
 This is the only file that reads and writes it. Keys of a record:
 
     run, stage, task        where the number comes from; task is null if there is none
+    stage_key               hash of all that determines the number; two numbers with one key are the
+                            same measurement. Null in files that older versions wrote
     variant                 the settings of the network, from which labels are derived:
         size, seed
         num_heads                       query heads
@@ -18,28 +20,42 @@ This is the only file that reads and writes it. Keys of a record:
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
+import math
 import os
 import platform
 import re
+import stat
 import subprocess
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import jax
 
 from gqa.runtime.errors import UserError
+from gqa.runtime.regular_files import open_regular
 
 _SOURCE = Path(__file__).resolve().parent.parent.parent
+# The longest line that is read. A record with a thousand replicates, or with the texts of one
+# example, has less than a megabyte; what 16 MiB of JSON become in memory stays below a gigabyte.
+MAX_LINE_BYTES = 2**24
+_CHUNK = 2**16  # bytes that are read at once to find where the last line begins
 
 
 def append(path: str | os.PathLike, records: list[dict]) -> None:
-    """Add `records` to the file at `path` in one write that has reached the disk on return."""
+    """Add `records` to the file at `path` in one write that has reached the disk on return.
+
+    Raises:
+        UserError: if `path` is a link or no regular file, which would be damaged.
+    """
     lines = [json.dumps(r, allow_nan=False, default=lambda x: x.item()) + "\n" for r in records]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b", buffering=0) as file:
+    with _open_to_append(path) as file:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         _close_last_line(file)
@@ -53,6 +69,22 @@ def append(path: str | os.PathLike, records: list[dict]) -> None:
             raise
 
 
+def _open_to_append(path: str | os.PathLike) -> BinaryIO:
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path}: is a link, and results are not written through it") from error
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise UserError(f"{path}: not a regular file; move it away") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: not a regular file; move it away")
+    return cast(BinaryIO, os.fdopen(descriptor, "a+b", buffering=0))
+
+
 def _write(file, content: bytes):
     while content:
         content = content[file.write(content) :]
@@ -60,10 +92,16 @@ def _write(file, content: bytes):
 
 def _close_last_line(file):
     """Cut off a last line that a killed writer left half written, or end it if it is complete."""
-    file.seek(0)
-    content = file.read()
-    start = content.rfind(b"\n") + 1
-    tail = content[start:]
+    # Read backwards from the end, because the file may be large and a line is not.
+    end = start = file.seek(0, os.SEEK_END)
+    tail = b""
+    while start > 0 and b"\n" not in tail:
+        size = min(_CHUNK, start)
+        start -= size
+        tail = os.pread(file.fileno(), size, start) + tail
+    start += tail.rfind(b"\n") + 1
+    tail = tail[len(tail) - (end - start) :] if start < end else b""
+
     if tail and _parse(tail) is None:
         file.truncate(start)
     elif tail:
@@ -79,19 +117,117 @@ def _parse(line):
     return record if isinstance(record, dict) else None
 
 
-def read(path: str | os.PathLike) -> list[dict]:
-    """Read all records; an unfinished last line is left out."""
+def read(
+    path: str | os.PathLike, wanted: Callable[[dict], bool] = lambda record: True
+) -> list[dict]:
+    """Read the records that are `wanted`; an unfinished last line is left out.
+
+    Args:
+        path: a file that `append` wrote, perhaps on another machine.
+        wanted: returns whether a record is kept. A UserError that it raises about a record names
+            the file and the line when it leaves this function.
+
+    Raises:
+        UserError: naming the file and the line, for a line that is no record.
+    """
+    records, number = [], 0
     try:
-        lines = Path(path).read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; run a stage that writes it first") from None
-    records = [_parse(line) for line in lines]
-    if lines and records[-1] is None and not lines[-1].endswith(b"\n"):
-        records.pop()
-    if None in records:
-        number = records.index(None) + 1
-        raise UserError(f"{path}:{number}: not a JSON object; remove the line")
+        file = open_regular(path)
+    except UserError as error:
+        raise UserError(f"{error}; run a stage that writes it first") from error
+    with file:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            try:
+                if len(line) > MAX_LINE_BYTES:
+                    raise UserError(f"longer than {MAX_LINE_BYTES:,} bytes")
+                record = _parse(line)
+                if record is None and not line.endswith(b"\n"):
+                    break
+                if record is None:
+                    raise UserError("not a JSON object")
+                _check(record)
+                if wanted(record):
+                    records.append(record)
+            except UserError as error:
+                raise UserError(f"{path}:{number}: {error}; remove the line") from error
     return records
+
+
+# Types of a record's fields. Fields that are not listed are not read by anything.
+_TEXT, _TEXT_OR_NULL = (str,), (str, type(None))
+_NUMBER, _NUMBER_OR_NULL = (int, float), (int, float, type(None))
+_REQUIRED: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("run", "stage", "metric", "unit", "commit", "device", "time"), _TEXT),
+    "task": _TEXT_OR_NULL,
+    "variant": (dict,),
+    "value": _NUMBER,
+}
+_OPTIONAL: dict[str, tuple[type, ...]] = {
+    "stage_key": _TEXT_OR_NULL,
+    **dict.fromkeys(("low", "high"), _NUMBER_OR_NULL),
+    "n": (int, type(None)),
+    **dict.fromkeys(("step", "example"), (int,)),
+    "parent_value": _NUMBER,
+    **dict.fromkeys(("parent_size", "inputs", "prediction"), _TEXT),
+    **dict.fromkeys(("targets", "replicates"), (list,)),
+}
+
+
+def _check(record: dict[str, Any]) -> None:
+    """Refuse a record with a field of a wrong type; fill in the fields that may be missing.
+
+    Raises:
+        UserError: naming the field and its value.
+    """
+    for name in _REQUIRED:
+        if name not in record:
+            raise UserError(f"has no field {name!r}")
+    for name, value in record.items():
+        types = (_REQUIRED | _OPTIONAL).get(name)
+        if types is not None:
+            _check_value(name, value, types)
+    for name, value in record["variant"].items():
+        if isinstance(value, dict | list):
+            raise UserError(f"variant.{name:.40} is {_shortened(value)}")
+    for name in ("targets", "replicates"):
+        for value in record.get(name, ()):
+            _check_value(name, value, _TEXT if name == "targets" else _NUMBER)
+    if "example" in record and not {"inputs", "targets", "prediction"} <= record.keys():
+        raise UserError("is an example without inputs, targets and prediction")
+    if record.get("targets") == []:
+        raise UserError("has no targets")
+    for name in ("stage_key", "low", "high", "n"):
+        record.setdefault(name, None)
+
+
+def _check_value(name: str, value: Any, types: tuple[type, ...]) -> None:
+    # To Python, true and false are numbers.
+    is_right = isinstance(value, types) and not isinstance(value, bool)
+    if is_right and isinstance(value, int | float):
+        # The report computes with floats, which end at 1.8e308.
+        is_right = abs(value) < 1e300 and math.isfinite(value)
+    if not is_right:
+        raise UserError(f"{name} is {_shortened(value)}")
+
+
+def _shortened(value: Any) -> str:
+    # Only one line of it: it may be nested more deeply than can be written.
+    if isinstance(value, dict | list):
+        return "a list" if isinstance(value, list) else "an object"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def of_stages(records: list[dict], keys: Collection[str]) -> list[dict]:
+    """Keep the records of the stages with these keys, and of each key the last publication.
+
+    A stage that was done again, because its checkpoint was damaged, say, is published again; all
+    records of one publication have one time.
+    """
+    planned = [record for record in records if record["stage_key"] in keys]
+    last = {record["stage_key"]: record["time"] for record in planned}
+    return [record for record in planned if record["time"] == last[record["stage_key"]]]
 
 
 def latest(records: list[dict]) -> list[dict]:

@@ -10,6 +10,7 @@ from gqa.conversion import SHRINKAGE, calibration
 
 TASKS = {"parameter_qa": "f1 %", "docstring_summary": "rougeL %"}
 EXAMPLES = 400
+KEY = "key"  # of all stages: a report takes what has the keys of its command
 REPLICATES = np.random.default_rng(0).normal(size=(len(TASKS), 200))
 REPLICATES -= REPLICATES.mean(1, keepdims=True)
 REPLICATES /= REPLICATES.std(1, ddof=1, keepdims=True)
@@ -44,7 +45,12 @@ def variant(num_kv_heads, method="mean", alpha=0.05, seed=0, size="nano"):
 
 def record(variant, stage, metric, value, unit="", task=None, interval=None, n=None, **more):
     low, high = interval or (None, None)
-    where = {"run": f"run-{variant['num_kv_heads']}", "stage": stage, "task": task}
+    where = {
+        "run": f"run-{variant['num_kv_heads']}",
+        "stage": stage,
+        "stage_key": KEY,
+        "task": task,
+    }
     number = {"metric": metric, "value": value, "unit": unit, "low": low, "high": high, "n": n}
     origin = {"commit": "abc1234", "device": "cpu, 2 cores", "time": "2025-01-01T00:00:00+00:00"}
     return where | {"variant": variant} | number | origin | more

@@ -6,16 +6,27 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.report import paper, report, tables
+from experiments.report.summary import Summary
 from experiments.stages import evaluate
 from gqa.data.examples import Example
 from gqa.evaluation import metrics, results
 from gqa.runtime.errors import UserError
-from tests.support.made_results import PARENT, WHOLE, network, record, score, timings, variant
+from tests.support.made_results import (
+    KEY,
+    PARENT,
+    WHOLE,
+    curve,
+    network,
+    record,
+    score,
+    timings,
+    variant,
+)
 
 
 def make(tmp_path, records):
     results.append(tmp_path / "results.jsonl", records)
-    text = report.run(tmp_path / "results.jsonl", tmp_path / "report")
+    text = report.run(tmp_path / "results.jsonl", tmp_path / "report", {KEY})
     return text, (tmp_path / "report/report.md").read_text()
 
 
@@ -98,7 +109,7 @@ def test_within_decides_the_answer(tmp_path):
     ]
     results.append(tmp_path / "results.jsonl", records)
     for within, heads in ((1.0, "8 KV heads will do"), (5.0, "1 KV head will do")):
-        text = report.run(tmp_path / "results.jsonl", tmp_path, within=within)
+        text = report.run(tmp_path / "results.jsonl", tmp_path, {KEY}, within)
         assert heads in text
         assert heads in (tmp_path / "report.md").read_text()
         assert heads in (tmp_path / "report.html").read_text()
@@ -182,7 +193,7 @@ def test_missing_pieces_are_dashes(tmp_path):
 def test_an_empty_results_file_is_the_users_to_fill(tmp_path):
     (tmp_path / "results.jsonl").touch()
     with pytest.raises(UserError, match=r"results.jsonl: no results yet"):
-        report.run(tmp_path / "results.jsonl", tmp_path)
+        report.run(tmp_path / "results.jsonl", tmp_path, {KEY})
     assert not (tmp_path / "report.md").exists()
 
 
@@ -279,3 +290,87 @@ def test_the_papers_averages_are_theirs_but_for_the_flagged_one():
 )
 def test_numbers_carry_their_unit(form, value, text):
     assert form(value) == text
+
+
+def with_key(records, key, time):
+    return [r | {"stage_key": key, "time": time} for r in records]
+
+
+def predicted(text):
+    texts = {"inputs": "in", "targets": ["out"], "prediction": text}
+    more = {"task": "parameter_qa", "example": 0} | texts
+    return record(PARENT, "evaluate", "prediction", len(text), **more)
+
+
+def test_a_report_is_made_of_the_stages_of_its_command(tmp_path):
+    """A, then B in the same workdir, then A again, of which every stage is done: A's numbers."""
+    first, second = (
+        [
+            *network(PARENT, quality, 0.04, error=0.0),
+            *network(variant(8), quality - 10.0, 0.03, error=0.1),
+            *curve(PARENT, "pretrain", losses),
+            predicted(text),
+        ]
+        for quality, losses, text in (
+            (60.0, (5.0, 4.5, 4.0), "from A"),
+            (30.0, (2.0, 1.0), "from B"),
+        )
+    )
+    written = [*with_key(first, "a", "2025-01-01"), *with_key(second, "b", "2025-01-02")]
+    results.append(tmp_path / "results.jsonl", written)
+    pages = []
+    for keys in ({"a"}, {"b"}, {"a"}):
+        report.run(tmp_path / "results.jsonl", tmp_path, keys)
+        pages.append((tmp_path / "report.md").read_text())
+        assert (tmp_path / "learning_curves.svg").exists()
+    a, b, again = pages
+    assert "60.0 [58.5, 61.5]" in a
+    assert "-10.0" in a
+    assert "from A" in a
+    assert "30.0 [28.5" not in a
+    assert "from B" not in a
+    assert "30.0 [28.5, 31.5]" in b
+    assert "from A" not in b
+    assert again == a
+    kept = results.of_stages(results.read(tmp_path / "results.jsonl"), {"a"})
+    (points,) = [Summary(kept).curve(v, "pretrain") for v in Summary(kept).variants[:1]]
+    assert [(step, e.value) for step, e in points] == [(100, 5.0), (200, 4.5), (300, 4.0)]
+
+
+def test_of_a_stage_that_was_done_again_the_last_outcome_counts(tmp_path):
+    """With fewer points and examples than before, nothing of the first outcome stays."""
+    before = [*curve(PARENT, "pretrain", (5.0, 4.5, 4.0)), predicted("old")]
+    after = [*curve(PARENT, "pretrain", (3.0, 2.5)), score(PARENT, "parameter_qa", 20.0)]
+    written = [*with_key(before, "a", "2025-01-01"), *with_key(after, "a", "2025-01-02")]
+    results.append(tmp_path / "results.jsonl", written)
+    assert (
+        results.of_stages(results.read(tmp_path / "results.jsonl"), {"a"}) == written[len(before) :]
+    )
+    report.run(tmp_path / "results.jsonl", tmp_path, {"a"})
+    assert "old" not in (tmp_path / "report.md").read_text()
+
+
+def test_results_of_others_and_of_old_versions_are_left_out_and_said(tmp_path, capsys):
+    old = [{k: v for k, v in r.items() if k != "stage_key"} for r in network(PARENT, 20.0, 0.1)]
+    results.append(tmp_path / "results.jsonl", [*old, *WHOLE])
+    with pytest.raises(UserError, match="no results of this command yet, only of commands with"):
+        report.run(tmp_path / "results.jsonl", tmp_path, {"absent"})
+    assert f"{len(old)} records of an older version" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("size", 7, "variant.size is 7"),
+        ("num_heads", 0, "number of heads below 1"),
+        ("num_kv_heads", "8", "variant.num_kv_heads is '8'"),
+        ("alpha", -1.0, "variant.alpha is -1.0"),
+        ("method", None, "variant.method is None"),
+        ("colour", "red", "variant.colour is unknown"),
+    ],
+)
+def test_a_variant_that_is_none_is_refused_by_its_line(tmp_path, field, value, said):
+    line = record(PARENT | {field: value}, "evaluate", "headline", 1.0, task="t")
+    results.append(tmp_path / "results.jsonl", [record(PARENT, "pretrain", "steps", 1), line])
+    with pytest.raises(UserError, match=re.escape("results.jsonl:2: ") + ".*" + re.escape(said)):
+        report.run(tmp_path / "results.jsonl", tmp_path, {KEY})
