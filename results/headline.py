@@ -7,9 +7,9 @@ heads. Points are means over seeds, bars their 95% intervals (Student's t).
 """
 
 import json
+import os
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from scipy import stats
 
@@ -60,7 +60,7 @@ def draw(axes, networks: list[list[float]], label: str, colour: str) -> None:
 
 def main() -> None:
     """Write results/headline.png."""
-    mpl.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # the figure goes into a file, also from a notebook
     import matplotlib.pyplot as plt  # only after the backend is chosen
 
     by_network = losses()

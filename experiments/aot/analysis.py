@@ -17,6 +17,7 @@ from experiments.aot import compilation, report, roofline
 from experiments.aot.compilation import Compiled, Compiler
 from experiments.aot.report import EQUAL, LARGEST
 from experiments.aot.roofline import Work
+from experiments.graph.stage import content_key
 from experiments.graph.validate import check_numbers
 from experiments.run.worker import RESULTS
 from experiments.stages.folder import record
@@ -79,6 +80,7 @@ def run(config: ConfigDict, workdir: Path, kind: str | None) -> None:
         raise UserError(f"--stage={kind}; use aot or report")
     check(config)
 
+    key = stage_key(config)
     if kind != "report":
         # JAX has to be prepared before anything else asks for its devices.
         target, *training = targets = _targets(config)
@@ -86,10 +88,16 @@ def run(config: ConfigDict, workdir: Path, kind: str | None) -> None:
         make_workdir(workdir)
 
         variants = _generation(config, target, workdir) + _training(config, training, workdir)
-        common = {"run": config.name, "stage": "aot", "stage_key": None, "task": None}
+        common = {"run": config.name, "stage": "aot", "stage_key": key, "task": None}
         common |= results.provenance()
         results.append(workdir / RESULTS, [common | variant for variant in variants])
-    print(report.run(workdir / RESULTS, workdir, config.name))
+    print(report.run(workdir / RESULTS, workdir, config.name, key))
+
+
+def stage_key(config: ConfigDict) -> str:
+    """Return the key of a compilation's records: a hash of the settings that it is made with."""
+    sections = ("model", "convert", "pretrain", "benchmark", "aot")
+    return content_key(["aot", config.size, *(config[name].to_dict() for name in sections)])
 
 
 def _kv_heads(config: ConfigDict) -> tuple[int, ...]:

@@ -6,9 +6,7 @@
 import os
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from experiments.report import paper, plot, tables
+from experiments.report import paper, plot, safe_text, tables
 from gqa.aot import chips
 from gqa.evaluation import results
 from gqa.runtime import atomic_files
@@ -47,33 +45,39 @@ Table = tuple[list[str], list[list[str]]]
 Section = tuple[str, list[str], list[list[str]]]
 
 
-def run(results_path: str | os.PathLike, folder: str | os.PathLike, name: str) -> str:
-    """Write report.md and the figure of the run `name`; return the tables as text.
+def run(results_path: str | os.PathLike, folder: str | os.PathLike, name: str, key: str) -> str:
+    """Write report.md and the figure of a compilation; return the tables as text.
+
+    Args:
+        name: of the run, for messages.
+        key: the stage key of the compilation's records; others have other settings.
 
     Raises:
         UserError: if the results have nothing of the run.
     """
-    records = [r for r in results.read(results_path) if (r["run"], r["stage"]) == (name, "aot")]
+    # The records of one compilation have one time; only the last compilation is reported.
+    records = results.of_stages(results.read(results_path), {key})
     if not records:
         raise UserError(
-            f"{results_path}: nothing compiled of {name}; run it without --stage=report"
+            f"{results_path}: nothing compiled of {name} with these settings; "
+            "run it without --stage=report"
         )
 
-    # The records of one compilation have one time; only the last compilation is reported.
-    records = [r for r in records if r["time"] == records[-1]["time"]]
     rows = _rows(records)
     folder = Path(folder)
     lines, plain = ["# Ahead of time", QUESTION, NOTES], []
     for title, header, cells in _sections(rows):
-        lines += [f"## {title}", tables.markdown(header, cells)]
+        lines += [f"## {safe_text.markdown(title)}", tables.markdown(header, cells)]
         plain.append(f"{title}\n\n{tables.plain(header, cells)}")
 
     last = records[-1]
     lines += [_verdict(rows), "![Chip-seconds a sample against KV heads](sample_seconds.png)"]
-    lines.append(f"- commit {last['commit']}, compiled on {last['device']}, {last['time']}")
+    origin = f"commit {last['commit']}, compiled on {last['device']}, {last['time']}"
+    lines.append(f"- {safe_text.markdown(origin)}")
     _figure(rows, folder)
-    atomic_files.write(folder / "report.md", "\n\n".join(line for line in lines if line) + "\n")
-    return "\n\n".join([*plain, f"report: {folder / 'report.md'}"])
+    text = "\n\n".join(line for line in lines if line) + "\n"
+    atomic_files.write(folder / "report.md", safe_text.visible(text))
+    return safe_text.visible("\n\n".join([*plain, f"report: {folder / 'report.md'}"]))
 
 
 def _rows(records: list[dict]) -> list[Row]:
@@ -247,7 +251,7 @@ def _training(v: dict, n: dict) -> Section:
 
 def _figure(rows: list[Row], folder: Path) -> None:
     """Draw chip-seconds per sample against KV heads, beside the paper's."""
-    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    figure = plot.Figure(figsize=(6.0, 4.0), layout="constrained")
     axes = figure.subplots()
     for i, (batch, title) in enumerate(TITLES.items()):
         if samples := _samples(rows, batch):

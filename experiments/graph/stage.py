@@ -31,6 +31,11 @@ MEASURED = ("every", "validation_examples")
 LENGTHS = ("steps", "alpha")
 
 
+def content_key(identity: list) -> str:
+    """Return a hash of what determines a result, given as JSON."""
+    return _hash(identity)[:12]
+
+
 @dataclass(frozen=True)
 class Stage:
     """One piece of work: `settings` and `parents` determine its result, `setup` does not."""
@@ -49,7 +54,7 @@ class Stage:
     def key(self) -> str:
         """A hash of all that determines the result."""
         settings = _without(self.settings_json, SAME_RESULT)
-        return _hash([self.kind, settings, [parent.key for parent in self.parents]])[:12]
+        return content_key([self.kind, settings, [parent.key for parent in self.parents]])
 
     @property
     def course(self) -> Course | None:

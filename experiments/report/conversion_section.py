@@ -1,6 +1,6 @@
 """Tables of conversion methods: what each does to the loss, and how much uptraining it saves."""
 
-from experiments.report import method_comparison, tables
+from experiments.report import method_comparison, safe_text, tables
 from experiments.report.estimate import Estimate
 from experiments.report.summary import Summary
 from experiments.report.tables import DASH
@@ -32,7 +32,7 @@ def section(summary: Summary) -> str:
     # One table of the converted networks for each shape; a second one only if some network of this
     # shape was also uptrained, because the first table already holds alpha 0.
     for shape in shapes:
-        title = summary.sized(shape.network, shape)
+        title = safe_text.markdown(summary.sized(shape.network, shape))
         parts += [f"### {title}, converted", tables.markdown(*_at_once(summary, shape))]
         header, rows = _along(summary, shape)
         if len(header) > 2:

@@ -176,6 +176,7 @@ def by_calibration(summary: Summary, folder: Path) -> str | None:
         plot.line(axes, points, i, name)
     plot.ratio_axis(axes.yaxis)
     axes.set(xscale="log", xlabel="Calibration tokens", title="Converted, alpha 0")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(ylabel="Loss above the parent's (nats)")
     plot.tidy(axes)
     plot.legend_below(figure, axes)

@@ -8,7 +8,7 @@ import math
 import textwrap
 from typing import NamedTuple
 
-from experiments.report import tables
+from experiments.report import safe_text, tables
 from experiments.report.estimate import Difference
 from experiments.report.summary import Summary
 from experiments.report.variants_section import signed
@@ -58,7 +58,10 @@ def markdown(summary: Summary, within: float) -> str:
         return ""
     parts = [f"## {TITLE}", _rule(summary, within)]
     for answer in answers:
-        parts += [f"### {answer.title}", " ".join(answer.sentences)]
+        parts += [
+            f"### {safe_text.markdown(answer.title)}",
+            safe_text.markdown(" ".join(answer.sentences)),
+        ]
         parts.append(tables.markdown(answer.header, answer.rows))
     return "\n\n".join(parts)
 

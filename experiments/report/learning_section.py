@@ -1,8 +1,6 @@
 """What the models learned: beside trivial answers, from their inputs, and through conversion."""
 
-import re
-
-from experiments.report import tables
+from experiments.report import safe_text, tables
 from experiments.report.summary import Summary
 from experiments.report.tables import DASH
 from experiments.report.variants_section import interval
@@ -32,12 +30,17 @@ def baselines(summary: Summary) -> str:
             estimates = {m: summary.get(variant, "evaluate", m, task) for m in metrics}
             if any(estimates.values()):
                 rows.append([summary.title(variant), *_baseline_cells(estimates, names)])
-                remarks += [f"- {summary.title(variant)}: {r}." for r in _missing(estimates)]
+                name = safe_text.markdown(summary.title(variant))
+                remarks += [f"- {name}: {remark}." for remark in _missing(estimates)]
 
         # Say that nothing is missing only where something was measured, never over dashes.
         if not remarks and any(cell != DASH for row in rows for cell in row[2:]):
             remarks = ["Every margin measured here is there."]
-        parts += [f"### {task}", tables.markdown(header, rows), "\n".join(remarks)]
+        parts += [
+            f"### {safe_text.markdown(task)}",
+            tables.markdown(header, rows),
+            "\n".join(remarks),
+        ]
     if parts:
         parts.append(
             "Scores in the unit of the main table. Losses and margins in nats per target token, "
@@ -97,7 +100,10 @@ def scores(summary: Summary) -> str:
             for v in summary.scored
         ]
         if metrics:
-            parts += [f"### {task}", tables.markdown(["variant", *metrics], rows)]
+            parts += [
+                f"### {safe_text.markdown(task)}",
+                tables.markdown(["variant", *metrics], rows),
+            ]
     return "\n\n".join(["## All scores, in percent", *parts]) if parts else ""
 
 
@@ -111,21 +117,23 @@ def predictions(summary: Summary) -> str:
             continue
 
         # All variants were scored on the same examples, in the same order: a row is an example.
-        parts.append(f"### {task}")
+        parts.append(f"### {safe_text.markdown(task)}")
         for i, row in enumerate(zip(*(records[v] for v in variants), strict=False), 1):
             texts = {"reference": row[0]["targets"][0]}
             texts |= {summary.title(v): r["prediction"] for v, r in zip(variants, row, strict=True)}
             lines = [f"{i}. input: {_cut(row[0]['inputs'])}"]
-            lines += [f"    - {name}: {_cut(text)}" for name, text in texts.items()]
+            lines += [
+                f"    - {safe_text.markdown(name)}: {_cut(text)}" for name, text in texts.items()
+            ]
             parts.append("\n".join(lines))
     return "\n\n".join(["## Predictions", *parts]) if parts else ""
 
 
 def _cut(text):
-    """Fit a text into a line or two, with nothing in it that Markdown would take for its own."""
+    """Cut a text to a line or two, and escape it."""
     text = " ".join(text.split())
     text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
-    return re.sub(r"([\\`*_\[\]<>|!#&])", r"\\\1", text)
+    return safe_text.markdown(text)
 
 
 def conversion(summary: Summary) -> str:

@@ -12,8 +12,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
 
+from experiments.report import safe_text
 from experiments.report.estimate import Estimate
 from gqa.runtime import atomic_files
 
@@ -117,9 +119,15 @@ def tidy(*several: Axes) -> None:
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
     """Write a picture atomically, without date or random names: equal figures give equal bytes."""
+    # Labels hold names from outside, in which "$" does not begin a formula.
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(safe_text.visible(text.get_text()))
+    settings = {"svg.hashsalt": "gqa", "text.parse_math": False}
+
     kind = Path(path).suffix[1:]
     metadata = {"Date": None} if kind == "svg" else {}
-    with atomic_files.writing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "gqa"}):
+    with atomic_files.writing(path) as temporary, matplotlib.rc_context(settings):
         figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
 
 

@@ -18,6 +18,7 @@ from experiments.report import (
     html_page,
     learning_section,
     paper,
+    safe_text,
     tables,
     variants_section,
 )
@@ -68,12 +69,13 @@ def run(
         _paper_section(),
         _provenance_section(summary, records),
     ]
-    text = "\n\n".join(filter(None, sections)) + "\n"
+    text = safe_text.visible("\n\n".join(filter(None, sections)) + "\n")
     pictures = {f"{name}.png": (folder / f"{name}.svg").read_bytes() for name in drawn}
     atomic_files.write(folder / "report.md", text)
     atomic_files.write(folder / "report.html", html_page.page(TITLE, text, pictures))
     table = tables.plain(*variants_section.table(summary))
-    return "\n\n".join(filter(None, [table, how_many_heads.plain(summary, within)]))
+    answer = how_many_heads.plain(summary, within)
+    return safe_text.visible("\n\n".join(filter(None, [table, answer])))
 
 
 def _read(results_path, keys):
@@ -215,6 +217,6 @@ def _settings(summary):
             networks[summary.sized(variant.network, variant)] = None
     return "\n".join(
         f"- timed at batch {batch}, {inputs} input and {targets} target tokens: "
-        + "; ".join(networks)
+        + safe_text.markdown("; ".join(networks))
         for (batch, inputs, targets), networks in lines.items()
     )

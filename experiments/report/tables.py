@@ -2,12 +2,17 @@
 
 import math
 
+from experiments.report import safe_text
+
 DASH = "-"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table whose columns also line up in its source."""
-    header, *rows = [[cell.replace("|", r"\|") for cell in row] for row in (header, *rows)]
+    """Return a Markdown table whose columns also line up in its source.
+
+    Cells are plain text: what Markdown would take for markup is escaped.
+    """
+    header, *rows = [[safe_text.markdown(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     lines = [_padded(cells, widths, " | ") for cells in (header, rule, *rows)]
@@ -16,6 +21,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def plain(header: list[str], rows: list[list[str]], width: int = 100) -> str:
     """Return the table in blocks of at most `width` characters; each repeats the first column."""
+    # Names come from files, and a terminal would obey the control codes in them.
+    header, *rows = [[safe_text.visible(cell) for cell in row] for row in (header, *rows)]
     columns = [list(column) for column in zip(header, *rows, strict=True)]
     blocks = [[columns[0]]]
     for column in columns[1:]:

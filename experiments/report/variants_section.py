@@ -1,6 +1,6 @@
 """The report's main table: every variant's cost and quality, and its differences to MHA."""
 
-from experiments.report import tables
+from experiments.report import safe_text, tables
 from experiments.report.estimate import Difference, Estimate
 from experiments.report.summary import Summary
 from experiments.report.tables import DASH
@@ -156,5 +156,5 @@ def _sample_sizes(summary):
     for task in summary.tasks:
         scores = [summary.headline(v, task) for v in summary.scored]
         counts = sorted({s.n for s in scores if s and s.n})
-        parts += [f"{task} {' or '.join(map(str, counts))}"] if counts else []
+        parts += [f"{safe_text.markdown(task)} {' or '.join(map(str, counts))}"] if counts else []
     return f"Test examples: {', '.join(parts)}." if parts else "No task has been evaluated yet."

@@ -20,6 +20,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments import pipeline
+from experiments.graph.stage import content_key
 from experiments.graph.validate import check_numbers
 from experiments.run.worker import RESULTS
 from experiments.speed import peers, report
@@ -82,17 +83,28 @@ def run(config: ConfigDict, workdir: Path, kind: str | None, options: pipeline.O
     """
     if options != pipeline.Options():
         raise UserError("--executor, --jobs and --dry-run go with the stages of the main job")
-    path = workdir / RESULTS
+    path, keys = workdir / RESULTS, stage_keys(config)
     if kind != "report":
         make_workdir(workdir)
         peer_names = _peers_to_time()
         for part, measure in (("inference", _inference), ("training", _training)):
             if kind in (None, part):
                 measured = measure(config, peer_names)
-                common = {"run": config.name, "stage": part, "stage_key": None, "task": None}
+                common = {"run": config.name, "stage": part, "stage_key": keys[part], "task": None}
                 common |= results.provenance()
                 results.append(path, [common | record for record in measured])
-    print(report.run(path, workdir, config.name))
+    print(report.run(path, workdir, config.name, keys))
+
+
+def stage_keys(config: ConfigDict) -> dict[str, str]:
+    """Return the key of each part's records: a hash of the settings that it is timed with."""
+    model, benchmark, training = (
+        config[name].to_dict() for name in ("model", "benchmark", "training")
+    )
+    return {
+        "inference": content_key(["inference", config.size, model, benchmark]),
+        "training": content_key(["training", training]),
+    }
 
 
 def _peers_to_time() -> list[str]:

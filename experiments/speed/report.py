@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.report import figures, tables
+from experiments.report import figures, safe_text, tables
 from experiments.speed import peers
 from gqa.evaluation import results
 from gqa.runtime import atomic_files
@@ -112,38 +112,42 @@ KV caches that fit in the processor's cache can be read faster than memory. MFU 
 FLOP/s over the rate of a large matrix product."""
 
 
-def run(results_path: str | os.PathLike, folder: str | os.PathLike, name: str) -> str:
-    """Write speed.md, speed.png and speed.svg of the run `name`; return the tables as text.
+def run(
+    results_path: str | os.PathLike, folder: str | os.PathLike, name: str, keys: dict[str, str]
+) -> str:
+    """Write speed.md, speed.png and speed.svg of a run; return the tables as text.
+
+    Args:
+        name: of the run, for messages.
+        keys: the stage key of the records of each part; others have other settings.
 
     Raises:
         UserError: if the results have no timings of the run.
     """
-    records = [r for r in results.read(results_path) if r["run"] == name]
-    rows = {part: _rows(_last(records, part)) for part in PARTS}
+    # The records of one measurement have one time; only the last measurement is reported.
+    records = results.of_stages(results.read(results_path), keys.values())
+    rows = {part: _rows([r for r in records if r["stage"] == part]) for part in PARTS}
     if not any(rows.values()):
-        raise UserError(f"{results_path}: no timings of {name}; run it without --stage=report")
+        raise UserError(
+            f"{results_path}: no timings of {name} with these settings; "
+            "run it without --stage=report"
+        )
 
     sections = [*_inference_sections(rows["inference"]), *_training_sections(rows["training"])]
     folder = Path(folder)
     lines = ["# Speed", QUESTION, NOTES]
     for title, header, cells in sections:
-        lines += [f"## {title}", tables.markdown(header, cells)]
+        lines += [f"## {safe_text.markdown(title)}", tables.markdown(header, cells)]
     # A run with --stage=training has nothing to draw.
     if rows["inference"]:
         for suffix in ("png", "svg"):
             figures.time_by_groups(_lines(rows["inference"]), folder / f"speed.{suffix}")
         lines.append("![Time per sample against KV heads, ours and the paper's](speed.png)")
     lines.append(_provenance(records))
-    atomic_files.write(folder / "speed.md", "\n\n".join(lines) + "\n")
+    atomic_files.write(folder / "speed.md", safe_text.visible("\n\n".join(lines) + "\n"))
 
     plain = [f"{title}\n\n{tables.plain(header, cells)}" for title, header, cells in sections]
-    return "\n\n".join([*plain, f"report: {folder / 'speed.md'}"])
-
-
-def _last(records: list[dict], part: str) -> list[dict]:
-    """Return the records of a part's last measurement, which all have the same time."""
-    part_records = [r for r in records if r["stage"] == part]
-    return [r for r in part_records if r["time"] == part_records[-1]["time"]]
+    return safe_text.visible("\n\n".join([*plain, f"report: {folder / 'speed.md'}"]))
 
 
 def _rows(records: list[dict]) -> list[Row]:
@@ -246,7 +250,8 @@ def _provenance(records: list[dict]) -> str:
     """Return the commit, the machine and the time of each part's measurement."""
     lines = []
     for part in PARTS:
-        if part_records := _last(records, part):
+        if part_records := [record for record in records if record["stage"] == part]:
             r = part_records[-1]
-            lines.append(f"- {part}: commit {r['commit']}, {r['device']}, {r['time']}")
+            origin = f"commit {r['commit']}, {r['device']}, {r['time']}"
+            lines.append(f"- {part}: {safe_text.markdown(origin)}")
     return "\n".join(lines)

@@ -6,7 +6,9 @@ from gqa.evaluation import results
 from tests.support import small_disk
 from tests.support.small_disk import assert_full, fill
 
-RECORD = {"run": "a", "value": 1}
+RECORD = dict.fromkeys(("run", "stage", "metric", "unit", "commit", "device", "time"), "a")
+RECORD |= {"value": 1, "task": None, "variant": {}}
+RECORD |= dict.fromkeys(("stage_key", "low", "high", "n"))
 
 
 @pytest.fixture

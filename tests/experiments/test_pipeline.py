@@ -139,6 +139,19 @@ def test_a_dry_run_shows_what_is_done_and_does_nothing(whole, files):
     assert sorted((path, path.stat().st_mtime) for path in workdir.rglob("*")) == before
 
 
+def test_a_report_leaves_out_what_its_command_did_not_plan(whole, files, tmp_path):
+    """Scores of other examples are not those of this command; its earlier stages are the same."""
+    workdir = shutil.copytree(whole[0], tmp_path / "runs")
+    page = (workdir / "report.md").read_text()
+    launch(workdir, TINY | files | {"evaluate.examples": 4}, "--stage=report")
+    other = (workdir / "report.md").read_text()
+    assert "Conversion and uptraining" in other
+    assert "No task has been evaluated yet." in other
+    assert "## Predictions" not in other
+    launch(workdir, TINY | files, "--stage=report")
+    assert (workdir / "report.md").read_text() == page
+
+
 def test_a_workdir_is_for_one_process(whole, files):
     with lock(whole[0] / "lock", "the workdir"):
         said = launch(whole[0], TINY | files, status=2)

@@ -131,7 +131,7 @@ def test_without_the_compiler_one_line_says_what_to_install(monkeypatch):
 def test_a_report_of_nothing_is_refused(tmp_path):
     (tmp_path / "results.jsonl").write_text("")
     with pytest.raises(UserError, match="nothing compiled of aot-xxl"):
-        aot_report.run(tmp_path / "results.jsonl", tmp_path, "aot-xxl")
+        aot_report.run(tmp_path / "results.jsonl", tmp_path, "aot-xxl", "key")
 
 
 class Pretended(NamedTuple):

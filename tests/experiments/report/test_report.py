@@ -44,7 +44,7 @@ def test_whole_job(tmp_path):
     assert "+1.000" in page
     assert "+2.500" in page
     assert "published: T5-XXL on TPUv4" in page
-    assert re.search(r"MQA-XXL +\| 0.24 +\| 46.6 \(\*\)", page)
+    assert re.search(r"MQA-XXL +\| 0.24 +\| 46.6 \(\\\*\)", page)
     assert "timed at batch 8, 256 input and 40 target tokens" in page
     assert "several" not in page.split("## Provenance")[1]
     assert "No measured number of KV heads below" not in text
@@ -192,7 +192,7 @@ def test_missing_pieces_are_dashes(tmp_path):
 
 def test_an_empty_results_file_is_the_users_to_fill(tmp_path):
     (tmp_path / "results.jsonl").touch()
-    with pytest.raises(UserError, match=r"results.jsonl: no results yet"):
+    with pytest.raises(UserError, match=r"results.jsonl: no results of this command yet"):
         report.run(tmp_path / "results.jsonl", tmp_path, {KEY})
     assert not (tmp_path / "report.md").exists()
 
@@ -252,7 +252,7 @@ def test_provenance_names_networks_that_were_timed(tmp_path):
 def test_a_runs_name_breaks_no_table(tmp_path):
     named = [r | {"run": "a|b <script>"} for r in WHOLE]
     _, page = make(tmp_path, named)
-    assert r"a\|b <script>" in page
+    assert r"a\|b \<script\>" in page
     whole = (tmp_path / "report/report.html").read_text()
     assert "<td>a|b &lt;script&gt;</td>" in whole
 
@@ -339,7 +339,7 @@ def test_a_report_is_made_of_the_stages_of_its_command(tmp_path):
 
 def test_of_a_stage_that_was_done_again_the_last_outcome_counts(tmp_path):
     """With fewer points and examples than before, nothing of the first outcome stays."""
-    before = [*curve(PARENT, "pretrain", (5.0, 4.5, 4.0)), predicted("old")]
+    before = [*curve(PARENT, "pretrain", (5.0, 4.5, 4.0)), predicted("outdated")]
     after = [*curve(PARENT, "pretrain", (3.0, 2.5)), score(PARENT, "parameter_qa", 20.0)]
     written = [*with_key(before, "a", "2025-01-01"), *with_key(after, "a", "2025-01-02")]
     results.append(tmp_path / "results.jsonl", written)
@@ -347,7 +347,7 @@ def test_of_a_stage_that_was_done_again_the_last_outcome_counts(tmp_path):
         results.of_stages(results.read(tmp_path / "results.jsonl"), {"a"}) == written[len(before) :]
     )
     report.run(tmp_path / "results.jsonl", tmp_path, {"a"})
-    assert "old" not in (tmp_path / "report.md").read_text()
+    assert "outdated" not in (tmp_path / "report.md").read_text()
 
 
 def test_results_of_others_and_of_old_versions_are_left_out_and_said(tmp_path, capsys):

@@ -206,18 +206,37 @@ def test_the_report_shows_all_systems(measured, config, capsys):
     assert "ours, 1 KV heads" in capsys.readouterr().out
 
 
-def test_only_the_last_measurement_of_a_part_is_shown(measured, tmp_path):
+def test_only_the_last_measurement_of_a_part_is_shown(measured, config, tmp_path):
     _, records, _ = measured
     earlier = {"time": "2020-01-01T00:00:00+00:00"}
     older = [r | earlier | {"variant": r["variant"] | {"inputs_length": 999}} for r in records]
     results.append(tmp_path / "results.jsonl", older + records)
-    again = speed_report.run(tmp_path / "results.jsonl", tmp_path, "speed")
+    keys = benchmark.stage_keys(config)
+    again = speed_report.run(tmp_path / "results.jsonl", tmp_path, "speed", keys)
     assert "999 input" not in again
     assert f"{LENGTH} input" in again
-    with pytest.raises(UserError, match="no timings of speed-large; run it without"):
-        speed_report.run(tmp_path / "results.jsonl", tmp_path, "speed-large")
+    with pytest.raises(UserError, match="no timings of speed-large with these"):
+        speed_report.run(tmp_path / "results.jsonl", tmp_path, "speed-large", {"training": "x"})
 
 
 def test_the_main_jobs_report_leaves_out_speed_records(measured, tmp_path):
-    with pytest.raises(UserError, match="no results yet"):
-        report.run(measured[0] / "results.jsonl", tmp_path)
+    with pytest.raises(UserError, match="no results of this command yet"):
+        report.run(measured[0] / "results.jsonl", tmp_path, {measured[1][0]["stage_key"]})
+
+
+def test_a_report_has_no_timings_of_other_settings(measured, config, tmp_path):
+    """Of the same name: A, then B with a longer output, then the report of A."""
+    _, records, _ = measured
+    other = config.copy_and_resolve_references()
+    other.benchmark.targets_length += 1
+    keys, other_keys = benchmark.stage_keys(config), benchmark.stage_keys(other)
+    assert {r["stage_key"] for r in records} == set(keys.values())
+    assert keys["inference"] != other_keys["inference"]
+    assert keys["training"] == other_keys["training"]
+    of_other = [
+        r | {"stage_key": other_keys["inference"], "value": 12345.0, "time": "2099"}
+        for r in records
+        if r["stage"] == "inference"
+    ]
+    results.append(tmp_path / "results.jsonl", records + of_other)
+    assert "12345" not in speed_report.run(tmp_path / "results.jsonl", tmp_path, "speed", keys)
