@@ -211,7 +211,7 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path, monkeypatch):
         assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("method", ["svd", "mean"])
+@pytest.mark.parametrize("method", ["svd", "mean", "first"])
 def test_errors_printed_are_those_of_the_weights(tmp_path, method):
     state = write_llama(tmp_path / "a", 4)
     said = []
@@ -224,10 +224,12 @@ def test_errors_printed_are_those_of_the_weights(tmp_path, method):
     best = sum(
         np.square(np.linalg.svd(group.reshape(-1, D))[1][H:]).sum() for x in groups for group in x
     )
+    first = sum(np.square(x - x[:, :1]).sum() for x in groups)
     norm = sum(np.square(x).sum() for x in groups)
     total = said[-1].splitlines()[-1]
     assert f"values mean {mean / norm:.4f}" in total
     assert (f"values svd {best / norm:.4f}" in total) == (method == "svd")
+    assert (f"values first {first / norm:.4f}" in total) == (method == "first")
 
 
 @pytest.mark.parametrize(
