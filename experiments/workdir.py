@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from gqa.checkpoints import step_folders
 from gqa.runtime import atomic_files
 from gqa.runtime.distributed import is_primary
 from gqa.runtime.errors import ConfigError, UserError
@@ -24,8 +25,10 @@ def make_workdir(workdir: Path) -> None:
     """Make the folder if it is not there.
 
     Raises:
-        UserError: if the folder cannot be made or listed, or has links that lead nowhere.
+        UserError: if the folder cannot be made or listed, has links that lead nowhere, or is one
+            from which checkpoints could not be read.
     """
+    step_folders.check_path(workdir, "--workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         links = [path for path in workdir.iterdir() if path.is_symlink()]

@@ -48,8 +48,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep_last: int = 1, best: str = "validation_loss"):
+        step_folders.check_path(folder)
         self._folder, self._keep_last, self._best = folder.absolute(), keep_last, best
-        step_folders.check_path(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._pending: Future | None = None
         self._metrics = dict(_by_primary(self._open))

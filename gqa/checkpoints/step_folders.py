@@ -7,26 +7,27 @@ checkpoint.py knows what a step folder holds, checksums.py whether it is intact.
 import shutil
 from pathlib import Path
 
-from gqa.runtime import distributed
+from gqa.runtime import checks, distributed
 from gqa.runtime.errors import CheckpointError, ConfigError
 
 # Names that an unfinished save or deletion has: Orbax's, and those of this package.
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted", "*.tmp")
 
 
-def check_path(folder: Path) -> None:
-    """Refuse a folder whose checkpoints could be written but never read.
+def check_path(folder: Path, field: str = "checkpoint folder") -> None:
+    """Refuse a folder whose checkpoints could be written but never read, and an address.
 
     Orbax looks for files by a pattern that begins with the folder's path, so that "[" in it means a
     set of characters. TensorStore takes a backslash for a slash.
 
     Raises:
-        ConfigError: naming the path.
+        ConfigError: naming the field and the path.
     """
+    checks.check_is_local(field, folder)
     for character in "[\\":
-        if character in str(folder):
+        if character in str(folder.absolute()):
             raise ConfigError(
-                "checkpoint folder",
+                field,
                 str(folder),
                 'use a folder whose path has neither "[" nor a backslash',
                 f"has {character}, which Orbax and TensorStore do not read as it stands",
@@ -39,8 +40,9 @@ def find(path: str | Path) -> Path:
     Raises:
         CheckpointError: if there is no finished checkpoint.
     """
-    path = Path(path).absolute()
+    path = Path(path)
     check_path(path)
+    path = path.absolute()
     if (path / "params").is_dir():
         return path
     steps = finished(path)

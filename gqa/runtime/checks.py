@@ -6,6 +6,7 @@ they protect, such as `gqa.runtime.mesh.check_layout`.
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from gqa.runtime.errors import ConfigError
@@ -41,3 +42,15 @@ def check_choice(field: str, value: Any, choices: Collection[str]) -> None:
     """Raise a ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(field, value, f"use one of {', '.join(map(str, choices))}")
+
+
+def check_is_local(field: str, path: Path) -> None:
+    """Refuse an address such as gs://bucket/runs, which would be taken for a folder named "gs:".
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    # A Path has one slash in the place of two.
+    if re.match("[a-z][a-z0-9+.-]+:/", str(path)):
+        advice = "mount the bucket and use its folder, or a folder of this machine"
+        raise ConfigError(field, str(path), advice, "is an address and not a folder")

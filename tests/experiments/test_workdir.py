@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +84,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_whole(path, "after")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a\\b", "gs://bucket/runs", "s3://bucket/runs"])
+def test_a_workdir_whose_checkpoints_could_not_be_read_is_refused_at_once(
+    tmp_path, monkeypatch, name
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^--workdir=.* use a folder whose path|mount the bucket"):
+        workdir.make_workdir(Path(name) / "runs")
+    assert not list(tmp_path.iterdir())
