@@ -38,6 +38,7 @@ def section(summary: Summary) -> str:
         if len(header) > 2:
             parts += [f"### {title}, loss along uptraining", tables.markdown(header, rows)]
 
+    # A network whose reference was not uptrained, or a method with one alpha, gives no row.
     rows = [row for shape in shapes for row in _saved(summary, shape)]
     if rows:
         header = ["network", "method", "reaches at alpha", "better from alpha", "by"]
@@ -91,6 +92,7 @@ def plus_minus(estimate: Estimate | None, digits: int = 3) -> str:
         return DASH
 
     half = ""
+    # The two halves of an interval may differ a little; one number stands for both.
     if estimate.low is not None and estimate.high is not None:
         half = f" ±{(estimate.high - estimate.low) / 2:.{digits}f}"
     return f"{estimate.value:.{digits}f}{half}"
@@ -101,6 +103,8 @@ def _along(summary: Summary, shape: Variant):
         method.method_label: method_comparison.curve(summary, shape, method)
         for method in method_comparison.methods(summary, shape)
     }
+
+    # A method measured at one alpha has no course to show.
     curves = {label: points for label, points in curves.items() if len(points) > 1}
 
     # The parent, trained for as many extra steps, shows how much of a gain is only more training.

@@ -75,8 +75,10 @@ def over_seeds(records: dict[int, dict]) -> Estimate:
     runs = {seed: _run(record) for seed, record in records.items()}
     rest = {"unit": last["unit"], "n": last["n"], "seeds": len(by_seed), "runs": runs}
 
-    # Each record may bring an interval over its test examples. Without those, the interval of the
-    # mean is that of the seeds alone, and one seed has none.
+    # Each record may bring an interval of its own, such as a score's over its test examples. All
+    # seeds are scored on the same examples, so more seeds do not narrow it: half widths are
+    # averaged, not divided by sqrt(seeds). Without such intervals, the seeds' spread alone makes
+    # the interval of the mean, and a single seed has none.
     below, above, spread = 0.0, 0.0, _spread(values)
     if not any(r["low"] is None or r["high"] is None for r in by_seed):
         below = np.mean([r["value"] - r["low"] for r in by_seed])
@@ -98,6 +100,9 @@ def _spread(values):
     count = len(values)
     if count < 2:
         return 0.0
+
+    # Student's t and not 1.96 standard errors, because so few seeds tell little about their own
+    # spread: 12.7 standard errors with 2 seeds, 4.3 with 3.
     return float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
 
 
@@ -125,6 +130,8 @@ def subtract(minuend: Estimate | None, subtrahend: Estimate | None) -> Estimate 
 def average(estimates: list[Estimate]) -> Estimate:
     """Average over tasks. Half widths add in quadrature, because test sets are independent."""
     value = float(np.mean([e.value for e in estimates]))
+
+    # A seed's average needs this seed in every task.
     seeds = set.intersection(*(set(e.runs) for e in estimates))
     runs = {seed: _average_runs([e.runs[seed] for e in estimates]) for seed in sorted(seeds)}
     rest: dict[str, Any] = {
@@ -136,7 +143,8 @@ def average(estimates: list[Estimate]) -> Estimate:
     if any(e.low is None for e in estimates):
         return Estimate(value, None, None, **rest)
 
-    # An estimate has both ends of its interval or none.
+    # An estimate has both ends of its interval or none. The half width of a mean of independent
+    # numbers is their norm divided by their count: 3 and 4 give 5 / 2 = 2.5.
     lows = [cast(float, e.low) for e in estimates]
     highs = [cast(float, e.high) for e in estimates]
     below_mean = [e.value - low for e, low in zip(estimates, lows, strict=True)]
@@ -148,6 +156,10 @@ def average(estimates: list[Estimate]) -> Estimate:
 
 def _average_runs(runs):
     replicates = [run.replicates for run in runs]
+
+    # Replicate r of the average is the mean of the tasks' replicates r, so all tasks need equally
+    # many. `n` keeps one count a task, so that `difference` sees whether two averages are over the
+    # same test sets.
     alike = all(r is not None and len(r) == len(replicates[0]) for r in replicates)
     return Run(
         float(np.mean([run.value for run in runs])),
@@ -192,7 +204,8 @@ def _unpaired(a, b):
     if None in (a.low, a.high, b.low, b.high):
         return Difference(value, None, None, 0.0, 0.0, paired=False)
 
-    # The difference is low where `a` is low and `b` is high.
+    # The difference is low where `a` is low and `b` is high. Their intervals do not say which
+    # part of them comes from the seeds, so all of it counts as the examples' part.
     below = float(np.hypot(a.value - a.low, b.high - b.value))
     above = float(np.hypot(a.high - a.value, b.value - b.low))
     return Difference(value, value - below, value + above, max(below, above), 0.0, paired=False)

@@ -24,6 +24,8 @@ def quality_against_time(summary: Summary, folder: Path) -> str | None:
 
     Return the figure's name, None if no variant has both.
     """
+    # `i` counts all variants, also those without a point, so that a variant has the same colour
+    # here and in `pretraining_loss`.
     points = []
     for i, variant in enumerate(summary.variants):
         time = summary.get(variant, "benchmark", "sample_seconds")
@@ -32,6 +34,8 @@ def quality_against_time(summary: Summary, folder: Path) -> str | None:
             points.append((i, time, quality))
     if not points:
         return None
+
+    # The legend is below the axes. Without a height of its own it would squeeze them.
     height = 3.3 + plot.legend_height(len(points))
     figure = Figure(figsize=(7.2, height), layout="constrained")
     ours, published = figure.subplots(1, 2)
@@ -47,8 +51,12 @@ def quality_against_time(summary: Summary, folder: Path) -> str | None:
             capsize=2,
             **plot.style(i),
         )
+
     ours.set(title="Ours", xlabel="Time per sample (ms)", ylabel=score_name(summary))
+
+    # Begin at 0, so that a network which is twice as fast is drawn at half the distance.
     ours.set_xlim(0, 1.08 * ours.get_xlim()[1])
+
     _draw_published(published)
     plot.tidy(ours, published)
     plot.legend_below(figure, ours)
@@ -89,15 +97,19 @@ def pretraining_loss(summary: Summary, folder: Path) -> str | None:
     lines = {}
     for i, variant in enumerate(summary.variants):
         losses = summary.losses(variant)
+
+        # losses[1] is the loss after conversion. Without it there is no conversion to follow.
         if losses[1]:
             lines[i] = [(x, loss) for x, loss in enumerate(losses) if loss]
     if not 1 <= len(lines) <= plot.TOLD_APART:
         return None
+
     height = 3.0 + plot.legend_height(len(lines))
     figure = Figure(figsize=(6.2, height), layout="constrained")
     axes = figure.subplots()
     for i, points in lines.items():
         plot.line(axes, points, i, summary.title(summary.variants[i]))
+
     axes.set_xticks(range(3), ["pretrained MHA", "converted", "uptrained"])
     axes.set(xlim=(-0.2, 2.2), ylabel="Validation loss (nats per token)")
     plot.tidy(axes)
@@ -114,12 +126,17 @@ def learning_curves(summary: Summary, folder: Path) -> str | None:
     panels = {}
     for stage, task in (("pretrain", None), *(("finetune", task) for task in summary.tasks)):
         curves = {i: summary.curve(v, stage, task) for i, v in enumerate(summary.variants)}
+        # One point is no curve.
         curves = {i: points for i, points in curves.items() if len(points) > 1}
         if curves:
             panels["pretraining" if task is None else task] = curves
     if not panels:
         return None
+
+    # Colours are numbered over the variants of all panels together, so that a variant has one
+    # colour in the whole figure and one entry in the legend.
     shown = sorted({i for curves in panels.values() for i in curves})
+
     height = 2.8 + plot.legend_height(len(shown))
     figure = Figure(figsize=(min(3.6 * len(panels), 10.8), height), layout="constrained")
     several = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -128,6 +145,7 @@ def learning_curves(summary: Summary, folder: Path) -> str | None:
             place = shown.index(i)
             plot.line(axes, points, place, summary.title(summary.variants[i]), markersize=4)
         axes.set(title=title, xlabel="Step")
+
     several[0].set_ylabel("Validation loss (nats per token)")
     plot.tidy(*several)
     plot.legend_below(figure, *several)
@@ -144,6 +162,8 @@ def time_by_groups(lines: dict[tuple[str, bool], list], path: str | os.PathLike)
     height = 3.2 + plot.legend_height(len(lines))
     figure = Figure(figsize=(7.2, height), layout="constrained")
     ours, published = figure.subplots(1, 2)
+
+    # Both batch sizes of a label have its colour; the largest batch is dashed and hollow.
     labels = list(dict.fromkeys(label for label, _ in lines))
     for (label, largest), points in lines.items():
         heads, seconds = zip(*points, strict=True)
@@ -160,6 +180,7 @@ def time_by_groups(lines: dict[tuple[str, bool], list], path: str | os.PathLike)
             capsize=2,
             **plot.style(labels.index(label)),
         )
+
     ours.set(title="This run", ylabel="Time per sample (s)", ylim=(0, None))
     plot.kv_heads_axis(ours)
     published_times(published)

@@ -27,17 +27,25 @@ def by_alpha(summary: Summary, folder: Path) -> str | None:
     shapes = [s for s in method_comparison.shapes(summary, 1) if _uptrained(summary, s)]
     if not shapes:
         return None
+
+    # Number the methods over all panels, so that a method has one colour in the whole figure.
     methods = list(dict.fromkeys(m for s in shapes for m in _uptrained(summary, s)))
+
+    # One more entry in the legend: the multi-head network that was trained equally long.
     height = 5.6 + plot.legend_height(len(methods) + 1)
     figure = Figure(figsize=(7.2, height), layout="constrained")
     rows = figure.subplots(2, len(shapes), sharey="row", squeeze=False)
+
     for shape, (above, below) in zip(shapes, rows.T, strict=True):
         _draw_curves(summary, shape, methods, above, below)
         above.set(title=summary.sized(shape.network, shape))
         below.set(xlabel=ALPHA_LABEL)
         plot.ratio_axis(below.yaxis)
+
+        # The axes take their ticks from the lines, so the lines are drawn before.
         for axes in (above, below):
             _alpha_axis(axes)
+
     rows[0, 0].set(ylabel=LOSS)
     rows[1, 0].set(ylabel="Above MHA trained equally long")
     plot.tidy(*rows.flat)
@@ -82,6 +90,8 @@ def _alpha_axis(axes: Axes) -> None:
     alphas = sorted({float(x) for drawn in axes.lines for x in drawn.get_xdata()})
     if len(alphas) > 1:
         axes.set_xscale("symlog", linthresh=alphas[1], linscale=0.6)
+
+        # Ticks are many and stand close together, so that ".05" is written for 0.05.
         axes.set_xticks(alphas, [f"{alpha:g}".removeprefix("0") or "0" for alpha in alphas])
         axes.set_xlim(-alphas[1] / 4, alphas[-1] * 1.2)
         axes.tick_params(axis="x", labelsize=8)
@@ -96,15 +106,19 @@ def by_heads(summary: Summary, folder: Path) -> str | None:
     lines: dict = {}
     for v in sorted(summary.converted, key=lambda v: v.order):  # a set has no order of its own
         damage = method_comparison.damage(summary, v)
+
+        # The axis is logarithmic, so a loss that conversion did not raise has no place on it.
         if v.groups_decoder_evenly and v.is_usual and damage and damage.value > 0:
             lines.setdefault(summary.sized(v.method_label, v), []).append((v.num_kv_heads, damage))
     lines = {name: sorted(points) for name, points in lines.items() if len(points) > 2}
     if len(lines) < 2:
         return None
+
     figure = Figure(figsize=(6.2, 3.8 + plot.legend_height(len(lines))), layout="constrained")
     axes = figure.subplots()
     for i, (name, points) in enumerate(lines.items()):
         plot.line(axes, points, i, name)
+
     plot.kv_heads_axis(axes)
     plot.ratio_axis(axes.yaxis)
     axes.set(title="Converted, alpha 0", ylabel="Loss above the parent's (nats)")
@@ -167,13 +181,18 @@ def by_calibration(summary: Summary, folder: Path) -> str | None:
         if tokens and usual.space and comparable and loss_above_parent:
             label = summary.sized(f"{v.network} {usual.method_label}", v)
             lines.setdefault(label, []).append((tokens, loss_above_parent))
+
+    # `summary.converted` is a set, so labels and points are sorted, for equal figures of equal
+    # results.
     lines = {name: sorted(points) for name, points in sorted(lines.items()) if len(points) > 1}
     if not lines:
         return None
+
     figure = Figure(figsize=(6.2, 3.6 + plot.legend_height(len(lines))), layout="constrained")
     axes = figure.subplots()
     for i, (name, points) in enumerate(lines.items()):
         plot.line(axes, points, i, name)
+
     plot.ratio_axis(axes.yaxis)
     axes.set(xscale="log", xlabel="Calibration tokens", title="Converted, alpha 0")
     axes.xaxis.set_major_formatter("{x:,.0f}")

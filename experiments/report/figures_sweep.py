@@ -19,6 +19,8 @@ def by_method(summary: Summary, folder: Path) -> str | None:
     """
     groups: dict = {}
     for v in summary.variants:
+        # The key is the network at its alpha without its conversion, so that networks which differ
+        # in the method alone meet under one key.
         if v.is_converted and summary.average(v):
             key = v.made_by(TRAINED_AS_IT_IS, v.alpha)
             groups.setdefault(key, {})[v.conversion] = summary.average(v)
@@ -27,6 +29,8 @@ def by_method(summary: Summary, folder: Path) -> str | None:
         return None
 
     methods = method_comparison.in_order({m for scores in groups.values() for m in scores})
+
+    # The paper's panel has three rows, whatever our own panel has.
     height = 1.2 + 0.45 * max(len(methods), 3) + plot.legend_height(len(groups))
     figure = Figure(figsize=(7.2, height), layout="constrained")
     ours, published = figure.subplots(1, 2)
@@ -35,6 +39,7 @@ def by_method(summary: Summary, folder: Path) -> str | None:
         shift = 0.5 * ((i + 0.5) / len(groups) - 0.5)
         points = [(methods.index(m) + shift, e) for m, e in scores.items()]
         plot.marks(ours, points, i, summary.sized(f"{key.network}, alpha {key.alpha:g}", key))
+
     published.plot(list(paper.FIGURE4.values()), range(3), linestyle="none", **plot.style(6))
 
     ours.set(title="Ours", xlabel=score_name(summary))
@@ -45,6 +50,7 @@ def by_method(summary: Summary, folder: Path) -> str | None:
     for axes, names in ((ours, labels), (published, list(paper.FIGURE4))):
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
+
     plot.tidy(ours, published)
     plot.legend_below(figure, ours)
     plot.save_all(figure, folder, "methods")
@@ -104,6 +110,8 @@ def _finish(figure, folder, name, *several):
     for axes in several:
         axes.set_xlabel("alpha (uptraining steps / pretraining steps)")
     plot.tidy(*several)
+
+    # Only now are the lines of the legend known, and with them its height.
     labels = several[0].get_legend_handles_labels()[1]
     figure.set_figheight(figure.get_figheight() + plot.legend_height(len(labels)))
     plot.legend_below(figure, several[0])
@@ -139,6 +147,7 @@ def by_groups(summary: Summary, folder: Path) -> str | None:
             plot.kv_heads_axis(axes)
         else:
             plot.note(axes, "not measured")
+
     time.set(title="Ours", ylabel="Time per sample (s)", ylim=(0, None))
     score.set(title="Ours, fine-tuned", ylabel=score_name(summary))
     loss.set(title="Ours, before fine-tuning", ylabel=LOSS)
@@ -150,12 +159,14 @@ def by_groups(summary: Summary, folder: Path) -> str | None:
 
 
 def _group_lines(summary, measure, label):
-    """Return, by label, pairs of a number of KV heads and what was measured there: 3 or more.
+    """Return the lines of 3 or more points: by label, pairs of KV heads and an estimate.
 
     The multi-head parent begins every line.
     """
     lines: dict = {}
     for v in summary.scored:
+        # The parent takes the label of the network beside it: as MHA it has no method of its own,
+        # and it begins the line of every method.
         if v.groups_decoder_evenly and v.shape != v.parent:
             for point in (v.parent, v):
                 if estimate := measure(point):

@@ -125,6 +125,7 @@ def _answer(summary, variants, within):
             str(p.variant.num_kv_heads),
             signed(p.difference),
             p.verdict,
+            # Speeds read "2.00x as fast"; the cache reads "0.25x as large", the inverse of a gain.
             *(f"{_gain(summary, p.variant, metric):.2f}x" for metric in COSTS[:2]),
             f"{1 / _gain(summary, p.variant, 'kv_cache_bytes'):.2f}x",
         ]
@@ -206,7 +207,8 @@ def _would_tell(summary, point, within):
     """Say how many test examples would decide about a point whose difference has an interval."""
     d = point.difference
 
-    # The interval must end before -within. Its half width is the hypotenuse of two: that of the
+    # The interval must not hold -within, so its half width must be below |value + within|: 0.4 if
+    # the difference is -0.6 and `within` is 1. The half width is the hypotenuse of two: that of the
     # seeds stays, and that of the n test examples shrinks as 1/sqrt(n).
     room = (d.value + within) ** 2 - d.seeds**2
     if room <= 0 and d.seeds:
@@ -218,6 +220,7 @@ def _would_tell(summary, point, within):
             "practical number of test examples to decide."
         )
 
+    # Name the numbers of examples too, so that the reader need not look up the sizes.
     sizes = {task: summary.headline(point.variant, task).n for task in summary.tasks}
     needed = [f"{task} {_round(factor * n)}" for task, n in sizes.items() if n]
     counts = f" ({', '.join(needed)})" if needed else ""
@@ -226,6 +229,7 @@ def _would_tell(summary, point, within):
 
 def _round(count):
     """Round up to two significant digits."""
+    # For example, 1234 is rounded up to 1300.
     step = 10 ** max(0, math.floor(math.log10(count)) - 1)
     return math.ceil(count / step) * step
 

@@ -53,14 +53,19 @@ def page(title: str, markdown: str, figures: Mapping[str, bytes]) -> str:
         figures: SVG by the file name that the Markdown gives an image. An image that is not among
             them becomes its description, because users can put image links into names.
     """
+    # Names come from outside. Since HTML is off, a name such as "<script>" is shown as text.
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+
+    # A table in a box of its own can be scrolled; otherwise a wide one would widen the whole page.
     parser.add_render_rule("table_open", _table_open)
     parser.add_render_rule("table_close", _table_close)
+
     tokens = parser.parse(markdown)
     for token in tokens:
         for child in token.children or ():
             if child.type == "image":
                 _embed(child, figures)
+
     body = parser.renderer.render(tokens, parser.options, {})
     return PAGE.format(title=title, style=STYLE, body=body)
 
@@ -68,6 +73,7 @@ def page(title: str, markdown: str, figures: Mapping[str, bytes]) -> str:
 def _embed(image, figures):
     svg = figures.get(str(image.attrs["src"]))
     if svg is None:
+        # An image's token holds its description, which is now rendered and escaped as text.
         image.type, image.tag = "text", ""
     else:
         image.attrs["src"] = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

@@ -1,4 +1,4 @@
-"""What the models learned: beside trivial answers, from their inputs, and through conversion."""
+"""Report how well the models learned: beside trivial answers, from inputs, and by conversion."""
 
 from experiments.report import safe_text, tables
 from experiments.report.summary import Summary
@@ -16,7 +16,7 @@ LOSSES = ("test_loss", "test_loss_other_input", "test_loss_unigram")
 
 
 def baselines(summary: Summary) -> str:
-    """Say what each task's model learned: beside trivial answers, and from its input."""
+    """Compare each task's models with trivial answers, and say whether they use their input."""
     parts = ["## What the models learned"] if summary.tasks else []
     for task in summary.tasks:
         # A task has the constant answer, and one more baseline that fits its inputs.
@@ -24,10 +24,13 @@ def baselines(summary: Summary) -> str:
         names = [name for name in BASELINES if name in recorded]
         header = ["variant", "score", *(BASELINES[name] for name in names), "test loss"]
         header += ["other example's input", "margin", "unigram model", "margin"]
+
         rows, remarks = [], []
         for variant in summary.scored:
             metrics = ("headline", *BASELINES, *LOSSES)
             estimates = {m: summary.get(variant, "evaluate", m, task) for m in metrics}
+
+            # A variant that was not scored in this task would be a row of dashes.
             if any(estimates.values()):
                 rows.append([summary.title(variant), *_baseline_cells(estimates, names)])
                 name = safe_text.markdown(summary.title(variant))
@@ -41,6 +44,7 @@ def baselines(summary: Summary) -> str:
             tables.markdown(header, rows),
             "\n".join(remarks),
         ]
+
     if parts:
         parts.append(
             "Scores in the unit of the main table. Losses and margins in nats per target token, "
@@ -93,6 +97,7 @@ def scores(summary: Summary) -> str:
     """Tabulate every metric of every task, where there is more than the headline."""
     parts = []
     for task in summary.tasks:
+        # These stand in the main table and in "What the models learned" already.
         hidden = {"headline", "num_examples", *BASELINES, *LOSSES}
         metrics = [m for m in summary.metrics("evaluate", task) if m not in hidden]
         rows = [
@@ -116,8 +121,9 @@ def predictions(summary: Summary) -> str:
         if not variants:
             continue
 
-        # All variants were scored on the same examples, in the same order: a row is an example.
         parts.append(f"### {safe_text.markdown(task)}")
+
+        # All variants were scored on the same examples, in the same order: a row is an example.
         for i, row in enumerate(zip(*(records[v] for v in variants), strict=False), 1):
             texts = {"reference": row[0]["targets"][0]}
             texts |= {summary.title(v): r["prediction"] for v, r in zip(variants, row, strict=True)}
@@ -150,6 +156,7 @@ def conversion(summary: Summary) -> str:
             _number(summary.get(variant, "uptrain", "steps"), digits=0),
         ]
         if set(cells) != {DASH}:
+            # A network trained from scratch has no alpha; the 0 that stands for it is not shown.
             alpha = f"{variant.alpha:g}" if variant.is_converted or variant.alpha else DASH
             rows.append([summary.title(variant), *cells, alpha])
     if not rows:

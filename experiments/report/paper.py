@@ -1,4 +1,4 @@
-"""What the paper published (Ainslie et al. 2023, arXiv:2305.13245), to stand beside our numbers.
+"""The paper's published numbers (Ainslie et al. 2023, arXiv:2305.13245), to show beside ours.
 
 T5 Large and XXL on TPUv4, full-size data: a different world from a small run, so nothing here is
 a target. Seconds are per sample and chip; the axis of Figure 3 says ms, which Table 1 contradicts.

@@ -30,6 +30,9 @@ LEGEND_COLUMNS = 2
 def style(i: int) -> dict[str, Any]:
     """Return colour and marker of a figure's `i`-th line; hollow when colours repeat."""
     again, i = divmod(i, len(COLORS))
+
+    # Each round of the palette pairs its colours with the next marker, so that lines of one colour
+    # differ in their marker and in its filling, also in grey print.
     look = {"color": COLORS[i], "marker": MARKERS[(i + again) % len(MARKERS)]}
     return look | ({"markerfacecolor": "white"} if again % 2 else {})
 
@@ -73,6 +76,8 @@ def note(axes: Axes, text: str) -> None:
 def kv_heads_axis(axes: Axes) -> None:
     """Scale x by powers of two, with a tick at every number of KV heads that is drawn."""
     heads = sorted({int(K) for drawn in axes.lines for K in drawn.get_xdata()})
+
+    # Numbers of KV heads usually double, and a linear axis would crowd 1, 2 and 4 at its left end.
     axes.set_xscale("log", base=2)
     axes.set_xticks(heads, [str(K) for K in heads])
     axes.minorticks_off()
@@ -96,6 +101,7 @@ def legend_below(figure: Figure, *several: Axes) -> None:
     """Put one legend for all these axes below the figure, where it covers nothing."""
     entries: dict = {}
     for axes in several:
+        # A label that several axes have is one entry.
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if entries:

@@ -54,6 +54,7 @@ def run(
     records = _read(results_path, keys)
     summary, folder = Summary(records), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
     drawn = _draw(summary, folder)
     sections = [
         f"# {TITLE}",
@@ -69,10 +70,16 @@ def run(
         _paper_section(),
         _provenance_section(summary, records),
     ]
+
+    # Sections without results are empty texts, which are left out.
     text = safe_text.visible("\n\n".join(filter(None, sections)) + "\n")
+
+    # The page is one file: it holds the SVG of every PNG that the Markdown names.
     pictures = {f"{name}.png": (folder / f"{name}.svg").read_bytes() for name in drawn}
+
     atomic_files.write(folder / "report.md", text)
     atomic_files.write(folder / "report.html", html_page.page(TITLE, text, pictures))
+
     table = tables.plain(*variants_section.table(summary))
     answer = how_many_heads.plain(summary, within)
     return safe_text.visible("\n\n".join(filter(None, [table, answer])))
@@ -85,18 +92,25 @@ def _read(results_path, keys):
     def wanted(record):
         if record["stage"] not in STAGES:
             return False
+
+        # Only records that are kept are checked, so that another command's damaged variant does no
+        # harm.
         if record["stage_key"] in keys:
             check_variant(record)
             return True
+
+        # Count what is left out, so that an empty report can be explained.
         others["keyed" if record["stage_key"] else "without a key"] += 1
         return False
 
     records = results.of_stages(results.read(results_path, wanted), keys)
+
     if others["without a key"]:
         print(
             f"{results_path}: {others['without a key']} records of an older version name no stage "
             "and are left out; run the command again, which adds the results of finished stages"
         )
+
     if not records:
         message = f"{results_path}: no results of this command yet"
         if others["keyed"]:
@@ -158,6 +172,9 @@ def _paper_section():
     rows = []
     for model, values in paper.TABLE1.items():
         time, average, *tasks = f"{values[0]:.2f}", *(f"{value:.1f}" for value in values[1:])
+
+        # Columns and averages are printed to one decimal. Rounding explains a difference of some
+        # 0.05, but not the 0.16 of MQA-XXL.
         mark = " (*)" if abs(paper.recomputed_average(model) - values[1]) > 0.06 else ""
         rows.append([model, time, average + mark, *tasks])
     mean = paper.recomputed_average("MQA-XXL")
@@ -179,6 +196,9 @@ NAMED = 6  # a run with more variants than this has them counted, not named
 
 def _provenance_section(summary, records):
     header = ["run", "variants", "stages", "commit", "device", "last result (UTC)"]
+
+    # One row for each run, commit and device. Only the latest record of a number counts in the
+    # report, so only its origin is listed.
     groups: dict = {}
     for record in results.latest(records):
         title = _title(summary, record)
@@ -190,6 +210,7 @@ def _provenance_section(summary, records):
         stages = ", ".join(dict.fromkeys(record["stage"] for record in group))
         titles = "; ".join(by_title) if len(by_title) <= NAMED else f"{len(by_title)} of them"
         rows.append([name, titles, stages, commit, device, max(r["time"] for r in group)])
+
     parts = ["## Provenance", tables.markdown(header, rows), _settings(summary)]
     for column, plural in ((3, "commits"), (4, "devices")):
         if len({row[column] for row in rows}) > 1:
@@ -213,6 +234,7 @@ def _settings(summary):
     for variant in summary.variants:
         shape = [summary.get(variant, "benchmark", name) for name in SETTINGS]
         if all(shape):
+            # Each network once, in order: a dict serves as an ordered set.
             networks = lines.setdefault(tuple(int(size.value) for size in shape), {})
             networks[summary.sized(variant.network, variant)] = None
     return "\n".join(

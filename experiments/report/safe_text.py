@@ -23,6 +23,7 @@ _LINK = re.compile(r"(?i)\b(https?|ftp|mailto)(?=:)|\b(www)(?=\.)")
 
 def visible(text: str) -> str:
     """Write hidden characters as their numbers, such as `<U+202E>`; keep the ends of lines."""
+    # Nearly every text is such, and needs no look at each character.
     if text.isascii() and text.isprintable():
         return text
     return "".join(_shown(character) for character in text)
@@ -38,6 +39,8 @@ def _shown(character: str) -> str:
 
 def markdown(text: str) -> str:
     """Return the text as one line that Markdown shows as it is: no markup, no HTML, no link."""
+    # A line end could begin a heading, a list or a new row of a table, so white space is collapsed
+    # first.
     text = visible(" ".join(text.split()))
     text = _EDGE_UNDERSCORE.sub(r"\\_", _SPECIAL.sub(r"\\\1", text))
     # Viewers make links of bare addresses; a character reference shows the letter and is no link.

@@ -17,8 +17,8 @@ from experiments.stages.variant import Variant
 from gqa.evaluation import results
 from gqa.runtime.errors import UserError
 
-# Stages whose numbers belong to a task. The task of pretraining and uptraining is their text, which
-# is the same for all networks of a report; conversions and timings have none.
+# Stages whose numbers belong to a task. Records of pretraining and uptraining name their text as
+# task, but all networks of a report share this text; conversions and timings have no task.
 TASK_STAGES = ("finetune", "evaluate")
 
 
@@ -78,7 +78,8 @@ class Summary:
             for key, steps in points.items()
         }
 
-        # A converted network that was also fine-tuned or uptrained has its row by that already.
+        # A converted network has a row only if nothing was trained from it. Otherwise the trained
+        # network has the row, which also shows the loss after conversion.
         sizes = list(dict.fromkeys(key[0].size for key in by_seed))
         self.trained = {v for v, stage, _, _ in by_seed if stage not in ("convert", "benchmark")}
         self.converted = {v for v, stage, _, _ in by_seed if stage == "convert"}
@@ -131,6 +132,7 @@ class Summary:
 
     def average(self, variant: Variant) -> Estimate | None:
         """Average the headline over all tasks; None unless the variant has every one."""
+        # An average over fewer tasks would compare with no other variant's.
         scores = [self.headline(variant, task) for task in self.tasks]
         known = [score for score in scores if score is not None]
         if not known or len(known) < len(scores):
@@ -170,6 +172,7 @@ def _same_clock(records: list[dict]) -> Iterator[dict]:
     may be faster or slower. Times of two networks therefore compare only as ratios to their
     reference, so the report shows this ratio multiplied by the latest time of the reference.
     """
+    # Records are in the order in which they were written, so the latest of each reference remains.
     references = {}
     for record in records:
         variant = variant_of(record)
@@ -188,6 +191,7 @@ def _clock(record, references, seen=()):
 
     A reference may itself have been timed beside a reference of another size.
     """
+    # `seen` ends the chain where two references were timed beside each other.
     key = record.get("parent_size", record["variant"]["size"]), record["metric"]
     if "parent_value" not in record or key not in references or key in seen:
         return 1.0

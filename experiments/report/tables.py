@@ -25,6 +25,8 @@ def plain(header: list[str], rows: list[list[str]], width: int = 100) -> str:
     header, *rows = [[safe_text.visible(cell) for cell in row] for row in (header, *rows)]
     columns = [list(column) for column in zip(header, *rows, strict=True)]
     blocks = [[columns[0]]]
+
+    # Two spaces stand between columns, and none after the last one.
     for column in columns[1:]:
         if sum(max(map(len, c)) + 2 for c in [*blocks[-1], column]) - 2 > width:
             blocks.append([columns[0]])
@@ -61,6 +63,8 @@ def seconds(value: float) -> str:
 
 
 def _scaled(value, step, suffixes):
+    # For example, 262144 bytes are divided by 1024 once: "256 KiB". The last suffix takes all that
+    # is larger.
     power = 0
     while value >= step and power < len(suffixes) - 1:
         value, power = value / step, power + 1

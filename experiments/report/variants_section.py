@@ -80,6 +80,8 @@ def _kv_heads(variant):
 
 def _seeds(summary, variant):
     scores = [summary.headline(variant, task) for task in summary.tasks]
+
+    # Tasks may have different numbers of seeds, as in "2-3".
     counts = sorted({score.seeds for score in scores if score})
     return "-".join(str(count) for count in counts) or DASH
 
