@@ -231,13 +231,16 @@ def test_what_is_no_readable_file_is_named(workdir, write, tmp_path):
         "pipe.tsv",
         "missing.jsonl",
         "data.tsv/x.tsv",
-        "x" * 300 + ".tsv",
     ]
     if os.geteuid():
         (tmp_path / "closed.tsv").touch(0o000)
         names.append("closed.tsv")
     for name in [*names, "data.xls", "data"]:
         assert f"{tmp_path / name}: " in begin(workdir, write, tmp_path / name)
+    # No file can have this name, so that the key is named.
+    too_long = begin(workdir, write, tmp_path / ("x" * 300 + ".tsv"))
+    assert "files.train=" in too_long
+    assert "File name too long" in too_long
 
 
 @pytest.fixture(scope="module")
