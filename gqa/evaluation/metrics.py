@@ -32,6 +32,7 @@ METRICS = (
     "phoneme_error_rate",
 )
 LOWER_IS_BETTER = ("phoneme_error_rate",)
+# Resamples behind an interval, and how many of their scores a record keeps (see `Score`).
 RESAMPLES = 1000
 REPLICATES = 200
 NGRAM_ORDER = 4
@@ -41,8 +42,11 @@ _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 _UNSPACED_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*")
 _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|(?:(?![{_UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+")
 
+# As in TriviaQA's own evaluation: ASCII punctuation, and the quotes ‘ ’ ´.
 _PUNCTUATION = regex.compile(f"[{regex.escape(string.punctuation)}\u2018\u2019\u00b4]")
 _ARTICLES = regex.compile(r"\b(a|an|the)\b")
+# A sentence ends at . ! or ? before a space, so that "3.5" stays whole; at a full-width stop, which
+# no space follows; or at an empty line.
 _SENTENCE = regex.compile(r".+?(?:[.!?](?=\s|$)|[\u3002\uff01\uff1f]|(?=\n\s*\n))", regex.DOTALL)
 
 
@@ -64,13 +68,16 @@ def score(name: str, predictions: list[str], references: list[list[str]]) -> Sco
     """Score `predictions` [n] against `references` [n][1 or more], in percent."""
     if not predictions:
         raise UserError(f"{name}: there are no predictions to score; the test set is empty")
+
     statistics = _statistics(name, predictions, references)
     n = len(statistics)
+
     rng = np.random.default_rng(0)
     resampled = [
         _aggregate(name, statistics[rng.integers(n, size=n)].sum(0), n) for _ in range(RESAMPLES)
     ]
     low, high = np.percentile(resampled, [2.5, 97.5])
+
     value = _aggregate(name, statistics.sum(0), n)
     replicates = tuple(round(value, 3) for value in resampled[:REPLICATES])
     return Score(value, float(low), float(high), n, replicates)
@@ -83,6 +90,7 @@ def note(name: str, references: list[list[str]]) -> str:
         references: [n][1 or more], normalized as the predictions are.
     """
     script = _script(references)
+    # These two metrics split at spaces in every script.
     if script == "unspaced" and name not in ("word_accuracy", "phoneme_error_rate"):
         tokens = f"sacreBLEU's tokenizer {_bleu_tokenizer(references)}" if name == "bleu" else ""
         return f"{name}: each character is a word{tokens and ', as in '}{tokens}"
@@ -95,8 +103,12 @@ def _script(references: list[list[str]]) -> str:
     """Return "unspaced", "latin" or "other": the script of most letters in the references."""
     text = "".join(reference for texts in references for reference in texts)
     letters = len(regex.findall(r"\p{L}", text))
+
+    # The lookahead counts letters only. The scripts also have digits and marks, and `letters` does
+    # not count those.
     if 2 * len(regex.findall(rf"(?=\p{{L}})[{_UNSPACED}]", text)) > letters:
         return "unspaced"
+    # A text without any letter, such as a number, is treated as Latin.
     return "latin" if 2 * len(regex.findall(r"\p{Latin}", text)) >= letters else "other"
 
 
@@ -110,6 +122,8 @@ def _bleu_tokenizer(references: list[list[str]]) -> str:
         return "13a"
     text = "".join(reference for texts in references for reference in texts)
     unspaced = regex.findall(rf"[{_UNSPACED}]", text)
+
+    # Japanese mixes Han with kana, so only text that is nearly all Han is taken for Chinese.
     is_chinese = len(regex.findall(r"\p{Han}", text)) > 0.9 * len(unspaced)
     return "zh" if is_chinese else "char"
 
@@ -118,27 +132,38 @@ def _statistics(name, predictions, references):
     """Return the statistics [n, s] that the metric `name` sums over n examples."""
     if name not in METRICS:
         raise UserError(f"metric {name!r} is unknown; known: {', '.join(METRICS)}")
+
     pairs = list(zip(predictions, references, strict=True))
+
+    # The BLEU and the error rate of a corpus are no means over examples; they are made of summed
+    # counts.
     if name == "bleu":
         bleu = _sentence_bleu(_bleu_tokenizer(references))
         return np.array([_bleu_counts(bleu, *pair) for pair in pairs])
     if name == "phoneme_error_rate":
         return np.array([_edit_counts(*pair) for pair in pairs])
+
+    # All other metrics are means over examples: one statistic each, that of the best reference.
     if name.startswith("rouge"):
         scorer = RougeScorer([name], tokenizer=_UnicodeTokenizer())
         values = [scorer.score_multi(refs, text)[name].fmeasure for text, refs in pairs]
     else:
         compare = {"exact_match": _exact_match, "f1": _f1, "word_accuracy": _same_tokens}[name]
         values = [max(compare(text, reference) for reference in refs) for text, refs in pairs]
+
     return np.array(values, dtype=np.float64)[:, None]
 
 
 def _aggregate(name, sums, n):
     """Turn summed statistics [s] of `n` examples into percent."""
+
+    # All edits divided by all phonemes, so that a long word weighs more than a short one.
     if name == "phoneme_error_rate":
         return 100 * float(sums[0] / sums[1])
+
     if name != "bleu":
         return 100 * float(sums[0]) / n
+
     sys_len, ref_len, *counts = sums.tolist()
     correct, total = counts[:NGRAM_ORDER], counts[NGRAM_ORDER:]
     return BLEU.compute_bleu(correct, total, sys_len, ref_len, smooth_method="exp").score
@@ -146,7 +171,11 @@ def _aggregate(name, sums, n):
 
 @lru_cache
 def _sentence_bleu(tokenizer):
-    """Return BLEU of one sentence: `corpus_score` wants equally many references for every one."""
+    """Return sacreBLEU's scorer of single sentences, of which only the counts are used.
+
+    Its `corpus_score` would need the same number of references for every example.
+    """
+    # `effective_order` does not change the counts. Without it sacreBLEU warns about each sentence.
     return BLEU(effective_order=True, max_ngram_order=NGRAM_ORDER, tokenize=tokenizer)
 
 
@@ -158,8 +187,8 @@ def _bleu_counts(bleu, text, references):
 class _UnicodeTokenizer(DefaultTokenizer):
     """rouge_score's tokenizer, extended from ASCII to all scripts.
 
-    rouge_score itself takes every character outside a-z and 0-9 for a space. Each text is stemmed
-    once, however many ROUGE variants and candidates it is compared with.
+    rouge_score itself takes every character outside a-z and 0-9 for a space. The words of a text
+    are cached, because it is compared for several ROUGE variants and with many candidates.
     """
 
     def __init__(self):
@@ -174,6 +203,7 @@ class _UnicodeTokenizer(DefaultTokenizer):
 def _stemmed_words(text):
     words = _WORD.findall(text.lower())
     stem = DefaultTokenizer(use_stemmer=True).tokenize
+    # rouge_score would cut "café" to "caf", so it gets ASCII words only.
     return [part for word in words for part in (stem(word) if word.isascii() else [word])]
 
 
@@ -206,7 +236,7 @@ def _f1(text, reference):
 
 
 def _same_tokens(text, reference):
-    """Return whether two texts are the same but for the amount of space between tokens."""
+    """Return 1.0 if two texts have the same tokens and differ in space at most, else 0.0."""
     return float(text.split() == reference.split())
 
 
@@ -220,6 +250,8 @@ def _edit_counts(text, references):
         (Levenshtein.distance(tokens, expected), len(expected))
         for expected in map(str.split, references)
     ]
+
+    # An empty reference has no tokens to divide by.
     return min(counts, key=lambda count: count[0] / max(count[1], 1))
 
 
@@ -232,10 +264,13 @@ def constant_answer(
 ) -> str:
     """Return the one training target that scores best as the answer to every example.
 
-    `references` are the validation set's, an even sample of which is scored. Candidates are the
-    most frequent targets and those whose words are the most typical of all targets.
+    `references` are the validation set's; an even sample of them is scored. Candidates are the
+    most frequent targets, and the targets whose words are the most typical of all targets.
     """
+    # Every i-th reference, with i rounded up: 500 references, of which at most 200 are wanted, give
+    # every third.
     sample = references[:: -(-len(references) // num_references)]
+
     counts = Counter(train_targets)
     frequent = [target for target, _ in counts.most_common(num_candidates // 2)]
     typical = sorted(counts, key=_typicality(counts), reverse=True)[: num_candidates // 2]
@@ -244,6 +279,8 @@ def constant_answer(
         statistics = _statistics(metric, [candidate] * len(sample), sample)
         return _aggregate(metric, statistics.sum(0), len(sample))
 
+    # A dict removes duplicates and keeps the order, so that of equal scores the same one always
+    # wins. The order of a set of texts would change from process to process.
     return max(dict.fromkeys(frequent + typical), key=value)
 
 
@@ -251,12 +288,17 @@ def _typicality(counts):
     """Return a key: the expected unigram F1 of a target against a target drawn from `counts`."""
     words = {target: Counter(target.lower().split()) for target in counts}
     total = counts.total()
-    # How many targets hold a word at least so many times: sums to the expected overlap.
+
+    # holders[word, i]: the number of targets that hold the word more than i times. An answer with
+    # the word twice expects an overlap of (holders[word, 0] + holders[word, 1]) / total in it.
     holders: Counter[tuple[str, int]] = Counter()
     for target, bag in words.items():
         for word, times in bag.items():
             for occurrence in range(times):
                 holders[word, occurrence] += counts[target]
+
+    # The mean replaces the length of the other target. This approximation is good enough to choose
+    # candidates, which are then scored exactly.
     mean_length = sum(words[target].total() * count for target, count in counts.items()) / total
 
     def expected_f1(target):
@@ -270,5 +312,6 @@ def _typicality(counts):
 def first_sentence(inputs: list[str]) -> list[str]:
     """Return the first sentence or paragraph of each text, whichever is shorter, on one line."""
     matches = [_SENTENCE.match(text.strip()) for text in inputs]
+    # A text without an end of a sentence is taken whole.
     texts = [match[0] if match else text for match, text in zip(matches, inputs, strict=True)]
     return [" ".join(text.split()) for text in texts]

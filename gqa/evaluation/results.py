@@ -53,12 +53,19 @@ def append(path: str | os.PathLike, records: list[dict]) -> None:
     Raises:
         UserError: if `path` is a link or no regular file, which would be damaged.
     """
+    # Serialise before the file is touched: NaN, which JSON does not have, raises here and leaves
+    # the file as it was. NumPy numbers become Python's.
     lines = [json.dumps(r, allow_nan=False, default=lambda x: x.item()) + "\n" for r in records]
+
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with _open_to_append(path) as file:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
+
+        # The previous writer may have been killed in the middle of a line. New records must not be
+        # joined to such a piece.
         _close_last_line(file)
+
         end = file.seek(0, os.SEEK_END)
         try:
             _write(file, "".join(lines).encode())
@@ -70,6 +77,7 @@ def append(path: str | os.PathLike, records: list[dict]) -> None:
 
 
 def _open_to_append(path: str | os.PathLike) -> BinaryIO:
+    # O_NONBLOCK: a pipe or a device must be refused below, instead of making the open wait.
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -79,13 +87,17 @@ def _open_to_append(path: str | os.PathLike) -> BinaryIO:
         if error.errno in (errno.EISDIR, errno.ENXIO):
             raise UserError(f"{path}: not a regular file; move it away") from error
         raise
+
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(f"{path}: not a regular file; move it away")
+
+    # Without a buffer each `write` is one system call, and no bytes wait in memory at the sync.
     return cast(BinaryIO, os.fdopen(descriptor, "a+b", buffering=0))
 
 
 def _write(file, content: bytes):
+    # A system call may write only a part of the bytes.
     while content:
         content = content[file.write(content) :]
 
@@ -99,12 +111,15 @@ def _close_last_line(file):
         size = min(_CHUNK, start)
         start -= size
         tail = os.pread(file.fileno(), size, start) + tail
+
+    # From here `tail` is the last line alone, and empty if the file ends with the end of a line.
     start += tail.rfind(b"\n") + 1
     tail = tail[len(tail) - (end - start) :] if start < end else b""
 
     if tail and _parse(tail) is None:
         file.truncate(start)
     elif tail:
+        # Only the end of the line is missing; the record is complete.
         file.write(b"\n")
 
 
@@ -136,16 +151,22 @@ def read(
     except UserError as error:
         raise UserError(f"{error}; run a stage that writes it first") from error
     with file:
+        # A line that is too long shows by one byte more, and is never in memory as a whole.
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             try:
                 if len(line) > MAX_LINE_BYTES:
                     raise UserError(f"longer than {MAX_LINE_BYTES:,} bytes")
                 record = _parse(line)
+
+                # A writer was killed in the last line, or is still writing it.
                 if record is None and not line.endswith(b"\n"):
                     break
+
                 if record is None:
                     raise UserError("not a JSON object")
+
+                # Wrong types are named here, with the line, and not deep inside a report.
                 _check(record)
                 if wanted(record):
                     records.append(record)
@@ -183,20 +204,28 @@ def _check(record: dict[str, Any]) -> None:
     for name in _REQUIRED:
         if name not in record:
             raise UserError(f"has no field {name!r}")
+
     for name, value in record.items():
         types = (_REQUIRED | _OPTIONAL).get(name)
         if types is not None:
             _check_value(name, value, types)
+
     for name, value in record["variant"].items():
         if isinstance(value, dict | list):
             raise UserError(f"variant.{name:.40} is {_shortened(value)}")
+
+    # The types above say that these are lists, and nothing of what is in them.
     for name in ("targets", "replicates"):
         for value in record.get(name, ()):
             _check_value(name, value, _TEXT if name == "targets" else _NUMBER)
+
+    # A report shows a prediction beside its input and its targets, so it needs all three.
     if "example" in record and not {"inputs", "targets", "prediction"} <= record.keys():
         raise UserError("is an example without inputs, targets and prediction")
     if record.get("targets") == []:
         raise UserError("has no targets")
+
+    # A record may lack these fields. With null in their place, readers need no check.
     for name in ("stage_key", "low", "high", "n"):
         record.setdefault(name, None)
 
@@ -212,9 +241,11 @@ def _check_value(name: str, value: Any, types: tuple[type, ...]) -> None:
 
 
 def _shortened(value: Any) -> str:
-    # Only one line of it: it may be nested more deeply than can be written.
+    # A list or an object is named and not shown, because it may be long, or nested more deeply than
+    # `json.dumps` can follow.
     if isinstance(value, dict | list):
         return "a list" if isinstance(value, list) else "an object"
+
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:59]}…"
 
@@ -222,8 +253,8 @@ def _shortened(value: Any) -> str:
 def of_stages(records: list[dict], keys: Collection[str]) -> list[dict]:
     """Keep the records of the stages with these keys, and of each key the last publication.
 
-    A stage that was done again, because its checkpoint was damaged, say, is published again; all
-    records of one publication have one time.
+    A stage is published again if it had to be repeated, for example because its checkpoint was
+    damaged. All records of one publication carry the same time.
     """
     planned = [record for record in records if record["stage_key"] in keys]
     last = {record["stage_key"]: record["time"] for record in planned}
@@ -231,22 +262,25 @@ def of_stages(records: list[dict], keys: Collection[str]) -> list[dict]:
 
 
 def latest(records: list[dict]) -> list[dict]:
-    """Keep the last record of each measurement, in the order written."""
+    """Return the last record of each measurement, in the order in which these were written."""
     names = "run", "stage", "task", "metric", "step", "example"
 
     def key(record):
+        # Text, because a dict cannot be a key; sorted, because the order of the settings means
+        # nothing.
         variant = json.dumps(record["variant"], sort_keys=True)
         return variant, *(record.get(name) for name in names)
 
     kept: dict[tuple, dict] = {}
     for record in records:
+        # Otherwise the record would stay at the place of the first record of its measurement.
         kept.pop(key(record), None)
         kept[key(record)] = record
     return list(kept.values())
 
 
 def provenance() -> dict:
-    """Return what produced a number and when: commit, device, and time (ISO, UTC)."""
+    """Return the fields that say what made a number and when: commit, device, time (ISO, UTC)."""
     time = datetime.now(UTC).isoformat(timespec="seconds")
     return {"commit": _commit(), "device": _device(), "time": time}
 
@@ -269,7 +303,11 @@ def _device():
     kind = jax.devices()[0].device_kind
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} x {kind}"
+
+    # The cores that this process may use. A container may have fewer than the machine.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    # JAX calls every processor "cpu". Linux knows its model; on other systems "cpu" remains.
     with contextlib.suppress(OSError):
         model_name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         kind = model_name[1] if model_name else platform.machine()

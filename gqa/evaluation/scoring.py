@@ -34,20 +34,32 @@ def predict(
     `together`, one generator spans the devices of all processes, and they run every batch jointly.
     """
     order = np.argsort([len(text) for text in texts], kind="stable")
+
     outputs = np.zeros((len(texts), generator.length), np.int32)
+    # Process 1 of 4 takes the batches 1, 5, 9 ... Jointly, every process runs all batches.
     turn, turns = (0, 1) if together else (jax.process_index(), jax.process_count())
+
     for start in range(turn * batch_size, len(texts), turns * batch_size):
         chosen = order[start : start + batch_size]
         rows = [np.append(texts[i][: inputs_length - 1], EOS) for i in chosen]
+
+        # Lengths and batch sizes are rounded up, because every new shape of inputs is compiled. The
+        # rows behind the last text stay empty.
         width = bucket(max(map(len, rows)), inputs_length)
         # Any, because the generator takes NumPy arrays too, and `Array` does not say so.
         inputs: Any = np.zeros((batch_size, width), np.int32)
         for row, text in zip(inputs, rows, strict=False):
             row[: len(text)] = text
+
+        # Sampling draws by the number of a text, so that its tokens do not depend on its batch.
+        # Rows without a text have the number -1.
         numbers = np.full(batch_size, -1)
         numbers[: len(chosen)] = chosen
+
         outputs[chosen] = generator(weights, inputs, numbers)[: len(chosen)]
-    return np.asarray(distributed.maximum(outputs))  # 0 where another process has tokens
+
+    # Where another process has generated the tokens, this one has zeros.
+    return np.asarray(distributed.maximum(outputs))
 
 
 def losses(
@@ -67,7 +79,9 @@ def losses(
         train: training examples, for the token frequencies.
         shape: inputs_length, targets_length and batch_size.
     """
+    # Example i gets the input of example i - 1, and example 0 that of the last.
     swapped = [(pairs[i - 1][0], targets) for i, (_, targets) in enumerate(pairs)]
+
     return {
         "test_loss": validation_loss(params, evaluation_batches(pairs, **shape)),
         "test_loss_other_input": validation_loss(params, evaluation_batches(swapped, **shape)),
@@ -86,5 +100,8 @@ def unigram_loss(
         return np.concatenate([np.append(text[: targets_length - 1], EOS) for text in texts])
 
     train_ids, test_ids = tokens(train), tokens(test)
+
+    # Every token counts once more than it was seen: one that is only in the test set would have an
+    # infinite loss.
     counts = np.bincount(train_ids, minlength=max(train_ids.max(), test_ids.max()) + 1) + 1
     return float(-np.log(counts[test_ids] / counts.sum()).mean())

@@ -35,13 +35,16 @@ def take_turns(
     With a `trace_folder`, one more round follows whose numbers are not used, and which leaves a
     trace there for TensorBoard's profiler.
     """
+    # The first turn of a network also compiles it.
     for turn in turns.values():
         turn()
     rounds = [{name: turn() for name, turn in turns.items()} for _ in range(repetitions)]
+
     if trace_folder is not None:
         with jax.profiler.trace(str(trace_folder)):
             for turn in turns.values():
                 turn()
+
     return {
         name: {number: np.array([r[name][number] for r in rounds]) for number in rounds[0][name]}
         for name in turns
@@ -58,10 +61,11 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 def generation(
     net: Inference, weights: dict, inputs: Array, length: int, rows: int | None = None
 ) -> Turn:
-    """Greedy decoding of inputs [B, S], `length` tokens forced, as seconds of its parts.
+    """Return a turn that times greedy decoding of inputs [B, S]; no text ends before `length`.
 
-    The parts are prefill, of `rows` rows at once (default all), decode, of all tokens, and
-    attention, which is that of one token to the inputs, in all layers and alone.
+    The turn measures three parts, in seconds. "prefill" takes `rows` rows at once (default all).
+    "decode" generates all tokens. "attention" is the cross-attention of one token in all layers,
+    without the rest of the step.
     """
     generator = Generator(net, GREEDY, length, stop=False)
     queries = attention_queries(net, len(inputs))
@@ -106,13 +110,16 @@ def measure(
     trace_folder: Path | None = None,
 ) -> dict[Name, dict[str, np.ndarray]]:
     """Time each network with random weights on the same inputs; see `generation`, `take_turns`."""
+    # All networks read the same inputs, so each id must exist in every vocabulary.
     vocab = min(config.vocab_size for config in configs.values())
     inputs = random_tokens(vocab, batch_size, inputs_length)
+
     turns = {}
     for name, config in configs.items():
         net = Inference(config)
         weights = jax.jit(net.prepare)(init_params(config, 0))
         turns[name] = generation(net, weights, inputs, targets_length)
+
     return take_turns(turns, repetitions, trace_folder)
 
 
