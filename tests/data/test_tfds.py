@@ -313,3 +313,36 @@ def test_features_that_are_nested_too_deeply_are_refused(data_dir, tmp_path):
     path.write_text(json.dumps({"content": '{"a":' * 50_000 + "1" + "}" * 50_000}))
     with pytest.raises(UserError, match=r"features\.json: not what TFDS writes: nested too deeply"):
         use("multi_news", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ({"pythonClassName": f"{tfds_data.FEATURES}video_feature.Video"}, "Video is no feature"),
+        (
+            # Its labels are in a file beside it, which may be a link to a device.
+            {
+                "pythonClassName": f"{tfds_data.FEATURES}class_label_feature.ClassLabel",
+                "classLabel": {"numClasses": "2"},
+            },
+            "ClassLabel is no feature",
+        ),
+        (
+            {
+                "pythonClassName": f"{tfds_data.FEATURES}tensor_feature.Tensor",
+                "tensor": {"shape": {}, "dtype": "string", "encoding": "zlib"},
+            },
+            "encoding zlib is no feature",
+        ),
+    ],
+)
+def test_features_that_are_neither_text_nor_numbers_are_refused(
+    data_dir, tmp_path, feature, message
+):
+    shutil.copytree(f"{data_dir}/multi_news", tmp_path / "multi_news")
+    path = tmp_path / "multi_news" / "2.1.0" / "features.json"
+    content = json.loads(path.read_text())
+    content["featuresDict"]["features"]["document"] = feature
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"features\.json: .*{message}"):
+        use("multi_news", str(tmp_path))
