@@ -30,10 +30,14 @@ def run(
         "inputs_length": settings.inputs_length,
         "targets_length": settings.targets_length,
     }
+
+    # A budget of KV heads per layer is spread by the conversion, so only the parent's checkpoint
+    # knows the numbers. Every other network is in the settings, and needs no checkpoint.
     networks = [
         (to_json(network.variant), network.model or open_parent(parents[0]).config)
         for network in settings.networks
     ]
+
     configs = {i: config for i, (_, config) in enumerate(networks)}
     measured = timing.measure(
         configs, **shape, repetitions=settings.repetitions, trace_folder=trace_folder
@@ -54,6 +58,7 @@ def run(
                 entry | {"parent_value": reference[entry["metric"]], "parent_size": size}
                 for entry in timed
             ]
+
         sizes = _sizes(config, **shape)
         records += [*(entry | {"variant": variant} for entry in sizes), *timed]
         print(f"{label}: {_line(config, [*sizes, *timed])}")
@@ -63,6 +68,8 @@ def run(
 def _sizes(config: Config, batch_size: int, inputs_length: int, targets_length: int) -> list[dict]:
     """Return the numbers of a network and a shape that need no timing."""
     net = Inference(config)
+    # The cache grows with the batch, so its size is given for one sequence (a batch of 1). The
+    # weights are read once a step, however many sequences share it.
     cache = kv_cache.kv_cache_bytes(config, 1, inputs_length, targets_length, net.cache_dtype)
     step = kv_cache.step(net, batch_size, inputs_length, targets_length)
     return [
@@ -79,6 +86,8 @@ def _sizes(config: Config, batch_size: int, inputs_length: int, targets_length: 
 def _line(config: Config, entries: list[dict]) -> str:
     values = {entry["metric"]: entry["value"] for entry in entries}
     token = values["token_seconds"]
+    # A decoding step reads all weights and the whole cache, so bytes / seconds is the bandwidth
+    # that it reaches. The machine's own bandwidth is the limit.
     read = values["step_weight_bytes"] + values["step_cache_bytes"]
     return (
         f"{_heads(config)} KV heads: {1e3 * token:.2f} ms a token "
@@ -89,5 +98,6 @@ def _line(config: Config, entries: list[dict]) -> str:
 
 
 def _heads(config: Config) -> str:
+    # With a budget per layer there is a number for each layer: 8/4/1.
     heads = config.num_kv_heads_self_attention
     return "/".join(map(str, heads)) if isinstance(heads, tuple) else str(heads)

@@ -1,7 +1,8 @@
 """Convert a pretrained checkpoint to fewer KV heads (paper, section 2.1); no training.
 
-The conversion itself is `gqa.conversion`. Here the parent is loaded, measured where the method asks
-for it, and the grouped network saved with its optimizer state and the place in the data.
+The conversion itself is `gqa.conversion`. This stage loads the parent, measures its activations
+where the method needs them, and saves the grouped network with its optimizer state and the place in
+the data.
 """
 
 import dataclasses
@@ -47,22 +48,25 @@ def run(
     )
     converted = _convert(state.params, parent.config, settings, heads, batches, input_covariances)
     params, config = converted.params, converted.config
+    # JAX returns before the arrays are computed; the clock would stop too early.
     jax.block_until_ready(params)
     seconds = time.monotonic() - begun + earlier_seconds
 
+    # Uptraining goes on with Adafactor's state, so the state has to fit the new parameters.
     opt_state = convert_optimizer_state(
         state.opt_state, state.params, converted, settings.optimizer
     )
     before, after = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, params))
     print(f"{label}: {before:,} -> {after:,} parameters, optimizer state: {settings.optimizer}")
 
+    # Both numbers are taken before any uptraining, so they show what the conversion alone costs.
     loss = training_step.make_validation(config, job.mesh)(params, data.validation())
     divergence = training_step.make_divergence(parent.config, config, job.mesh)
     kl = divergence(state.params, params, data.validation())
     print(f"{label}: validation loss {loss:.3f}, KL to the parent {kl:.3f}")
-
     scale = _query_scale(state.params, params)
 
+    # Uptraining with a learned pooling reorders the parent's heads again, and needs their order.
     info = dataclasses.replace(
         parent.info,
         model=config,
@@ -74,6 +78,7 @@ def run(
         if checkpoints.latest is None:
             items = {"params": params, "opt_state": opt_state, "data": data_state}
             items["config"] = to_json(info)
+            # The step stays the parent's, so that the learning rate of uptraining goes on from it.
             checkpoints.save(parent.step, items, {"validation_loss": loss})
     return Outcome(
         [
@@ -91,6 +96,8 @@ def run(
 def _query_scale(old: dict, new: dict) -> float:
     """Return how much larger than the parent's the queries are, in the layer that changed most."""
     scales = conversion.query_scale(old, new).values()
+    # Queries that shrink to a half have changed as much as queries that double: hence the
+    # logarithm.
     return float(max((x for layers in scales for x in layers), key=lambda x: abs(np.log(x))))
 
 
@@ -105,7 +112,10 @@ def _heads_by_layer(label: str, config: Config, settings: ConvertSettings) -> li
 
 
 class _Measured(NamedTuple):
-    """The input covariances of a checkpoint, what they are of, and the seconds they took."""
+    """The input covariances of a checkpoint, what was measured, and the seconds it took.
+
+    The first three fields identify the measurement.
+    """
 
     checkpoint: Path
     num_batches: int
@@ -152,6 +162,8 @@ def _measured(
     # Sequential conversion measures the network as converted so far, unless something before it
     # needs the covariances of the whole parent.
     needs_parent = variant.grouping in conversion.MEASURED or variant.per_layer_budget
+    # Each attention has one matrix [D, D] of float64. For example, 24 encoder and 24 decoder layers
+    # with D = 1024 have 72 matrices of 8 MiB, which are kept; with D = 4096 they are not.
     matrices = config.num_encoder_layers + 2 * config.num_decoder_layers
     num_bytes = matrices * 8 * config.d_model**2
     if not batches or (variant.sequential and not needs_parent) or num_bytes > LARGEST_KEPT:
@@ -160,6 +172,7 @@ def _measured(
     kept, identity = _last_measured, (parent.path, len(batches), attentions)
     if kept is not None and kept[:3] == identity:
         return kept.input_covariances, kept.seconds
+
     begun = time.monotonic()
     input_covariances = list(measured_anew)
     _last_measured = _Measured(*identity, input_covariances, time.monotonic() - begun)
@@ -178,6 +191,9 @@ def _convert(
     variant = settings.variant
     space, shrinkage = variant.space or "weight", variant.shrinkage or 0.0
     by_activations = space != "weight"
+
+    # One number of KV heads for each attention becomes a number for each layer. In the space
+    # "weight" a layer's loss follows from its kernels alone, without covariances.
     num_kv_heads: Mapping[str, int | tuple[int, ...]] = heads
     if settings.cache_lengths is not None:
         num_kv_heads = conversion.per_layer_kv_heads(
@@ -190,6 +206,8 @@ def _convert(
             shrinkage=shrinkage,
         )
 
+    # A sequential conversion measures each layer itself, from `batches`, once the layers before it
+    # are converted. Only a grouping that compares activations still needs the parent's covariances.
     grouping = variant.grouping or "contiguous"
     measured = grouping in conversion.MEASURED or (by_activations and not variant.sequential)
     return conversion.convert(

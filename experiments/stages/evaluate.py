@@ -25,12 +25,16 @@ def run(
     """Answer the examples of a split and score the answers; lengths are the checkpoint's."""
     parent, task = open_parent(parents[0]), settings.task
     params = load_params(parent, job)
+
+    # `examples` is 0 for all of them, and a slice to None is the whole list.
     examples = job.text.examples(task, settings.split)[: settings.examples or None]
     pairs = job.text.pairs(examples)
     train_examples = job.text.examples(task, "train")
+
     batch_size, recipe = settings.batch_size, parent.info.recipe
     lengths = {"inputs_length": recipe.inputs_length, "targets_length": recipe.targets_length}
 
+    # Which way of decoding moves fewer bytes depends on the lengths, which only the checkpoint has.
     layout = resolve_layout(parent.config, job.layout, job.mesh, batch_size, *lengths.values())
     generator = Generator(
         Inference(parent.config, settings.cache_dtype, layout=layout),
@@ -59,6 +63,7 @@ def run(
         shard=job.text.share,
         **lengths,
     )
+
     n = len(pairs)
     records = [record(metric, value, NATS, n=n) for metric, value in losses.items()]
     records += _scores(task, job, examples, predictions, train_examples)
@@ -118,13 +123,18 @@ def _scores(
     targets = [normalize(example.targets[0]) for example in train_examples]
     for line in filter(None, (metrics.note(name, references) for name in names)):
         print(f"task {task}: {line}")
+
+    # The constant is chosen on the validation split, because choosing it by the scored examples
+    # would flatter it.
     constant = metrics.constant_answer(targets, headline, validation)
     baseline, answers = _baseline(task, options, examples, train_examples)
+    # By the name of the record: the metric, the texts to score and the unit.
     scored = {name: (name, predictions, "%") for name in names} | {
         "headline": (headline, predictions, f"{headline} %"),
         "constant_answer": (headline, [constant] * len(examples), f"{headline} %"),
         baseline: (headline, list(map(normalize, answers)), f"{headline} %"),
     }
+
     records = []
     for key, (metric, texts, unit) in scored.items():
         number = metrics.score(metric, texts, references)._asdict()
@@ -143,6 +153,8 @@ def _baseline(
     if hasattr(module, "BASELINE"):
         name, answer = module.BASELINE
         return name, answer(train_examples, [example.inputs for example in examples])
+    # The prefix, such as "summarize: ", tells the network its task. It is no part of the text whose
+    # first sentence is the answer.
     prefix = str(options.get("prefix") or getattr(module, "PREFIX", ""))
     sources = [example.inputs.removeprefix(prefix) for example in examples]
     return "first_sentence", metrics.first_sentence(sources)

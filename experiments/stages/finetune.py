@@ -19,6 +19,7 @@ def run(
 ) -> Outcome:
     """Train the parent's parameters on the examples of `settings.recipe.task`."""
     parent, recipe = open_parent(parents[0]), settings.recipe
+    # Fine-tuning has a dropout rate of its own, while the parent's config has that of pretraining.
     info = dataclasses.replace(
         parent.info,
         model=dataclasses.replace(

@@ -1,4 +1,4 @@
-"""A stage's folder: every file in it, what describes the stage, and what the stage leaves.
+"""A stage's folder: its files, the description of the stage, and the outcome of the stage.
 
     WORKDIR/stages/KIND-KEY/
         stage.json           the description: settings, parents, and what does not determine results
@@ -34,13 +34,13 @@ MAX_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage leaves.
+    """The outcome of a stage: the contents of done.json.
 
     Args:
         records: numbers for results.jsonl, each made by `record`.
         checkpoint: name of the step folder that is handed on; None if the stage makes none.
         provenance: commit, device and time; empty until the stage is finished.
-        seconds: how long the stage took; None if it was interrupted in between.
+        seconds: how long the stage took; None if it was interrupted and resumed.
     """
 
     records: list[dict[str, Any]]
@@ -73,7 +73,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Description:
-    """What a worker needs to know of a stage: the contents of stage.json.
+    """All that a worker needs to know of a stage: the contents of stage.json.
 
     Args:
         task: the task that the stage fine-tunes on or scores, if any.
@@ -139,7 +139,7 @@ class StageFolder:
 
     @property
     def predictions(self) -> Path:
-        """What the network answered to each example."""
+        """The network's answer to each example."""
         return self.path / "predictions.jsonl"
 
     @property
@@ -149,12 +149,12 @@ class StageFolder:
 
     @property
     def is_begun(self) -> bool:
-        """Whether there are checkpoints to go on from."""
+        """Return whether there are checkpoints to go on from."""
         return self.checkpoints.exists()
 
     @property
     def is_finished(self) -> bool:
-        """Whether there is an outcome; it may be damaged."""
+        """Return whether there is an outcome; it may be damaged."""
         return self._outcome_file.exists()
 
     @property
@@ -185,11 +185,12 @@ class StageFolder:
         write_whole(self._description_file, json.dumps(to_json(description), indent=1))
 
     def read_description(self) -> Description:
-        """Read stage.json; every process returns what the primary has read.
+        """Read stage.json in the primary process, and return its contents in every process.
 
         Raises:
             UserError: if it does not describe a stage of this program.
         """
+        # Processes send each other JSON, so a description is taken apart to send it and made anew.
         values = distributed.by_primary(lambda: to_json(self.load_description()))
         return self._parse_description(values)
 
@@ -214,6 +215,7 @@ class StageFolder:
                         raise UserError(
                             f"stage.{field} has {name!r:.80}, which is no name of a folder"
                         )
+            # The type of `settings` depends on the kind, so `from_json` above has left them a dict.
             settings = from_json(SETTINGS[kind], description.settings, "stage.settings")
         except UserError as error:
             raise self._not_a_description(error) from error
@@ -227,7 +229,7 @@ class StageFolder:
         write_whole(self._outcome_file, json.dumps(to_json(outcome), indent=1))
 
     def read_outcome(self) -> Outcome | None:
-        """Read done.json, in every process what the primary reads; None if there is no such file.
+        """Read done.json in the primary, and return it in every process; None if there is none.
 
         Raises:
             UserError: if the file does not hold an outcome.
@@ -237,8 +239,10 @@ class StageFolder:
 
     def _read_outcome(self) -> dict[str, Any] | None:
         path = self._outcome_file
+        # A link that leads nowhere is damage, whereas `exists` would say that nothing is there.
         if not os.path.lexists(path):
             return None
+
         try:
             values = read_json(path, MAX_BYTES)
             _check_outcome(from_json(Outcome, values, "outcome"))
@@ -272,11 +276,16 @@ def _is_plain_name(name: str) -> bool:
 
 def _check_outcome(outcome: Outcome) -> None:
     """Refuse values that no stage leaves; the types of the fields are right."""
+    # This name becomes a path, which must not lead out of the folder of checkpoints.
     step = outcome.checkpoint
     if step is not None and not (step.isascii() and step.isdecimal()):
         raise UserError(f"outcome.checkpoint is {step!r:.80} instead of the name of a step")
+
+    # JSON as Python reads it may hold NaN and infinity, which no time is.
     if outcome.seconds is not None and not 0 <= outcome.seconds < math.inf:
         raise UserError(f"outcome.seconds is {outcome.seconds}")
+
+    # Records are dicts of any keys. The report needs these three, and True would pass for a number.
     for entry in outcome.records:
         number, words = entry.get("value"), [entry.get("metric"), entry.get("unit")]
         is_number = isinstance(number, int | float) and not isinstance(number, bool)

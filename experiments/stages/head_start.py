@@ -19,7 +19,8 @@ from gqa.training import progress
 
 
 def take(folder: StageFolder) -> None:
-    """Copy the checkpoints of the longest such stage into a folder that has none."""
+    """Copy the checkpoints of the longest stage that went the same way, if the folder has none."""
+    # A folder with checkpoints is a stage that was interrupted: it goes on from its own.
     course = folder.read_description().course
     if course is None or _steps(folder):
         return
@@ -29,20 +30,26 @@ def take(folder: StageFolder) -> None:
 
 
 def _take(folder: StageFolder, course: Course) -> None:
+    # Find the finished stages that this one could have begun as.
     kind = folder.name.partition("-")[0]
     candidates = []
     for sibling in folder.finished_siblings(kind):
         other = _course(sibling)
         if other is None or other.lineage != course.lineage or other.length > course.length:
             continue
-        # A fine-tuning hands on its best checkpoint, and its last one may have taken the place of
-        # a better one at a step that this stage would validate.
+
+        # A fine-tuning keeps its best checkpoint, and validates its last step in any case. If this
+        # stage would not validate that step, a better one for this stage may be gone. Example: step
+        # 25, the last and best, has displaced step 20, and this stage validates every 10 steps.
         if kind == "finetune" and other.length % course.every:
             continue
         is_measured_alike = other.validation_examples == course.validation_examples
         candidates.append((other.length, is_measured_alike, sibling.name))
     if not candidates:
         return
+
+    # Of the longest candidates, one that was measured alike spares the validations. The name only
+    # makes the choice the same every time.
     length, is_measured_alike, name = max(candidates)
     source = folder.sibling(name)
     steps = _steps(source)
@@ -52,6 +59,7 @@ def _take(folder: StageFolder, course: Course) -> None:
         is_end = length == course.length and step == steps[-1]
         return is_measured_alike and (step % course.every == 0 or is_end)
 
+    # The learning curve has only points that this stage would have measured itself.
     for step in steps:
         _copy(source, folder, step, is_measured=is_due(step))
     points = progress.read_curve(source.curve) if source.curve.exists() else []
@@ -79,6 +87,9 @@ def _copy(source: StageFolder, target: StageFolder, step: int, *, is_measured: b
     temporary = path.with_name(f"{step}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source.checkpoints / str(step), temporary, copy_function=_link)
+
+    # The metrics are from a validation that this stage would not make. Without metrics the
+    # checkpoint counts as one of an interrupted run: only a place to go on from.
     if not is_measured:
         checksums.amend(temporary, None)
     temporary.rename(path)

@@ -29,7 +29,7 @@ READERS = {"huggingface": huggingface, "t5x": t5x}
 OUR_SIZES = ("pico", "nano", "mini")
 # Fields in which T5 1.0, T5 1.1 and mT5 of one named size differ.
 FAMILY = ("vocab_size", "activation", "tied_logits")
-# Fields that a checkpoint does not say: they are no part of the network, but how it is run.
+# Fields that no checkpoint has: they are no part of the network, but say how it is run.
 HOW_IT_IS_RUN = ("dtype", "remat", "dropout_rate")
 
 
@@ -49,9 +49,13 @@ def adopted(config: ConfigDict) -> ConfigDict:
     if any(getattr(network, key) != network.num_heads for key in heads):
         raise UserError(f"{named.folder} has grouped attention; init.* takes a multi-head network")
 
+    # The caller's config stays as the user set it. A key that the user set must agree with the
+    # checkpoint; all others take the checkpoint's value.
     config = config.copy_and_resolve_references()
     sizes = dataclasses.asdict(network)
     _check_sizes(config, named.folder, sizes)
+    # `num_buckets` and `max_distance` are not in the config, which leaves them at T5's values; a
+    # checkpoint may have others.
     taken = [key for key in config.model if key not in HOW_IT_IS_RUN]
     taken += [key for key in ("num_buckets", "max_distance") if key not in taken]
     # Attentions that were to stay multi-head stay so with the checkpoint's number of heads.
@@ -59,6 +63,8 @@ def adopted(config: ConfigDict) -> ConfigDict:
     with config.unlocked():
         config.model.update({key: sizes[key] for key in taken})
         config.convert.update(dict.fromkeys(multi_head, network.num_heads))
+        # Result records name the network by its size, and "nano" would be the name of another one.
+        # A sweep makes its points from the names of sizes, so it keeps them.
         if config.size in OUR_SIZES and "sweep" not in config:
             config.size = named.folder.name
         config.text.vocabulary = config.text.vocabulary or _vocabulary(named)
@@ -66,7 +72,7 @@ def adopted(config: ConfigDict) -> ConfigDict:
 
 
 def identity(config: ConfigDict) -> InitialCheckpoint | None:
-    """Return which checkpoint the config names, if any, and a hash of the files that are used."""
+    """Return the checkpoint that the config names, if any, with a hash of the files it uses."""
     named = _open_named(config)
     if named is None:
         return None
@@ -106,6 +112,7 @@ def check_network(initial: InitialCheckpoint, theirs: Config, ours: Config) -> N
         theirs: the network of the checkpoint.
         ours: the network that the stage was planned with.
     """
+    # No checkpoint has these fields, so they cannot contradict one.
     theirs = dataclasses.replace(theirs, **{key: getattr(ours, key) for key in HOW_IT_IS_RUN})
     for field in dataclasses.fields(theirs):
         their_value, our_value = getattr(theirs, field.name), getattr(ours, field.name)
@@ -127,12 +134,15 @@ def _open_named(config: ConfigDict) -> _Named | None:
         raise UserError(f"init.{kinds[0]} and init.{kinds[1]} are both set; use one")
     if not kinds:
         return None
+
     (kind,) = kinds
     with naming(f"init.{kind}"):
         # The name of a model on a Hub is only known as one before it is made an absolute path.
         safetensors_files.check_folder(Path(config.init[kind]))
         folder = Path(config.init[kind]).absolute()
         source = READERS[kind].open_folder(folder)
+
+    # Four bytes a parameter, because training holds the parameters in float32.
     size = sum(map(math.prod, source.shapes.values()))
     hardware.check_memory(4 * size, f"init.{kind}: {folder}, of {size:,} parameters,")
     return _Named(kind, folder, source)
@@ -140,6 +150,8 @@ def _open_named(config: ConfigDict) -> _Named | None:
 
 def _check_sizes(config: ConfigDict, folder: Path, sizes: dict[str, Any]) -> None:
     """Refuse sizes that the user set, by name or key by key, and the checkpoint does not have."""
+    # A value that differs from the size's default was set key by key. With a size of T5, such as
+    # "large", the user has set all keys of the size by its name, except those of the family.
     default = importlib.import_module("configs.base").get_config(config.size).model
     for key, value in config.model.items():
         named_size = config.size not in OUR_SIZES and key not in FAMILY

@@ -1,6 +1,6 @@
-"""What a stage is given: the job it belongs to, and the checkpoint of a parent stage.
+"""The inputs of a stage: the job that it belongs to, and the checkpoint of a parent stage.
 
-What a stage leaves is in `folder.py`, what determines its result in `settings.py`.
+The outcome of a stage is in `folder.py`, the settings that determine it are in `settings.py`.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +27,7 @@ LARGEST_SIZE = 10_000_000
 
 @dataclass(frozen=True)
 class Job:
-    """What the stages of a run have in common while they run in one process.
+    """The text, devices and options that the stages of a run share while one process runs them.
 
     Args:
         title: the name of the TensorBoard folder of the stage that is run.
@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself: the JSON beside its arrays.
+    """The description of a checkpoint's network: the JSON beside its arrays.
 
     Args:
         vocabulary: a hash of the vocabulary that the network was trained with.
@@ -68,7 +68,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Parent:
-    """A checkpoint to start from: the path of its step folder and what it says of itself."""
+    """A checkpoint to start from: the path of its step folder, and the JSON beside its arrays."""
 
     path: Path
     info: CheckpointInfo
@@ -85,7 +85,7 @@ class Parent:
 
 
 def open_parent(path: Path) -> Parent:
-    """Read what a checkpoint says of itself.
+    """Read the JSON beside a checkpoint's arrays.
 
     Args:
         path: a step folder, or a folder of checkpoints, of which the last is taken.
@@ -97,6 +97,7 @@ def open_parent(path: Path) -> Parent:
     values = checkpoint.load_config(path)
     try:
         _check_sizes(values.get("model"))
+        # `Config` names its own fields in an error; the user looks for the key in the file.
         with renamed_fields("config.model."):
             info = from_json(CheckpointInfo, values, "config")
     except UserError as error:
@@ -131,10 +132,12 @@ def load_state(parent: Parent, job: Job) -> tuple[training_step.State, dict]:
 
 
 def _load(parent: Parent, job: Job, *items: str) -> dict:
+    # With another vocabulary every shape may fit, while each token id means another piece of text.
     if parent.info.vocabulary != job.text.tokenizer.hash:
         raise UserError(
             f"checkpoint {parent.path} was trained with another vocabulary than this config's "
             f"text in {job.text.folder}; use the config and workdir it came from"
         )
+    # None stands for an item that is JSON: the place in the data has no shape.
     shapes = training_step.abstract(parent.config, job.mesh, job.layout)._asdict() | {"data": None}
     return checkpoint.load(parent.path, {name: shapes[name] for name in items})

@@ -30,11 +30,12 @@ def run(
             "the vocabulary has changed since this stage was planned; put the old file of "
             "text.vocabulary back, or run the same command again"
         )
+
     recipe = settings.recipe
     config = dataclasses.replace(settings.model, dropout_rate=recipe.dropout_rate)
     if settings.initial_checkpoint is None:
+        # Parameters and their gradients take 4 bytes each, in float32.
         size = transformer.count_params(config)
-        # Parameters and their gradients, in float32.
         hardware.check_memory(8 * size, f"training a network of {size:,} parameters")
 
     data = training(job.text, recipe)
@@ -42,7 +43,7 @@ def run(
     if settings.initial_checkpoint is not None:
         return _take(label, settings.initial_checkpoint, folder, info, data, job)
 
-    # Each device makes its own part of the parameters, since the whole may fit on none.
+    # Each device makes its own part of the parameters, because the whole may fit on none.
     placed = training_step.shardings(training_step.abstract(config, job.mesh, job.layout))
     start = jax.jit(lambda: training_step.init(config, recipe.seed), out_shardings=placed)
     return run_training(label, job, folder, data, start, TrainingSpec(info, recipe, recipe.steps))
@@ -58,14 +59,15 @@ def _take(
 ) -> Outcome:
     """Save another program's parameters as a checkpoint at step `pretrain.steps`.
 
-    Uptraining goes on from that step, so that its learning rate is that of a network pretrained
-    for so long. The place in the data and Adafactor's moments are at their beginning: other
-    programs' checkpoints do not have them in a form that could be read.
+    Uptraining goes on from that step, so its learning rate is that of a network pretrained for
+    `pretrain.steps` steps. The place in the data and Adafactor's moments are at their beginning:
+    other programs' checkpoints do not have them in a form that could be read.
     """
     source = initial_checkpoint.open_source(initial)
     initial_checkpoint.check_network(initial, source.config, info.model)
     step = info.recipe.steps
     with Checkpoints(folder.checkpoints) as checkpoints:
+        # A stage that was killed between writing and measuring has the checkpoint already.
         if checkpoints.latest is None:
             moments = training_step.abstract(info.model, job.mesh, job.layout).opt_state
             items = {
@@ -74,10 +76,13 @@ def _take(
                 "data": data.batches.get_state(),
             }
             checkpoints.write(step, source, items)
+
+            # The files are read piece by piece, for minutes. If another checkpoint replaced them
+            # meanwhile, the new one may be a mixture of the two.
             try:
                 initial_checkpoint.check_contents(initial, source)
             except CheckpointError:
-                checkpoints.discard_after(None)  # it may be a mixture of two checkpoints
+                checkpoints.discard_after(None)
                 raise
 
         if checkpoints.measured is None:
@@ -89,6 +94,7 @@ def _take(
 
     records = [
         record("validation_loss", loss, NATS, n=data.validation_size),
+        # This run has trained nothing, whatever `pretrain.steps` says of the checkpoint.
         record("steps", 0, "steps"),
     ]
     return Outcome(records, str(step))

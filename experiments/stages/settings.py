@@ -1,4 +1,4 @@
-"""What determines the result of each kind of stage, and what a stage is told besides.
+"""The settings that determine a stage's result, and the options that do not.
 
 The settings of a stage are hashed into its key, so a class here has a field if and only if the
 field can change the stage's result. `Setup` holds the rest: where the text lies, what to keep, how
@@ -59,11 +59,11 @@ class InitialCheckpoint:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """What determines the multi-head parent.
+    """The settings that determine the multi-head parent.
 
     Args:
         text: a hash of the pretraining text without the split test; None before it is prepared.
-        vocabulary: a hash of the vocabulary, likewise.
+        vocabulary: a hash of the vocabulary; None before it is prepared.
     """
 
     variant: Variant
@@ -76,7 +76,7 @@ class PretrainSettings:
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """What determines a conversion; most of it is said by the variant.
+    """The settings that determine a conversion; the variant holds most of them.
 
     Args:
         optimizer: "map" the optimizer's state to the grouped network, or "reset" it.
@@ -91,14 +91,14 @@ class ConvertSettings:
 
 @dataclass(frozen=True)
 class UptrainSettings:
-    """What determines an uptraining; recipe and text are those of the multi-head parent."""
+    """The settings that determine an uptraining; recipe and text are the multi-head parent's."""
 
     variant: Variant
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """What determines a fine-tuning.
+    """The settings that determine a fine-tuning.
 
     Args:
         text: a hash of the task's text for training and validation; None before the text is
@@ -112,11 +112,11 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What determines the scores of a checkpoint.
+    """The settings that determine the scores of a checkpoint.
 
     Args:
-        metrics: names of what the task is scored by; None before the text is prepared.
-        text: a hash of the task's text for all splits, likewise.
+        metrics: names of the task's metrics; None before the text is prepared.
+        text: a hash of the task's text for all splits; None before the text is prepared.
         checkpoint: a folder that the user named, to be scored instead of a parent stage's.
         examples: how many of the split's first examples to score; 0 for all.
         top_k: sample from the k likeliest tokens; 0 for all.
@@ -150,7 +150,7 @@ class TimedNetwork:
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What determines timings: networks that take turns, the multi-head reference first."""
+    """The settings that determine timings: networks that take turns, the reference first."""
 
     variant: Variant
     networks: tuple[TimedNetwork, ...]
@@ -181,7 +181,7 @@ SETTINGS: dict[str, type[Settings]] = {
 
 @dataclass(frozen=True)
 class TextSettings:
-    """The text of a run: what `experiments.stages.text.prepare` prepares; paths are absolute.
+    """The text that `experiments.stages.text.prepare` prepares for a run; paths are absolute.
 
     Args:
         packages: whose documentation is the default corpus.
@@ -239,7 +239,7 @@ class PretrainOptions:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a stage is told that does not determine its result, and so is no part of its key.
+    """The options of a stage that do not determine its result, and so are no part of its key.
 
     Args:
         run: the config's name, which result records carry.

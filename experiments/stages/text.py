@@ -1,7 +1,6 @@
 """The text of a run: from the names of tasks and files to token ids and batches.
 
-How a task's examples are read is in `gqa/data/tasks/`; how rows become batches, in
-`gqa/data/batching.py`.
+`gqa/data/tasks/` reads the examples of a task, and `gqa/data/batching.py` makes rows into batches.
 """
 
 import contextlib
@@ -68,7 +67,7 @@ class Text(NamedTuple):
 
     @contextlib.contextmanager
     def _as_promised(self, task: str, part: str) -> Iterator[None]:
-        """Refuse a text that another one has replaced, before it is read or meanwhile."""
+        """Refuse a text that was replaced by another one before or while it is read."""
         self._check(task, part)
         yield
         self._check(task, part)
@@ -76,6 +75,8 @@ class Text(NamedTuple):
     def _check(self, task: str, part: str) -> None:
         source = self.training_source if part == "training" else self.source
         promised = self.promised.get(f"{task}/{part}")
+        # A stage's key holds the hash of its text. With another text the result would lie under a
+        # key that promises the old one.
         if promised is not None and promised != source(task):
             raise UserError(
                 f"the text of task {task} has changed since this stage was planned; put the old "
@@ -97,9 +98,10 @@ class Text(NamedTuple):
         return _source(task, self.corpus, self.options)
 
     def training_source(self, task: str) -> str:
-        """Return what `source` does, for the splits train and validation alone.
+        """Return a hash as `source` does, but of the splits train and validation alone.
 
-        A task that has all splits in one place, such as the default corpus, has one hash for all.
+        So another test file changes no training. A task that has all splits in one place, such as
+        the default corpus, has one hash for all.
         """
         options = {key: value for key, value in self.options.get(task, {}).items() if key != "test"}
         return _source(task, self.corpus, {task: options})
@@ -120,11 +122,12 @@ def task_names(config: ConfigDict) -> tuple[str, ...]:
 
 
 def settings(config: ConfigDict) -> TextSettings:
-    """Return what `prepare` is to prepare for a config."""
+    """Return the text that a config asks for, to be made by `prepare`."""
     vocabulary = config.text.vocabulary
     names = sorted(set(task_names(config)))
     return TextSettings(
         packages=_packages(config),
+        # Paths are absolute because a stage may run in a process with another working directory.
         vocabulary=vocabulary and os.path.abspath(vocabulary),
         vocabulary_model=config.text.vocabulary_model,
         vocab_size=config.model.vocab_size,
@@ -138,6 +141,7 @@ def _options(config: ConfigDict, task: str) -> dict:
     """Return the keyword arguments of a task's module, beside the split."""
     if task in tasks.names() and "data_dir" in tasks.option_names(task):
         return {"data_dir": config.text.data_dir and os.path.abspath(config.text.data_dir)}
+    # Only these two tasks have a section of the config, whose keys are the task's options.
     if task not in ("files", "documents"):
         return {}
     section = config[task].to_dict()
@@ -150,20 +154,24 @@ def _options(config: ConfigDict, task: str) -> dict:
 
 def lengths(finetune: ConfigDict, task: str) -> dict[str, int]:
     """Return the lengths of a task's rows: the task's own where the config's section has 0."""
-    own = getattr(tasks.get(task), "LENGTHS", tasks.LENGTHS)
+    task_lengths = getattr(tasks.get(task), "LENGTHS", tasks.LENGTHS)
     keys = ("inputs_length", "targets_length")
-    return {key: finetune[key] or length for key, length in zip(keys, own, strict=True)}
+    return {key: finetune[key] or length for key, length in zip(keys, task_lengths, strict=True)}
 
 
 def check(config: ConfigDict) -> None:
     """Refuse unknown tasks, unreadable files and packages that are not installed."""
     wanted = settings(config)
+    # Each task once: the pretraining task may also be one to fine-tune on.
     for name in dict.fromkeys(task_names(config)):
         for report in tasks.check(name, **wanted.options[name]):
             print(f"task {name}: {report}; left out")
     for name in split_names(config.finetune.tasks):
         if not hasattr(tasks.get(name), "METRICS"):
             raise UserError(f"finetune.tasks: {name} has documents, not examples to fine-tune on")
+
+    # The functions below are called for their errors alone. `prepare` and `training` call them
+    # again for their results.
     if wanted.vocabulary:
         tokenizer.load(wanted.vocabulary)
     if _needs_corpus(wanted):
@@ -201,12 +209,13 @@ def _prepare(wanted: TextSettings, workdir: Path) -> Text:
 
 
 def is_prepared(wanted: TextSettings, workdir: Path) -> bool:
-    """Whether `prepare` would build nothing."""
+    """Return whether `prepare` would build nothing."""
     folder, built = workdir / "text", None
     if _needs_corpus(wanted):
         built = corpus.find(folder / "corpus", wanted.packages)
         if built is None:
             return False
+    # The name of a trained vocabulary holds the hash of the text it was trained on.
     source = _source(wanted.pretraining, built, wanted.options)
     return bool(wanted.vocabulary) or _vocabulary_path(wanted, source, folder).exists()
 
@@ -220,8 +229,8 @@ def _source(task: str, built: corpus.Corpus | None, options: dict[str, dict]) ->
 
 @functools.lru_cache(maxsize=4)
 def _hash_rows(folder: Path, file_hashes: tuple[str, ...]) -> str:
-    """Return the corpus's hash, which is of uncompressed rows: for unchanged files, only once."""
-    del file_hashes  # part of the cache's key
+    """Return the hash of the corpus's uncompressed rows, computed once for unchanged files."""
+    del file_hashes  # part of the cache's key, so that changed files are hashed again
     return corpus.hash_rows(folder)
 
 
@@ -231,6 +240,7 @@ def _vocabulary(
     """Load the vocabulary, or train one on the pretraining text and keep it in `folder`."""
     if wanted.vocabulary:
         return tokenizer.load(wanted.vocabulary)
+
     task, options = wanted.pretraining, wanted.options
     source = _source(task, built, options)
     path = _vocabulary_path(wanted, source, folder)
@@ -238,12 +248,19 @@ def _vocabulary(
         return tokenizer.load(path)
 
     texts = tasks.get(task).load("train", corpus=built, **options.get(task, {}))[:VOCABULARY_TEXTS]
+    # The vocabulary would be kept under the hash of a text that it was not trained on.
     if _source(task, built, options) != source:
         raise UserError(f"the text of task {task} changed while it was read; run again")
+
+    # Pairs of texts share one vocabulary, so it is trained on both sides.
     if isinstance(texts[0], Example):
         texts = [part for example in texts for part in (example.inputs, *example.targets)]
+
     with renamed_fields("model."):
         trained = tokenizer.train(texts, wanted.vocab_size, path, wanted.vocabulary_model)
+
+    # Sentinel 0 is the last id of the vocabulary. A small text may have too few pieces for the size
+    # that was asked for.
     if (size := trained.sentinel(0) + 1) < wanted.vocab_size:
         print(
             f"vocabulary: the text of {task} fills {size} of model.vocab_size={wanted.vocab_size}; "
@@ -306,33 +323,41 @@ def training(text: Text, recipe: Recipe, section: str = "pretrain") -> Training:
         "shard": text.share,
     }
     limit = recipe.validation_examples
+
     batches: Any
     train, weights = zip(*text.parts(recipe.task), strict=True)
     validation = text.examples(recipe.task, "validation")
+
     if isinstance(train[0][0], Example):
         pairs = [text.pairs(part) for part in train]
         _say_what_is_cut(recipe, section, [pair for part in pairs for pair in part])
         batches = batching.finetuning_batches(pairs, weights, **shape, **stream, pack=recipe.pack)
         held_out = text.pairs(validation[:limit])
     else:
+        # Span corruption decides how long the targets of full inputs are: 114 for 512 inputs.
         shape["targets_length"] = span_corruption.span_lengths(recipe.inputs_length).targets
         first_sentinel = text.tokenizer.sentinel(0)
         corruption: dict[str, Any] = {
             "inputs_length": shape["inputs_length"],
             "first_sentinel": first_sentinel,
         }
+
+        # Documents in a list are read and tokenised at once. Others are streamed from their files.
         if isinstance(train[0], list):
             tokens = [np.concatenate(text.ids(part)) for part in train]
             batches = batching.pretraining_batches(tokens, weights, **corruption, **stream)
         else:
-            # Documents that are streamed are one dataset: they are no mixture.
+            # Streamed documents are always one dataset, never a mixture.
             (documents,) = train
             batches = batching.streamed_pretraining_batches(
                 documents, text.tokenizer.encode, **corruption, **stream
             )
+
+        # The seed is fixed, so that runs with other seeds have comparable validation losses.
         held_out = span_corruption.held_out_pairs(
             np.concatenate(text.ids(validation)), **corruption, seed=0
         )[:limit]
+
     evaluation = functools.partial(
         batching.evaluation_batches,
         held_out,

@@ -29,7 +29,7 @@ from gqa.training import divergence, loop, optimizer, profiling, progress, train
 
 @dataclass(frozen=True)
 class Pooling:
-    """A pooling that is learned: what is trained instead of a grouped network's parameters.
+    """A learned pooling: the tree that is trained in the place of a grouped network's parameters.
 
     Args:
         running_config: of the network that runs while training.
@@ -50,7 +50,7 @@ class Pooling:
         return training_step.abstract(self.expanded_config, mesh, layout, self.start)
 
     def start(self, state: training_step.State) -> training_step.State:
-        """Return the state to train from; only leaves that `expand` adds begin without moments."""
+        """Return the state to train from. Leaves that `expand` adds begin without moments."""
         params = self.expand(state.params)
         fresh = optimizer.adafactor().init(params)
         return state._replace(params=params, opt_state=_merge(fresh, state.opt_state))
@@ -65,14 +65,15 @@ def _merge(fresh: Any, old: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """What a stage trains, and how.
+    """The network that a stage trains, and how it is trained.
 
     Args:
-        info: what the checkpoints say of themselves. Its network is the one that is validated, and
-            that is left at the end.
+        info: the JSON of the checkpoints. Its network is the one that is validated, and that is
+            left at the end.
         recipe: batches, learning rate and loss.
-        steps: how many, after `first_step`.
-        keep: which checkpoint is handed on: the "last", or the one with the "best" validation loss.
+        steps: number of steps after `first_step`.
+        keep: the checkpoint that is handed on: the "last", or the one with the "best" validation
+            loss.
         pooling: for a pooling that is learned. Then the start and the checkpoints hold what
             `pooling.expand` makes of parameters.
         teacher: a network to stay near to.
@@ -89,7 +90,10 @@ class TrainingSpec:
 
 @dataclass(frozen=True)
 class _StepSpec:
-    """What a compiled training step depends on: less than a `TrainingSpec`."""
+    """All that a compiled training step depends on, which is less than a `TrainingSpec`.
+
+    For example, it lacks the task, so that fine-tunings of a network on two tasks can share a step.
+    """
 
     config: Config
     pooling: Pooling | None
@@ -124,7 +128,8 @@ def run_training(
     abstract, step = _compile(_step_spec(spec, job))
     loss_arguments = () if teacher_params is None else (teacher_params,)
 
-    # Losses are those of the grouped network, also while its pooling is being learned.
+    # Validation losses are those of the grouped network, also while its pooling is being learned,
+    # so that they can be compared with the losses of any other method.
     fold = (lambda params: params) if pooling is None else jax.jit(pooling.fold)
     validation_loss = training_step.make_validation(config, job.mesh)
     running_config = config if pooling is None else pooling.running_config
@@ -148,6 +153,8 @@ def run_training(
         )
         rollbacks = loop.fit(computation, settings, data.batches, checkpoints, shown)
 
+    # `fit` has closed the checkpoints. They are opened again to choose one of them by its loss,
+    # because a run that was finished earlier has its losses only on disk.
     with checkpoint.Checkpoints(checkpoints, settings.keep_last) as saved:
         chosen = saved.best if spec.keep == "best" else saved.latest
         loss = saved.metric(chosen)

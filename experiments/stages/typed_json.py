@@ -1,7 +1,7 @@
 """Frozen dataclasses as JSON, and back with every key and type checked.
 
-Settings, the description of a stage, what a stage leaves and what a checkpoint says of itself are
-all dataclasses of this package that lie on disk as JSON.
+Settings, a stage's description, its outcome and the description of a checkpoint's network are all
+dataclasses of this package that are kept on disk as JSON.
 """
 
 import dataclasses
@@ -20,16 +20,18 @@ def to_json(value: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[T], values: Any, name: str) -> T:
-    """Make a dataclass of type `kind` from what `to_json` returned and a file kept.
+    """Make a dataclass of type `kind` from a dict that `to_json` returned and a file kept.
 
     Args:
-        name: what `values` is called in an error message, e.g. "config.recipe".
+        name: the name of `values` in an error message, e.g. "config.recipe".
 
     Raises:
         UserError: naming the first key that is missing, unknown or of another type.
     """
     if not isinstance(values, dict):
         raise _wrong_type(name, values, dict)
+
+    # All keys in alphabetical order, so that the first wrong one is the same in every run.
     field_types = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in sorted({*values, *names}):
@@ -37,12 +39,15 @@ def from_json(kind: type[T], values: Any, name: str) -> T:
             raise UserError(f"{name}.{key} is unknown")
         if key not in values:
             raise UserError(f"{name}.{key} is missing")
+
     fields = {key: _read(field_types[key], values[key], f"{name}.{key}") for key in names}
     return kind(**fields)
 
 
 def _read(kind: Any, value: Any, name: str) -> Any:
     """Return `value` as an instance of `kind`: JSON has lists for tuples, dicts for dataclasses."""
+    # Of a union, such as Config | None, take the type that the value has. If the value has none of
+    # them, the whole union stays for the error message.
     if isinstance(kind, types.UnionType):
         kind = next((k for k in typing.get_args(kind) if _is_a(value, k)), kind)
     if not _is_a(value, kind):
@@ -61,7 +66,7 @@ def _read(kind: Any, value: Any, name: str) -> Any:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether JSON's `value` can stand for a `kind`, looking no deeper than its own type."""
+    """Return whether JSON's `value` can stand for a `kind`, without looking into its elements."""
     if kind is Any:
         return True
     if isinstance(kind, types.UnionType):
@@ -72,6 +77,7 @@ def _is_a(value: Any, kind: Any) -> bool:
     origin = typing.get_origin(kind) or kind
     if origin is tuple:  # of any length and of one type: no other is needed
         origin = (list, tuple)
+    # A user may set a fraction to 1, which JSON keeps as an integer.
     if origin is float:
         origin = (int, float)
     # Python counts True as the integer 1; a file that says so is wrong.

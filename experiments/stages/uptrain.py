@@ -1,7 +1,7 @@
 """Continue pretraining a converted checkpoint for alpha times its steps (paper, section 2.1).
 
-Recipe, learning-rate schedule, text and the place in the text are the multi-head parent's: the
-network goes on as if the conversion had happened between two steps.
+Recipe, learning-rate schedule, text and the place in the text are the multi-head parent's. So the
+network goes on as if it had been converted between two steps of pretraining.
 """
 
 import dataclasses
@@ -59,6 +59,7 @@ def run(
         # A learned pooling trains the multi-head parameters themselves.
         parent = converted if pooling is None else origin
         state, data_state = load_state(parent, job)
+        # The batches that the parent has seen are not repeated.
         data.batches.set_state(distributed.own(data_state))
         return state if pooling is None else pooling.start(_permute_heads(state, converted))
 
@@ -70,6 +71,9 @@ def run(
         pooling=pooling,
         teacher=teacher,
     )
+
+    # The checkpoints of a learned pooling hold its weights beside all heads, which no later stage
+    # reads. They lie in a folder of their own, and a plain grouped checkpoint is made at the end.
     training_folder = folder if pooling is None else folder.learned
     outcome = run_training(label, job, training_folder, data, start, spec, teacher_params)
     if pooling is not None:
@@ -97,6 +101,8 @@ def _make_pooling(method: str, converted: Parent, origin: Parent, steps: int) ->
     }
     expand = functools.partial(learned.expand, num_kv_heads=heads, method=method)
 
+    # "weighted" runs the grouped network in every step. "fuse" begins as the multi-head network and
+    # ends as the grouped one, so it runs all heads and blends them by the share of steps done.
     def weighted(tree: dict, step: Array) -> dict:
         del step
         return learned.fold(tree)
@@ -117,7 +123,9 @@ def _save_folded(
     trained = folder.learned.checkpoints.absolute() / str(step)
     with checkpoint.Checkpoints(folder.checkpoints, job.setup.checkpoint.keep_last) as checkpoints:
         if checkpoints.latest is not None:
-            return
+            return  # a run that was killed after saving it
+
+        # The trained tree has leaves that no plain network has, so the pooling gives its shapes.
         state = pooling.abstract(job.mesh, job.layout)
         shapes = {"params": state.params, "opt_state": state.opt_state}
         items = checkpoint.load(trained, shapes | {"data": None, "config": None})
@@ -129,6 +137,8 @@ def _save_folded(
 
 
 def _fold(tree: dict, opt_state: dict, fold: Callable) -> tuple[dict, dict]:
+    # `pool_moments` compares the shapes of heads with those of groups, so the pooling weights and
+    # their moments are removed first.
     old, params = learned.without_pools(tree), fold(tree)
     return params, optimizer_state.pool_moments(learned.without_pools(opt_state), old, params)
 

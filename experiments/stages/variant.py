@@ -41,12 +41,14 @@ class Conversion:
 
     @property
     def is_converted(self) -> bool:
-        """Whether the weights are not simply those of a training with the ordinary loss."""
+        """Return whether the weights come from anything but training with the ordinary loss."""
         return self.method != NOT_CONVERTED or self.beta > 0
 
     @property
     def method_label(self) -> str:
         """The method and each setting that is not the default, as `svd-logit` or `mean-kl1`."""
+        # Only settings that differ from the default are named, so that common networks have short
+        # names. The space is the exception: where it makes a difference, it is always named.
         words = [self.method]
         words += [self.space] if self.space else []
         words += [self.grouping] if self.grouping not in (None, "contiguous") else []
@@ -65,7 +67,7 @@ class Conversion:
 
     @property
     def is_usual(self) -> bool:
-        """Whether every setting but the method, the space and `renorm` has its default value."""
+        """Return whether all settings but method, space and `renorm` have their default values."""
         return (
             self.grouping in (None, "contiguous")
             and self.shrinkage in (None, conversion.SHRINKAGE)
@@ -132,6 +134,8 @@ class Variant(Conversion):
     @property
     def network(self) -> str:
         """Name the network alone, however its weights were reached: `GQA-8`."""
+        # GQA-8 is the decoder's self-attention. An attention that differs from what this says (the
+        # same heads in cross-attention, all heads in the encoder) is added: `GQA-8 cross-16`.
         name = {self.num_heads: "MHA", 1: "MQA"}.get(self.num_kv_heads, f"GQA-{self.num_kv_heads}")
         if self.num_kv_heads_cross_attention != self.num_kv_heads:
             name += f" cross-{self.num_kv_heads_cross_attention}"
@@ -156,7 +160,7 @@ class Variant(Conversion):
 
     @property
     def groups_decoder_evenly(self) -> bool:
-        """Whether self- and cross-attention have equally many KV heads, and the encoder all."""
+        """Return whether the decoder has one number of KV heads, and the encoder all of them."""
         encoder_is_multi_head = self.num_kv_heads_encoder == self.num_heads
         return encoder_is_multi_head and self.num_kv_heads_cross_attention == self.num_kv_heads
 
