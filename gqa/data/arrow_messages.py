@@ -36,8 +36,13 @@ def check(file: BinaryIO) -> None:
             if length == CONTINUATION:  # streams before version 0.15 lack it
                 (length,) = struct.unpack("<I", file.read(4))
                 place += 4
+
+            # A length of 0 marks the end of the stream.
             if not length:
                 break
+
+            # The length may be any number up to 4 GiB, so it is checked before so many bytes are
+            # read.
             if length > min(text_lines.LONGEST, size - place):
                 raise WrongMessages("a header is longer than the file")
             body = _check_message(file.read(length))
@@ -51,6 +56,9 @@ def check(file: BinaryIO) -> None:
 
 def _check_message(data: bytes) -> int:
     """Check one header; return the bytes of its body."""
+    # Fields by their numbers in Arrow's Message.fbs. A message: 1 kind of header, 2 header, 3 bytes
+    # of the body. A dictionary batch: 1 the record batch with its texts. A record batch: 0 rows, 1
+    # rows of each column, 3 compression.
     message = _Table(data, *struct.unpack_from("<I", data, 0))
     kind, body = message.number(1, "<B"), message.number(3, "<q")
     batch = message.table(2) if kind in (DICTIONARY_BATCH, RECORD_BATCH) else None
@@ -74,6 +82,9 @@ class _Table:
 
     def __init__(self, data: bytes, place: int):
         self._data, self._place = data, place
+
+        # A table begins with the distance back to its list of places; the list begins with its own
+        # size.
         (back,) = struct.unpack_from("<i", data, place)
         self._fields = place - back
         if self._fields < 0:
@@ -82,6 +93,8 @@ class _Table:
 
     def place_of(self, field: int) -> int | None:
         """Return where a field stands; None if it is not there."""
+        # The list has 4 bytes of sizes, then 2 bytes for each field: 0 if the field is not there.
+        # Fields beyond the end of the list are not there either.
         if 4 + 2 * field + 2 > self._size:
             return None
         (step,) = struct.unpack_from("<H", self._data, self._fields + 4 + 2 * field)
@@ -103,6 +116,9 @@ class _Table:
         if place is None:
             return []
         (count,) = struct.unpack_from("<I", self._data, place)
+
+        # An element has two numbers of 8 bytes. More elements than the header can hold would make a
+        # list as long as the file claims.
         if 16 * count > len(self._data):
             raise WrongMessages("a header is damaged")
         return [struct.unpack_from("<q", self._data, place + 4 + 16 * i)[0] for i in range(count)]

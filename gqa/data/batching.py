@@ -61,6 +61,9 @@ def pretraining_batches(
     lengths = span_lengths(inputs_length)
     segments = [span_corruption.cut_into_segments(tokens, lengths.tokens) for tokens in parts]
     corrupt = _corruption(lengths, first_sentinel)
+
+    # `random_map` seeds the noise by the place in the endless dataset, so that every epoch has its
+    # own.
     examples = [part.random_map(corrupt) for part in _shuffled(segments, seed)]
     return _batches(_mix(examples, weights), batch_size, shard)
 
@@ -85,12 +88,16 @@ def streamed_pretraining_batches(
     """
     index, count = shard
     lengths = span_lengths(inputs_length)
+
+    # The shuffled order is the same in all processes. Of 2 processes, number 1 reads documents 1,
+    # 3, 5, ... of it.
     shuffled = documents.seed(seed).shuffle().repeat()[index::count]
     return DocumentStream(
         shuffled.map(lambda text: np.array(encode(text), np.int32)),
         _corruption(lengths, first_sentinel),
         lengths.tokens,
         _rows_per_process(batch_size, shard),
+        # With `index`, so that row i of different processes has different noise.
         (seed, index),
     )
 
@@ -141,6 +148,8 @@ def finetuning_batches(
     if not all(map(len, parts)):
         raise UserError("the training split is empty")
     lengths = {"inputs": inputs_length, "targets": targets_length}
+
+    # Truncate before packing, because the packing needs the lengths that remain.
     truncated = [[_truncate(p, inputs_length, targets_length) for p in pairs] for pairs in parts]
     rows = [_rows(pairs, (inputs_length, targets_length), seed, pack) for pairs in truncated]
 
@@ -186,6 +195,8 @@ def first_fit(
     room = np.zeros((0, len(capacity)), np.int64)  # of the open rows, which are the last of `rows`
     for item, size in enumerate(sizes):
         fits = (room >= size).all(axis=1)
+
+        # The first True is the oldest open row with room.
         k = int(fits.argmax()) if fits.any() else len(room)
 
         # No open row has room: open another, and close the oldest if there are too many.
@@ -218,11 +229,15 @@ def _batches(
     index, rows = shard[0], _rows_per_process(batch_size, shard)
 
     def block(step: int) -> Batch:
+        # For example, with 8 rows on 2 processes, process 1 takes examples 28 to 31 at step 3.
         first = step * batch_size + index * rows
         parts = [examples[i] for i in range(first, first + rows)]
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
+    # The length of an endless dataset is the largest integer, so these batches do not end in
+    # practice.
     local = grain.MapDataset.range(len(examples) // batch_size).map(block)
+
     # A thread prepares batches ahead, so that the next one is ready when a step ends.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(local.to_iter_dataset(options))
@@ -258,6 +273,9 @@ def evaluation_batches(
     for start in range(0, len(pairs), batch_size):
         first = start + index * rows
         block = [_truncate(p, inputs_length, targets_length) for p in pairs[first : first + rows]]
+
+        # Rows without an example stay zeros, which is padding. All batches then have one shape, for
+        # which the evaluation is compiled once.
         batch = {
             "inputs": np.zeros((rows, inputs_length), np.int32),
             "targets": np.zeros((rows, targets_length), np.int32),

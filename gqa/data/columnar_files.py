@@ -33,12 +33,16 @@ def read_parquet(path: str, columns: Collection[str]) -> Rows:
         ):
             names = _present(path, file.schema_arrow.names, columns)
             metadata = file.metadata
+
+            # A column of objects or lists is stored as several leaves: the column `answers` as
+            # `answers.text` and others. All leaves of a column are read, so all are checked.
             leaves = {
                 i: metadata.schema.column(i).path
                 for i in range(metadata.num_columns)
                 if metadata.schema.column(i).path.partition(".")[0] in names
                 or metadata.schema.column(i).path in names
             }
+
             page = parquet_pages.largest_page(
                 source, metadata, {*leaves}, text_lines.allowed_bytes(path)
             )
@@ -51,7 +55,10 @@ def read_parquet(path: str, columns: Collection[str]) -> Rows:
                 source, read_dictionary=dictionaries, arrow_extensions_enabled=False
             ) as file,
         ):
+            # A text may be as long as the largest page, and every row may repeat it. `count` rows
+            # have at most SMALL bytes together.
             count = max(1, min(MOST_ROWS, text_lines.SMALL // max(page, 1)))
+
             # Arrow cannot join lists of dictionaries, as which texts are read, across row groups.
             batches = itertools.chain.from_iterable(
                 file.iter_batches(count, row_groups=[group], columns=names)
@@ -105,6 +112,8 @@ def _check_type(path: str, column: str, kind: pa.DataType) -> None:
         raise UserError(
             f"{path}: column {column!r} has type {kind}; save it as text, or as lists of texts"
         )
+
+    # Such a type may be hidden inside a list, an object or a dictionary.
     for i in range(kind.num_fields):
         _check_type(path, column, kind.field(i).type)
     if pa.types.is_dictionary(kind):
@@ -113,6 +122,7 @@ def _check_type(path: str, column: str, kind: pa.DataType) -> None:
 
 def _present(path: str, names: list[str], columns: Collection[str]) -> list[str]:
     """Return the columns to read; refuse a file that lacks one of `columns`."""
+    # `answers.text` may be a column of this name, or the field `text` of a column `answers`.
     for column in columns:
         if column not in names and column.partition(".")[0] not in names:
             raise UserError(f"{path}: no column {column!r}; it has {', '.join(names)}")
@@ -125,9 +135,13 @@ def _rows(path: str, batches: Iterator[pa.RecordBatch], names: list[str], count:
     for batch in batches:
         batch = batch.select(names)
         batch.validate(full=True)  # an offset may point anywhere
+
         for start in range(0, len(batch), count):
             for row in batch.slice(start, count).to_pylist():
                 number += 1
+
+                # Dictionaries and runs of equal values let a small file stand for any amount of
+                # text.
                 total += _characters(row)
                 if total > allowed:
                     raise UserError(

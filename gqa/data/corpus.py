@@ -36,6 +36,7 @@ FORMAT = 1  # raise it when the extraction changes, so that older corpora are bu
 # begin, end and context; the two summaries have source and summary.
 TASKS = ("docstrings", "parameter_qa", "docstring_summary", "code_summary")
 TEXT_FIELDS = {"text", "source", "summary", "context", "answer"}
+
 # Packages held out for a split; all others are for training.
 HELD_OUT = {"test": ("flax", "rich"), "validation": ("optax", "fsspec")}
 
@@ -100,6 +101,8 @@ def distributions(packages: Sequence[str]) -> dict[str, importlib.metadata.Distr
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError as error:
             raise UserError(f"corpus package {name!r} is not installed: pip install it") from error
+
+        # PEP 503: "ml_collections" and "ml-collections" are one name.
         installed[re.sub(r"[-_.]+", "-", name).lower()] = distribution
 
     for split, held_out in HELD_OUT.items():
@@ -208,8 +211,10 @@ def _write(
     for task, split in itertools.product(TASKS, SPLITS):
         split_rows = rows[task][split]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows).encode()
+
         digest.update(lines)
         atomic_files.write(_rows_file(folder, task, split), gzip.compress(lines, 6, mtime=0))
+
         words = sum(len(row[key].split()) for row in split_rows for key in row.keys() & TEXT_FIELDS)
         counts[task][split] = {"rows": len(split_rows), "words": words}
 
@@ -230,9 +235,12 @@ def _python_files(
     digest = hashlib.sha256()
     for file in sorted(distribution.files, key=str):
         path, location = file.as_posix(), pathlib.Path(str(distribution.locate_file(file)))
+
         is_test = TEST_MODULE.search(path)
         if file.suffix != ".py" or path.startswith("..") or is_test or not location.is_file():
             continue
+
+        # With the length before each source, no two lists of files give the same bytes to hash.
         source = location.read_bytes()
         digest.update(f"{path}\n{len(source)}\n".encode() + source)
         sources.append((path, source))

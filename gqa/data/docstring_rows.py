@@ -35,6 +35,8 @@ def module_rows(texts: Sequence[Text]) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     if texts:
         yield "docstrings", {"text": "\n\n".join(text.text for text in texts)}
+
+    # Comments are text for pretraining, but nothing asks for a summary or a parameter of one.
     for text in texts:
         if not text.is_docstring:
             continue
@@ -46,6 +48,8 @@ def module_rows(texts: Sequence[Text]) -> Iterator[tuple[str, dict[str, Any]]]:
             if len(body.split()) >= MIN_BODY_WORDS:
                 row = {"source": body[:MAX_SOURCE], "summary": summary}
                 yield "docstring_summary", row
+
+            # Classes and modules have no code here, so they count as one line.
             if text.code.count("\n") + 1 >= MIN_CODE_LINES:
                 yield "code_summary", {"source": text.code[:MAX_SOURCE], "summary": summary}
 
@@ -69,11 +73,13 @@ class Parameter(NamedTuple):
 
 def _parameters(lines: Sequence[str]) -> list[Parameter]:
     """Return the parameters that a docstring describes in Google, NumPy or Sphinx style."""
-    # Number of words before each line.
+    # Number of words before each line: lines of 3 and 2 words give 0, 3, 5.
     words = [0, *itertools.accumulate(len(line.split()) for line in lines)]
     parameters: dict[str, Parameter] = {}
     for name, first, last, inline in _entries(lines):
         answer = " ".join([inline, *(line.strip() for line in lines[first + 1 : last])]).strip()
+
+        # The first description of a name counts, if it reads like prose.
         prose = len(answer.split()) in ANSWER_WORDS and any(c.isalpha() for c in answer)
         if prose and name not in parameters:
             description = " ".join(answer.split())
@@ -93,10 +99,12 @@ def _entries(lines: Sequence[str]) -> Iterator[tuple[str, int, int, str]]:
         if match := SPHINX_ENTRY.match(line):
             yield match[1], i, _paragraph_end(lines, i), match[2]
         elif NUMPY_HEADER.match(line) and UNDERLINE.match(following):
+            # NumPy's entries have the indent of their header, Google's a deeper one.
             entry, base = NUMPY_ENTRY, _indent(line)
         elif GOOGLE_HEADER.match(line):
             entry, base = GOOGLE_ENTRY, max(_indent(following), _indent(line) + 1)
         elif entry and line.strip():
+            # The title of the next section, or a line to the left of the entries, ends the section.
             if UNDERLINE.match(following) or _indent(line) < base:
                 entry = None
             elif _indent(line) == base and (match := entry.match(line)):

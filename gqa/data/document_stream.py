@@ -45,6 +45,8 @@ class DocumentStream:
 
     def __next__(self) -> dict[str, np.ndarray]:
         """Return the next batch: arrays [batch_size, ...] by name."""
+        # Every row has a generator of its own that follows from the step, so that a resumed stream
+        # draws the noise that an uninterrupted one would have drawn.
         rngs = [
             np.random.default_rng((*self._seed, self._step, i)) for i in range(self._batch_size)
         ]
@@ -59,6 +61,7 @@ class DocumentStream:
             parts.append(next(self._documents))
             size += len(parts[-1])
             self._num_read += 1
+
         tokens = np.concatenate(parts)
         self._rest = tokens[self._length :]
         return tokens[: self._length]

@@ -38,6 +38,7 @@ class SeenTexts:
             zlib.crc32(" ".join(words[i : i + NGRAM]).encode("utf-8", "replace"))
             for i in range(len(words) - NGRAM + 1)
         }
+
         num_seen = len(ngrams & self._ngrams)
         if ngrams and num_seen > NEAR_DUPLICATE * len(ngrams):
             return "near"

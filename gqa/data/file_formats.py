@@ -38,6 +38,8 @@ def read(path: str, columns: Collection[str]) -> Rows:
     """
     if not ending(path):
         raise UserError(f"{path}: file name must end in {ENDINGS}")
+
+    # The user sees a broken link in the folder, so "no such file" would be puzzling.
     if os.path.islink(path) and not os.path.exists(path):
         raise UserError(
             f"{path}: a link to {os.readlink(path)}, which is not there; restore that file, or "
@@ -85,20 +87,28 @@ def _txt(path: str, columns: Collection[str]) -> Rows:
     """
     del columns
     paragraph: list[str] = []
+
+    # `wrong` is the paragraph's first line that is no text: its number, and the reason. The number
+    # is 0 if there is no such line.
     first, size, wrong = 0, 0, (0, "")
     for number, raw in text_lines.lines(path):
+        # A paragraph also ends before it becomes too long, because a file without blank lines would
+        # be one paragraph.
         is_blank = not raw.strip()
         if (paragraph or wrong[0]) and (is_blank or size + len(raw) > text_lines.LONGEST):
             yield wrong if wrong[0] else (first, {"text": "".join(paragraph).rstrip()})
             paragraph, size, wrong = [], 0, (0, "")
         if is_blank:
             continue
+
         first = first if paragraph else number
         size += len(raw)
         try:
             paragraph.append(text_lines.decode(raw))
         except WrongText as error:
             wrong = wrong if wrong[0] else (number, str(error))
+
+    # The last paragraph has no blank line behind it.
     if paragraph or wrong[0]:
         yield wrong if wrong[0] else (first, {"text": "".join(paragraph).rstrip()})
 
@@ -122,7 +132,7 @@ READERS = {
     ".arrow": columnar_files.read_arrow,
 }
 
-# The same in words, for messages.
+# The endings in words, for messages.
 ENDINGS = (
     f"{', '.join(_TEXT)} (or these with {', '.join(text_lines.COMPRESSIONS)}), .parquet or .arrow"
 )

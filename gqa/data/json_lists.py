@@ -76,6 +76,8 @@ class _Reader:
             WrongText: if the text is no JSON, or an element is longer than LONGEST.
             KeyError: if there is no list.
         """
+        # The list itself, an object with the list under `data`, or neither. The latter is read too,
+        # so that an error in its JSON is reported as such.
         lists = 0
         if self._peek() == "[":
             yield from self._list()
@@ -86,11 +88,13 @@ class _Reader:
                     yield from self._list()
                     lists += 1
                 else:
-                    self._value()
+                    self._value()  # of another key, which is dropped
         else:
             self._value()
+
         if self._peek():
             raise WrongText("not JSON: Extra data behind the first value")
+
         if not lists:
             raise KeyError("data")
 
@@ -131,6 +135,8 @@ class _Reader:
             except RecursionError as error:
                 raise WrongText("JSON nested too deeply or a number too long") from error
             except json.JSONDecodeError as error:
+                # Before the end of the file, an error may only mean that the value is not whole
+                # yet.
                 if self._is_complete:
                     rest = self._text[error.pos : error.pos + 20]
                     raise WrongText(f"not JSON: {error.msg} at {rest!r}") from error
@@ -149,6 +155,7 @@ class _Reader:
         self._place = 0
         if len(self._text) > text_lines.LONGEST:
             raise WrongText(f"an element is longer than {text_lines.LONGEST} bytes or no JSON")
+
         pieces, size = [self._text], 0
         while size <= len(self._text):
             chunk = next(self._chunks, b"")

@@ -59,6 +59,8 @@ def task(*languages: str) -> tuple[Callable, Callable, Callable]:
 
     def load(split: str, *, corpus=None) -> list[Example]:
         del corpus  # every task takes it
+
+        # One word of each language in turn, as many as the smallest of their splits has.
         turns = zip(*(examples(language, split) for language in languages), strict=False)
         return list(itertools.chain.from_iterable(turns))
 
@@ -103,8 +105,10 @@ def letter_by_letter(train: Sequence[Example], inputs: Sequence[str]) -> list[st
     for example in train:
         word, phonemes = _word(example.inputs), example.targets[0].split()
         if len(word) == len(phonemes):
+            # The word and its phonemes are read side by side: "help" and "h ɛ l p".
             for letter, phoneme in zip(word, phonemes, strict=True):
                 counts[letter][phoneme] += 1
+
     commonest = {letter: counter.most_common(1)[0][0] for letter, counter in counts.items()}
     return [
         " ".join(commonest[letter] for letter in _word(text) if letter in commonest)
@@ -157,6 +161,8 @@ def split_of(stem: str) -> str:
     German "duplizierte" and "duplizierten" have one stem, so that a network which has seen one of
     them is not tested on the other.
     """
+    # Of 100 buckets, 0 to 2 are for validation and 3 to 7 for test. A hash keeps a word's split
+    # when a lexicon gains other words.
     bucket = zlib.crc32(stem[:STEM_LETTERS].encode()) % 100
     for split, size in HELD_OUT.items():
         if bucket < size:

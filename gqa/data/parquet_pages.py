@@ -36,12 +36,18 @@ def largest_page(
     for group in range(metadata.num_row_groups):
         for column in columns:
             chunk = metadata.row_group(group).column(column)
+
+            # A dictionary page stands before the data pages. It expands like them, so it is
+            # checked, too.
             begin = chunk.data_page_offset
             if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < begin:
                 begin = chunk.dictionary_page_offset
+
             sizes, values = _pages(file, begin, begin + chunk.total_compressed_size)
             if sum(sizes) > allowed:
                 raise WrongPages(f"column {chunk.path_in_schema} expands to {sum(sizes):,} bytes")
+
+            # The footer and the pages may disagree, and a reader may allocate memory by either.
             if max(values, chunk.num_values) > max(FEW_VALUES, allowed):
                 raise WrongPages(f"column {chunk.path_in_schema} declares {values:,} values")
             largest = max(largest, *sizes, 0)
@@ -55,14 +61,18 @@ def _pages(file: BinaryIO, begin: int, end: int) -> tuple[list[int], int]:
         file.seek(begin)
         try:
             header, length = _struct(file.read(min(HEADER, end - begin)), 0, depth=0)
+
+            # Fields by their numbers in parquet.thrift. A page header: 2 bytes of the page when it
+            # is decompressed, 3 bytes in the file; then the header of a data page of version 1 (5)
+            # or 2 (8), or of a dictionary page (7), whose field 1 is the number of values.
             size, compressed = header[2], header[3]
-            # Data pages of the first and second version, and dictionary pages.
             content = header.get(5) or header.get(8) or header.get(7) or {}
             count = content.get(1, 0)
         except (LookupError, AttributeError, TypeError) as error:
             raise WrongPages(f"the page at byte {begin:,} is damaged") from error
         if min(size, compressed, count) < 0:
             raise WrongPages(f"the page at byte {begin:,} has a negative size")
+
         sizes.append(size)
         values += count
         begin += length + compressed
@@ -79,6 +89,8 @@ def _struct(data: bytes, place: int, depth: int) -> tuple[dict[int, Any], int]:
     fields: dict[int, Any] = {}
     number = 0
     while data[place]:
+        # The upper half of the byte is the distance from the last field's number, the lower half
+        # the type. A distance of 0 means that the number itself follows.
         step, kind = data[place] >> 4, data[place] & 15
         place += 1
         if step:
@@ -90,6 +102,8 @@ def _struct(data: bytes, place: int, depth: int) -> tuple[dict[int, Any], int]:
 
 
 def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
+    # 3 is a byte, 4 to 6 are integers of 16 to 64 bits, 7 is a float, 8 a text and 12 a struct.
+    # Page headers have no lists, sets and maps (9 to 11).
     if kind in (1, 2):  # the type of a boolean field is its value
         return kind == 1, place
     if kind == 3:
@@ -107,13 +121,15 @@ def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
 
 
 def _integer(data: bytes, place: int) -> tuple[int, int]:
-    """Read a number whose sign is its lowest bit."""
+    """Read a number whose sign is its lowest bit: 0, 1, 2, 3 stand for 0, -1, 1, -2."""
     number, place = _varint(data, place)
     return (number >> 1) ^ -(number & 1), place
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
     number = 0
+
+    # Seven bits a byte, the lowest first. The top bit of a byte says that another one follows.
     for shift in range(0, 70, 7):
         number |= (data[place] & 127) << shift
         place += 1

@@ -41,6 +41,7 @@ def module_texts(source: bytes) -> list[Text]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
         tree = ast.parse(source)
+
     lines = source.decode("utf-8", errors="replace").splitlines()
     texts: list[Text] = []
     docstring_lines: set[int] = set()  # a line with # in a docstring is no comment
@@ -59,6 +60,7 @@ def module_texts(source: bytes) -> list[Text]:
                 code = textwrap.dedent("\n".join(code_lines)).strip()
 
             texts.append(Text(string.lineno, inspect.cleandoc(docstring), code, True))
+
     texts += _comments(lines, docstring_lines)
     return sorted(texts)
 

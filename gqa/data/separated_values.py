@@ -28,6 +28,7 @@ csv.field_size_limit(text_lines.LONGEST)
 
 _QUOTED_FIELD = r'"(?:[^"]|"")*"'
 _QUOTED_ROW = {
+    # Each field is quoted as a whole, or has no quote.
     separator: re.compile(
         rf'(?:{_QUOTED_FIELD}|[^"{separator}]*)(?:{separator}(?:{_QUOTED_FIELD}|[^"{separator}]*))*'
     )
@@ -76,6 +77,7 @@ def _named(path: str, open_records: Callable[[_Width], Iterator[Record]]) -> Row
     width = _Width()
     names: list[str] = []
     for number, _, values, wrong in open_records(width):
+        # The first row that is not blank is the header.
         if names:
             yield number, wrong or dict(zip(names, values, strict=True))
         elif wrong:
@@ -148,12 +150,15 @@ def _next_record(
             yield decode(line[1])
 
     try:
+        # The reader takes as many lines as an open quote needs; `take` keeps them for a second
+        # reading.
         values = next(csv.reader(take(), delimiter=separator, strict=True), [])
         wrong = _width_fault(values, width) if values else ""
     except csv.Error as error:
         values, wrong = [], f"not {'CSV' if separator == ',' else 'TSV'}: {error}"
     except WrongText as error:
         values, wrong = [], str(error)
+
     if not taken or not (values or wrong):
         return taken, None
     text = b"".join(raw for _, raw in taken).decode(errors="replace")
@@ -167,6 +172,8 @@ def _is_quoted_tsv(path: str) -> bool:
         header = header or record.text
         if '"' not in record.text:
             continue
+
+        # Odd: a quote that is not closed, or one in the middle of a text.
         if record.wrong or not _QUOTED_ROW["\t"].fullmatch(record.text):
             odd += 1
         elif (
@@ -179,6 +186,9 @@ def _is_quoted_tsv(path: str) -> bool:
     # A program that quotes everything quotes the header, too.
     if header.startswith('"') and header.endswith('"'):
         evident += 1
+
+    # A few rows of the other kind are typing errors. More of them leave it open which quotes are
+    # part of the texts.
     if evident and odd and not MOST_ODD * odd > evident and not MOST_ODD * evident > odd:
         raise UserError(
             f"{path}: {evident} rows have quoted texts with doubled quotes and {odd} rows have "

@@ -70,7 +70,8 @@ def corrupt(tokens: np.ndarray, rng: np.random.Generator, first_sentinel: int) -
     """
     noise, spans = _noise(len(tokens))
 
-    # Stretches of text and of noise alternate, so the odd ones are noise.
+    # Stretches of text and of noise alternate, so the odd ones are noise. For example, lengths
+    # 2 1 3 2 are text, text, NOISE, text, text, text, NOISE, NOISE; spans start at 2 and at 6.
     lengths = np.empty(2 * spans, np.int64)
     lengths[0::2] = _random_segmentation(len(tokens) - noise, spans, rng)
     lengths[1::2] = _random_segmentation(noise, spans, rng)
@@ -84,7 +85,8 @@ def corrupt(tokens: np.ndarray, rng: np.random.Generator, first_sentinel: int) -
     keep = ~is_noise
     keep[span_starts] = True
 
-    # Targets: the noise tokens, with a sentinel inserted before each span.
+    # Targets: the noise tokens, with a sentinel inserted before each span. In the example, spans
+    # start at 0 and at 1 among the three noise tokens.
     noise_tokens = tokens[is_noise]
     noise_starts = np.cumsum(lengths[1::2]) - lengths[1::2]
     targets = np.insert(noise_tokens, noise_starts, sentinels)
@@ -93,6 +95,8 @@ def corrupt(tokens: np.ndarray, rng: np.random.Generator, first_sentinel: int) -
 
 def _random_segmentation(items: int, segments: int, rng: np.random.Generator) -> np.ndarray:
     """Return lengths [segments], each 1 or more, that sum to `items`; all splits equally likely."""
+    # Cut behind `segments - 1` different items of the first `items - 1`, so that no segment is
+    # empty.
     cuts = np.sort(rng.permutation(items - 1)[: segments - 1]) + 1
     return np.diff(cuts, prepend=0, append=items)
 

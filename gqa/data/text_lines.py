@@ -115,6 +115,7 @@ def _decompressed(file: BinaryIO, compression: str):
     if compression == ".bz2":
         return bz2.BZ2File(file)
     if compression == ".zst":
+        # Arrow's stream has no `readline`, which `lines` needs; the buffer has it.
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file), "zstd"))
     return file
 

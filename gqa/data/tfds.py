@@ -46,10 +46,14 @@ def task(
     prefix: str = "",
     splits: Sequence[str] = SPLITS,
 ):
-    """`load`, `check` and `fingerprint` of a task that makes an `example` of each row.
+    """Return the functions `load`, `check` and `fingerprint` of a task (see `gqa.data.tasks`).
 
-    A row has str where the dataset has text. `prefix` is put before the inputs; examples that lack
-    inputs or a target are left out.
+    Args:
+        dataset: its name in TFDS, such as "c4/en".
+        example: makes an example of a row, in which text is str. Examples that lack inputs or a
+            target are left out.
+        prefix: put before the inputs.
+        splits: those that the dataset has.
     """
 
     def load(split: str, *, corpus=None, data_dir: str = "") -> list[Example]:
@@ -122,9 +126,12 @@ def records(dataset: str, data_dir: str, split: str) -> Records:
     folder = find(dataset, data_dir)
     builder = _open(folder, dataset, data_dir)
     known = builder.info.splits
+
     name = "val" if split == "validation" and "val" in known else split  # as media_sum has it
     if name not in known or not known[name].num_examples:
         raise UserError(f"{folder}: no rows in split {split!r}; {_command(dataset, data_dir)}")
+
+    # dataset_info.json may name files anywhere on the machine.
     for instruction in known[name].file_instructions:
         path = Path(os.path.abspath(instruction.filename))
         if path.parent != folder or not path.is_file():
@@ -153,6 +160,8 @@ def find(dataset: str, data_dir: str) -> Path:
     ]
     if not versions:
         raise UserError(f"{parent}: not prepared; {_command(dataset, data_dir)}")
+
+    # Compare versions as numbers: 10.0.0 is newer than 9.0.0.
     return max(versions, key=lambda path: tuple(map(int, path.name.split("."))))
 
 
@@ -177,6 +186,8 @@ def _open(folder: Path, dataset: str, data_dir: str) -> tfds.core.DatasetBuilder
     for name in names:
         if name not in SHIPPED:
             raise UserError(f"{path}: {name} is no feature of TFDS for text or numbers")
+
+    # Only array_record lets a row be read by its number.
     kept_as = _json(folder / "dataset_info.json").get("fileFormat", "tfrecord")
     if kept_as != "array_record":
         raise UserError(

@@ -72,5 +72,6 @@ def _write_tokens(path: pathlib.Path, encoded: Sequence[np.ndarray]) -> None:
     """Write the ids of all texts as one array, with the length of each text beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_files.writing(path) as temporary, open(temporary, "wb") as file:
+        # The empty array gives the result its type even if there are no texts.
         ids = np.concatenate([np.zeros(0, np.int32), *encoded])
         np.savez(file, ids=ids, lengths=np.array([len(text) for text in encoded], np.int64))

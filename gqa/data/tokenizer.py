@@ -20,6 +20,7 @@ from gqa.runtime.errors import ConfigError, UserError
 PAD, EOS, UNK = 0, 1, 2
 NUM_SENTINELS = 100
 MODEL_TYPES = ("unigram", "bpe")
+
 # Special tokens that are recognised in a text, as Transformers' T5Tokenizer recognises them.
 SPECIAL = re.compile(r"<extra_id_([1-9]?[0-9])>|(<pad>)|(</s>)|(<unk>)")
 # Sentinels, the three special ids, a piece for each byte, each printable ASCII character and space.
@@ -40,10 +41,11 @@ class Tokenizer:
         # Some copies of T5's model already end in the sentinels, as pieces 99 down to 0.
         if self._processor.id_to_piece(self.num_pieces - 1).endswith("<extra_id_0>"):
             self.num_pieces -= NUM_SENTINELS
+
         self.vocab_size = -(-(self.num_pieces + NUM_SENTINELS) // 128) * 128
 
     def sentinel(self, k: int) -> int:
-        """Id of `<extra_id_k>`: the last real id minus k, e.g. 32099 - k for T5's vocabulary."""
+        """Return the id of `<extra_id_k>`, the last real id minus k: 32099 - k for T5's model."""
         if not 0 <= k < NUM_SENTINELS:
             raise ValueError(f"sentinel {k} does not exist: there are {NUM_SENTINELS}")
         return self.num_pieces + NUM_SENTINELS - 1 - k
@@ -57,6 +59,9 @@ class Tokenizer:
         """
         if "<" not in text:
             return self._processor.encode(text)
+
+        # SentencePiece would cut "</s>" into ordinary pieces, so each text between special tokens
+        # is encoded by itself.
         ids: list[int] = []
         begin = 0
         for match in SPECIAL.finditer(text):
@@ -74,6 +79,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, as `encode` does; uses every core."""
+        # Few texts have special tokens. Encode all in parallel, then those few again.
         encoded = self._processor.encode(list(texts), num_threads=-1)
         for i, text in enumerate(texts):
             if SPECIAL.search(text):
@@ -95,6 +101,8 @@ class Tokenizer:
         """
         texts: list[str] = []
         pieces: list[int] = []  # ids since the last sentinel
+
+        # Sentinels are no pieces of the model, which decodes the stretches between them.
         for token in np.asarray(ids).tolist():
             if token == EOS:
                 break
@@ -108,7 +116,7 @@ class Tokenizer:
         return " ".join(text for text in texts if text)
 
     def _name(self, token: int) -> str:
-        """A sentinel by its number; nothing for a padding row of the embedding."""
+        """Return `<extra_id_k>` for a sentinel's id, and "" for a padding row of the embedding."""
         k = self.sentinel(0) - token
         return f"<extra_id_{k}>" if k >= 0 else ""
 
@@ -136,10 +144,12 @@ def train(
     try:
         model = _fit(texts, vocab_size - NUM_SENTINELS, model_type)
     except RuntimeError as error:
+        # "... <= 1234" is how SentencePiece says that the text gives 1234 pieces at most.
         most = re.search(r"<= (\d+)", str(error))
         if most is None:
             raise _refusal(str(error), vocab_size) from error
         model = _fit(texts, int(most[1]), model_type)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.write(path, model)
     return Tokenizer(model)
@@ -194,6 +204,9 @@ def load(path: str | os.PathLike) -> Tokenizer:
         raise UserError(f"vocabulary {error}") from error
     except (RuntimeError, IndexError, UnicodeDecodeError) as error:
         raise UserError(f"vocabulary {path}: not a SentencePiece model") from error
+
+    # Batches write padding and EOS as fixed numbers, so a vocabulary with other ids would train on
+    # wrong tokens.
     ids = [tokenizer._processor.pad_id(), tokenizer._processor.eos_id()]
     if ids != [PAD, EOS]:
         raise UserError(f"vocabulary {path}: pad and eos have ids {ids}, T5 needs [{PAD}, {EOS}]")

@@ -69,6 +69,7 @@ def collect(entry: Entry, columns: Collection[str], make: Callable) -> tuple[lis
                     report.first.append(f"{path}:{number}: {error}")
                 if report.bad > max(HOPELESS, report.rows / 2):
                     break
+
         if not report.rows:
             raise UserError(f"{path}: no rows")
         if report.bad > MOST_BAD * report.rows:
@@ -109,7 +110,9 @@ def texts(row: dict, column: str) -> list[str]:
     Raises:
         BadRow: if there is none, or anything else beside them.
     """
+    # A column may have a dot in its own name.
     keys = [column] if column in row else column.split(".")
+
     values = _look_up(row, keys)
     if values is None:
         raise BadRow(f"no column {column!r}; this row has {', '.join(row)}")
@@ -159,6 +162,7 @@ def entries(names: str, split: str) -> list[Entry]:
     weights = [weight for _, weight in weighted_names if weight is not None]
     if weights and (len(weights) < len(weighted_names) or split != "train"):
         raise UserError(f"{names}: weights (@) are for training files, for all of them or none")
+
     expanded = [_expand(name, split) for name, _ in weighted_names]
     if weights:
         return [Entry(files, weight) for files, weight in zip(expanded, weights, strict=True)]
@@ -179,6 +183,9 @@ def _expand(name: str, split: str) -> list[str]:
     """Return the files that one name stands for."""
     if os.path.isdir(name) and not file_formats.ending(name):
         return _folder(pathlib.Path(name), split)
+
+    # A file's own name may look like a pattern, such as a[1].txt. A name that is neither is left to
+    # the reader, which says what is wrong with it.
     if os.path.lexists(name) or not glob.has_magic(name):
         return [name]
     matches = sorted(glob.glob(name, recursive=True))
@@ -216,12 +223,14 @@ class _Folder(NamedTuple):
 
 def _folder(folder: pathlib.Path, split: str) -> list[str]:
     """Return the files of a folder; `datasets` saves several splits as a folder each."""
+    # Several splits were saved: one folder each, with the split's name.
     if (folder / "dataset_dict.json").is_file():
         folder = folder / split
         if not (folder / "state.json").is_file():
             raise UserError(f"{folder}: not there; name the folder of the split that is meant")
     if (folder / "state.json").is_file():
         return _saved(folder)
+
     files = _walk(folder).files
     if not files:
         raise UserError(f"{folder}: no file in it ends in {file_formats.ENDINGS}")
@@ -240,7 +249,9 @@ def _walk(folder: pathlib.Path) -> _Folder:
     files: list[str] = []
     passed_over: list[str] = []
     for parent, folders, names in os.walk(folder):
+        # `os.walk` visits only the subfolders that are left in this list.
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+
         if _is_saved(pathlib.Path(parent)):
             raise UserError(f"{parent}: saved by datasets; name that folder itself")
         for name in names:
@@ -289,6 +300,7 @@ def check_splits(options: dict) -> None:
         if not options.get(split):
             continue
         for file in {file for entry in entries(options[split], split) for file in entry.files}:
+            # The first split with these contents keeps them.
             other, first = splits.setdefault(file_hashes.sha256(file), (split, file))
             if other != split:
                 raise UserError(
@@ -307,6 +319,8 @@ def _saved(folder: pathlib.Path) -> list[str]:
             raise ValueError("_data_files must name files of the folder")
     except (UserError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: not what datasets writes: {error}") from error
+
+    # Such a folder holds all rows of its parent, and a list of those that were selected.
     if state.get("_indices_data_files"):
         raise UserError(f"{path}: rows are chosen by indices; save it after flatten_indices()")
     for name in names:

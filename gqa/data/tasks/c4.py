@@ -11,7 +11,7 @@ VALIDATION = 10_000  # documents of the validation split, some 5 million tokens
 
 
 def load(split: str, *, corpus=None, data_dir: str = "") -> grain.MapDataset | list[str]:
-    """Documents: for training a sequence that reads them from disk, else the first in a list."""
+    """Return documents: a sequence read from disk for training, else a list of the first."""
     del corpus  # every task takes it
     records = tfds.records(DATASET, data_dir, split)
     if split == "train":

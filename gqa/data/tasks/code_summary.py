@@ -9,6 +9,6 @@ PREFIX = "summarize code: "
 
 
 def load(split: str, *, corpus: Corpus) -> list[Example]:
-    """Function sources of one split with their summary lines."""
+    """Return function sources of one split with their summary lines."""
     rows = corpus.rows("code_summary", split)
     return [Example(PREFIX + row["source"], (row["summary"],)) for row in rows]

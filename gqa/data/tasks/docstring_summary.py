@@ -9,6 +9,6 @@ PREFIX = "summarize: "
 
 
 def load(split: str, *, corpus: Corpus) -> list[Example]:
-    """Docstring bodies of one split with their summary lines."""
+    """Return docstring bodies of one split with their summary lines."""
     rows = corpus.rows("docstring_summary", split)
     return [Example(PREFIX + row["source"], (row["summary"],)) for row in rows]

@@ -4,5 +4,5 @@ from gqa.data.corpus import Corpus
 
 
 def load(split: str, *, corpus: Corpus) -> list[str]:
-    """Documents of one split, in a fixed order."""
+    """Return the documents of one split, in a fixed order."""
     return [row["text"] for row in corpus.rows("docstrings", split)]

@@ -34,6 +34,9 @@ def check(
             splits name.
     """
     reports: list[user_files.Report | str] = []
+
+    # Every file is read before the job begins, because one found bad later would waste the work
+    # done so far.
     for split in ("train", "validation"):
         for entry in _entries(split, train, validation):
             reports += _documents(entry, column)[1]

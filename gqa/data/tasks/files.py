@@ -70,6 +70,7 @@ def check(
     for name in metrics:
         if name not in METRICS:
             raise UserError(f"metrics={name!r} is unknown; choose from {', '.join(METRICS)}")
+
     reports: list[user_files.Report | str] = []
     for split in SPLITS:
         names = options.get(split) or ""

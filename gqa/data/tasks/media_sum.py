@@ -10,7 +10,7 @@ PREFIX = "summarize: "
 
 
 def example(row: dict) -> Example:
-    """A row may lack speakers."""
+    """Make an example whose inputs have a line for each turn; a row may lack speakers."""
     speakers = row["speaker"] or [""] * len(row["utt"])
     turns = zip(speakers, row["utt"], strict=False)
     text = "\n".join(f"{who}: {said}" if who else said for who, said in turns)

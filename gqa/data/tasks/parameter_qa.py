@@ -14,7 +14,7 @@ HEADLINE = "rougeL"
 
 
 def load(split: str, *, corpus: Corpus, context_words: int = 48) -> list[Example]:
-    """Questions of one split, with the stretch of `context_words` around the entry as context.
+    """Return questions of one split; their context is the `context_words` around the entry.
 
     The question comes first, so that truncation cannot cut it off. 48 words fit 128 tokens of a
     4096-piece vocabulary nine times in ten.
@@ -29,11 +29,14 @@ def load(split: str, *, corpus: Corpus, context_words: int = 48) -> list[Example
 
 
 def _context(row: dict, size: int) -> str:
-    """`size` words of the docstring with the whole entry in them, anywhere in them.
+    """Return `size` words of the docstring, with the whole entry anywhere among them.
 
     Where the stretch begins is drawn from a hash: a fixed place would tell where the answer is.
     """
     words = row["context"].split()
+
+    # For example, an entry of words 60 to 70 of 100 allows stretches of 48 words that begin at 22
+    # to 52.
     first = max(0, row["end"] - size)
     last = max(first, min(row["begin"], len(words) - size))
     draw = zlib.crc32(f"{row['parameter']} {row['context']}".encode())

@@ -15,7 +15,7 @@ SPLITS = ("train", "validation")
 
 
 def example(row: dict) -> Example:
-    """The answer as it is given is the first target."""
+    """Make an example whose first target is the answer as it is given; aliases follow."""
     documents = [*row["entity_pages"]["wiki_context"], *row["search_results"]["search_context"]]
     answer = row["answer"]
     return Example(
