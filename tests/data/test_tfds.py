@@ -6,39 +6,20 @@ import sys
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-import tensorflow_datasets.summarization  # the builders are found once imported
-import tensorflow_datasets.text
-import tensorflow_datasets.translate
 
 from gqa.data import batching, tasks
 from gqa.data import tfds as tfds_data
 from gqa.data.examples import SPLITS, Example
 from gqa.runtime.errors import UserError
+from tests.support.prepared_datasets import prepare, trivia_row
 from tests.support.spans import restore
 
-PAGE = {"doc_source": "", "filename": "", "title": ""}
-RESULT = {"description": "", "filename": "", "rank": 1, "title": "", "url": ""}
 DIALOGUE = {"program": "", "date": "", "url": "", "summary": "They talk.", "utt": ["Hi.", "Ä!"]}
 
 
 def c4_row(i):
     named = {"content-length": "9", "content-type": "text/plain", "timestamp": "", "url": str(i)}
     return named | {"text": " ".join(f"w{i}" for _ in range(1 + i % 5))}
-
-
-def trivia_row(i):
-    answer = dict.fromkeys(
-        ["matched_wiki_entity_name", "normalized_matched_wiki_entity_name", "type"], ""
-    ) | {"value": "Bonn", "aliases": ["Bonn", "Bonna"], "normalized_value": "bonn"}
-    return {
-        "question": "Where?",
-        "question_id": str(i),
-        "question_source": "",
-        "entity_pages": [PAGE | {"wiki_context": "One."}, PAGE | {"wiki_context": "Two."}],
-        "search_results": [RESULT | {"search_context": "Three."}] if i else [],
-        "answer": answer | {"normalized_aliases": ["bonn", "bonna"]},
-    }
 
 
 def paper_row(i):
@@ -92,17 +73,6 @@ DATASETS = {
     ),
     "c4": ("c4/en", c4_row, "w0", ((512, 256), None, None)),
 }
-
-
-def prepare(data_dir, name, row, size=3, splits=SPLITS, file_format="array_record"):
-    """What `tfds build` does, with rows of ours in place of what is downloaded."""
-    builder = tfds.builder(name, data_dir=data_dir, file_format=file_format)
-    builder._split_generators = lambda *_: {
-        split: ((i, row(i)) for i in range(size)) for split in splits
-    }
-    builder.MANUAL_DOWNLOAD_INSTRUCTIONS = None
-    builder.download_and_prepare()
-    return builder
 
 
 @pytest.fixture(scope="module")
