@@ -1,7 +1,9 @@
 """Datasets of the paper as TFDS prepares them on disk, with a few rows of ours."""
 
 import tensorflow_datasets as tfds
-import tensorflow_datasets.text  # the builders are found once imported
+import tensorflow_datasets.summarization  # the builders are found once imported
+import tensorflow_datasets.text
+import tensorflow_datasets.translate
 
 from gqa.data.examples import SPLITS
 
