@@ -68,6 +68,8 @@ def check(config: ConfigDict) -> None:
     for K in _kv_heads(config):
         check_kv_heads("aot.kv_heads", K, config.model.num_heads)
         network = _network(config, K)
+
+        # The layout is not in the config but follows from the slice, so the error names the slice.
         with renamed_fields(f"aot.target={config.aot.target}: "):
             check_layout(network, Layout(model=target.chips), target.chips, target.chips)
     if not 0 < config.aot.efficiency <= 1:
@@ -154,7 +156,8 @@ def _largest(config: ConfigDict, compiler: Compiler, net: Inference, S: int, T: 
         raise UserError(f"aot.prefill_batch_size: {prefill.failure}; use a smaller one")
 
     # `low` rows a chip fit and `high` do not. The most that may be used is tried first, because it
-    # often fits and every compilation takes minutes.
+    # often fits and every compilation takes minutes. With at most 32 rows: 32, then 16, then 8 or
+    # 24, and so on.
     steps: dict[int, Compiled] = {}
     low, high = 0, most + 1
     rows = most
@@ -245,6 +248,7 @@ def _program_numbers(
     """
     collectives = costs.collectives(program)
     nbytes, sent = costs.traffic(program), sum(c.sent for c in collectives.values())
+
     time = roofline.time(Work(nbytes, num_flops, sent), target, config.aot.efficiency)
     numbers = {
         "seconds": time.seconds,
@@ -280,6 +284,7 @@ def _training(config: ConfigDict, targets: list[Target], workdir: Path) -> list[
     B, S, T = settings.batch_size, settings.inputs_length, settings.targets_length
     network = _network(config, config.model.num_heads)
     for target in targets:
+        # Stop at the first slice that holds the state, because every compilation takes minutes.
         layout = Layout(model=config.aot.training_model, fsdp=True)
         compiler = Compiler(target, layout, workdir / "aot")
         step = compiler.train(network, B, S, T, settings.num_microbatches)
@@ -288,6 +293,7 @@ def _training(config: ConfigDict, targets: list[Target], workdir: Path) -> list[
             f"{target.name}: training, batch {B}: {used}, compiled in {step.seconds:.0f} s",
             flush=True,
         )
+
         if _fits(target, step):
             num_flops = flops.train_flops(network, B, S, T) / target.chips
             program = hlo.parse(step.text)

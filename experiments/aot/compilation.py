@@ -39,11 +39,13 @@ ALONE = {
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise only one process at a time may load libtpu
 }
+
 # By platform: the package with the compiler, and the arguments of pip that install it.
 COMPILERS = {
     "tpu": ("libtpu", "-r requirements-aot.txt"),
     "gpu": ("jax_cuda12_plugin", f'"jax[cuda12]=={jax.__version__}"'),
 }
+
 # The properties that XLA asks a GPU for, as an H100 answers. A GPU that is not there cannot answer.
 H100 = """
 gpu_device_info {
@@ -100,6 +102,7 @@ def start(targets: Iterable[Target]) -> None:
 
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
+
     # The compilers need no device, so JAX should not look for one.
     jax.config.update("jax_platforms", "cpu")
 

@@ -65,6 +65,7 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, name: str, k
 
     rows = _rows(records)
     folder = Path(folder)
+
     lines, plain = ["# Ahead of time", QUESTION, NOTES], []
     for title, header, cells in _sections(rows):
         lines += [f"## {safe_text.markdown(title)}", tables.markdown(header, cells)]
@@ -72,6 +73,7 @@ def run(results_path: str | os.PathLike, folder: str | os.PathLike, name: str, k
 
     last = records[-1]
     lines += [_verdict(rows), "![Chip-seconds a sample against KV heads](sample_seconds.png)"]
+
     origin = f"commit {last['commit']}, compiled on {last['device']}, {last['time']}"
     lines.append(f"- {safe_text.markdown(origin)}")
     _figure(rows, folder)
@@ -100,6 +102,8 @@ def _sections(rows: list[Row]) -> list[Section]:
     sections: list[Section] = []
     for batch, title in TITLES.items():
         if batch_rows := _with_batch(rows, batch):
+            # All rows have the size, the slice and the efficiency of the first, because they are of
+            # one run.
             v = batch_rows[0][0]
             heading = f"{v['size']} on {_slice(v)}, {title}, {v['efficiency']:g} of the ceilings"
             sections.append((heading, *_times(batch_rows)))
@@ -107,6 +111,8 @@ def _sections(rows: list[Row]) -> list[Section]:
                 (f"A token at {title}: a chip's memory and traffic", *_memory(batch_rows))
             )
             sections.append((f"What the compiled step does at {title}", *_program(batch_rows)))
+
+    # Prefill has one size for both kinds of batches, so either kind shows it.
     if equal_rows := _with_batch(rows, EQUAL):
         sections.append(("Prefill", *_prefill(equal_rows)))
     sections += [("Ratios of Table 1", *_ratios(rows))]
@@ -177,6 +183,7 @@ def _program(rows: list[Row]) -> Table:
 
 def _collectives(numbers: dict, program: str) -> str:
     """Return one program's collectives by kind, such as "all-reduce 49, 1.5 MiB; ..."."""
+    # Metrics are named after the program and the collective, such as "step_all-reduce_count".
     kinds = [name.removesuffix("_count") for name in numbers if name.endswith("_count")]
     program_kinds = [kind for kind in kinds if kind.startswith(f"{program}_")]
     return "; ".join(
@@ -210,6 +217,7 @@ def _ratios(rows: list[Row]) -> Table:
     for name, (parent, model, K) in CONVERTED.items():
         published = paper.TABLE1[parent][0] / paper.TABLE1[model][0]
         ours = [_samples(rows, batch) for batch in TITLES]
+
         # The paper's MHA has 64 heads.
         if all({K, 64} <= samples.keys() for samples in ours) and _published(rows[0][0]):
             cells.append([name, f"{published:.1f}x", *(f"{s[64] / s[K]:.1f}x" for s in ours)])

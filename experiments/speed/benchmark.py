@@ -57,9 +57,13 @@ class Entry(NamedTuple):
 def check(config: ConfigDict) -> None:
     """Raise a UserError, before any compute, if the config cannot be timed."""
     check_numbers(config)
+
+    # `""` stands for no length at all, so that an empty setting is refused as well.
     for S in config.benchmark.inputs_lengths or ("",):
         if not isinstance(S, int) or S < 1:
             raise UserError(f"benchmark.inputs_lengths={S}; use lengths such as 1024,2048")
+
+    # A peer's first token counts as prefill, so its time per token needs a second one.
     if config.benchmark.targets_length < 2:
         raise UserError("benchmark.targets_length=1; use 2 or more")
 
@@ -126,6 +130,7 @@ def _multi_head(settings: ConfigDict) -> Config:
 def _nets(config: ConfigDict) -> dict[int, Inference]:
     """Return the networks to time, by KV heads of the decoder; their encoder is multi-head."""
     parent, N = _multi_head(config.model), config.model.num_heads
+
     # By default, every number of KV heads that divides the query heads.
     kv_heads = config.benchmark.kv_heads or [K for K in range(N, 0, -1) if N % K == 0]
     fields = ("num_kv_heads_self_attention", "num_kv_heads_cross_attention")
@@ -177,6 +182,8 @@ def _generation(config: ConfigDict, params: dict, S: int, peer_names: list[str])
     turns: dict[Entry, timing.Turn] = {Entry(MACHINE): partial(_ceilings, parent.dtype)}
     for K, net in nets.items():
         weights = net.prepare(convert(params, parent, K).params)
+
+        # Both kinds of batches may have one size, which is then timed once.
         for size in set(batches[K].values()):
             turn = timing.generation(net, weights, inputs[:size], T, rows=len(equal))
             turns[Entry(OURS, K, size)] = turn
@@ -221,6 +228,8 @@ def _peer_turn(peer: peers.Peer, length: int) -> dict[str, float]:
 def _same_tokens(peer: peers.Peer, params: dict, parent: Config, inputs: Array, T: int) -> float:
     """Return the share of our multi-head network's tokens that the peer chooses too."""
     net = Inference(parent)
+
+    # The peers do not stop at EOS, so ours must not either.
     ours = Generator(net, GREEDY, T, stop=False)(net.prepare(params), inputs)
     return float((ours == peer.generate(T)).mean())
 
@@ -290,6 +299,7 @@ def _variant(size: str, N: int, S: int, T: int, entry: Entry, batch: str) -> dic
     heads = {"num_kv_heads": entry.num_kv_heads, "num_kv_heads_cross_attention": entry.num_kv_heads}
     network = {"size": size, "num_heads": N, **heads, "num_kv_heads_encoder": N}
     shape = {"batch_size": entry.batch_size, "inputs_length": S, "targets_length": T}
+
     # Fields that tell trained networks apart in every record; these networks are not trained.
     conversion = {"method": "none", "alpha": 0.0, "seed": 0}
     return network | conversion | shape | {"system": entry.system, "batch": batch}
@@ -327,6 +337,8 @@ def _training(config: ConfigDict, peer_names: list[str]) -> list[dict]:
 
         variant = partial(_variant, size, N, S, T, batch=EQUAL)
         records += timings.records(measured[machine], variant(machine))
+
+        # The machine's ceilings are a turn too, but no system that trains.
         step_flops = flops.train_flops(net, B, S, T)
         for entry in turns.keys() - {machine}:
             numbers = timings.training(measured[entry], B * T, step_flops, measured[machine])

@@ -60,6 +60,7 @@ def missing() -> list[str]:
 
 
 def _missing(name: str) -> list[str]:
+    # Find the packages without importing them, because the import of torch takes seconds.
     return [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
 
 
@@ -90,7 +91,7 @@ def hugging_face(params: dict, config: Config, inputs: np.ndarray) -> Peer:
             past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
             use_cache=True,
         )
-        return out[:, 1:].numpy()
+        return out[:, 1:].numpy()  # without the start token
 
     @torch.inference_mode()
     def encode() -> object:
@@ -109,6 +110,7 @@ def _transformers(params: dict, config: Config) -> Any:
     hf_config = transformers.T5Config(**huggingface.from_config(config))
     network = transformers.T5ForConditionalGeneration(hf_config)
     network.set_attn_implementation("sdpa" if network._supports_sdpa else "eager")
+
     if not config.tied_logits:
         # Transformers 5 ties the logits of every new T5 to the embedding, so untie them.
         network.lm_head.weight = torch.nn.Parameter(torch.empty_like(network.lm_head.weight))
@@ -117,6 +119,8 @@ def _transformers(params: dict, config: Config) -> Any:
     state = huggingface.state_dict(params, config)
     state |= {copy: state["shared.weight"] for copy in huggingface.COPIES if copy not in state}
     network.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
+
+    # A text that ends early would take less time than the others.
     network.generation_config.eos_token_id = None
     return network
 
@@ -131,6 +135,7 @@ def ctranslate2(params: dict, config: Config, inputs: np.ndarray) -> Peer:
     from ctranslate2.converters.transformers import T5Loader
 
     network = _transformers(params, config)
+
     # Transformers 5 calls every T5 "tied"; CTranslate2 would scale the logits of a tied T5.
     network.config.tie_word_embeddings = config.tied_logits
     spec = T5Loader().get_model_spec(network)
@@ -150,13 +155,14 @@ def ctranslate2(params: dict, config: Config, inputs: np.ndarray) -> Peer:
         translator = ctranslate2.Translator(
             folder, device="cpu", compute_type="float32", intra_threads=len(hardware.cores())
         )
+
     source = [[words[i] for i in row] for row in inputs]
 
     def generate(length: int) -> np.ndarray:
         results = translator.translate_batch(
             source,
             beam_size=1,
-            max_input_length=0,
+            max_input_length=0,  # inputs are never cut
             min_decoding_length=length,
             max_decoding_length=length,
         )

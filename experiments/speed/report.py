@@ -138,11 +138,13 @@ def run(
     lines = ["# Speed", QUESTION, NOTES]
     for title, header, cells in sections:
         lines += [f"## {safe_text.markdown(title)}", tables.markdown(header, cells)]
+
     # A run with --stage=training has nothing to draw.
     if rows["inference"]:
         for suffix in ("png", "svg"):
             figures.time_by_groups(_lines(rows["inference"]), folder / f"speed.{suffix}")
         lines.append("![Time per sample against KV heads, ours and the paper's](speed.png)")
+
     lines.append(_provenance(records))
     atomic_files.write(folder / "speed.md", safe_text.visible("\n\n".join(lines) + "\n"))
 
@@ -166,6 +168,7 @@ def _inference_sections(rows: list[Row]) -> list[Section]:
         length_rows = [row for row in rows if row.variant["inputs_length"] == S]
         machine = next(row for row in length_rows if row.variant["system"] == MACHINE)
         for batch in (EQUAL, LARGEST):
+            # There are no rows of the largest batch if `benchmark.memory_gib` is 0.
             shown = _systems(length_rows, batch)
             if not shown:
                 continue
@@ -174,6 +177,8 @@ def _inference_sections(rows: list[Row]) -> list[Section]:
             size = f"batch {v['batch_size']}" if batch == EQUAL else "the largest batch that fits"
             title = f"{v['size']}: {size}, {S} input and {v['targets_length']} output tokens"
             sections.append((title, *_table(shown, TIMES, with_batch=batch == LARGEST)))
+
+            # The traffic of other libraries is not known.
             ours = [row for row in shown if row.variant["system"] == OURS]
             sections.append((f"What a step reads ({_ceilings(machine)})", *_table(ours, TRAFFIC)))
     return sections
@@ -203,6 +208,7 @@ def _table(
     rows: list[Row], columns: tuple[Column, ...], with_batch: bool = False
 ) -> tuple[list[str], list[list[str]]]:
     """Return header and cells, without the columns of which no row has a number."""
+    # Without other libraries, say, the columns that compare with them would hold dashes alone.
     filled = [c for c in columns if any(c.metric in row.numbers for row in rows)]
     header = ["", *(["batch"] if with_batch else []), *(column.title for column in filled)]
     cells = [
@@ -251,6 +257,7 @@ def _provenance(records: list[dict]) -> str:
     lines = []
     for part in PARTS:
         if part_records := [record for record in records if record["stage"] == part]:
+            # All records of a part were measured together, so the last one stands for them.
             r = part_records[-1]
             origin = f"commit {r['commit']}, {r['device']}, {r['time']}"
             lines.append(f"- {part}: {safe_text.markdown(origin)}")
