@@ -190,7 +190,7 @@ def per_layer_kv_heads(
     arguments.check_finite(params)
     heads = arguments.changed_attentions(config, heads)
 
-    # What every layer would lose with each possible number of heads; then the cheapest choice.
+    # First the loss of every layer with each possible number of heads, then the cheapest choice.
     discarded = {}
     layers = layer_covariances(params, config, heads, space, input_covariances, None)
     for covariance in layers:
@@ -202,5 +202,6 @@ def per_layer_kv_heads(
                 K: closed_form.discarded_energy(kernels, K, space, covariance, shrinkage)
                 for K in divisors(kernels["key"].shape[1])
             }
+
     one_for_all = arguments.one_for_all_layers(heads)
     return layer_budget.allocate(discarded, one_for_all, lengths)

@@ -50,6 +50,7 @@ def check(
         if choice not in known:
             raise ConfigError(argument, choice, f"use one of {', '.join(known)}")
 
+    # Methods read kernels that are stacked over all layers, and such layers have no common stack.
     if len(config.layer_groups) > 1:
         raise UserError(
             "the layers of this network differ in KV heads already; convert its multi-head parent"
@@ -68,6 +69,7 @@ def check(
         raise ConfigError("renorm", True, advice, f"does not go with {method!r}, which is trained")
     if any(isinstance(value, tuple) for value in num_kv_heads.values()):
         check_per_layer(method, grouping)
+
     if calibrated or not changed_attentions(config, num_kv_heads):
         return
     if needs_input_covariances(method, space, grouping):

@@ -151,6 +151,7 @@ def with_kernels(params: dict, new_config: Config, kernels: GroupKernels) -> dic
     for name, groups in kernels.items():
         stack, attention = ATTENTIONS[name]
         for first, new in groups.items():
+            # The tree has a level for layer groups only where there are several.
             group = (str(first),) if len(groups) > 1 else ()
             params = replaced(params, (stack, "layers", *group, attention), new)
     return params

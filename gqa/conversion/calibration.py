@@ -95,8 +95,10 @@ def input_covariances(
     batches then continue through these kernels, so later covariances are those of the network as
     converted so far.
     """
-    # The encoder: embed all batches, then send them through it layer by layer.
+    # The encoder: embed all batches, then send them through it layer by layer. The decoder reads
+    # the batches again, so they are kept in a list.
     batches = list(batches)
+
     # Any, because jitted functions take NumPy arrays too, and `Array` does not say so.
     sources: list[Any] = [_source(batch) for batch in batches]
     embed = jax.jit(partial(Transformer(config).apply, method="embed"))
@@ -186,6 +188,7 @@ def _layer(
         if name not in attentions or attention not in layer:
             continue
         results = results or [_run(module, config, layer, r.x, r.shared) for r in activations]
+
         # An attention reads x after the norm of the same name.
         normed = [norms[f"{attention}_norm"] for _, norms in results]
         queries, count = second_moment(normed, [r.real for r in activations])

@@ -80,7 +80,7 @@ def discarded_energy(
     for groups in _split_groups(kernels, num_groups, covariance, shrinkage).values():
         lost = whole = 0.0
         for heads, partner, C, C_partner in groups:
-            # The top H eigenvalues are what one head of size H can keep.
+            # One head of size H keeps the top H eigenvalues. They ascend, so the last H are kept.
             root, _, _ = _head_weights(space, partner, C_partner)
             values = np.maximum(np.linalg.eigvalsh(_weighted_gram(gram_matrix(heads, C), root)), 0)
             lost, whole = lost + values[: -heads.shape[-1]].sum(), whole + values.sum()
@@ -173,6 +173,8 @@ def gram_matrix(
 ) -> Float[np.ndarray, "G H G H"]:
     """Return the inner products of the columns of all heads in the metric C (eq. 7 without R)."""
     G, D, H = heads.shape
+
+    # The heads side by side, [D, G * H], so that one product gives all pairs of columns.
     flat = heads.transpose(1, 0, 2).reshape(D, G * H)
     return (flat.T @ (flat if C is None else C @ flat)).reshape(G, H, G, H)
 
@@ -260,7 +262,10 @@ def roots(covariances: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """
     values, vectors = np.linalg.eigh(covariances)
     worst = max(condition(m) for m in covariances)
+
     root = np.sqrt(np.maximum(values, FLOOR * values.max() if values.max() > 0 else 1.0))
+
+    # vectors diag(root) vectors', for each head: scaling the columns saves the diagonal matrix.
     left, right = vectors, vectors.swapaxes(1, 2)
     return (left * root[:, None]) @ right, (left / root[:, None]) @ right, worst
 

@@ -56,8 +56,8 @@ def find_head_orders(
 
     head_orders = {}
     for name, K in fewer_heads.items():
-        # Self-attentions share one order; each cross-attention has its own (see the top of the
-        # file).
+        # Self-attentions share one order, because they share a position bias. Cross-attentions
+        # have no position bias, so each has its own.
         L, _, N, _ = shapes[name]
         rng = np.random.default_rng([seed, list(ATTENTIONS).index(name)])
         num_orders = L if name == "cross_attention" else 1
@@ -193,6 +193,7 @@ def search(
     neighbours = np.repeat(np.arange(num_groups), N // num_groups)
     starts = [neighbours, *(rng.permutation(neighbours) for _ in range(RESTARTS))]
     results = [_climb(similarities, start) for start in starts]
+
     best = max(results, key=lambda group_of: _total_similarity(similarities, group_of))
     members = [np.flatnonzero(best == group) for group in range(num_groups)]
     return np.concatenate(sorted(members, key=lambda heads: heads[0]))
@@ -211,6 +212,7 @@ def _climb(similarities: np.ndarray, group_of: np.ndarray) -> np.ndarray:
         gain = gain + gain.T - 2 * similarities
         gain[group_of[:, None] == group_of] = 0.0
 
+        # A gain of rounding alone would let two heads be swapped to and fro for ever.
         i, j = np.unravel_index(gain.argmax(), gain.shape)
         if gain[i, j] <= 1e-9:
             return group_of

@@ -36,6 +36,7 @@ def expand(params: dict, num_kv_heads: dict[str, int], method: str) -> dict:
         # weighted: G numbers 1/G. fuse: the identity [G, G], a row of mixing weights for each head.
         G, dtype = N // K, kernels["key"].dtype
         start = jnp.full((G,), 1 / G, dtype) if method == "weighted" else jnp.eye(G, dtype=dtype)
+
         # Keys and values need arrays of their own, because a training step donates its inputs.
         pools = {f"{x}_pool": jnp.tile(start, (L, K) + (1,) * start.ndim) for x in ("key", "value")}
         params = with_kernels(params, name, kernels | pools)

@@ -60,6 +60,7 @@ def pool_moments(opt_state: dict, old_params: dict, new_params: dict) -> dict:
     The gradient of a shared head is the sum of its members' gradients, so their second moments are
     summed. A leaf that keeps its shape keeps its state. Only the shapes of `old_params` are read.
     """
+    # A fresh state tells which of the new leaves Adafactor factors.
     fresh = adafactor().init(new_params)
 
     def on_leaf(path: tuple, new: Array, old: Array, fresh_state: Any, state: Any) -> Any:
@@ -79,6 +80,7 @@ def _permute_leaf(state: Any, shape: tuple[int, ...], axis: int, order: np.ndarr
     """
     # Adafactor sees each layer as a matrix, in which heads and head_dim lie along one side.
     stacked = order.ndim - 1
+
     # For query [L, D, N, H], axis 2, the matrix is [D, N * H] and its side 1.
     matrix, side = shape[stacked:], min(axis - stacked, 1)
     if len(matrix) == 3:
@@ -106,7 +108,8 @@ def _permute_leaf(state: Any, shape: tuple[int, ...], axis: int, order: np.ndarr
 
 def _pool_layer(old: Any, fresh: Any, shape: tuple[int, int, int], num_kv_heads: int) -> Any:
     """Return one layer's factored-RMS state of a [D, K * H] matrix from that of [D, N * H]."""
-    # The second moments [D, N * H]: stored whole, or as the means of their rows and columns.
+    # The second moments [D, N * H]: stored whole, or as the means of their rows and columns. The
+    # latter stand for their outer product divided by the mean of all moments.
     D, num_heads, H = shape
     if old.v_row.size > 1:  # optax keeps a placeholder of size 1 where it does not factor
         rows, columns = old.v_row, old.v_col

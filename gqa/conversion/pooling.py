@@ -34,6 +34,8 @@ def random(keys: Groups, values: Groups, rng: PRNGKeyArray) -> Kernels:
 
     def fresh(groups: Groups, rng: PRNGKeyArray) -> Heads:
         L, D, K, _, H = groups.shape
+
+        # The model's own initialiser, one layer at a time, so that L is no part of the fan-in.
         init = variance_scaling(1.0, "fan_in", "normal", 0, (1, 2))
         return jax.vmap(lambda key: init(key, (D, K, H), groups.dtype))(jax.random.split(rng, L))
 
@@ -67,6 +69,7 @@ def largest(keys: Groups, values: Groups, rng: PRNGKeyArray) -> Kernels:
 
 def _take(keys: Groups, values: Groups, index: Int[Array, "L K"]) -> Kernels:
     """Return member index[l, k] of group k of layer l, of keys and of values."""
+    # Axes for D, G and H make the index [L, 1, K, 1, 1], which `take_along_axis` broadcasts.
     index = index[:, None, :, None, None]
     new_keys, new_values = (
         jnp.take_along_axis(x, index, axis=3)[:, :, :, 0] for x in (keys, values)
