@@ -44,8 +44,10 @@ def _parse_rate(text: str, word: str) -> dict[str, float]:
             value = float(word.removeprefix(prefix)) if word.startswith(prefix) else math.nan
         except ValueError:
             continue
+        # `float` also reads "inf", which no rate can be; NaN stands for a word without this prefix.
         if value >= 0 and math.isfinite(value):
             return {key: value}
+
     known = [*conversion.SPACES, *conversion.GROUPINGS, *FLAGS]
     raise UserError(
         f"method {text!r}: {word!r} says nothing; after the method, use any of "

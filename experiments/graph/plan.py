@@ -73,7 +73,8 @@ def plan(
     if not tasks:
         return stages
 
-    # The multi-head parent is fine-tuned, and the last stage of converting and uptraining it.
+    # Both the multi-head parent and the network at the end of conversion and uptraining are
+    # fine-tuned, because the report compares their scores.
     leaves = [pretrain, *grouped[-1:]]
     for leaf, task in itertools.product(leaves, tasks):
         stages += _tune_and_score(config, leaf, task, prepared)
@@ -82,6 +83,7 @@ def plan(
 
 def evaluate_checkpoint(config: ConfigDict, path: Path, variant: Variant, task: str) -> Stage:
     """Return the stage that scores any checkpoint on one task."""
+    # Metrics and text are None, because `pipeline.score_checkpoint` prepares no text to plan with.
     options = config.evaluate.to_dict()
     settings = EvaluateSettings(
         variant, task, metrics=None, text=None, checkpoint=str(path), **options
@@ -138,7 +140,7 @@ def finetune_recipe(config: ConfigDict, task: str) -> Recipe:
 
 
 def make_setup(config: ConfigDict) -> Setup:
-    """Return what a stage is told that does not determine its result."""
+    """Return the options of a stage that do not determine its result."""
     return Setup(
         run=config.name,
         text=text.settings(config),
@@ -172,6 +174,9 @@ def _grouped(config: ConfigDict, pretrain: Stage) -> Iterator[Stage]:
     heads, alpha, beta = target_heads(config), config.uptrain.alpha, config.uptrain.beta
     parents: tuple[Stage, ...] = (pretrain,)
     how_converted: dict[str, Any] = {}
+
+    # A network that keeps all its heads is not converted. With an alpha it is uptrained all the
+    # same, as a control that shows what more training gives without a conversion.
     if set(heads.values()) != {config.model.num_heads}:
         how_converted = _conversion(config)
         settings = ConvertSettings(
@@ -182,6 +187,7 @@ def _grouped(config: ConfigDict, pretrain: Stage) -> Iterator[Stage]:
         converted = Stage("convert", settings, (pretrain,), pretrain.setup)
         yield converted
         parents = (converted, pretrain)
+
     if alpha > 0:
         variant = _variant(config, heads, alpha=alpha, beta=beta, **how_converted)
         yield Stage("uptrain", UptrainSettings(variant), parents, pretrain.setup)
@@ -224,6 +230,7 @@ def _tune_and_score(
         text=prepared and prepared.training_source(task),
     )
     tuned = Stage("finetune", settings, (leaf,), leaf.setup)
+
     metrics = tuple(prepared.metrics(task)) if prepared else None
     source = prepared and prepared.source(task)
     scores = EvaluateSettings(
@@ -250,6 +257,7 @@ def _benchmark(config: ConfigDict, reference: ConfigDict, leaf: Stage) -> Stage:
         TimedNetwork(_multi_head(reference, seed=0), parent_config(reference)),
         TimedNetwork(_variant(config, heads, seed=0, **how_converted), model),
     ]
+
     options = config.benchmark.to_dict()
     del options["profile"]  # changes no number: part of the setup
     settings = BenchmarkSettings(

@@ -53,20 +53,23 @@ class Stage:
     @cached_property
     def key(self) -> str:
         """A hash of all that determines the result."""
+        # The parents' keys stand for their settings, so a change anywhere above gives another key.
         settings = _without(self.settings_json, SAME_RESULT)
         return content_key([self.kind, settings, [parent.key for parent in self.parents]])
 
     @property
     def course(self) -> Course | None:
-        """How far the stage goes on its way, if it trains and a longer one may go on from it."""
+        """How far the stage trains, and by what way; None if no longer one may go on from it."""
         settings, lineage = self.settings, self._identity(LENGTHS)
         if isinstance(settings, UptrainSettings):
-            # What a pooling learns depends on how long it will be trained.
+            # A learned pooling may follow a schedule over its whole length, as "fuse" does. Then a
+            # step of a short uptraining differs from the same step of a longer one.
             is_learned = settings.variant.method in learned.METHODS
             pace = self.setup.pretrain
             measured = (pace.every, pace.validation_examples)
             return None if is_learned else Course(lineage, settings.variant.alpha, *measured)
         if isinstance(settings, PretrainSettings | FinetuneSettings):
+            # A checkpoint of another program is not trained, whatever its number of steps.
             recipe = settings.recipe
             is_taken = isinstance(settings, PretrainSettings) and settings.initial_checkpoint
             measured = (recipe.every, recipe.validation_examples)
@@ -74,8 +77,13 @@ class Stage:
         return None
 
     def _identity(self, left_out: tuple[str, ...] = ()) -> str:
-        """Return a hash of what determines the parameters; `left_out` are names of own settings."""
-        if self.kind != "finetune":  # which keeps the best of the checkpoints that it validates
+        """Return a hash of what determines the parameters, without the settings `left_out`.
+
+        The settings of the parents are all in it.
+        """
+        # A fine-tuning hands on the best of the checkpoints that it validates, so there the
+        # settings of validation do determine the parameters.
+        if self.kind != "finetune":
             left_out += MEASURED
         settings = _without(self.settings_json, SAME_RESULT + left_out)
         return _hash([self.kind, settings, [parent._identity() for parent in self.parents]])
@@ -105,18 +113,19 @@ class Stage:
 
     @property
     def variant(self) -> Variant:
-        """What result records say of the network."""
+        """The description of the network that result records carry."""
         return self.settings.variant
 
     @property
     def label(self) -> str:
-        """What a person calls the stage, e.g. `uptrain (nano, 8 KV heads, mean, seed 0)`."""
+        """The stage's name for a person, e.g. `uptrain (nano, 8 KV heads, mean, seed 0)`."""
         task = f" {self.task}" if self.kind in ("finetune", "evaluate") else ""
         return f"{self.kind}{task} ({', '.join(self._words())})"
 
     @property
     def title(self) -> str:
         """The label as a folder's name; the stage's TensorBoard events lie in it."""
+        # The key makes the name unique: labels leave out most settings.
         task = [self.task] if self.task and self.kind in ("finetune", "evaluate") else []
         return "-".join([self.kind, *task, *self._words(), self.key]).replace(" ", "_")
 

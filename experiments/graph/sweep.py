@@ -1,4 +1,4 @@
-"""A sweep config -> the configs it is short for.
+"""Expand a sweep config into the configs that it stands for.
 
 Its section `sweep` has grids by name. A grid lists what varies over the base config, and stands for
 every combination; the sweep is all of its grids.
@@ -19,7 +19,7 @@ from gqa.runtime.errors import UserError
 NO_TASKS = "none"  # instead of a list of tasks
 MULTI_HEAD = 0  # stands for as many KV heads as heads, in any size
 
-# The lists of numbers, and some to tell their kind by.
+# The keys that are lists of numbers, each with an example that shows whether fractions are allowed.
 NUMBERS = {"kv_heads": (8, 1), "alphas": (0.05, 0.1), "seeds": (0, 1)}
 
 
@@ -35,6 +35,7 @@ def expand(config: ConfigDict) -> list[ConfigDict]:
 
 
 def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
+    # Check all axes before the first point is made, so that errors name the key of the sweep.
     axes = config.sweep[grid]
     tasks = "" if axes.tasks == NO_TASKS else axes.tasks or config.finetune.tasks
     for key in ("sizes", "methods", "where"):
@@ -45,12 +46,14 @@ def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
             raise UserError(f"sweep.{grid}.where: {where!r}; use any of {', '.join(WHERE)}")
     for key, example in NUMBERS.items():
         _check_numbers(f"sweep.{grid}.{key}", axes[key], example)
+
     for size in split_names(axes.sizes):
         base = _resized(config, size)
         heads = axes.kv_heads or _groups(base.model.num_heads)
         lists = (heads, split_names(axes.where), split_names(axes.methods), axes.alphas, axes.seeds)
         for kv_heads, where, method, alpha, seed in itertools.product(*lists):
             point = _without_sweep(base)
+
             kv_heads = base.model.num_heads if kv_heads == MULTI_HEAD else kv_heads
             for attention in WHERE["both"]:
                 point.convert[f"num_kv_heads_{attention}"] = kv_heads
@@ -63,7 +66,9 @@ def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
 
 def _check_numbers(name: str, values: tuple, example: tuple) -> None:
     kinds = (int, float) if isinstance(example[0], float) else (int,)
+    # `type`, because `isinstance` would take True for an integer.
     good = isinstance(values, tuple) and all(type(value) in kinds for value in values)
+    # Without KV heads a grid has every number that divides the heads; other lists need an element.
     if not good or not (values or name.endswith(".kv_heads")):
         raise UserError(f"{name}={values!r}; use numbers such as {example[0]},{example[1]}")
 
@@ -78,6 +83,8 @@ def _resized(config: ConfigDict, size: str) -> ConfigDict:
     if size == config.size:
         return config
     get_config = importlib.import_module("configs.base").get_config
+
+    # Keys that differ from the default of the old size were set by the user, or by the sweep.
     default, other = get_config(config.size), get_config(size)
     changed = set(flatten(config)) - set(flatten(default))
     keys = dict(flatten(other)).keys()

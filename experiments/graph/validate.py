@@ -58,6 +58,7 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
     Raises:
         UserError: naming the key and what would do.
     """
+    # Each key by itself. Numbers come first, because the checks below compute with them.
     check_numbers(config)
     values = dict(flatten(config))
     for name, choices in CHOICES.items():
@@ -67,14 +68,18 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
     _check_fractions(config)
     _check_profile(config)
     _check_conversion(config)
+
+    # Both networks have to fit the devices, because both are trained and both generate.
     layout = Layout(**config.mesh)
     count, local_count = devices or (jax.device_count(), jax.local_device_count())
     for network in (parent_config(config), converted_config(config)):
         with renamed_fields("mesh."):
             check_layout(network, layout, count, local_count)
+        # A process generates on its own devices alone, unless a network is split over more.
         generate = max(local_count, layout.model)
         with renamed_fields("evaluate."):
             check_rows(config.evaluate.batch_size, network, layout, generate)
+
     for section in ("pretrain", "finetune"):
         _check_batch(section, config[section], layout, count)
     with renamed_fields("evaluate."):
@@ -186,6 +191,8 @@ def _check_tasks(config: ConfigDict) -> None:
                 known = ", ".join(tasks.names())
                 raise UserError(f"{key}: task={name!r} is unknown; choose from {known}")
     text.check(config)
+
+    # Fail now and not at the last stage, hours later.
     split = config.evaluate.split
     for name in tuned:
         splits = getattr(tasks.get(name), "SPLITS", SPLITS)
@@ -197,6 +204,8 @@ def _check_tasks(config: ConfigDict) -> None:
 
 
 def _check_vocabulary(config: ConfigDict) -> None:
+    # A row of the embedding for each id: those of a vocabulary that is given, or the fewest that
+    # training one needs.
     size, least = config.model.vocab_size, tokenizer.SMALLEST
     if config.text.vocabulary:
         least = tokenizer.load(config.text.vocabulary).sentinel(0) + 1
