@@ -1,4 +1,7 @@
-"""The main job, and sweeps of it: check, prepare the text, plan, run or submit, report."""
+"""The main job, and sweeps of it: check, prepare the text, plan, run or submit, report.
+
+`experiments/graph` turns a config into stages, and `experiments/run` runs them; here is the order.
+"""
 
 import os
 from collections.abc import Callable
@@ -34,7 +37,7 @@ class Options(NamedTuple):
 
 def check(config: ConfigDict, options: Options) -> None:
     """Refuse, in one line and before any compute, a config that could not run."""
-    read = set()
+    read = set()  # by their repr, because settings of a text hold dicts and cannot be hashed
     for point in sweep.expand(config):
         checks.check(point, slurm.devices(point) if options.executor == "slurm" else None)
         wanted = repr(text.settings(point))
@@ -63,6 +66,7 @@ def check_options(options: Options) -> None:
 
 def run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) -> None:
     """Run the stages that are not finished: all, or those of one kind and their ancestors."""
+    # A report only reads results. It takes no lock, so that it can be made while stages run.
     if kind == "report":
         results = workdir / worker.RESULTS
         if not os.path.lexists(results):
@@ -80,11 +84,13 @@ def run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) -
 def _run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) -> None:
     stages = _stages(config, workdir, kind, text.prepare)
     if options.executor == "slurm":
+        # Jobs run without this program, so their descriptions are written before.
         for stage in stages:
             worker.describe(stage, workdir)
         command = report_job.command(stages, workdir, config.report.within)
         slurm.submit(stages, workdir, config.slurm.to_dict(), command)
         return
+
     local.run(stages, workdir, options.jobs)
     if kind is None:
         _report(config, workdir, stages)
@@ -98,6 +104,8 @@ def _report(config: ConfigDict, workdir: Path, stages: list[Stage]) -> None:
 
 def _stages(config: ConfigDict, workdir: Path, kind: str | None, prepare: Callable) -> list[Stage]:
     """Return the stages of a config: all, or those of one kind and their ancestors."""
+    # Points that share a text share its preparation. The benchmarks of all points have the first
+    # one's multi-head network as their reference.
     points = sweep.expand(config)
     texts: dict[str, text.Text | None] = {}
     plans: list[list[Stage]] = []
@@ -107,6 +115,7 @@ def _stages(config: ConfigDict, workdir: Path, kind: str | None, prepare: Callab
             texts[repr(wanted)] = prepare(wanted, workdir)
         plans.append(plan(point, texts[repr(wanted)], points[0]))
     stages = merge(plans)
+
     if kind is None:
         return stages
     needed = {a.key for stage in stages if stage.kind == kind for a in ancestors(stage)}
@@ -116,6 +125,7 @@ def _stages(config: ConfigDict, workdir: Path, kind: str | None, prepare: Callab
 
 
 def _prepared(wanted: TextSettings, workdir: Path) -> text.Text | None:
+    # A dry run and a report build nothing. Without the text, keys lack its hash.
     return text.prepare(wanted, workdir) if text.is_prepared(wanted, workdir) else None
 
 
@@ -127,6 +137,8 @@ def score_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> None:
     with lock(workdir / "lock", str(workdir)):
         for task in [tuned_on] if tuned_on else text.split_names(config.finetune.tasks):
             stage = evaluate_checkpoint(config, parent.path, parent.info.variant, task)
+            # The stage's key holds the checkpoint's path but not its contents, so an earlier score
+            # may be that of another checkpoint.
             folder = worker.describe(stage, workdir)
             folder.discard_outcome()
             worker.run(folder)

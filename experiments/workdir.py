@@ -36,6 +36,8 @@ def make_workdir(workdir: Path) -> None:
         # A ConfigError shortens the path, which may be what is wrong with it.
         advice, reason = "use a folder to write to", f"cannot be used: {error.strerror}"
         raise ConfigError("--workdir", str(workdir), advice, reason) from error
+
+    # A folder or file could not be made behind such a link, which a run would notice only later.
     for link in links:
         if not link.exists():
             raise UserError(f"{link}: a link that leads nowhere; delete it")
@@ -49,7 +51,7 @@ def lock(path: Path, guarded: str) -> Iterator[None]:
     run together, the primary holds the lock for all.
 
     Args:
-        guarded: what an error message calls the thing that is locked.
+        guarded: the name of the locked thing in an error message.
 
     Raises:
         UserError: if another process holds the lock, naming the process.
@@ -57,6 +59,8 @@ def lock(path: Path, guarded: str) -> Iterator[None]:
     if not is_primary():
         yield
         return
+
+    # The file says who holds the lock, for the message of a process that finds it locked.
     with _open_locked(path, guarded) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -90,13 +94,18 @@ def _open_locked(path: Path, guarded: str) -> TextIO:
 
 
 def _open_plain(path: Path) -> int:
-    """Open or make a file to read and write, following no link: what is written would harm it."""
+    """Open or make a file to read and write.
+
+    Links are refused, because the lock's text would overwrite the file that a link leads to.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UserError(f"{path}: is a link, which no lock may be; delete it") from error
         raise UserError(f"{path}: {error.strerror}; use a --workdir to write to") from error
+
+    # A hard link is another name of some file, which would be overwritten just as well.
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)

@@ -79,7 +79,7 @@ class Stage:
     def _identity(self, left_out: tuple[str, ...] = ()) -> str:
         """Return a hash of what determines the parameters, without the settings `left_out`.
 
-        The settings of the parents are all in it.
+        `left_out` applies to this stage alone, not to its parents.
         """
         # A fine-tuning hands on the best of the checkpoints that it validates, so there the
         # settings of validation do determine the parameters.

@@ -41,12 +41,15 @@ def run(stages: list[Stage], workdir: Path, jobs: int) -> None:
             todo.append(stage)
         else:
             print(f"{stage.label}: done before, in {folders[stage.key]}")
-            # A kill may have come between the outcome and its publication.
+            # A kill may have come between the outcome and its publication. For a finished stage
+            # this call does no more than publish.
             worker.run(folders[stage.key])
+
     if jobs == 1:
         _one_by_one(todo, stages, workdir, failed)
     else:
         _several(todo, stages, workdir, jobs, failed)
+
     if failed:
         first = next(iter(failed.values()))
         if len(failed) == 1:
@@ -94,18 +97,24 @@ def _several(todo, stages, workdir, jobs, failed) -> None:
             for key in [key for key in waiting if above[key] & failed.keys()]:
                 failed[key] = UserError("it builds on a stage that failed")
                 del waiting[key]
+
+            # Fill the free jobs. What waits changes with each start, so the next stage is looked
+            # for anew.
             while (key := _next(waiting, above, running, jobs)) is not None:
                 left = [*(waiting | _busy(running)).values()]
                 _announce(waiting[key], left, stages, workdir, jobs)
                 chain = _chain(key, waiting, above, _busy(running), jobs)
                 running[key] = _start(chain, workdir, shares.pop())
                 waiting = {k: stage for k, stage in waiting.items() if k not in chain}
+
+            # A process that failed gives back the stages that it had not begun: they wait again.
             for key in [key for key, each in running.items() if each.process.poll() is not None]:
                 ended = running.pop(key)
                 shares.append(ended.cores)
                 waiting = _end(ended, workdir, failed) | waiting
             time.sleep(POLL_SECONDS)
     finally:
+        # All processes are told to end before any is waited for, so that they save at once.
         for each in running.values():
             each.process.terminate()
         for each in running.values():
@@ -126,6 +135,7 @@ def _busy(running: dict[str, Running]) -> dict[str, Stage]:
 
 def _end(ended: Running, workdir: Path, failed: dict[str, Exception]) -> dict[str, Stage]:
     """Return the stages that an ended process has not finished, without the one that failed."""
+    # A worker runs its stages in turn and ends at the first that fails: the first that is left.
     left = {k: s for k, s in ended.stages.items() if s.folder(workdir).read_outcome() is None}
     error = _outcome(ended)
     if error is None and left:
@@ -139,7 +149,10 @@ def _end(ended: Running, workdir: Path, failed: dict[str, Exception]) -> dict[st
 
 
 def _room(stage: Stage, waiting: dict, running: dict, jobs: int) -> bool:
-    """Whether a stage can start now. Timings come last and alone, so that nothing disturbs them."""
+    """Return whether a stage can start now.
+
+    Timings come last and alone, so that nothing disturbs them.
+    """
     if stage.kind == "benchmark":
         return not running and all(other.kind == "benchmark" for other in waiting.values())
     return len(running) < jobs
@@ -158,6 +171,8 @@ def _chain(key: str, waiting: dict, above: dict, busy: dict, jobs: int) -> dict[
     unfinished = waiting.keys() | busy.keys()
     ready = [k for k, s in waiting.items() if s.kind == kind and not above[k] & unfinished]
     ready.sort(key=lambda k: above[k] != above[key])
+
+    # Example: with 10 stages that are ready and 4 jobs, this chain has 3 stages.
     return {k: waiting[k] for k in ready[: min(CHAIN, -(-len(ready) // jobs))]}
 
 
@@ -166,6 +181,7 @@ def _shares(jobs: int) -> list[frozenset[int]]:
 
     The sets are empty where there are fewer cores than jobs, or the system cannot bind a process.
     """
+    # Example: 8 cores and 3 jobs give the cores 0-1, 2-4 and 5-7.
     cores = hardware.cores()
     n = len(cores) if len(cores) >= jobs and hasattr(os, "sched_setaffinity") else 0
     return [frozenset(cores[i * n // jobs : (i + 1) * n // jobs]) for i in range(jobs)]
@@ -175,6 +191,8 @@ def _start(chain: dict[str, Stage], workdir: Path, cores: frozenset[int]) -> Run
     folders = [str(stage.folder(workdir.absolute())) for stage in chain.values()]
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read when the process has ended)
     process = subprocess.Popen([*WORKER, *folders], cwd=ROOT, stderr=errors)
+
+    # A benchmark has all cores, because no other process runs beside it.
     alone = next(iter(chain.values())).kind == "benchmark"
     if cores and not alone:
         os.sched_setaffinity(process.pid, cores)  # before it has any threads
@@ -186,6 +204,9 @@ def _outcome(ended: Running) -> Exception | None:
     with ended.errors as file:
         file.seek(0)
         lines = file.read().splitlines()
+
+    # The worker prints a mistake of the user in one line, which becomes an error here. Other
+    # failures are defects, whose traceback is shown whole.
     code = ended.process.returncode
     said = [line for line in lines if line.startswith("error: ")]
     if code == USER_ERROR and said:
@@ -228,7 +249,7 @@ def _rates(stages: Iterable[Stage], workdir: Path) -> dict[tuple, float]:
 
 
 def _pace(stage: Stage) -> tuple[str, str]:
-    """Return what stages share that take equally long for a unit of work: a kind, and a size."""
+    """Return the kind and size of a stage, by which its time for a unit of work is estimated."""
     kind = stage.kind
     if _takes_checkpoint(stage):
         kind = "take a checkpoint"
@@ -239,6 +260,7 @@ def _pace(stage: Stage) -> tuple[str, str]:
 
 def _work(stage: Stage) -> float:
     """Return the training steps of a stage; 1 for a stage that does not train."""
+    # An uptraining trains a share alpha of the steps of pretraining, its last ancestor.
     if stage.kind == "uptrain":
         pretrain = ancestors(stage)[-1]
         return max(1, round(stage.variant.alpha * _work(pretrain)))
@@ -268,6 +290,7 @@ def describe(stages: list[Stage], workdir: Path) -> str:
         and stage.settings.text is None
         for stage in stages
     )
+
     lines, left = [], []
     for stage in stages:
         folder = stage.folder(workdir)

@@ -36,6 +36,7 @@ def status(run: Callable[[], None]) -> int:
     except (Exception, signals.Interrupted, KeyboardInterrupt) as error:
         failure = describe_failure(error)
         if failure is None:
+            # One of several processes prints the traceback and ends in `_leave`.
             _leave(1, error)
             raise
         code, line = failure
@@ -62,6 +63,8 @@ def _remedy(error: BaseException) -> str:
         return " (--config.train.max_rollbacks=N)"
     else:
         return ""
+
+    # Only launch.py is a command that the user typed. It starts the other programs itself.
     if Path(sys.argv[0]).name != "launch.py":
         return f"; {flag} {effect}"
     return f"; {flag} {effect}: python {shlex.join([*sys.argv, flag])}"

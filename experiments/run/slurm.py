@@ -34,7 +34,9 @@ WORKER = (sys.executable, "-m", "experiments.run.worker")
 # one, and timings are of one node's devices.
 SPREAD = ("pretrain", "uptrain", "finetune", "evaluate")
 REPORT = "gqa-report"  # a job's name begins so; others have that of their first stage's folder
-STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter before the worker could catch it
+# Exit statuses of a worker that SIGTERM stopped; the negative one, if it came before the worker
+# could catch the signal.
+STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 def devices(config: ConfigDict) -> tuple[int, int]:
@@ -89,11 +91,14 @@ def submit(
     check()
     workdir = workdir.absolute()
     queue = _Queue(workdir)
+
+    # A stage that an earlier command has submitted is not submitted again.
     done = {s.key for s in stages if s.folder(workdir).is_finished}
     ids = {s.key: i for s in stages if s.key not in done and (i := queue.find(_name(s)))}
     for stage in stages:
         if stage.key in ids:
             print(f"{ids[stage.key]}  {stage.label}: {queue.state(ids[stage.key])} already")
+
     planned = plan_jobs(stages, done, ids)
     for job in planned:
         folders = [stage.folder(workdir) for stage in job.stages]
@@ -105,6 +110,7 @@ def submit(
         new = queue.submit([folder.name for folder in folders], calls, options)
         ids |= {stage.key: i for stage, i in zip(job.stages, new, strict=True)}
         _say(new, job.stages[0].label, options["dependency"])
+
     # Each set of stages has its own report, and jobs of other commands do not stand for it.
     keys = json.dumps(sorted(stage.key for stage in stages))
     report_name = f"{REPORT}-{hashlib.sha256(keys.encode()).hexdigest()[:8]}"
@@ -112,6 +118,9 @@ def submit(
     if before and not planned:
         print(f"{before}  report: {queue.state(before)} already")
         return
+
+    # The report waits for whole arrays, hence the ids without the tasks' indices. It also waits for
+    # an earlier report of the same stages: only one of them writes at a time.
     after = sorted({i.split("_")[0] for i in (*ids.values(), before) if i})
     options = settings | {"dependency": ":".join(["afterany", *after]) if after else "", "nodes": 1}
     _say(
@@ -142,13 +151,15 @@ def plan_jobs(stages: Sequence, done: set[str], ids: dict[str, str]) -> list[Pla
         ids: for the key of each stage in the queue, its task there: `JOB` or `JOB_INDEX`.
     """
     home: dict[str, tuple] = {}  # the job of each stage that is not done
-    jobs: dict[tuple, list] = {}
+    jobs: dict[tuple, list] = {}  # the stages of each job to be submitted
     for stage in stages:
         if stage.key in done:
             continue
         if stage.key in ids:
             home[stage.key] = ("queued", ids[stage.key].split("_")[0])
             continue
+
+        # Parents in different jobs make different jobs, because one array has one dependency.
         job = (_but_for_seed(stage), *(home.get(parent.key) for parent in stage.parents))
         home[stage.key] = job
         jobs.setdefault(job, []).append(stage)
@@ -175,6 +186,8 @@ def dependency(job: Planned, ids: dict[str, str]) -> str:
 
     A task waits for its counterpart alone where both arrays have the same seeds in the same order.
     """
+    # One round for each kind of parent: an uptraining has a conversion and a pretraining. All tasks
+    # of a job wait for equally many parents, because only such stages share a job.
     terms = []
     for parents in zip(*job.waits, strict=True):
         tasks = [ids[parent.key] for parent in parents]
@@ -212,6 +225,7 @@ class _Queue:
         """Submit `run_task` with each of `calls`, and remember the ids."""
         import submitit
 
+        # A setting of 0 or "" is left to SLURM.
         executor = submitit.SlurmExecutor(self.folder)
         given = {key: value for key, value in options.items() if value}
         if "mem_gb" in given:
@@ -232,6 +246,9 @@ class _Queue:
         except submitit.core.utils.FailedJobError as error:
             said = " ".join(str(error).split())
             raise UserError(f"{said}; change what the config section slurm asks for") from error
+
+        # Remember the ids at once: if this program is stopped now, the next command still knows
+        # which stages are in the queue.
         ids = [job.job_id for job in jobs]
         new = {name: {"id": i, "name": names[0]} for name, i in zip(names, ids, strict=True)}
         self._jobs |= new
@@ -287,16 +304,19 @@ def run_task(command: list[str], checkpoints: Path | None) -> None:
         timed_out.append(True)
         worker.terminate()
 
+    # A USR2 that came meanwhile is delivered now, and `stop` passes it on to the worker.
     signal.signal(signal.SIGUSR2, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
     status = worker.wait()
     if status == 0:
         return
     if status in STOPPED:
+        # Run again, such a stage would reach the same time limit at the same place, for ever.
         if timed_out and not (checkpoints and checkpoints.exists()):
             sys.exit(
                 "error: over the time limit with nothing to go on from; raise slurm.timeout_min"
             )
+
         import submitit
 
         job = submitit.JobEnvironment()

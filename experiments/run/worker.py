@@ -1,4 +1,4 @@
-"""Run one stage, from what the `stage.json` in its folder says.
+"""Run one stage, as the `stage.json` in its folder describes it.
 
     python -m experiments.run.worker runs/stages/KIND-KEY
 
@@ -40,7 +40,7 @@ ALONE = ("convert", "evaluate", "benchmark")
 
 
 def describe(stage: Stage, workdir: Path) -> StageFolder:
-    """Write what `run` needs to know into the stage's folder; return the folder."""
+    """Write the description that `run` needs into the stage's folder; return the folder."""
     folder = stage.folder(workdir)
     description = Description(
         kind=stage.kind,
@@ -80,17 +80,22 @@ def run(folder: StageFolder) -> None:
 
 
 def _run_module(folder: StageFolder, description: Description) -> Outcome:
-    """Return what the stage's module makes of the settings and of its parents' checkpoints.
+    """Return the outcome of the stage's module for the settings and the parents' checkpoints.
 
-    A damaged checkpoint is set aside if the user said so, and the training lost with it done again.
+    If the user asks for it, a damaged checkpoint is set aside, and the training that is lost with
+    it is done again.
     """
     setup, settings = description.setup, description.settings
     module = importlib.import_module(f"experiments.stages.{description.kind}")
     shared = _make_job(
         json.dumps(to_json(setup)), folder.workdir, _is_alone(description.kind, setup)
     )
+
+    # The cached job serves all stages with the same setup; promised texts and title are this one's.
     text_as_promised = shared.text._replace(promised=description.texts)
     job = dataclasses.replace(shared, title=description.title, text=text_as_promised)
+
+    # Each round sets one damaged checkpoint aside, or ends.
     while True:
         try:
             parents = [folder.sibling(name).result() for name in description.parents]
@@ -109,16 +114,18 @@ def _set_aside(damaged: DamagedCheckpoint, folder: StageFolder, setup: Setup) ->
         DamagedCheckpoint: the same again, if the user did not ask for this, or no stage of the
             workdir saved the checkpoint.
     """
+    # The folder of the stage that saved the checkpoint: WORKDIR/stages/KIND-KEY/checkpoints/STEP.
     owners = [path for path in damaged.step.parents if path.parent == folder.path.parent]
     if setup.checkpoint.on_damage != "previous" or not owners:
         raise damaged
+
     owner = StageFolder(owners[0])
     step_folders.set_aside(damaged.step)
     # The outcome was made from the damaged checkpoint, or from one after it.
     owner.discard_outcome()
     print(f"{damaged.step} is damaged and was set aside, with those after it", flush=True)
     if owner != folder:
-        run(owner)
+        run(owner)  # a parent is done again here, this stage in the next round of `_run_module`
 
 
 def _is_alone(kind: str, setup: Setup) -> bool:
