@@ -68,6 +68,8 @@ class Checkpoints:
         try:
             if kind is None:
                 self.wait()
+            # After an error the other processes may not come to the barrier of `wait`, so each
+            # completes its own part of the save alone.
             elif self._pending is not None:
                 self._pending.result()
         finally:
@@ -82,9 +84,12 @@ class Checkpoints:
         if steps and not checksums.is_sealed(steps[-1]):
             checksums.write(steps[-1], None)
         metrics = [(int(step.name), checksums.metrics(step)) for step in steps]
+
+        # The best checkpoint could not be found among metrics that lack the one it is chosen by.
         for step, values in metrics:
             if values is not None and self._best not in values:
                 raise DamagedCheckpoint(self.path(step), f"its metrics have no {self._best}")
+
         return metrics
 
     def wait(self) -> None:
@@ -131,10 +136,14 @@ class Checkpoints:
         """
         self.wait()
         path = self.path(step)
+
         arrays = {name: value for name, value in items.items() if name in ARRAYS}
         text = {name: value for name, value in items.items() if name not in ARRAYS}
-        if distributed.is_several():  # each process may have a copy, but only one writes it
+
+        # Where each process has a copy of an array, only one process writes it.
+        if distributed.is_several():
             arrays = share_copies(arrays)
+
         with signals.deferred(), _reporting_full_disk(path):
             response = ocp.save_checkpointables_async(path, arrays, custom_metadata=text)
             self._pending = self._pool.submit(self._finish, step, response, metrics)
@@ -149,7 +158,10 @@ class Checkpoints:
         """
         self.wait()
         path = self.path(step)
+
+        # A kill leaves this name, which `step_folders.clear` deletes.
         unfinished = path.with_name(f"{step}.tmp")
+
         arrays = {name: value for name, value in items.items() if name in ARRAYS}
         text = {name: value for name, value in items.items() if name not in ARRAYS}
         # Orbax writes its metadata for arrays of one number each; the blocks then replace these.
@@ -163,12 +175,14 @@ class Checkpoints:
                 checksums.write(unfinished, None)
                 unfinished.rename(path)
         distributed.wait_for_all("write")
+
         self._metrics[step] = None
 
     def measure(self, step: int, metrics: dict[str, float]) -> None:
         """Give metrics to a step that was saved without."""
         self.wait()
         path = self.path(step)
+
         with _reporting_full_disk(path):
             if distributed.is_primary():
                 checksums.amend(path, metrics)
@@ -204,6 +218,7 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Delete every checkpoint but the last results, the best, and the one to resume from."""
+        # The last step of all is the one to resume from, with or without metrics.
         keep = {*sorted(self._results())[-self._keep_last :], self._find_best(), max(self._metrics)}
         self._delete([step for step in self._metrics if step not in keep])
 
@@ -247,6 +262,7 @@ def _load(step: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
     Training resumes from these, because its divergence check knows how to go back.
     """
+    # The arrays that are wanted have a tree of shapes; the JSON items have None.
     arrays = {name: tree for name, tree in abstract.items() if tree is not None}
     _by_primary(lambda: checksums.verify(step, arrays))
 
@@ -254,6 +270,7 @@ def _load(step: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     names = [name for name in abstract if name not in arrays]
     text = {name: orbax_metadata.json_item(step, metadata, name) for name in names}
 
+    # Formats, names and shapes are small to read. They are checked before any number is.
     for name, tree in arrays.items():
         _by_primary(functools.partial(orbax_metadata.check, step, metadata, name))
         with _reading(step):
@@ -262,7 +279,7 @@ def _load(step: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     nbytes = sum(map(local_bytes, jax.tree.leaves(arrays)))
     hardware.check_memory(nbytes, f"checkpoint {step}")
 
-    # Nothing was decoded so far. What is in the files could still be far larger than the shapes.
+    # Nothing has been decompressed so far. The files could still hold far more than the shapes say.
     for name, tree in arrays.items():
         most = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         with _reading(step):
@@ -275,8 +292,9 @@ def _load(step: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 def _reading(step: Path) -> Iterator[None]:
     """Raise a CheckpointError for any error of Orbax or TensorStore while they read.
 
-    The seal has shown that the files are as they were saved, so they were saved by something else.
-    Orbax logs warnings of the same errors before it raises them; these are left out.
+    The seal has shown that the files are as they were saved. If they cannot be read nevertheless,
+    another program saved them. Orbax logs a warning of each such error before it raises the error;
+    these warnings are silenced.
     """
     logger = logging.getLogger("absl")
     level = logger.level
@@ -307,7 +325,7 @@ def _check_finite(step: Path, items: dict[str, Any]) -> None:
 
 
 def _by_primary(read: Callable[[], Any]) -> Any:
-    """Do as `distributed.by_primary`; a DamagedCheckpoint is raised in all processes too."""
+    """Call `distributed.by_primary`, but raise a DamagedCheckpoint as such in all processes."""
 
     def tell() -> dict:
         try:
@@ -315,6 +333,8 @@ def _by_primary(read: Callable[[], Any]) -> Any:
         except DamagedCheckpoint as damaged:
             return {"step": str(damaged.step), "fault": damaged.fault}
 
+    # As an exception it would be a plain UserError in the other processes, and callers that repair
+    # damage would not catch it.
     told = distributed.by_primary(tell)
     if "fault" in told:
         raise DamagedCheckpoint(Path(told["step"]), told["fault"])
@@ -333,6 +353,7 @@ def _check_shapes(step: Path, item: str, expected: Any) -> None:
         if metadata is None:
             raise ValueError(f"the arrays of {item} are not those of its metadata")
         have, want = _described(metadata), _described(expected)
+
     lines = [f"- {n} {have[n]}" for n in have if want.get(n) != have[n]]
     lines += [f"+ {n} {want[n]}" for n in want if have.get(n) != want[n]]
     if lines:
@@ -347,7 +368,7 @@ def _check_shapes(step: Path, item: str, expected: Any) -> None:
 def _described(tree: Any) -> dict[str, str]:
     """Return the shape of every array in a tree by its path; with the dtype, unless it is floating.
 
-    Orbax would convert whole numbers to floating ones unsaid.
+    Orbax would silently convert whole numbers to floating ones, so their dtypes must agree.
     """
     texts = {}
     for name, x in _leaves(tree).items():

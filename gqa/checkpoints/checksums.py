@@ -58,6 +58,7 @@ def verify(step: Path, items: Iterable[str]) -> None:
             different.
     """
     sealed, present = _read(step)["files"], _files(step)
+
     for name in sorted(sealed.keys() | present.keys()):
         if name not in present:
             raise DamagedCheckpoint(step, f"{name} is missing")
@@ -69,6 +70,7 @@ def verify(step: Path, items: Iterable[str]) -> None:
             )
 
     # Hashing takes most of the time, so items that are not asked for are left out.
+    # "params/d/1234" belongs to the item "params", and a file beside the items to "".
     wanted = ("", *items)
     names = [name for name in sealed if name.rpartition("/")[0].split("/")[0] in wanted]
     for name, digest in zip(names, _digests(step, names), strict=True):
@@ -86,6 +88,7 @@ def _files(step: Path) -> dict[str, int]:
             # A link could lead out of the folder, and reading a pipe might never end.
             if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
                 raise DamagedCheckpoint(step, f"{relative} is neither a file nor a folder")
+
             if name in OF_FILE_MANAGERS or name.startswith("._"):
                 continue
             if stat.S_ISREG(state.st_mode) and relative != NAME:
@@ -106,6 +109,7 @@ def _digests(step: Path, names: Iterable[str]) -> list[list]:
         except UserError as error:
             raise DamagedCheckpoint(step, str(error)) from error
 
+    # Threads help, because reading and hashing release Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(digest, names))
 
@@ -116,6 +120,7 @@ def _read(step: Path) -> dict:
         raise DamagedCheckpoint(step, f"{NAME} is missing")
     try:
         seal = regular_files.read_json(path)
+        # The seal could be damaged itself. Its own checksum is of everything but that checksum.
         digest = seal.pop("sha256", None)
         intact = digest == _digest(seal) and _has_files(seal) and _has_metrics(seal)
     except (UserError, RecursionError):
@@ -128,6 +133,7 @@ def _read(step: Path) -> dict:
 def _has_files(seal: dict) -> bool:
     """Return whether a seal has a size and a checksum for each of its files."""
     files = seal.get("files")
+    # The exact types, because true and false are numbers to `isinstance`.
     return isinstance(files, dict) and all(
         isinstance(entry, list) and [type(part) for part in entry] == [int, str]
         for entry in files.values()
@@ -144,9 +150,10 @@ def _has_metrics(seal: dict) -> bool:
 
 def _put(step: Path, files: dict[str, list], metrics: dict[str, float] | None) -> None:
     seal = {"metrics": metrics, "files": files}
-    # The temporary file lies beside the folder: a kill must leave no file in the folder that is
-    # not in the seal.
     content = json.dumps(seal | {"sha256": _digest(seal)}, indent=1)
+
+    # The temporary file lies beside the folder, because a kill must not leave a file in the folder
+    # that is not in the seal.
     atomic_files.write(step / NAME, content, step.parent)
 
 

@@ -15,7 +15,7 @@ from gqa.runtime.errors import CheckpointError
 JSON = "_CHECKPOINT_METADATA"
 # The file in an item's folder that describes its tree of arrays.
 TREE = "_METADATA"
-# Orbax's name of what reads an item of arrays.
+# Orbax's name of the class that reads an item of arrays.
 HANDLER = re.compile(r"orbax\.checkpoint\.[\w.]*\.PyTree\w*Handler")
 
 
@@ -58,6 +58,9 @@ def check(step: Path, metadata: dict[str, Any], item: str) -> None:
     tree = regular_files.read_json(step / item / TREE)
     handlers = metadata.get("item_handlers")
     handler = handlers.get(item) if isinstance(handlers, dict) else None
+
+    # All four must hold: the reader that Orbax will choose, a database, its formats, and a tree of
+    # keys and types.
     is_ours = isinstance(handler, str) and HANDLER.fullmatch(handler)
     has_database = (step / item / "manifest.ocdbt").is_file()
     formats = [tree.get(key) is True for key in ("use_ocdbt", "use_zarr3")]
@@ -70,9 +73,11 @@ def check(step: Path, metadata: dict[str, Any], item: str) -> None:
 
 def _is_tree(tree: dict[str, Any]) -> bool:
     """Return whether every array has the fields that Orbax needs: a path of keys, and a type."""
+    # The fields may have any type, so whatever an access raises means that this is no tree.
     try:
         return all(
             all(
+                # Orbax's numbers: 1 is an index of a list, 2 is a key of a dict.
                 isinstance(key["key"], str) and key["key_type"] in (1, 2)
                 for key in entry["key_metadata"]
             )

@@ -47,6 +47,7 @@ class Source(NamedTuple):
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a network's parameters by name."""
+    # The shapes of parameters do not depend on the batch, so the smallest one does.
     batch = {name: jnp.zeros((1, 1), jnp.int32) for name in ("inputs", "targets")}
     tree = jax.eval_shape(Transformer(config).init, jax.random.key(0), batch)["params"]
     return {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
@@ -70,6 +71,7 @@ def collect(source: Source) -> dict:
     params = {}
     nbytes = 4 * sum(math.prod(shape) for shape in source.shapes.values())
     hardware.check_memory(nbytes, "a network of these parameters")
+
     for name, shape in source.shapes.items():
         array = np.empty(shape, np.float32)
         for index, block in source.blocks(name):
@@ -85,10 +87,12 @@ def placeholders(source: Source) -> dict:
 
 def write(source: Source, name: str, folder: Path) -> None:
     """Write one parameter into the folder of Orbax's `params`, each block as one chunk."""
-    # The path is given as it is: in a URL, "%20" or "#" would mean something else.
+    # Orbax keeps "decoder/norm/scale" as "decoder.norm.scale" in its database. The path is given as
+    # it is: in a URL, "%20" or "#" would mean something else.
     files = {"driver": "file", "path": f"{folder}/"}
     store = {"driver": "ocdbt", "base": files, "path": name.replace("/", ".") + "/"}
     chunks = {"name": "regular", "configuration": {"chunk_shape": source.chunks[name]}}
+
     spec = {
         "driver": "zarr3",
         "kvstore": store,
@@ -101,6 +105,7 @@ def write(source: Source, name: str, folder: Path) -> None:
         # Otherwise a chunk of zeros would not be stored, and Orbax would take it for lost.
         "store_data_equal_to_fill_value": True,
     }
+
     array = tensorstore.open(spec, create=True, delete_existing=True).result()
     for index, block in source.blocks(name):
         array[index].write(block).result()

@@ -43,8 +43,10 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     check_path(path)
     path = path.absolute()
+
     if (path / "params").is_dir():
         return path
+
     steps = finished(path)
     if not steps:
         raise CheckpointError(
@@ -55,6 +57,7 @@ def find(path: str | Path) -> Path:
 
 def finished(folder: Path) -> list[Path]:
     """Return the finished checkpoints in a folder, in the order of their steps."""
+    # `isdecimal` alone would accept the digits of every script.
     steps = [
         p
         for p in folder.glob("*")
@@ -73,6 +76,9 @@ def set_aside(step: Path) -> None:
     if not distributed.is_primary():
         return
     later = [path for path in finished(step.parent) if int(path.name) > int(step.name)]
+
+    # From the last one down, and the damaged one at the end: after a kill in between, the damaged
+    # step is found again and the rest set aside.
     for path in reversed(later):
         path.rename(_unused(path, "later"))
     step.rename(_unused(step, "damaged"))

@@ -1,4 +1,4 @@
-"""Bounds on stored arrays: what TensorStore would decode is measured before TensorStore decodes it.
+"""Measure stored arrays before TensorStore decodes them, so that a file cannot take all memory.
 
 TensorStore decompresses a chunk, or a node of an OCDBT database, as a whole and compares its size
 afterwards. A file of 200 KB can so take gigabytes of memory. This file decompresses the same bytes
@@ -109,6 +109,8 @@ def _is_large_node(file: BinaryIO, start: int, length: int) -> bool:
     method_end = _varint_end(content, version_end)
     if not _is_one(content[version_end:method_end]):  # 0 is no compression
         return False
+
+    # The last 4 bytes are the checksum.
     try:
         return _total(_zstd(content[method_end:-4]), MAX_NODE_BYTES) > MAX_NODE_BYTES
     except OSError:  # other data that happen to look like a node, or a damaged one
@@ -173,6 +175,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
     store = tensorstore.KvStore.open(spec).result()
     ending = f"/{HEADERS['zarr3']}"
     keys = [key.decode("utf-8", "replace") for key in store.list().result()]
+
     headers = {}
     for name in (key.removesuffix(ending) for key in keys if key.endswith(ending)):
         headers[name] = read_header(store, name, "zarr3")
@@ -209,6 +212,7 @@ def _zarr_header(fields: dict) -> Header:
     """Return the header of zarr 2."""
     if fields.get("filters"):
         raise ValueError("filters")
+
     dtype = np.dtype(fields["dtype"])
     compressor = _known(fields["compressor"]["id"]) if fields["compressor"] else None
     shape, chunk = _sizes(fields["shape"]), _sizes(fields["chunks"])
@@ -223,6 +227,7 @@ def _zarr3_header(fields: dict) -> Header:
     keys = fields["chunk_key_encoding"]
     if keys["name"] != "default" or keys.get("configuration", {}).get("separator", "/") != "/":
         raise ValueError("chunk_key_encoding")
+
     dtype = np.dtype(fields["data_type"])
     value = chunk = _sizes(fields["chunk_grid"]["configuration"]["chunk_shape"])
     codecs = fields["codecs"]
@@ -234,6 +239,8 @@ def _zarr3_header(fields: dict) -> Header:
             raise ValueError("sharding_indexed with other codecs")
         if [codec["name"] for codec in settings["index_codecs"]] != ["bytes", "crc32c"]:
             raise ValueError("index_codecs")
+
+        # From here on `value` is the shape of a shard, and `chunk` that of a chunk in it.
         chunk, codecs = _sizes(settings["chunk_shape"]), settings["codecs"]
 
     names = [codec["name"] for codec in codecs]
@@ -251,6 +258,7 @@ def _zarr3_header(fields: dict) -> Header:
 
 
 def _values(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
+    # Rounded up for each axis: 10 rows in chunks of 4 are 3 chunks, of which the last is not full.
     return math.prod(-(-size // step) for size, step in zip(shape, chunk, strict=True))
 
 
@@ -268,7 +276,8 @@ def _known(compressor: str | None) -> str | None:
 
 def _chunk_fault(store: tensorstore.KvStore, key: bytes, header: Header) -> str | None:
     """Return what is wrong with a stored value, if anything."""
-    # An index has 16 bytes for each chunk of a shard, and a chunk one byte or more.
+    # The index of a shard has 16 bytes for each chunk. A chunk has one byte or more, so the index
+    # has at most 16 times the bytes of the shard.
     most = (17 if header.is_sharded else 1) * header.value_bytes + ENCODING_SLACK
     value = store.read(key).result().value
     chunk = key.decode("utf-8", "replace").rpartition("/")[2]
@@ -295,6 +304,9 @@ def _inner(value: bytes, header: Header) -> Iterator[bytes]:
     end = len(value) - 4 - 16 * count
     if end < 0:
         raise ValueError("no index")
+
+    # Each entry of the index is an offset and a size; both have all bits set for a chunk that was
+    # never written.
     for start, size in np.frombuffer(value[end:-4], "<u8").reshape(-1, 2).tolist():
         if start == size == 2**64 - 1:
             raise ValueError("a part of it is missing")
@@ -321,6 +333,7 @@ def _zstd(content: bytes) -> Iterator[int]:
 def _zlib(content: bytes) -> Iterator[int]:
     """Yield the sizes of pieces of what gzip or zlib decompress."""
     while content:
+        # A gzip file may consist of several streams in a row.
         decoder = zlib.decompressobj(wbits=47)  # either format
         while content and not decoder.eof:
             yield len(decoder.decompress(content, PIECE))
@@ -345,8 +358,8 @@ DECOMPRESSORS: dict[str | None, Callable[[bytes], Iterator[int]]] = {
 def _nodes(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
     """Yield offset and length of everything that may be an object of OCDBT, its magic left out.
 
-    Objects may lie anywhere in a file, so all places with the magic bytes are taken; in other data
-    one appears every few gigabytes, and is no zstd there.
+    Objects may lie anywhere in a file, so every place with the magic bytes is taken. Other data
+    have these bytes by chance every few gigabytes, and the bytes behind them are not zstd.
     """
     offset = 0
     while offset < size:
@@ -359,10 +372,12 @@ def _nodes(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
             start = offset + match.end() + 8
             if 16 <= length <= size - offset - match.start():
                 yield start, length - 12
+        # The last bytes are searched again, because magic and length may lie across two pieces.
         offset += len(piece) - 15
 
 
 def _varint_end(content: bytes, start: int) -> int:
+    # The highest bit of a byte says that another byte follows.
     end = start
     while end < len(content) and content[end] & 0x80:
         end += 1
@@ -370,4 +385,5 @@ def _varint_end(content: bytes, start: int) -> int:
 
 
 def _is_one(varint: bytes) -> bool:
+    # A number may be written with more bytes than it needs, so 0x81 0x00 is 1 as well.
     return bool(varint) and varint[0] & 0x7F == 1 and not any(x & 0x7F for x in varint[1:])

@@ -62,6 +62,7 @@ def convert(
         raise ConfigError("method", method, f"use one of {', '.join(METHODS)}")
     source, target = Path(source), Path(target)
     safetensors_files.refuse_address(target)
+
     old = Tensors(source)
     config = regular_files.read_json(source / "config.json")
     sizes = read_sizes(config, num_kv_heads, method, source / "config.json")
@@ -69,6 +70,9 @@ def convert(
         layers = attention_tensors(old, sizes)
     settings = {"num_key_value_heads": num_kv_heads, "method": method}
     record = target_folder.find_record(old, target, settings)
+
+    # Reading all weights takes minutes. A run that continues can rely on the first one's check,
+    # because the record says that the files have not changed.
     if record is None:
         side_files.check(source)
         check_finite(old)
@@ -102,13 +106,18 @@ def _write_weights(
     new_data = functools.partial(_new_data, old, latest_layer, sizes, record["errors"])
     files: dict[str, str] = {}
     total_bytes = 0
+
     for file in dict.fromkeys(old[name].file for name in old):
         names = [name for name in old if old[name].file == file]
         headers = {name: _new_header(old, name, sizes) for name in names}
         files |= dict.fromkeys(names, file)
         total_bytes += sum(nbytes for _, _, nbytes in headers.values())
+
         if target_folder.is_finished(target / file, record):
             continue
+
+        # The record is written after each file, so that an interrupted run repeats one file at
+        # most.
         record["done"][file] = safetensors_files.write(target / file, headers, new_data)
         target_folder.write_record(target, record)
         report(f"{target / file}: {len(names)} tensors")
@@ -120,6 +129,8 @@ def _new_header(old: Tensors, name: str, sizes: Sizes) -> tuple[str, tuple[int, 
     tensor, projection = old[name], find_projection(name)
     if projection is None or projection[1][0] not in "kv":
         return tensor.dtype, tensor.shape, tensor.nbytes
+
+    # Of the projections only keys and values change their shapes.
     shape = tensor_shape(projection[1], sizes, sizes.new_kv_heads)
     return tensor.dtype, shape, tensor.nbytes // sizes.kv_heads * sizes.new_kv_heads
 
@@ -135,6 +146,8 @@ def _new_data(
     projection = find_projection(name)
     if projection is None or sizes.new_kv_heads == sizes.kv_heads:
         return old.pieces(name)
+
+    # The layer is text, because the record is JSON, whose keys are texts.
     layer, _ = projection
     new, errors[str(layer)] = convert_layer(layer)
     return [new[name]] if name in new else old.pieces(name)
@@ -151,7 +164,7 @@ def _convert_layer(
     arrays = {part: old.read(parts[part]) for part in parts if part[0] in letters}
     heads = {letter: _to_heads(arrays, letter, sizes.head_dim) for letter in letters}
 
-    # Pool the groups.
+    # Pool the groups. The heads of a group are neighbours: from 8 heads to 2, heads 0-3 become head 0.
     by_group = (sizes.new_kv_heads, sizes.kv_heads // sizes.new_kv_heads, -1, sizes.head_dim)
     groups = {letter: heads[letter].reshape(by_group) for letter in "kv"}
     errors = {letter: _pooling_errors(groups[letter]) for letter in "kv"}
@@ -184,6 +197,7 @@ def _pool_by_svd(
         queries, outputs: [N, inputs, H].
     """
     K, H = sizes.new_kv_heads, sizes.head_dim
+    # [new KV head, old KV head of its group, query head that reads it, inputs, H].
     by_head = (K, sizes.kv_heads // K, sizes.heads // sizes.kv_heads, -1, H)
     pooled_keys = [
         rope.keys(*group, sizes.rotary)
@@ -224,6 +238,8 @@ def _from_heads(heads: np.ndarray, part: str, width: int) -> np.ndarray:
     """Return the axes of a tensor in their order from the heads of `_to_heads`."""
     if part == "o.weight":
         return heads.transpose(1, 0, 2)
+
+    # The bias is the input that `_to_heads` put behind the others.
     return heads[:, -1] if part.endswith("bias") else heads[:, :width].transpose(0, 2, 1)
 
 
@@ -241,14 +257,18 @@ def _describe_errors(errors: dict[str, LayerErrors], method: str, sizes: Sizes) 
     methods = list(dict.fromkeys((method, "mean")))
     rows = {f"layer {i}": errors[str(i)] for i in range(sizes.layers) if str(i) in errors}
     lines = [f"{sizes.kv_heads} -> {sizes.new_kv_heads} KV heads, {method}"]
-    if not rows:  # the number of KV heads stayed, so no layer was converted
+
+    # Where the number of KV heads stays, no layer is converted.
+    if not rows:
         return lines[0]
+
     lines.append("squared weight error by squared norm:")
     rows["all"] = {
         letter: {key: sum(row[letter][key] for row in rows.values()) for key in ("norm", *methods)}
         for letter in "kv"
     }
     for label, row in rows.items():
+        # A layer of zeros has an error of 0, not a division by zero.
         shares = [
             f"{side} {name} {row[letter][name] / max(row[letter]['norm'], 1e-300):.4f}"
             for letter, side in (("k", "keys"), ("v", "values"))

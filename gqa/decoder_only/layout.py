@@ -1,9 +1,9 @@
-"""Check what a decoder-only Hugging Face folder holds: sizes in config.json, attention tensors.
+"""Check the sizes in config.json and the attention tensors of a decoder-only Hugging Face folder.
 
 Everything is checked here before convert.py writes anything. side_files.py chooses the files that
-are copied. The attention is Llama's, which
-Mistral, Qwen2 and Phi share: q_proj, k_proj, v_proj and o_proj (or dense) under self_attn, weights
-[outputs, inputs] with flattened heads. Neighbouring query heads share a KV head.
+are copied. The attention is that of Llama, which Mistral, Qwen2 and Phi share: q_proj, k_proj,
+v_proj and o_proj (or dense) under self_attn, with weights [outputs, inputs] whose heads are
+flattened. Neighbouring query heads share a KV head.
 """
 
 import re
@@ -63,17 +63,22 @@ def read_sizes(config: dict, num_kv_heads: int, method: str, path: Path) -> Size
     for key in ("is_encoder_decoder", "quantization_config"):
         if config.get(key):
             raise UserError(f"{path}: {key} is set; use a decoder-only model in floating point")
+
     heads = _size(config, "num_attention_heads", path)
     kv_heads = _size(config, "num_key_value_heads", path, heads)
     check_kv_heads("num_key_value_heads", kv_heads, heads)
     check_kv_heads("num_kv_heads", num_kv_heads, kv_heads, "num_key_value_heads")
     width = _size(config, "hidden_size", path)
     head_dim = _size(config, "head_dim", path, width // heads)
+
+    # Where RoPE pairs coordinates in another way, svd would mix coordinates of different pairs. The
+    # new network would be wrong without any error.
     if method == "svd" and config.get("model_type") not in ROPE:
         raise UserError(
             f"{path}: svd knows how RoPE pairs coordinates in {', '.join(ROPE)}, not in "
             f"model_type={config.get('model_type')!r}; use mean or first"
         )
+
     layers = _size(config, "num_hidden_layers", path)
     rotary = _rotary(config, head_dim, path) if method == "svd" else head_dim
     return Sizes(heads, kv_heads, num_kv_heads, head_dim, rotary, width, layers)
@@ -92,8 +97,11 @@ def _rotary(config: dict, head_dim: int, path: Path) -> int:
     fail on it, and other programs obey it; so a share is refused there.
     """
     partial = config.get("model_type") == "phi"
+
+    # Where the file says nothing, Phi's class rotates half of each head.
     shares = set(_rotary_shares(config, path)) or {0.5 if partial else 1.0}
     share = min(shares)
+
     if len(shares) > 1:
         raise UserError(
             f"{path}: partial_rotary_factor has the values {sorted(shares)}; remove the wrong one"
@@ -103,6 +111,7 @@ def _rotary(config: dict, head_dim: int, path: Path) -> int:
             f"{path}: partial_rotary_factor={share!r} is ignored by Transformers' "
             f"{config.get('model_type')}; remove it, or use mean or first"
         )
+
     rotary = int(head_dim * share)
     if not 0 < rotary <= head_dim or rotary % 2:
         raise UserError(
@@ -130,6 +139,8 @@ def _rotary_shares(config: dict, path: Path) -> list[float]:
         share = settings.get("partial_rotary_factor")
         if share is None:
             continue
+
+        # To Python, true and false are numbers.
         number = isinstance(share, int | float) and not isinstance(share, bool)
         if not number or not 0 < share <= 1:
             raise UserError(
@@ -160,12 +171,15 @@ def attention_tensors(tensors: Tensors, sizes: Sizes) -> list[Parts]:
     Raises:
         UserError: naming a tensor that is missing, not understood, or of another shape or dtype.
     """
+    # A wrong number of layers in config.json must not take memory: a network has fewer layers than
+    # tensors.
     layers: list[Parts] = [{} for _ in range(min(sizes.layers, len(tensors)))]
     for name in tensors:
         projection = find_projection(name)
         if projection is None:
             _check_is_no_attention(name)
             continue
+
         layer, part = projection
         if layer >= len(layers) or part in layers[layer]:
             raise UserError(f"tensor {name} is one too many")

@@ -34,7 +34,10 @@ def rotate(x: np.ndarray, rotation: Rotation) -> np.ndarray:
     """Rotate each of the G heads x [G, ..., H] by its own rotation."""
     half = rotation.phases.shape[1]
     phases = rotation.phases.reshape(len(x), *(1,) * (x.ndim - 2), half)
+
+    # A rotation of the pair (i, i + R/2) is the product of one complex number with another.
     pairs = (x[..., :half] + 1j * x[..., half : 2 * half]) * phases
+
     shape = (len(x), math.prod(x.shape[1:-1]), x.shape[-1] - 2 * half)
     rest = x[..., 2 * half :].reshape(shape) @ rotation.rest
     return np.concatenate([pairs.real, pairs.imag, rest.reshape(*x.shape[:-1], shape[-1])], -1)
@@ -62,11 +65,13 @@ def align(heads: np.ndarray, rotary: int) -> Rotation:
     ends = [_iterated(gram, start) for start in starts]
     fits = [_fit(gram, phases) for phases in ends]
     best = np.where((fits[0] >= fits[1])[:, None], *ends)
+
+    # Only differences of phases count, so turn all of a pair back by the phase of the first head.
     return Rotation((best / best[:, :1]).T, rotations)
 
 
 def _iterated(gram: np.ndarray, phases: np.ndarray) -> np.ndarray:
-    """Align each head with the sum of all until nothing moves; no step lowers the fit."""
+    """Align each head with the sum of all heads until no phase moves; no step lowers the fit."""
     for _ in range(closed_form.ROUNDS):
         last, phases = phases, _phases(np.einsum("pGK,pK->pG", gram, phases))
         if np.abs(phases - last).max(initial=0.0) <= closed_form.TOLERANCE:

@@ -1,8 +1,8 @@
 """Choose the files beside the weights that a converted folder takes over.
 
 Files that are known to say nothing about heads are copied: tokenizers, chat templates, generation
-settings, licences, model code. Every other file may hold the weights or the number of heads of
-before, in another format, so it is left out and named.
+settings, licences, model code. Every other file may hold the old weights or the old number of
+heads in another format, so it is left out and named.
 """
 
 import fnmatch

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes: its record, and what an interrupted run has left there.
+"""The folder that a conversion writes: its record, and the files of an interrupted run.
 
 The record says which source and settings the folder belongs to, and which files are finished. It
 holds the sizes and times of the source's files, so that a run never continues with weights that
@@ -42,6 +42,8 @@ def find_record(old: Tensors, target: Path, settings: dict[str, Any]) -> Record 
     fresh = _fresh(old, settings)
     if any(earlier.get(key) != fresh[key] for key in ("source", *settings)):
         raise UserError(f"{target} holds something else; name a new or empty folder")
+
+    # The folder belongs to this conversion, so continue from the files that are done.
     noted = {key: earlier.get(key) for key in ("done", "errors")}
     return fresh | {key: value for key, value in noted.items() if isinstance(value, dict)}
 
@@ -66,6 +68,8 @@ def opened(target: Path) -> Iterator[None]:
         UserError: if another process writes to the folder.
     """
     target.mkdir(parents=True, exist_ok=True)
+
+    # The lock is on the folder itself: a file for it would be left over. A kill releases it.
     descriptor = os.open(target, os.O_RDONLY)
     try:
         try:

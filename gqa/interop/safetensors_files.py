@@ -151,6 +151,7 @@ class Tensors:
                     f"{self.folder / name}: an adapter changes the model; merge the adapter into "
                     "the weights (merge_and_unload of peft), or remove its files"
                 )
+
         single = self.folder / SINGLE
         self.path = single if single.exists() else self.folder / INDEX
         if not self.path.exists():
@@ -161,10 +162,13 @@ class Tensors:
             self.files = [SINGLE]
             self._tensors = _header(single)
             return
+
         names_of = self._index()
         self.files = [INDEX, *names_of]
         for file, names in names_of.items():
             in_file = _header(self.folder / file)
+            # Index and files must name the same tensors: a missing tensor cannot be read, and one
+            # that the index leaves out would silently be ignored.
             for name in sorted(names ^ in_file.keys()):
                 lacks = f"tensor {name} of {INDEX} is not there"
                 raise CheckpointError(
@@ -181,6 +185,7 @@ class Tensors:
         if not isinstance(places, dict) or not places:
             raise CheckpointError(f"{self.path}: weight_map names no tensor; save the model again")
         for name, file in places.items():
+            # A path such as "../weights" would lead out of the folder.
             if not isinstance(file, str) or Path(file).name != file:
                 raise CheckpointError(f"{self.path}: {file!r:.100} is not the name of a file")
             files.setdefault(file, set()).add(name)
@@ -216,11 +221,14 @@ class Tensors:
         dtype, (rows, *rest) = np.dtype(FLOATS[tensor.dtype]), tensor.shape
         count = rows - first if count is None else count
         row = math.prod(rest) * dtype.itemsize
+
         with regular_files.open_regular(self.folder / tensor.file) as file:
             file.seek(tensor.start + first * row)
             data = np.fromfile(file, np.uint8, count * row)
+
         if data.size != count * row:
             raise CheckpointError(f"{self.folder / tensor.file}: ends inside tensor {name}")
+
         array = data.view(dtype).reshape(count, *rest)
         pieces.check_finite(array, f"{self.folder / tensor.file}: tensor {name}")
         return array
@@ -286,12 +294,15 @@ def _header(path: Path) -> dict[str, Tensor]:
     except (OSError, ValueError, SafetensorError) as error:
         text = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: {text}; copy the file again") from error
+
     with regular_files.open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_INDEX_BYTES:
             raise CheckpointError(f"{path}: its header has more than {MAX_INDEX_BYTES:,} bytes")
         header = json.loads(file.read(length))
+
     header.pop("__metadata__", None)
+
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]

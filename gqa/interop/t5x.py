@@ -23,7 +23,7 @@ from gqa.model.config import GATED_GELU, RELU, Config
 from gqa.runtime import hardware
 from gqa.runtime.errors import CheckpointError
 
-# Our names of parameters, and T5X's names of arrays. This table holds within a layer.
+# Our names of parameters, and T5X's names of arrays. First the parameters within a layer.
 ATTENTION = {"query": "query", "key": "key", "value": "value", "out": "out"}
 MLP = {"mlp_norm/scale": "pre_mlp_layer_norm.scale"} | {
     f"mlp/{name}": f"mlp.{name}.kernel" for name in ("wi_0", "wi_1", "wo")
@@ -86,6 +86,7 @@ class _Arrays:
             self._headers[name] = stored_arrays.read_header(
                 self._store, f"{PREFIX}{name}", self.drivers[name]
             )
+
         header = self._headers[name]
         if header.dtype not in FLOATS:
             raise CheckpointError(
@@ -106,6 +107,7 @@ class _Arrays:
         hardware.check_memory(4 * math.prod(self.shape(name)), where)
         with naming(self._folder):
             stored_arrays.check_chunks(self._store, f"{PREFIX}{name}", self._headers[name])
+
         spec = {"driver": self.drivers[name], "kvstore": self._spec | {"path": self._path(name)}}
         try:
             # Otherwise TensorStore would give zeros for a file that was not copied.
@@ -113,6 +115,8 @@ class _Arrays:
             values = array.read().result()
         except ValueError as error:
             raise CheckpointError(f"{where} cannot be read; copy it again. {error}") from error
+
+        # A number of 64 bits may be infinite in float32, which the check below reports.
         with np.errstate(over="ignore"):
             values = values.astype(np.float32, copy=False)
         pieces.check_finite(values, where)
@@ -122,10 +126,10 @@ class _Arrays:
         return f"{self._spec.get('path', '')}{PREFIX}{name}/"
 
     def files(self, names: Iterable[str]) -> tuple[Path, ...]:
-        """Return the files of some arrays; a database has its arrays in files of all.
+        """Return the files that hold these arrays; a database mixes all arrays in its files.
 
         Raises:
-            CheckpointError: naming a file that is none, or a link that leaves the folder.
+            CheckpointError: naming a path that is no regular file, or a link out of the folder.
         """
         folders = [self._folder / f"{PREFIX}{name}" for name in names]
         if self._spec["driver"] == "ocdbt":
@@ -133,7 +137,9 @@ class _Arrays:
         files = [path for folder in folders for path in sorted(folder.rglob("*"))]
         if self._spec["driver"] == "ocdbt":
             files.append(self._folder / "manifest.ocdbt")
+
         files = [path for path in files if not path.is_dir() and path.name != ".DS_Store"]
+
         inside = self._folder.resolve()
         for path in files:
             # TensorStore would wait for a pipe for ever.
@@ -159,6 +165,9 @@ def open_folder(folder: str | os.PathLike) -> Source:
         files = arrays.files(arrays.drivers)
         stacks = {stack: _stack(arrays, stack) for stack in LAYERS}
         config = _config(arrays, stacks)
+
+        # Every array must fit its parameter, and no array may be left over: it would belong to
+        # another network than the one read.
         shapes = pieces.shapes(config)
         arrays_of = {name: _theirs(name, stacks, config) for name in shapes}
         for name, group in arrays_of.items():
@@ -197,7 +206,10 @@ def _list(folder: Path) -> _Arrays:
         except ValueError as error:
             raise CheckpointError(f"its database cannot be read; copy it again. {error}") from error
     else:
+        # The files that describe an array have a "z" in their names: .zarray, .zattrs, zarr.json.
+        # The chunks, which may be many, do not.
         keys = [path.relative_to(folder).as_posix() for path in folder.glob(f"{PREFIX}*/*z*")]
+
     drivers = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
     driver_of = {
         key.removeprefix(PREFIX).removesuffix(end): driver
@@ -230,7 +242,9 @@ def _stack(arrays: _Arrays, stack: str) -> _Stack:
     }
     if indices:
         prefix, scanned, layers = f"{stack}.layers_{{}}.", False, max(indices) + 1
-        # A network is not made of as many layers as one name says.
+
+        # Every index up to the largest must occur. Otherwise one array "layers_999999999" alone
+        # would give a network of a billion layers.
         missing = next((i for i in range(len(indices)) if i not in indices), None)
         if missing is not None:
             raise CheckpointError(f"array {PREFIX}{stack}.layers_{missing}... is missing")
@@ -238,7 +252,9 @@ def _stack(arrays: _Arrays, stack: str) -> _Stack:
         prefix, scanned = f"{stack}.layers.", True
         if not any(name.startswith(prefix) for name in arrays.drivers):
             prefix = f"{stack}.{stack}."
+        # The scale of a scanned norm is [D, L].
         layers = arrays.shape(f"{prefix}pre_mlp_layer_norm.scale", 2)[-1]
+
     places = [f"{place}{bias}" for place in (f"{stack}.", prefix) for bias in BIASES]
     # If there is no bias, the first place is the one that the error names as missing.
     bias = next((place for place in places if place.format(0) in arrays.drivers), places[0])
@@ -248,15 +264,22 @@ def _stack(arrays: _Arrays, stack: str) -> _Stack:
 def _config(arrays: _Arrays, stacks: dict[str, _Stack]) -> Config:
     vocab_size, d_model = arrays.shape(OUTSIDE_LAYERS["embedding"], 2)
     decoder, encoder = stacks["decoder"], stacks["encoder"]
+
+    # A position bias is [N, buckets]; [N, L, buckets] if scanned layers have one each.
     heads, *_, buckets = arrays.shape(decoder.bias.format(0), 2, 3)
+
     gated = f"{decoder.prefix}mlp.wi_0.kernel".format(0) in arrays.drivers
     wide = "mlp.wi_0.kernel" if gated else "mlp.wi.kernel"
 
     def size(stack: _Stack, name: str) -> int:
         """Return the number of outputs of a kernel of one layer."""
+        # All numbers divided by the inputs and layers. That holds whether heads are flattened or
+        # not, and wherever the axis of layers is.
         numbers = math.prod(arrays.shape(f"{stack.prefix}{name}".format(0)))
         return numbers // (d_model * (stack.layers if stack.scanned else 1))
 
+    # A query kernel that is too small gives a head of 0, which Config refuses. `max` keeps the
+    # divisions before it from failing.
     head_dim = size(decoder, "self_attention.query.kernel") // heads
     return Config(
         vocab_size,
@@ -280,6 +303,7 @@ def _theirs(name: str, stacks: dict[str, _Stack], config: Config) -> list[str]:
     if name in OUTSIDE_LAYERS:
         return [OUTSIDE_LAYERS[name]]
     stack, _, rest = name.partition("/")
+
     where = stacks[stack]
     pattern = where.bias
     if rest != TABLE:
@@ -287,6 +311,8 @@ def _theirs(name: str, stacks: dict[str, _Stack], config: Config) -> list[str]:
         pattern = where.prefix + theirs.replace(
             "wi_0", "wi" if config.activation == RELU else "wi_0"
         )
+
+    # A name without {} is the same for all layers: scanned layers, or a bias that they share.
     return list(dict.fromkeys(pattern.format(i) for i in range(where.layers)))
 
 
@@ -328,6 +354,8 @@ def _table(arrays: _Arrays, group: list[str]) -> np.ndarray:
     for name in group:
         if math.prod(arrays.shape(name, 2, 3)) > MAX_TABLE:
             raise CheckpointError(f"array {PREFIX}{name} has shape {arrays.shape(name)}, too large")
+
+    # Each array as [N, 1 or layers, buckets], so that all copies of the bias lie along axis 1.
     stored = [arrays.read(name) for name in group]
     tables = np.concatenate([x.reshape(len(x), -1, x.shape[-1]) for x in stored], 1)
     if not np.array_equal(tables, np.broadcast_to(tables[:, :1], tables.shape)):
@@ -348,6 +376,7 @@ def _blocks(
     if name.endswith(TABLE):
         yield (slice(None),), _table(arrays, group)
         return
+
     for i, theirs in enumerate(group):
         array = arrays.read(theirs)
         if "/layers/" not in name:
@@ -355,5 +384,6 @@ def _blocks(
         elif re.search(r"\.layers_\d+\.", theirs):
             yield (i,), array.reshape(shape[1:])
         else:
+            # Scanned: one array holds all layers along axis 1.
             for layer in range(shape[0]):
                 yield (layer,), array[:, layer].reshape(shape[1:])

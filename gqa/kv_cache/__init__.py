@@ -63,6 +63,7 @@ def step(net: Inference, batch_size: int, inputs_length: int, targets_length: in
         inputs_length, targets_length: positions of the encoder and of the decoder.
     """
     inputs = jax.ShapeDtypeStruct((batch_size, inputs_length), jnp.int32)
+
     weights = weight_shapes(net)
     memory = jax.eval_shape(net.prefill, weights, inputs)
 
@@ -101,6 +102,8 @@ def _read_by_step(net: Inference, weights: dict) -> list:
         {name: x for name, x in layer.items() if name not in prefill_only}
         for layer in weights["decoder"]["layers"]
     ]
+
+    # Tied logits use the embedding a second time, as the matrix of the last product.
     logits = weights["embedding" if net.config.tied_logits else "logits"]
     return [layers, weights["decoder"]["norm"], logits]
 

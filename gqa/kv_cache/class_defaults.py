@@ -1,7 +1,7 @@
 """The fields that decide about a KV cache, by family, with the defaults of Transformers' classes.
 
-`model_types.py` puts them together for each type. A tuple here names fields that look as if they
-decided about the cache and do not.
+`model_types.py` puts the fields of each type together. A dict here holds fields that decide about
+the cache; a tuple names fields that look as if they decided about the cache and do not.
 """
 
 from typing import Any
@@ -51,16 +51,19 @@ def window(size: int | None, **more: Any) -> dict[str, Any]:
     return {"sliding_window": size} | more
 
 
+# The field that lists the kind of each layer.
 LISTED = {"layer_types": None}
+# Qwen's window: off unless switched on, and then only in the layers that `max_window_layers` says.
 SWITCHED = {"use_sliding_window": False, "max_window_layers": 28}
+# DeepSeek's multi-head latent attention.
 LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-# Our own fields of grouped heads, which Transformers' T5 does not know.
+# Numbers of KV heads that this project writes into config.json, and Transformers' T5 does not know.
 GROUPED = dict.fromkeys(
     ("num_key_value_heads", "cross_num_key_value_heads", "encoder_num_key_value_heads")
 )
 
 # Fields that do not decide about the cache of a type that has them, whatever their names suggest.
-# First those of encoders, and what Transformers calls the sizes of BART's encoder.
+# First the fields of encoders. In BART's config "num_hidden_layers" is the encoder's, too.
 ENCODER = ("encoder_layers", "encoder_attention_heads", "num_hidden_layers", "num_attention_heads")
 # The sizes of layers that keep a state.
 MAMBA = (
@@ -73,12 +76,14 @@ MAMBA = (
     *("mamba_inner_layernorms", "use_mamba_kernels", "layers_block_type"),
     *("expert_layer_period", "expert_layer_offset", "mamba_dt_min", "mamba_dt_max"),
 )
+# Linear attention (Qwen3-Next, OLMo hybrid).
 LINEAR = (
     *("linear_a_log_min", "linear_a_log_max", "linear_allow_neg_eigval", "linear_dt_init_floor"),
     *("linear_dt_min", "linear_dt_max", "linear_use_gate"),
     *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
     *("linear_num_key_heads", "linear_num_value_heads"),
 )
+# Short convolutions and feed-forward networks of LFM2.
 LFM2 = (
     *("block_dim", "block_ff_dim", "block_mlp_init_scale", "block_out_init_scale"),
     *("block_use_swiglu", "block_use_xavier_init", "block_multiple_of", "block_ffn_dim_multiplier"),

@@ -1,6 +1,6 @@
 """The command `python -m gqa kv-cache`: a table of KV cache bytes by number of KV heads.
 
-`gqa.kv_cache.presets` knows the decoders; `gqa/__main__.py` chooses among the commands.
+`gqa.kv_cache.presets` finds the decoder; `gqa/__main__.py` chooses among the commands.
 """
 
 import argparse
@@ -33,19 +33,22 @@ def describe(
     numbers = [k for k in range(decoder.heads, 0, -1) if decoder.heads % k == 0]
     decoders = {} if decoder.kv_heads else {"as is*": decoder}
     if decoder.expanded is None:
-        own = decoder.kv_heads
-        decoders |= {f"{k}{'*' if k == own else ''}": decoder.with_kv_heads(k) for k in numbers}
+        marked = decoder.kv_heads
+        decoders |= {f"{k}{'*' if k == marked else ''}": decoder.with_kv_heads(k) for k in numbers}
     else:
+        # The latent serves all heads, so a number of KV heads would mean nothing.
         decoders = {"latent*": decoder}
     sizes = {name: each.cache_bytes(length, inputs, itemsize) for name, each in decoders.items()}
     multi_head = _multi_head(decoder).cache_bytes(length, inputs, itemsize)
 
-    # Vectors mean something only where all layers keep vectors of one size and equally many.
+    # The column of vectors for each layer has a meaning only if all layers keep vectors of one size
+    # and the same number of them.
     layer = decoder.attentions[0]
     uniform = len(set(decoder.self_attention)) == 1 and len(set(decoder.attentions)) == 1
     uniform = uniform and decoder.expanded is None
     rows = [["KV heads", *(["vectors / layer"] if uniform else []), "a sequence", "the batch"]]
     rows[0] += ["to MHA", *([f"sequences in {memory:g} GiB"] if memory else [])]
+
     for name, size in sizes.items():
         vectors = size // (len(decoder.self_attention) * layer.key_dim * itemsize)
         row = [name, *([f"{vectors:,}"] if uniform else []), _text(size), _text(batch * size)]
@@ -73,6 +76,7 @@ def _sizes(decoder: Decoder) -> str:
     size = f" of {keys.pop()}" if len(keys) == 1 and decoder.expanded is None else ""
     text = f"{decoder.layers} layers, {decoder.heads} heads{size}"
     cached = len(decoder.self_attention)
+    # Hybrid models have layers without a cache; LongCat has two attentions in each layer.
     return text if cached == decoder.layers else f"{text}, {cached} attentions with a cache"
 
 
@@ -81,6 +85,8 @@ def _extent(decoder: Decoder, length: int, inputs: int) -> str:
     text = f"{length} positions"
     if decoder.cross_attention:
         text += f" after {decoder.encoder_length or inputs} of input"
+
+    # The number of layers for each window; 0 stands for no window.
     windows: dict[int, int] = {}
     for layer in decoder.self_attention:
         windows[layer.window] = windows.get(layer.window, 0) + 1
@@ -94,8 +100,8 @@ def _extent(decoder: Decoder, length: int, inputs: int) -> str:
 def _answer(decoder: Decoder, sizes: dict[str, int], multi_head: int, memory: float | None) -> str:
     """Return the last line: how much the cache saves against multi-head attention.
 
-    The cache compared is the model's. For a multi-head model it is that with the largest possible
-    number of KV heads up to 8.
+    It compares the cache of the model. For a multi-head model it compares the cache that the model
+    would have with the largest possible number of KV heads up to 8.
     """
     kv_heads = decoder.kv_heads
     if decoder.expanded is not None:
@@ -103,6 +109,8 @@ def _answer(decoder: Decoder, sizes: dict[str, int], multi_head: int, memory: fl
     elif not kv_heads:
         size, subject = sizes["as is*"], "as it is"
     else:
+        # For a multi-head model its own cache saves nothing, so show a typical conversion: 32 heads
+        # to 8 KV heads, 12 heads to 6.
         if kv_heads == decoder.heads:
             kv_heads = max(k for k in range(1, min(8, kv_heads) + 1) if decoder.heads % k == 0)
         size = sizes.get(f"{kv_heads}*") or sizes[f"{kv_heads}"]
@@ -117,6 +125,7 @@ def _answer(decoder: Decoder, sizes: dict[str, int], multi_head: int, memory: fl
 
 def _ratio(larger: int, smaller: int) -> str:
     """Return how many times one number of bytes contains another."""
+    # Write whole factors as "8" and not as "8.0".
     exact = larger % smaller == 0
     return f"{larger // smaller}" if exact else f"{larger / smaller:.1f}"
 
@@ -156,6 +165,8 @@ def run(options: argparse.Namespace) -> None:
     check_choice("--dtype", options.dtype, DTYPES)
 
     decoder = presets.find(options.model)
+
+    # Refuse a length that would change nothing. The length that the model has anyway is accepted.
     fixed = decoder.encoder_length
     if options.inputs_length is not None and (not decoder.cross_attention or fixed):
         reason = f"but the encoder has {fixed} positions" if fixed else "but there is no encoder"

@@ -1,7 +1,8 @@
-"""Read from a config.json what a decoder caches, or say which of its fields is not understood.
+"""Read the sizes of a KV cache from a config.json, or name the field that is not understood.
 
-A wrong size of a cache is worse than none. Only the types of `model_types.py` are read, and a field
-that may decide about layers, windows, heads or sharing must be one that its type is known to have.
+A wrong size is worse than no size. Therefore only the types of `model_types.py` are read, and a
+field whose name speaks of layers, windows, heads or sharing is refused unless it is known for the
+type, or harmless in every type.
 """
 
 import re
@@ -65,9 +66,12 @@ def to_decoder(config: dict[str, Any]) -> Decoder:
         nested = config.get(name)
         if not isinstance(nested, dict):
             raise UserError(f"{name} is missing; use the whole config.json of {model_type}")
-        # The decoder's own object alone counts: a size that it leaves out is not the outer one.
+
+        # Only the decoder's own object counts. A size that it leaves out is the default of the
+        # decoder's class, not the size of that name in the outer object.
         with safetensors_files.naming(name):
             return _of_type(nested.get("model_type") or default, nested)
+
     return _of_type(model_type, config)
 
 
@@ -78,6 +82,8 @@ def _of_type(model_type: Any, config: dict[str, Any]) -> Decoder:
             f"model_type={model_type!r} is none of which the KV cache is known; use one of "
             f"{', '.join((*MODEL_TYPES, *NESTED))}"
         )
+
+    # A field that is null or false switches nothing on, so it needs no understanding.
     kind = MODEL_TYPES[model_type]
     fields = Fields(config, kind.defaults)
     known = {*kind.defaults, *kind.harmless, *fields.aliases}
@@ -91,6 +97,9 @@ def _of_type(model_type: Any, config: dict[str, Any]) -> Decoder:
                 f"remove it if it does not change the cache of a {model_type}",
                 "may decide about the cache and is not understood",
             )
+
+    # A config can turn a decoder into one with cross-attention, or the other way round. The reader
+    # of the type knows only one of the two.
     decoder = kind.read(fields)
     for name in ("is_encoder_decoder", "add_cross_attention"):
         crossed = bool(decoder.cross_attention) if name == "is_encoder_decoder" else False

@@ -1,7 +1,7 @@
 """The sizes that decide how large a decoder's KV cache is, and the bytes that follow from them.
 
-`model_types.py` and `config_json.py` read the sizes from a config.json, `presets.py` has those of
-well-known models, `command.py` prints tables of them.
+`model_types.py` and `config_json.py` read the sizes from a config.json, `presets.py` has the sizes
+of well-known models, `command.py` prints the tables.
 """
 
 from collections.abc import Iterable
@@ -32,13 +32,13 @@ class Decoder(NamedTuple):
     """The attentions of a decoder that keep keys and values.
 
     Attributes:
-        layers: all layers, with those that have no cache.
+        layers: the number of layers, including layers without a cache.
         heads: query heads.
         self_attention: an entry for each layer whose self-attention has a cache.
         cross_attention: an entry for each layer that caches an encoder's output.
         encoder_length: positions of the encoder, where the model fixes them; 0 if the user chooses.
-        expanded: what a layer with latent attention would keep if it kept the keys and values of
-            all heads; None for every other attention.
+        expanded: for latent attention, the keys and values of all heads, which a layer would keep
+            if it did not keep the latent instead; None for every other attention.
         note: a sentence on memory that the table does not count.
     """
 
@@ -80,7 +80,10 @@ class Decoder(NamedTuple):
             inputs: positions of the encoder, if there is one.
             itemsize: bytes of a number.
         """
+        # Whisper's encoder, for example, always has 1500 positions, whatever the user says.
         inputs = self.encoder_length or inputs
+
         numbers = sum(layer.numbers(length) for layer in self.self_attention)
         numbers += sum(layer.numbers(inputs) for layer in self.cross_attention)
+
         return numbers * itemsize

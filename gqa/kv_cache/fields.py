@@ -27,7 +27,7 @@ ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class Fields:
-    """The values of a config.json by name.
+    """The values of a config.json by name, completed by the defaults of its type.
 
     Args:
         config: the object in the file.
@@ -40,7 +40,12 @@ class Fields:
 
     def __init__(self, config: dict[str, Any], defaults: dict[str, Any]):
         self.aliases: set[str] = set()
+
+        # Fields that the type does not have are left out; `config_json.py` decides about these.
         self._values = defaults | {key: config[key] for key in defaults if key in config}
+
+        # A file may call a size by another model's name for it: GPT-2's class has n_layer and also
+        # takes num_hidden_layers.
         for names in (LAYERS, HEADS, WIDTH):
             name = next((name for name in names if name in defaults), None)
             if name is not None:
@@ -131,12 +136,15 @@ class Fields:
         value = self._values.get(name)
         if value is None:
             return None
+
+        # "attention" is what some hybrid models call full attention (Granite, Nemotron-H).
         known = (*ATTENTION_LAYERS, *STATE_LAYERS, *EMPTY_LAYERS, "attention")
         if not isinstance(value, list) or not value:
             raise ConfigError(name, value, "use a list with the kind of each layer")
         for kind in value:
             if kind not in known:
                 raise ConfigError(name, kind, f"use kinds out of {', '.join(known)}")
+
         if self["num_hidden_layers"] is not None and len(value) != self.layers:
             raise UserError(f"{name} has {len(value)} entries for {self.layers} layers")
         return ["full_attention" if kind == "attention" else kind for kind in value]

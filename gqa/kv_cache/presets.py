@@ -1,6 +1,6 @@
 """The decoders of well-known models by name.
 
-`config_json.py` reads those of any other model; `command.py` makes a table of either.
+`config_json.py` reads the decoder of any other model; `command.py` makes the table.
 """
 
 from pathlib import Path
@@ -45,13 +45,17 @@ def find(name: str) -> Decoder:
         if preset.lower() == name.lower():
             return decoder
 
+    # Not a preset, so the name is a path. `lstat` shows whether something is there at all; only
+    # then do the errors of config.json make sense.
     path = Path(name)
     try:
         path = path / "config.json" if path.is_dir() else path
         path.lstat()
     except (OSError, ValueError) as error:
+        # A name with a slash may be that of a model on a Hub, or an address. `check_folder` says
+        # what to do about these. No path has a zero byte.
         if "/" in name and "\0" not in name:
-            safetensors_files.check_folder(path)  # which knows names of a Hub, and addresses
+            safetensors_files.check_folder(path)
         raise UserError(
             f"{name!r} is no config.json ({getattr(error, 'strerror', None) or error}); use the "
             f"path of one, or one of {', '.join(PRESETS)}"

@@ -1,4 +1,4 @@
-"""How each family of models says which layers cache what: functions from fields to a `Decoder`.
+"""Turn the fields of a config.json into a `Decoder`, as each family of models needs it.
 
 A pattern returns the kind of each layer. A reader makes a `Decoder` of a pattern and the sizes.
 `model_types.py` gives every model type its reader.
@@ -26,17 +26,17 @@ Reader = Callable[[Fields], Decoder]
 
 
 def all_full(fields: Fields) -> list[str]:
-    """Every layer keeps every position."""
+    """Return full attention for every layer."""
     return [FULL] * fields.layers
 
 
 def all_sliding(fields: Fields) -> list[str]:
-    """Every layer has the window, if there is one."""
+    """Return the window for every layer, if there is one."""
     return [SLIDING if fields.window() else FULL] * fields.layers
 
 
 def listed_or(pattern: Pattern) -> Pattern:
-    """`layer_types` where the file has it, else another pattern."""
+    """Return a pattern: `layer_types` where the file has it, else what another pattern says."""
 
     def kinds(fields: Fields) -> list[str]:
         return fields.layer_types() or pattern(fields)
@@ -45,7 +45,9 @@ def listed_or(pattern: Pattern) -> Pattern:
 
 
 def every(number: int, kind: str = SLIDING, name: str = "", first: bool = False) -> Pattern:
-    """Full attention in one layer of `number`, `kind` in the others.
+    """Return a pattern: full attention in one layer of `number`, `kind` in the others.
+
+    For example, every(4) is three layers with a window, one full, three with a window, one full ...
 
     Args:
         name: the field that replaces `number`, if the type has one.
@@ -61,23 +63,28 @@ def every(number: int, kind: str = SLIDING, name: str = "", first: bool = False)
 
 
 def after_max_window_layers(fields: Fields) -> list[str]:
-    """The window in the layers from `max_window_layers` on (Qwen2, Qwen3, dots1)."""
+    """Return the window for the layers from `max_window_layers` on (Qwen2, Qwen3, dots1)."""
     if not fields.window():
         return [FULL] * fields.layers
+
     first = check_whole_number("max_window_layers", fields["max_window_layers"], least=0)
     return [SLIDING if i >= first else FULL for i in range(fields.layers)]
 
 
 def even_below_max_window_layers(fields: Fields) -> list[str]:
-    """The window in every other layer before `max_window_layers` (Qwen2-MoE)."""
+    """Return the window for every other layer before `max_window_layers` (Qwen2-MoE)."""
     if not fields.window():
         return [FULL] * fields.layers
+
     last = check_whole_number("max_window_layers", fields["max_window_layers"], least=0)
     return [SLIDING if i % 2 == 0 and i < last else FULL for i in range(fields.layers)]
 
 
 def by_rope(kind_with_rope: str, kind_without: str) -> Pattern:
-    """One kind for layers with rotary embeddings, another for those without (SmolLM3, Llama 4)."""
+    """Return a pattern: one kind of layer with rotary embeddings, one without (SmolLM3, Llama 4).
+
+    Without a list in the file, every `no_rope_layer_interval`-th layer has no rotary embeddings.
+    """
 
     def kinds(fields: Fields) -> list[str]:
         interval = fields.size("no_rope_layer_interval")
@@ -93,25 +100,25 @@ def by_rope(kind_with_rope: str, kind_without: str) -> Pattern:
 
 
 def smollm3(fields: Fields) -> list[str]:
-    """A window in the layers without rotary embeddings, if it is switched on."""
+    """Return the window, if switched on, for the layers without rotary embeddings."""
     return by_rope(FULL, SLIDING if fields.window() else FULL)(fields)
 
 
 def exaone4(fields: Fields) -> list[str]:
-    """A window in three layers of four, if there is one."""
+    """Return the window, if there is one, for three layers of four."""
     if not fields.window():
         return [FULL] * fields.layers
     return every(4, name="sliding_window_pattern")(fields)
 
 
 def olmo_hybrid(fields: Fields) -> list[str]:
-    """Attention in the last layer of four; in the last of all if there are fewer."""
+    """Return attention for the last layer of four; for the last of all if there are fewer."""
     kinds = every(4, STATE)(fields)
     return kinds if FULL in kinds else [*kinds[:-1], FULL]
 
 
 def listed(fields: Fields) -> list[str]:
-    """The kinds in the file, without which the model does not say where its attention is."""
+    """Return the kinds that the file lists, because no default says where the attention is."""
     kinds = fields.layer_types() or fields.layer_types("layers_block_type")
     if kinds is None:
         raise ConfigError("layer_types", None, "use a list with the kind of each layer")
@@ -119,14 +126,14 @@ def listed(fields: Fields) -> list[str]:
 
 
 def jamba(fields: Fields) -> list[str]:
-    """Attention in one layer of each period, a state in the others."""
+    """Return attention for one layer of each period, a state for the others."""
     period = fields.size("attn_layer_period")
     offset = check_whole_number("attn_layer_offset", fields["attn_layer_offset"], least=0)
     return [FULL if i % period == offset else STATE for i in range(fields.layers)]
 
 
 def attention_at(name: str) -> Pattern:
-    """Attention in the layers that the field `name` lists, without it in all."""
+    """Return a pattern: attention in the layers that `name` lists, or in all without the field."""
 
     def kinds(fields: Fields) -> list[str]:
         layers = range(fields.layers) if fields[name] is None else fields.indices(name)
@@ -136,7 +143,7 @@ def attention_at(name: str) -> Pattern:
 
 
 def nemotron_h(fields: Fields) -> list[str]:
-    """A letter for each layer: * attention, M Mamba, E experts, - MLP."""
+    """Read a letter for each layer: * attention, M Mamba, E experts, - MLP."""
     letters = {"*": FULL, "M": STATE, "E": "moe", "-": "mlp"}
     value = fields["hybrid_override_pattern"]
     listed = fields.layer_types("layers_block_type") or fields.layer_types()
@@ -146,6 +153,7 @@ def nemotron_h(fields: Fields) -> list[str]:
         raise ConfigError(
             "hybrid_override_pattern", value, f"use letters out of {''.join(letters)}"
         )
+
     if fields.size_or(len(value), "num_hidden_layers") != len(value):
         reason = f"but there are {fields.layers} layers"
         raise ConfigError("hybrid_override_pattern", value, "use a letter for each", reason)
@@ -177,6 +185,8 @@ def causal(
         kinds = pattern(fields)
         check_kinds(kinds, (FULL, SLIDING, CHUNKED, *others))
         layers = len(kinds)
+
+        # The last layers read the cache of earlier ones and have none themselves (Gemma 3n).
         if shared:
             reusing = check_whole_number(shared, fields[shared], least=0, most=layers - 1)
             kinds = kinds[: layers - reusing]
@@ -199,6 +209,7 @@ def _decoder(fields: Fields, kinds: list[str], layers: int, layer: CachedLayer) 
     for kind in kinds:
         if kind in windows:
             cached.append(layer._replace(window=fields.window(windows[kind])))
+            # A list with such a layer contradicts a file that has no window.
             if not cached[-1].window:
                 raise ConfigError(
                     windows[kind], fields[windows[kind]], "use its size", f"but {kind} is listed"
@@ -222,6 +233,7 @@ def falcon_h1(fields: Fields) -> Decoder:
 def t5gemma_decoder(fields: Fields) -> Decoder:
     """Read T5Gemma's decoder: Gemma 2 with cross-attention of the same heads in every layer."""
     decoder = causal(every(2))(fields)
+    # Cross-attention reads the whole input in every layer, also where self-attention has a window.
     cross = tuple(layer._replace(window=0) for layer in decoder.self_attention)
     return decoder._replace(cross_attention=cross)
 
@@ -238,9 +250,11 @@ def falcon(fields: Fields) -> Decoder:
     size = fields.shared_width(fields.heads)
     new = fields.flag("new_decoder_architecture", otherwise=False)
     kv_heads = fields.size_or(fields.heads, "num_kv_heads")
+    # The new architecture ignores `multi_query` and has a number of KV heads of its own.
     if not new and fields.flag("multi_query", otherwise=False):
         kv_heads = 1
     check_kv_heads("num_kv_heads", kv_heads, fields.heads)
+
     decoder = _decoder(fields, all_full(fields), fields.layers, CachedLayer(kv_heads, size, size))
     note = "Transformers repeats the KV heads of Falcon's newer models, so it takes what MHA takes"
     return decoder._replace(note=note if new and kv_heads < fields.heads else "")
@@ -270,6 +284,7 @@ def gemma4(fields: Fields) -> Decoder:
     """Read Gemma 4: full layers have other heads than sliding ones, and later layers share."""
     kinds = every(6)(fields)
     check_kinds(kinds, (FULL, SLIDING))
+    # The last layer is full, whatever the pattern gives: with 8 layers, layers 6 and 8 are full.
     kinds[-1] = FULL
     reusing = check_whole_number(
         "num_kv_shared_layers", fields["num_kv_shared_layers"], least=0, most=len(kinds) - 1
@@ -296,6 +311,7 @@ def _gemma4_heads(fields: Fields, i: int, full: bool) -> tuple[int, int]:
             kv_heads = fields.size_or(kv_heads, "num_global_key_value_heads")
         return kv_heads, fields.size("global_head_dim") if full else size
 
+    # Any other field in the object of a layer could change the cache, too.
     layer = overrides.get(str(i), {}) if isinstance(overrides, dict) else None
     if not isinstance(layer, dict) or layer.keys() - {"head_dim", "num_key_value_heads"}:
         raise ConfigError(
@@ -318,6 +334,8 @@ def latent(attentions_each: int = 1) -> Reader:
 
     def read(fields: Fields) -> Decoder:
         rope, expanded = fields.size("qk_rope_head_dim"), _expanded(fields)
+        # As one KV head whose "key" is the latent and whose "value" is the rotated key: the bytes
+        # depend on the sum of the two alone.
         layer = CachedLayer(1, fields.size("kv_lora_rank"), rope)
         decoder = _decoder(fields, [FULL] * (fields.layers * attentions_each), fields.layers, layer)
         return decoder._replace(expanded=expanded)
@@ -345,6 +363,7 @@ def encoder_decoder(fields: Fields) -> Decoder:
     layers, heads = fields.size("decoder_layers"), fields.size("decoder_attention_heads")
     size = fields.shared_width(heads)
     attentions = (CachedLayer(heads, size, size),) * layers
+    # Only Whisper's type has this field: its encoder always sees 30 seconds of audio.
     length = fields.size("max_source_positions") if "max_source_positions" in fields else 0
     return Decoder(layers, heads, attentions, attentions, length)
 
@@ -356,6 +375,7 @@ def t5(fields: Fields) -> Decoder:
 
     def attentions(name: str) -> tuple[CachedLayer, ...]:
         value = fields[name]
+        # One number holds for all layers; null stands for multi-head attention.
         numbers = value if isinstance(value, list) else [value] * layers
         if len(numbers) != layers:
             raise ConfigError(name, value, f"use one number for each of the {layers} layers")

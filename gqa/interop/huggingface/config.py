@@ -50,6 +50,7 @@ def to_config(hf_config: dict) -> Config:
     """
     if not isinstance(hf_config, dict):
         raise CheckpointError("not a JSON object with a model's settings")
+
     kind = hf_config.get("model_type")
     if kind == "umt5":
         raise CheckpointError(
@@ -58,22 +59,29 @@ def to_config(hf_config: dict) -> Config:
         )
     if not isinstance(kind, str) or kind not in DEFAULTS:
         raise CheckpointError(f"model_type={kind!r} is not supported; use t5 or mt5")
+
     for key, ours in FIXED.items():
         if hf_config.get(key, ours) not in (ours, None):
             raise CheckpointError(f"{key}={hf_config[key]!r} is not supported; use {ours}")
+
     activation = hf_config.get("feed_forward_proj", DEFAULTS[kind])
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         supported = ", ".join(ACTIVATIONS)
         raise CheckpointError(
             f"feed_forward_proj={activation!r} is not supported; use one of {supported}"
         )
+
     # Any, because a type checker does not match the keys of ** with the types of the fields.
     sizes: dict[str, Any] = {ours: _size(hf_config, key) for ours, key in SIZES.items()}
     if hf_config.get("num_decoder_layers") is not None:
         sizes["num_decoder_layers"] = _size(hf_config, "num_decoder_layers")
+
     # Transformers 5 writes tie_word_embeddings=true for every T5 and this key for the scale.
     tied = _flag(hf_config, "tie_word_embeddings", True)
+    # mT5 ties its logits without scaling them. Our tied logits are always scaled, so for mT5 our
+    # network has a logit kernel of its own, which repeats the embedding.
     scaled = _flag(hf_config, "scale_decoder_outputs", tied) and kind == "t5"
+
     return Config(
         **sizes,
         **_kv_heads(hf_config, sizes["num_heads"]),
@@ -129,6 +137,8 @@ def from_config(config: Config) -> dict:
         "relative_attention_max_distance": config.max_distance,
         "dropout_rate": config.dropout_rate,
     }
+
+    # A multi-head network is an ordinary T5, so its file has no key that Transformers' T5 lacks.
     heads = {theirs: getattr(config, ours) for ours, theirs in KV_HEADS.items()}
     grouped = set(heads.values()) != {config.num_heads}
     return hf_config | (heads if grouped else {})

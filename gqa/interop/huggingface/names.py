@@ -60,8 +60,14 @@ def theirs(name: str, shape: tuple[int, ...], config: Config) -> list[str]:
     stack, _, rest = name.partition("/layers/")
     if not rest:
         return [f"{OUTSIDE_LAYERS[name]}.weight"]
+
+    # Decoder layers that differ in KV heads are in groups, named by their first layer:
+    # ".../layers/4/mlp/wo" holds layer 4 and those after it. Without groups the first layer is 0.
     run, _, of_run = rest.partition("/")
     first, rest = (int(run), of_run) if run.isdecimal() else (0, rest)
+
+    # An MLP with ReLU has one input matrix. Transformers calls it "wi", and a gated MLP's two
+    # "wi_0" and "wi_1".
     tensor = LAYERS[stack][rest]
     if config.activation == RELU:
         tensor = tensor.replace("wi_0", "wi")
@@ -82,6 +88,8 @@ def their_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the tensor that holds one layer of our shape `shape`."""
     if not is_transposed(name, shape):
         return shape
+
+    # A query [D, N, H] has one axis of inputs; the output projection [N, H, D] has two.
     inputs = len(shape) - 1 if name.endswith("/out") else 1
     return math.prod(shape[inputs:]), math.prod(shape[:inputs])
 
@@ -90,6 +98,9 @@ def rows(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the axis of our layer that the tensor's rows run along, and rows for each index."""
     if not is_transposed(name, shape):
         return 0, 1
+
+    # Rows of the tensor are outputs: D of the output projection, one row each. A query [D, N, H]
+    # has N heads of H rows each.
     if name.endswith("/out"):
         return len(shape) - 1, 1
     return 1, math.prod(shape[2:])

@@ -58,6 +58,7 @@ def open_folder(folder: str | os.PathLike) -> Source:
             f"{path}: transformers_weights chooses a file of weights by name, which is not "
             "supported; rename the file to model.safetensors and remove the key"
         )
+
     tensors = Tensors(folder)
     with safetensors_files.naming(tensors.path):
         source = _source(tensors, hf_config)
@@ -85,6 +86,7 @@ class _InMemory(dict):
 
     def floats(self, name: str, shape: tuple[int, ...]) -> np.dtype:
         dtype = self[name].dtype
+        # Messages name dtypes as safetensors does, such as "BF16".
         known = {np.dtype(x): name for name, x in safetensors_files.FLOATS.items()}
         safetensors_files.check(name, self[name].shape, shape, known.get(dtype, dtype.name))
         return dtype
@@ -111,8 +113,11 @@ def _source(tensors: Tensors | _InMemory, hf_config: dict) -> Source:
     if names.LOGITS not in tensors and hf_config.get("tie_word_embeddings") is True:
         # Tied but not scaled (mT5): our network has the embedding as a logit kernel of its own.
         tensors_of |= {"logits": [names.EMBEDDING]} if "logits" in tensors_of else {}
+
     _check_names(tensors, {theirs for group in tensors_of.values() for theirs in group})
 
+    # A block is a slice of one layer, along the axis of the tensor's rows: such a slice is read
+    # without the rest of the tensor.
     chunks = {}
     for name, shape in shapes.items():
         layer_shape = shape[1:] if names.is_stacked(name) else shape
@@ -123,6 +128,7 @@ def _source(tensors: Tensors | _InMemory, hf_config: dict) -> Source:
         axis, length = _chunk_along_axis(name, layer_shape, itemsize)
         chunk = (*layer_shape[:axis], length, *layer_shape[axis + 1 :])
         chunks[name] = (1, *chunk) if names.is_stacked(name) else chunk
+
     read = functools.partial(_blocks, tensors, tensors_of, shapes, chunks)
     return Source(config, shapes, chunks, read)
 
@@ -130,17 +136,20 @@ def _source(tensors: Tensors | _InMemory, hf_config: dict) -> Source:
 def _chunk_along_axis(name: str, layer_shape: tuple[int, ...], itemsize: int) -> tuple[int, int]:
     """Return the axis along which a layer is cut into blocks, and the length of one block."""
     axis, _ = names.rows(name, layer_shape)
+
+    # A number takes its own bytes while it is read, and 4 once it is float32.
     bytes_each = int(np.prod(layer_shape)) // layer_shape[axis] * max(itemsize, 4)
     return axis, min(layer_shape[axis], max(1, safetensors_files.PIECE // bytes_each))
 
 
 def _check_names(tensors: Tensors | _InMemory, expected: set[str]) -> None:
-    """Raise a CheckpointError for a missing tensor, an unknown one, or a copy that is none."""
+    """Refuse a missing tensor, an unknown tensor, and a copy that differs from the embedding."""
     present = set(tensors)
     if missing := sorted(expected - present):
         raise CheckpointError(f"tensor {missing[0]} is missing ({len(missing)} in all)")
     if extra := sorted(present - expected - {*COPIES, UNUSED}):
         raise CheckpointError(f"tensor {extra[0]} is not one of T5's ({len(extra)} in all)")
+
     for name in COPIES:
         if name in present - expected and not _equal(tensors, name, names.EMBEDDING):
             raise CheckpointError(
@@ -154,6 +163,7 @@ def _equal(tensors: Tensors | _InMemory, name: str, other: str) -> bool:
     if tuple(tensors[name].shape) != shape or tensors[name].dtype != tensors[other].dtype:
         return False
     tensors.floats(name, shape)
+    # At most 8 bytes a number (F64).
     step = max(1, safetensors_files.PIECE // (8 * int(np.prod(rest))))
 
     def rows_from(tensor: str, first: int) -> np.ndarray:
@@ -177,15 +187,20 @@ def _blocks(
     layer_shape = shapes[name][1:] if stacked else shapes[name]
     axis, rows_each = names.rows(name, layer_shape)
     step = chunks[name][axis + stacked]
+
     for layer, tensor in enumerate(tensors_of[name]):
         for first in range(0, layer_shape[axis], step):
             count = min(step, layer_shape[axis] - first)
             rows = tensors.read(tensor, first * rows_each, count * rows_each)
+
+            # A finite number of 64 bits may be infinite in float32. The check names the tensor, and
+            # NumPy need not warn as well.
             with np.errstate(over="ignore"):
                 rows = rows.astype(np.float32, copy=False)
-            # Numbers of 64 bits may be finite only there.
             pieces.check_finite(rows, f"tensor {tensor}, in float32,")
+
             rows = rows.T if names.is_transposed(name, layer_shape) else rows
             block = rows.reshape(*layer_shape[:axis], count, *layer_shape[axis + 1 :])
+
             index = (slice(None),) * axis + (slice(first, first + count),)
             yield ((layer, *index) if stacked else index), block

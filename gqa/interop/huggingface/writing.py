@@ -72,8 +72,9 @@ def save(
     Transformers' T5 reads a folder that is multi-head or expanded. The config.json of a grouped
     network has num_key_value_heads, which Transformers' T5 does not know and `load` reads.
 
-    A model that is in the folder is replaced when the new one is complete: its safetensors, its
-    index and generation_config.json are removed, so that nothing of it is read with the new one.
+    If the folder holds a model, that model is replaced once the new one is complete. Its
+    safetensors, its index and generation_config.json are removed, so that no program reads them
+    together with the new weights.
 
     Args:
         expand: repeat each KV head for its query heads.
@@ -94,6 +95,9 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_replaceable(folder)
+
+        # Inside the folder, so that the files can be renamed into place: a rename does not cross to
+        # another disk.
         with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as name:
             unfinished = Path(name)
             _write_weights(_lazy_tensors(params, config, expand), unfinished)
@@ -169,10 +173,13 @@ def _lazy_tensors(params: dict, config: Config, expand: bool) -> dict[str, _Lazy
     tensors = {}
     for ours, leaf in flatten_dict(params, sep="/").items():
         layer_shape = list(leaf.shape[1:] if names.is_stacked(ours) else leaf.shape)
+
+        # The axes of a key or a value are [D, K, H]; K becomes N.
         repeats = 1
         if expand and ours.endswith(("/key", "/value")):
             repeats = config.num_heads // layer_shape[1]
             layer_shape[1] = config.num_heads
+
         shape = names.their_shape(ours, tuple(layer_shape))
         for layer, name in enumerate(names.theirs(ours, leaf.shape, config)):
             make = functools.partial(_tensor, leaf, layer, ours, repeats, shape)
@@ -185,6 +192,8 @@ def _tensor(
 ) -> np.ndarray:
     """Return one layer of the parameter `name` as Transformers stores it, KV heads repeated."""
     array = np.asarray(leaf[layer] if names.is_stacked(name) else leaf, np.float32)
+
+    # Query heads 0 .. G - 1 read KV head 0, so each head is repeated next to itself: 0, 0, 1, 1.
     if repeats > 1:
         array = np.repeat(array, repeats, axis=1)
     return array.reshape(shape[::-1]).T if names.is_transposed(name, array.shape) else array
