@@ -164,7 +164,7 @@ def _convert_layer(
     arrays = {part: old.read(parts[part]) for part in parts if part[0] in letters}
     heads = {letter: _to_heads(arrays, letter, sizes.head_dim) for letter in letters}
 
-    # Pool the groups. The heads of a group are neighbours: from 8 heads to 2, heads 0-3 become head 0.
+    # Pool the groups. A group is made of neighbours: from 8 heads to 2, heads 0-3 become head 0.
     by_group = (sizes.new_kv_heads, sizes.kv_heads // sizes.new_kv_heads, -1, sizes.head_dim)
     groups = {letter: heads[letter].reshape(by_group) for letter in "kv"}
     errors = {letter: _pooling_errors(groups[letter]) for letter in "kv"}

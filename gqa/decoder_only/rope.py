@@ -37,7 +37,6 @@ def rotate(x: np.ndarray, rotation: Rotation) -> np.ndarray:
 
     # A rotation of the pair (i, i + R/2) is the product of one complex number with another.
     pairs = (x[..., :half] + 1j * x[..., half : 2 * half]) * phases
-
     shape = (len(x), math.prod(x.shape[1:-1]), x.shape[-1] - 2 * half)
     rest = x[..., 2 * half :].reshape(shape) @ rotation.rest
     return np.concatenate([pairs.real, pairs.imag, rest.reshape(*x.shape[:-1], shape[-1])], -1)
