@@ -90,6 +90,8 @@ def run(config: ConfigDict, workdir: Path, kind: str | None) -> None:
         make_workdir(workdir)
 
         variants = _generation(config, target, workdir) + _training(config, training, workdir)
+
+        # All records get one time, by which a report knows that they belong together.
         common = {"run": config.name, "stage": "aot", "stage_key": key, "task": None}
         common |= results.provenance()
         results.append(workdir / RESULTS, [common | variant for variant in variants])

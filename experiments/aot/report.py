@@ -86,6 +86,7 @@ def _rows(records: list[dict]) -> list[Row]:
     """Gather the numbers of each variant: one network at one batch."""
     rows: dict[str, Row] = {}
     for record in records:
+        # A variant is a dict, which cannot be a key, so its text is the key.
         row = rows.setdefault(str(record["variant"]), (record["variant"], {}))
         row[1][record["metric"]] = record["value"]
     return list(rows.values())

@@ -63,7 +63,7 @@ class Difference(NamedTuple):
 
     @property
     def shown(self) -> bool:
-        """Whether there is an interval and 0 lies outside it, so that a difference is shown."""
+        """Return whether there is an interval and 0 lies outside it: a difference is shown."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 

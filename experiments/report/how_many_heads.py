@@ -18,7 +18,7 @@ TITLE = "How many KV heads?"
 YES, NO, UNKNOWN = "yes", "no", "cannot tell"
 COSTS = ("sample_seconds", "token_seconds", "kv_cache_bytes")
 WIDTH = 100  # columns of a terminal
-# Do not advise more test examples than this many times those there are: nobody would collect them.
+# Do not advise more than this many times as many test examples: nobody would collect them.
 PRACTICAL = 100
 
 

@@ -148,7 +148,7 @@ def conversion(summary: Summary) -> str:
     header += ["uptraining steps", "alpha"]
     rows = []
     for variant in summary.scored:
-        # A converted network was not pretrained itself: the steps are those of its parent.
+        # A converted network was not pretrained itself, so its parent's steps are shown.
         start = variant.parent if variant.is_converted else variant.shape
         cells = [
             *map(_number, summary.losses(variant)),

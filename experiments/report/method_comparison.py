@@ -20,11 +20,11 @@ ORDER = ("mean", "first", "random")  # the methods of the paper come first, in i
 
 
 class Saved(NamedTuple):
-    """How soon a method reaches the loss of the reference.
+    """The alpha at which a method reaches the loss of the reference.
 
     Args:
-        alpha: the alpha at which it does; None if some seed never does.
-        missed: how many of the `seeds` never do.
+        alpha: a mean over seeds; None if some seed never reaches the loss.
+        missed: how many of the `seeds` never reach the loss.
     """
 
     alpha: Estimate | None

@@ -120,7 +120,7 @@ def _read(results_path, keys):
 
 
 def _draw(summary, folder):
-    """Draw each figure whose numbers the results have; return the names of those drawn."""
+    """Draw each figure whose numbers the results have; return the names of the figures drawn."""
     names = [
         figures.quality_against_time(summary, folder),
         figures_sweep.by_groups(summary, folder),

@@ -157,6 +157,8 @@ def _sample_sizes(summary):
     parts = []
     for task in summary.tasks:
         scores = [summary.headline(v, task) for v in summary.scored]
+
+        # One number, unless variants were scored on different test sets: "200 or 400".
         counts = sorted({s.n for s in scores if s and s.n})
         parts += [f"{safe_text.markdown(task)} {' or '.join(map(str, counts))}"] if counts else []
     return f"Test examples: {', '.join(parts)}." if parts else "No task has been evaluated yet."

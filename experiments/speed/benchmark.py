@@ -94,6 +94,9 @@ def run(config: ConfigDict, workdir: Path, kind: str | None, options: pipeline.O
         for part, measure in (("inference", _inference), ("training", _training)):
             if kind in (None, part):
                 measured = measure(config, peer_names)
+
+                # All records of a part get one time, by which a report knows that they belong
+                # together.
                 common = {"run": config.name, "stage": part, "stage_key": keys[part], "task": None}
                 common |= results.provenance()
                 results.append(path, [common | record for record in measured])

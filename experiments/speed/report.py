@@ -156,6 +156,7 @@ def _rows(records: list[dict]) -> list[Row]:
     """Gather the records of each system at each shape into a row."""
     rows: dict[str, Row] = {}
     for record in records:
+        # A variant is a dict, which cannot be a key, so its text is the key.
         row = rows.setdefault(str(record["variant"]), Row(record["variant"], {}))
         row.numbers[record["metric"]] = record
     return list(rows.values())

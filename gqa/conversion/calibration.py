@@ -180,9 +180,11 @@ def _layer(
     """Yield the covariances of one layer, and return the activations behind the layer.
 
     When a caller replaces kernels of the layer, the layer runs again. So the covariance of a
-    decoder's cross-attention is that behind the converted self-attention.
+    decoder's cross-attention is measured behind the converted self-attention.
     """
     module = EncoderLayer if stack == "encoder" else DecoderLayer
+
+    # The outputs of the layer with its present kernels; None before it has run with them.
     results = None
     for name, (_, attention) in ATTENTIONS.items():
         if name not in attentions or attention not in layer:

@@ -59,6 +59,9 @@ def find_head_orders(
         # Self-attentions share one order, because they share a position bias. Cross-attentions
         # have no position bias, so each has its own.
         L, _, N, _ = shapes[name]
+
+        # Each attention has random numbers of its own, so that its order does not depend on which
+        # other attentions are converted.
         rng = np.random.default_rng([seed, list(ATTENTIONS).index(name)])
         num_orders = L if name == "cross_attention" else 1
         if grouping == "strided":
@@ -126,6 +129,7 @@ def _head_axes_of(
 
 def _take_heads(leaf: Array, order: np.ndarray, axis: int) -> Array:
     """Reorder `axis` of a leaf by order [L, heads], or [heads] if it is not stacked."""
+    # The position bias [buckets, N] is the one leaf that is not stacked over layers.
     if order.ndim == 1:
         return leaf[:, order]
     shape = [1] * leaf.ndim

@@ -1,6 +1,6 @@
 """Measure how much a conversion changed the size of the query kernels; reports print it.
 
-The methods of closed_form.py change queries, those of pooling.py do not.
+The methods of closed_form.py change queries, the methods of pooling.py do not.
 """
 
 import numpy as np

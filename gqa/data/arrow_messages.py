@@ -70,7 +70,7 @@ def _check_message(data: bytes) -> int:
     if batch.place_of(3) is not None:
         raise WrongMessages("compressed; save it without compression, or as Parquet")
     # A row of text has bytes, or at least the place where its text begins. So has an element of a
-    # list; only columns of nothing have none, and nobody trains on those.
+    # list. Only columns of nothing have no bytes, and nobody trains on them.
     for rows in (batch.number(0, "<q"), *batch.lengths(1)):
         if not 0 <= rows <= max(body, 0):
             raise WrongMessages(f"declares {rows:,} rows in {body:,} bytes")

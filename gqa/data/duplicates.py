@@ -42,6 +42,8 @@ class SeenTexts:
         num_seen = len(ngrams & self._ngrams)
         if ngrams and num_seen > NEAR_DUPLICATE * len(ngrams):
             return "near"
+
+        # Only the runs of texts that are kept are remembered.
         self._ngrams |= ngrams
         return ""
 

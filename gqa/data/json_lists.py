@@ -160,6 +160,7 @@ class _Reader:
         while size <= len(self._text):
             chunk = next(self._chunks, b"")
             try:
+                # The decoder keeps the first bytes of a character that two chunks share.
                 pieces.append(self._decode(chunk, final=not chunk))
             except UnicodeDecodeError as error:
                 raise WrongText("not UTF-8 text") from error

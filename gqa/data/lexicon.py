@@ -179,8 +179,8 @@ def _splits(language: str) -> dict[str, tuple[Entry, ...]]:
     for entry in entries(language):
         splits[split_of(stem(entry.word))].append(entry)
 
-    # The first examples of a split must be a fair sample of it, because an evaluation may take no
-    # more than those.
+    # The first examples of a split must be a fair sample of it, because an evaluation may take only
+    # the first ones.
     for split in splits.values():
         split.sort(key=lambda entry: (zlib.crc32(entry.word.encode()), entry.word))
     return {split: tuple(members) for split, members in splits.items()}

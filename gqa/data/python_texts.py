@@ -82,6 +82,7 @@ def _definitions(tree: ast.Module) -> Iterator[_Definition]:
 
 def _comments(lines: Sequence[str], docstring_lines: set[int]) -> Iterator[Text]:
     """Yield the blocks of consecutive comment lines that read like prose."""
+    # An empty line behind the last one ends a block with which the file ends.
     block: list[str] = []
     for number, line in enumerate([*lines, ""], start=1):
         stripped = line.lstrip()

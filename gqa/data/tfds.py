@@ -68,6 +68,7 @@ def task(
     def check(*, data_dir: str = "") -> list:
         for split in splits:
             try:
+                # One row shows whether the dataset has the features that `example` reads.
                 example(records(dataset, data_dir, split)[0])
             except (LookupError, TypeError, AttributeError) as error:
                 folder = find(dataset, data_dir)
@@ -98,6 +99,8 @@ class Records(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+
+        # A loop over a Sequence ends with an IndexError.
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:

@@ -79,7 +79,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, as `encode` does; uses every core."""
-        # Few texts have special tokens. Encode all in parallel, then those few again.
+        # Few texts have special tokens. Encode all in parallel, then encode these few again.
         encoded = self._processor.encode(list(texts), num_threads=-1)
         for i, text in enumerate(texts):
             if SPECIAL.search(text):

@@ -124,6 +124,8 @@ def texts(row: dict, column: str) -> list[str]:
 def _look_up(value, keys: list[str]) -> list | None:
     """Return the values under nested keys, lists flattened; None if a key is missing."""
     if isinstance(value, list):
+        # A list stands for all its elements: `answers.text` of [{"text": "a"}, {"text": "b"}] is
+        # "a" and "b".
         flattened: list = []
         for item in value:
             values = _look_up(item, keys)
@@ -143,6 +145,7 @@ def _is_text(value) -> bool:
     if not isinstance(value, str) or not value.strip():
         return False
     try:
+        # JSON may hold half of a surrogate pair, such as "\ud800", which is no character.
         value.encode()
     except UnicodeEncodeError:
         return False
@@ -215,7 +218,7 @@ def _is_saved(folder: pathlib.Path) -> bool:
 
 
 class _Folder(NamedTuple):
-    """The files of a folder that can be read, and those whose names have another ending."""
+    """The files of a folder that can be read, and the files whose names have another ending."""
 
     files: list[str]
     passed_over: list[str]
@@ -320,7 +323,7 @@ def _saved(folder: pathlib.Path) -> list[str]:
     except (UserError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: not what datasets writes: {error}") from error
 
-    # Such a folder holds all rows of its parent, and a list of those that were selected.
+    # Such a folder holds all rows of its parent, and a list of the rows that were selected.
     if state.get("_indices_data_files"):
         raise UserError(f"{path}: rows are chosen by indices; save it after flatten_indices()")
     for name in names:
@@ -329,6 +332,7 @@ def _saved(folder: pathlib.Path) -> list[str]:
 
 
 def _is_plain(name: str) -> bool:
+    # A name with a folder in it could lead to any file of the machine.
     return name == os.path.basename(name) and name.endswith(".arrow")
 
 
