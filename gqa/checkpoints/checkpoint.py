@@ -53,6 +53,8 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._pending: Future | None = None
         self._metrics = dict(_by_primary(self._open))
+
+        # A thread of its own finishes the save under way, while training goes on.
         self._pool = ThreadPoolExecutor(1, "checkpoint")
 
     def __enter__(self):

@@ -19,8 +19,8 @@ from gqa.runtime.errors import CheckpointError, UserError
 class Network(NamedTuple):
     """A network with its parameters in float32, on one device.
 
-    info: what the checkpoint says of itself, as JSON. Its "vocabulary" is the hash of the
-        vocabulary that the network was trained with.
+    info: the JSON item `config` of the checkpoint. Its "vocabulary" is the hash of the vocabulary
+        that the network was trained with.
     """
 
     params: dict
@@ -46,6 +46,8 @@ def load(path: str | Path) -> Network:
     """
     step = step_folders.find(path)
     info = checkpoint.load_config(step)
+
+    # Another program or version may have no network there, or a setting that Config does not have.
     try:
         config = Config(**info["model"])
     except (KeyError, TypeError) as error:

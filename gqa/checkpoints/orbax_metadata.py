@@ -23,8 +23,8 @@ def read(step: Path) -> dict[str, Any]:
     """Return Orbax's metadata of a step.
 
     Raises:
-        CheckpointError: if there are none.
-        UserError: if they are no JSON object.
+        CheckpointError: if the file is missing.
+        UserError: if it is not a JSON object.
     """
     path = step / JSON
     if not path.is_file():

@@ -1,7 +1,7 @@
 """Step folders: the folders `1000`, `2000` ... of a training run, each a finished checkpoint.
 
-This file finds them, sets damaged ones aside and deletes what a kill left. It knows names only:
-checkpoint.py knows what a step folder holds, checksums.py whether it is intact.
+This file finds step folders, sets damaged ones aside and deletes the leftovers of a kill. It knows
+names only: checkpoint.py reads and writes the contents, checksums.py tells whether they are intact.
 """
 
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 from gqa.runtime import checks, distributed
 from gqa.runtime.errors import CheckpointError, ConfigError
 
-# Names that an unfinished save or deletion has: Orbax's, and those of this package.
+# Names of unfinished saves and deletions: Orbax's, and the two of this package.
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted", "*.tmp")
 
 
@@ -98,7 +98,7 @@ def delete(step: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete what a kill left of saving and deleting."""
+    """Delete the leftovers of saves and deletions that a kill interrupted."""
     for pattern in LEFTOVERS:
         for path in folder.glob(pattern):
             _remove(path)

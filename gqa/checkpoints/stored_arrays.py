@@ -38,7 +38,7 @@ TOO_DEEP_OR_LARGE = (RecursionError, ArithmeticError)
 
 
 class Header(NamedTuple):
-    """How an array is stored.
+    """The layout of a stored array.
 
     Attributes:
         shape: of the array.
@@ -101,7 +101,8 @@ def _is_large_node(file: BinaryIO, start: int, length: int) -> bool:
     """Return whether an object of OCDBT has more than MAX_NODE_BYTES when it is decompressed.
 
     Args:
-        start, length: of what follows its magic and length: two numbers, the content, a checksum.
+        start, length: of the rest of the object, behind its magic and its length. The rest is two
+            numbers, the content and a checksum.
     """
     file.seek(start)
     content = file.read(length)
@@ -324,14 +325,14 @@ def _total(pieces: Iterable[int], most: int) -> int:
 
 
 def _zstd(content: bytes) -> Iterator[int]:
-    """Yield the sizes of pieces of what zstd decompresses."""
+    """Decompress zstd piece by piece, and yield the sizes of the pieces."""
     stream = pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd")
     while size := stream.read_buffer(PIECE).size:
         yield size
 
 
 def _zlib(content: bytes) -> Iterator[int]:
-    """Yield the sizes of pieces of what gzip or zlib decompress."""
+    """Decompress gzip or zlib piece by piece, and yield the sizes of the pieces."""
     while content:
         # A gzip file may consist of several streams in a row.
         decoder = zlib.decompressobj(wbits=47)  # either format
@@ -342,7 +343,7 @@ def _zlib(content: bytes) -> Iterator[int]:
 
 
 def _blosc(content: bytes) -> Iterator[int]:
-    """Yield the size in Blosc's header, which is what its decoder allocates."""
+    """Yield the size in Blosc's header, because its decoder allocates that size at once."""
     yield int.from_bytes(content[4:8], "little")
 
 

@@ -122,7 +122,7 @@ def _rotary(config: dict, head_dim: int, path: Path) -> int:
 
 
 def _rotary_shares(config: dict, path: Path) -> list[float]:
-    """Return every partial_rotary_factor of a config: its own, and those of its RoPE settings.
+    """Return every partial_rotary_factor of a config, at its top and in its RoPE settings.
 
     The settings are an object, or an object for each kind of layer, under a new and an old name.
     """
@@ -196,6 +196,7 @@ def attention_tensors(tensors: Tensors, sizes: Sizes) -> list[Parts]:
 
 def _check_is_no_attention(name: str) -> None:
     """Refuse a part of an attention that is not a plain projection, such as a norm of keys."""
+    # Files of older models also hold the frequencies of RoPE, which are no weights.
     parts = [part for part in name.split(".") if ATTENTION.fullmatch(part)]
     if parts and not BUFFER.fullmatch(name):
         raise UserError(
@@ -220,4 +221,5 @@ def tensor_shape(part: str, sizes: Sizes, kv_heads: int) -> tuple[int, ...]:
     else:
         heads = sizes.heads if letter == "q" else kv_heads
         shape = (heads * sizes.head_dim, sizes.width)
+    # A bias has the outputs alone.
     return shape if kind == "weight" else shape[:1]

@@ -51,6 +51,7 @@ def copy(source: Path, target: Path, record: str) -> list[str]:
     left_out = []
     for path in sorted(source.iterdir()):
         name = path.name.lower()
+        # Hidden files, such as .gitattributes, belong to Git or to the download.
         if name.startswith(".") or path.name == record or _matches(name, REWRITTEN):
             continue
         if path.is_dir() and path.name in COPIED_FOLDERS:
@@ -68,11 +69,12 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _is_copyable(path: Path) -> bool:
     """Return whether a path leads to a regular file of a reasonable size."""
+    # Links count as well: in the cache of the Hub every file is a link.
     return path.is_file() and os.stat(path).st_size <= MAX_BYTES
 
 
 def _copy_folder(source: Path, target: Path) -> list[str]:
-    """Copy the templates of a folder, and return the names of what is no template."""
+    """Copy the templates of a folder, and return the names of all other files."""
     target.mkdir(exist_ok=True)
     left_out = []
     for path in sorted(source.iterdir()):

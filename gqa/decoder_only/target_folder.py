@@ -37,6 +37,7 @@ def find_record(old: Tensors, target: Path, settings: dict[str, Any]) -> Record 
     if not target.exists() or all(_is_temporary(path) for path in target.iterdir()):
         return None
 
+    # A folder without a record has none of its keys either, so it is refused below.
     path = target / RECORD
     earlier = regular_files.read_json(path) if path.exists() else {}
     fresh = _fresh(old, settings)

@@ -4,7 +4,7 @@ Every metric is first a row of statistics per example, [n, s], and then a functi
 Resampling the rows is therefore enough for an interval, for corpus BLEU as much as for a mean.
 
 Words are found in every script: in Chinese, Japanese, Thai and others that put no space between
-words, each character is a word. For English the tokens are those of the metrics' own programs.
+words, each character is a word. English texts give the tokens that the metrics' own programs find.
 """
 
 import string
@@ -53,8 +53,8 @@ _SENTENCE = regex.compile(r".+?(?:[.!?](?=\s|$)|[\u3002\uff01\uff1f]|(?=\n\s*\n)
 class Score(NamedTuple):
     """A score in percent, its 95% bootstrap interval over the examples, and how many they are.
 
-    `replicates` are the score of the first resamples. Resample i of n examples is the same for
-    every score, so two scores of the same examples can be subtracted replicate by replicate.
+    `replicates` are the scores of the first resamples. Resample i of n examples draws the same
+    examples for every score, so two scores of one set can be subtracted replicate by replicate.
     """
 
     value: float
@@ -279,8 +279,8 @@ def constant_answer(
         statistics = _statistics(metric, [candidate] * len(sample), sample)
         return _aggregate(metric, statistics.sum(0), len(sample))
 
-    # A dict removes duplicates and keeps the order, so that of equal scores the same one always
-    # wins. The order of a set of texts would change from process to process.
+    # A dict removes duplicates and keeps the order, so that of equally good answers the first
+    # always wins. The order of a set of texts would change from process to process.
     return max(dict.fromkeys(frequent + typical), key=value)
 
 

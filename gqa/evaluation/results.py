@@ -42,7 +42,7 @@ from gqa.runtime.regular_files import open_regular
 
 _SOURCE = Path(__file__).resolve().parent.parent.parent
 # The longest line that is read. A record with a thousand replicates, or with the texts of one
-# example, has less than a megabyte; what 16 MiB of JSON become in memory stays below a gigabyte.
+# example, has less than a megabyte. In memory, 16 MiB of JSON take less than a gigabyte.
 MAX_LINE_BYTES = 2**24
 _CHUNK = 2**16  # bytes that are read at once to find where the last line begins
 
@@ -214,7 +214,7 @@ def _check(record: dict[str, Any]) -> None:
         if isinstance(value, dict | list):
             raise UserError(f"variant.{name:.40} is {_shortened(value)}")
 
-    # The types above say that these are lists, and nothing of what is in them.
+    # So far these are known to be lists, but not of what.
     for name in ("targets", "replicates"):
         for value in record.get(name, ()):
             _check_value(name, value, _TEXT if name == "targets" else _NUMBER)

@@ -1,4 +1,4 @@
-"""Texts that a network generates, and losses that say what it learned.
+"""Generate the texts of a test set with a network, and compute its losses.
 
 `gqa.evaluation.metrics` compares the texts with references.
 """

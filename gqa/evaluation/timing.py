@@ -53,6 +53,7 @@ def take_turns(
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Return the seconds until the result of `run` is computed, and the result."""
+    # JAX returns before a result is computed, so wait for it inside the measured time.
     begin = time.perf_counter()
     result = jax.block_until_ready(run())
     return time.perf_counter() - begin, result
@@ -67,6 +68,7 @@ def generation(
     "decode" generates all tokens. "attention" is the cross-attention of one token in all layers,
     without the rest of the step.
     """
+    # `stop=False`: no text ends early, so all networks generate equally many tokens.
     generator = Generator(net, GREEDY, length, stop=False)
     queries = attention_queries(net, len(inputs))
     attend = jax.jit(partial(attention, net))
@@ -116,6 +118,7 @@ def measure(
 
     turns = {}
     for name, config in configs.items():
+        # The time does not depend on the values of the weights, so they need no training.
         net = Inference(config)
         weights = jax.jit(net.prepare)(init_params(config, 0))
         turns[name] = generation(net, weights, inputs, targets_length)

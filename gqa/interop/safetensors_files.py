@@ -37,7 +37,7 @@ MAX_INDEX_BYTES = 2**26  # the index of 100,000 tensors has 10 MB
 
 
 class Tensor(NamedTuple):
-    """Where a tensor is in a folder.
+    """The place of a tensor in a folder.
 
     Attributes:
         file: name of the file in the folder.
@@ -82,6 +82,9 @@ def check_folder(folder: Path) -> None:
         return
     if folder.exists():
         raise CheckpointError(f"{folder}: is a file; name the folder with config.json")
+
+    # "google/t5-v1_1-base" is also a relative path, so a name is taken for that of a model on the
+    # Hub only if there is no such path.
     advice = "name the folder with config.json"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         advice = (
@@ -253,6 +256,7 @@ def write(
         tensors: by name, safetensors' dtype, the shape and the number of bytes.
         data: returns the contents of the tensor with a name as bytes or arrays, in order.
     """
+    # Transformers looks for this key; "pt" stands for PyTorch.
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, (dtype, shape, nbytes) in tensors.items():
@@ -289,7 +293,8 @@ def _header(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file in the order of their bytes."""
     check_is_downloaded(path)
     try:
-        with safe_open(path, "np"):  # compares sizes with the file's before it takes memory
+        # The package compares all sizes with the size of the file before it takes memory.
+        with safe_open(path, "np"):
             pass
     except (OSError, ValueError, SafetensorError) as error:
         text = getattr(error, "strerror", None) or error
@@ -312,4 +317,6 @@ def _header(path: Path) -> dict[str, Tensor]:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
+    # As bytes, because Python's buffers have no bfloat16; as a vector, because NumPy cannot view a
+    # single number as bytes.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""Bytes of the decoder's KV cache, and what a decoding step reads and computes.
+"""Bytes of the decoder's KV cache, and the bytes and FLOPs of a decoding step.
 
 `kv_cache_bytes` is a formula. `step` reads its numbers from the shapes of the arrays that
 `gqa/inference/step.py` allocates. Both are about networks of this project. Decoders of others are

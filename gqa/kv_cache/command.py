@@ -81,7 +81,7 @@ def _sizes(decoder: Decoder) -> str:
 
 
 def _extent(decoder: Decoder, length: int, inputs: int) -> str:
-    """Return what the title says of positions and windows."""
+    """Return the part of the title about positions and windows."""
     text = f"{length} positions"
     if decoder.cross_attention:
         text += f" after {decoder.encoder_length or inputs} of input"

@@ -31,7 +31,7 @@ HARMLESS = re.compile(
     r"|(attn|attention)_(scale|value_scale|temperature_tuning|softmax_in_fp32)|.*activation"
     r"|scale_(attn|attention)_.*|reorder_and_upcast_attn|query_pre_attn_scalar|clip_qkv|_?rope_.*"
     r"|scale_depth|layerdrop|.*_layerdrop|linear_bias|pruned_heads|skip_bias_add(_qkv)?"
-    # Tokens, vocabularies, positions, outputs and what generation does.
+    # Tokens, vocabularies, positions, outputs, and the settings of generation.
     r"|.*_(token_ids?|token_index|logits|loss)|relative_attention_.*|share_.*_embeddings|tie_.*"
     r"|(en|de)coder_(start_.*|no_repeat_.*|max_position.*|ffn_dim)|output_.*|forced_.*|lm_head_.*"
     r"|.*vocab_size.*|use_cache|cache_implementation|_?attn_implementation.*"
@@ -48,7 +48,7 @@ HARMLESS = re.compile(
 
 
 def read(path: Path) -> Decoder:
-    """Return what the decoder of a config.json caches.
+    """Return the decoder that a config.json describes.
 
     Raises:
         UserError: naming the field that is missing, wrong or not understood.
@@ -59,7 +59,7 @@ def read(path: Path) -> Decoder:
 
 
 def to_decoder(config: dict[str, Any]) -> Decoder:
-    """Return what the decoder of a config caches; `config` is the object in config.json."""
+    """Return the decoder that a config describes; `config` is the object in config.json."""
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in NESTED:
         name, default = NESTED[model_type]
@@ -76,7 +76,7 @@ def to_decoder(config: dict[str, Any]) -> Decoder:
 
 
 def _of_type(model_type: Any, config: dict[str, Any]) -> Decoder:
-    """Return what a config of this type caches."""
+    """Return the decoder that a config of this type describes."""
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise UserError(
             f"model_type={model_type!r} is none of which the KV cache is known; use one of "

@@ -43,8 +43,11 @@ class ModelType(NamedTuple):
 
 
 _PLAIN = causal()
+# These classes have no field for the size of a head, and no choice of KV heads.
 _MULTI_HEAD = causal(head_dim="width")
 
+# The numbers of `sizes` are layers, query heads, KV heads (None: as many as query heads), width,
+# and the size of a head (None, or left out: width divided by query heads).
 MODEL_TYPES = {
     # Every layer keeps every position.
     "apertus": ModelType(_PLAIN, sizes(32, 32, None, 4096)),

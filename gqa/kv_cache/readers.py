@@ -203,7 +203,7 @@ def check_kinds(kinds: list[str], known: tuple[str, ...]) -> None:
 
 
 def _decoder(fields: Fields, kinds: list[str], layers: int, layer: CachedLayer) -> Decoder:
-    """Return the decoder whose layers are of these kinds, each caching what `layer` says."""
+    """Return the decoder with layers of these kinds; `layer` is the cache of a full layer."""
     windows = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}
     cached = []
     for kind in kinds:
@@ -265,6 +265,8 @@ def dbrx(fields: Fields) -> Decoder:
     attention = fields["attn_config"] or {}
     if not isinstance(attention, dict):
         raise ConfigError("attn_config", attention, "use an object")
+
+    # 1 is the default of Transformers' class.
     kv_heads = check_whole_number("kv_n_heads", attention.get("kv_n_heads", 1))
     check_kv_heads("kv_n_heads", kv_heads, fields.heads)
     size = fields.shared_width(fields.heads)
@@ -274,6 +276,7 @@ def dbrx(fields: Fields) -> Decoder:
 def mpt(fields: Fields) -> Decoder:
     """Read MPT: multi-head attention alone, because Transformers' class has no other."""
     attention = fields["attn_config"] or {}
+    # 0 is not the name of a kind, so that anything but an object is refused.
     kind = attention.get("attn_type", "multihead_attention") if isinstance(attention, dict) else 0
     if kind != "multihead_attention" or attention.get("kv_n_heads") is not None:
         raise ConfigError("attn_config", attention, "use multihead_attention without kv_n_heads")
@@ -302,7 +305,8 @@ def gemma4(fields: Fields) -> Decoder:
 def _gemma4_heads(fields: Fields, i: int, full: bool) -> tuple[int, int]:
     """Return KV heads and head size of layer `i`.
 
-    Transformers writes what differs as `per_layer_config`; other files say it of all full layers.
+    Transformers writes the sizes of single layers as `per_layer_config`. Other files have fields
+    for all full layers.
     """
     kv_heads, size = fields.size("num_key_value_heads"), fields.size("head_dim")
     overrides = fields["per_layer_config"]
@@ -369,7 +373,7 @@ def encoder_decoder(fields: Fields) -> Decoder:
 
 
 def t5(fields: Fields) -> Decoder:
-    """Read T5's family. Grouped heads are those that `gqa.interop.huggingface` writes."""
+    """Read T5's family; `gqa.interop.huggingface` writes the fields of grouped heads."""
     layers = fields.size_or(fields.layers, "num_decoder_layers")
     size = fields.size("d_kv")
 

@@ -121,6 +121,7 @@ def _source(tensors: Tensors | _InMemory, hf_config: dict) -> Source:
     chunks = {}
     for name, shape in shapes.items():
         layer_shape = shape[1:] if names.is_stacked(name) else shape
+        # The layers of one parameter may have been stored in different dtypes; the widest decides.
         itemsize = max(
             tensors.floats(tensor, names.their_shape(name, layer_shape)).itemsize
             for tensor in tensors_of[name]
