@@ -59,7 +59,7 @@ class Stage:
 
     @property
     def course(self) -> Course | None:
-        """How far the stage trains, and by what way; None if no longer one may go on from it."""
+        """The length of the training and its lineage; None if no longer stage may go on from it."""
         settings, lineage = self.settings, self._identity(LENGTHS)
         if isinstance(settings, UptrainSettings):
             # A learned pooling may follow a schedule over its whole length, as "fuse" does. Then a

@@ -56,7 +56,7 @@ def record(metric: str, value: float, unit: str, **extra: Any) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Course:
-    """How far a training stage goes on its way, and where it is measured.
+    """The lineage of a training stage, its length, and when it is validated.
 
     Args:
         lineage: a hash of all that determines the parameters at a step, but not of the steps.
@@ -144,7 +144,7 @@ class StageFolder:
 
     @property
     def learned(self) -> "StageFolder":
-        """Where uptraining trains a network with a pooling that is learned."""
+        """The folder in which uptraining trains a network whose pooling is learned."""
         return StageFolder(self.path / "learned")
 
     @property

@@ -1,1 +1,1 @@
-"""What any program needs around the network: errors, files, signals, hardware, sharding."""
+"""Everything around the network that any program needs: errors, files, signals, sharding."""

@@ -1,4 +1,4 @@
-"""What every command line of this project shares: its parser's errors, its exit status.
+"""The part that all command lines of this project share: errors of the parser, the exit status.
 
 `python -m gqa ...` uses `status` as it is. `experiments.run.process` builds on `describe_failure`,
 because its programs also take signals and may be one of several processes.
@@ -91,6 +91,7 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
             "what is finished is kept"
         )
 
+    # A file's name may be long or hold line breaks; UserError makes a printable line of it.
     if isinstance(error, OSError) and error.errno in ADVICE:
         place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         return USER_ERROR, f"error: {UserError(f'{place}{error.strerror}; {ADVICE[error.errno]}')}"
@@ -138,12 +139,12 @@ def status(run: Callable[[], None]) -> int:
 
 
 def flush_output() -> None:
-    """Print what is buffered, so that an error of it is seen; there may be no output (`>&-`)."""
+    """Flush stdout, so that an error of writing is raised here; stdout may be closed (`>&-`)."""
     if sys.stdout is not None:
         sys.stdout.flush()
 
 
 def close_output() -> None:
-    """Send what is still to be printed nowhere: the interpreter would complain at its end."""
+    """Discard the rest of stdout, because the interpreter would fail to write it when it ends."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

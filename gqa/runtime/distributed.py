@@ -24,7 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from gqa.runtime.errors import UserError
 
 GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Where the primary listens, if the others reach it under an address that this machine has not.
+# Where the primary listens, if the others reach it under an address that its machine does not have.
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 # JAX's names of clusters, each with the variable that tells the processes per node, e.g. 1(x2).
 CLUSTERS = {
@@ -49,6 +49,7 @@ def initialize() -> None:
     how = _given() or _detected()
     if how is None:
         return
+
     # JAX's preemption service would take SIGTERM away from `gqa.runtime.signals`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -58,6 +59,8 @@ def initialize() -> None:
         raise UserError(
             f"the other processes cannot be joined: {said:.200}; set {', '.join(GIVEN)}"
         ) from error
+
+    # All processes run the same code, but every line should be printed once.
     if not is_primary():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open to the end)
 
@@ -67,6 +70,7 @@ def _given() -> dict[str, Any] | None:
     address, count, index = (os.environ.get(name) for name in GIVEN)
     if (count, index) == (None, None) or (count, index) == ("1", "0"):
         return None
+
     count, index = count or "", index or ""
     numbers = all(text.isdecimal() and len(text) < 10 for text in (count, index))
     if not (address and re.fullmatch(r".+:\d{1,5}", address) and numbers):
@@ -88,6 +92,7 @@ def _detected() -> dict[str, Any] | None:
             continue
         if cluster.get_process_count() == 1:
             return None
+
         arguments: dict[str, Any] = {"cluster_detection_method": cluster.name}
         # JAX would give each process a single GPU. A process that is alone on its node takes all.
         processes_per_node = os.environ.get(CLUSTERS[cluster.name] or "", "")
@@ -122,6 +127,7 @@ def by_primary(read: Callable[[], Any]) -> Any:
     if not is_several():
         return read()
 
+    # An error of the primary is sent like a value. Otherwise the others would wait for ever.
     message, error = b"", None
     if is_primary():
         try:
@@ -129,7 +135,8 @@ def by_primary(read: Callable[[], Any]) -> Any:
         except UserError as raised:
             error, message = raised, json.dumps({"error": str(raised)}).encode()
 
-    # Arrays of one shape are all that can be broadcast: first the length, then the bytes.
+    # Only arrays of one shape can be broadcast: first the length, then the bytes. The others pass
+    # zeros of that length, which the primary's bytes replace.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
     sent = np.frombuffer(message or bytes(size), np.uint8)
     received = json.loads(multihost_utils.broadcast_one_to_all(sent).tobytes())
@@ -147,6 +154,7 @@ def primary_first(name: str) -> Iterator[None]:
     Args:
         name: of this place in the program, the same in all processes.
     """
+    # Both calls are the same barrier: the others reach it before their turn, the primary after.
     if not is_primary():
         wait_for_all(name)
     yield
@@ -195,6 +203,8 @@ def maximum(values: np.ndarray | int) -> jax.Array | np.ndarray | int:
     """
     if not is_several():
         return values
+
+    # One row for each device, because an array is spread over devices and not over processes.
     spread, reduce = _maximum()
     values = np.asarray(values, np.int32)
     rows = np.broadcast_to(values, (jax.local_device_count(), *values.shape))
@@ -217,6 +227,9 @@ def leave(status: int) -> None:
     """
     if not is_several():
         return
+
+    # `os._exit` would lose what is still buffered. `shutdown` waits for the other processes, which
+    # may never end, so a timer ends this one.
     sys.stdout.flush()
     sys.stderr.flush()
     timer = threading.Timer(PATIENCE, os._exit, [status])

@@ -117,11 +117,13 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def _means(error: BaseException | None, codes: tuple[int, ...]) -> bool:
     """Return whether an error, or one that it was raised from, has one of the system's codes."""
+    # An error can be among its own causes, so the errors that were looked at are remembered.
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in codes:
             return True
+
         # TensorStore and XLA raise exceptions of their own that quote the system's words.
         if any(os.strerror(code) in str(error) for code in codes):
             return True
@@ -140,6 +142,7 @@ def reporting_full_disk(activity: str, kept: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # An inner call has said already what was being written, more precisely than this one.
         if isinstance(error, OutOfDiskError):
             raise
         if is_disk_full(error):

@@ -36,10 +36,14 @@ def sha256(path: str | os.PathLike) -> str:
         before, now = _signature(file.fileno()), time.time_ns()
         if before in _remembered:
             return _remembered[before]
+
         place = _place(before) if before[2] >= LARGE else None
         digest = _read(place) if place else None
         if digest is None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+            # Remember nothing of a file that changed while it was hashed, or so recently that its
+            # next change could leave the same times.
             if _signature(file.fileno()) == before and now - max(before[-2:]) > SETTLED * 1e9:
                 _remembered[before] = digest
                 if place:
@@ -62,6 +66,7 @@ def _read(place: Path) -> str | None:
         content = regular_files.read_bytes(place, 64).decode(errors="replace")
     except UserError:
         return None
+    # Anything else is a damaged file, as after a crash: the hash is computed again.
     return content if re.fullmatch("[0-9a-f]{64}", content) else None
 
 
@@ -72,5 +77,6 @@ def _keep(place: Path, digest: str) -> None:
 
 def _signature(descriptor: int) -> tuple[int, ...]:
     status = os.fstat(descriptor)
+
     # Nobody can set back the time of the last change of status, unlike that of the contents.
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

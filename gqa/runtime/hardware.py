@@ -99,8 +99,11 @@ def peak_flops(dtype: str) -> float | None:
 
 def _known(kind: str, dtype: jnp.dtype) -> float | None:
     """Return the peak FLOP/s of one device, from the longest name in `PEAKS` that begins `kind`."""
+    # Whole words are compared, because "NVIDIA A10" also begins "NVIDIA A100". Of "NVIDIA H100" and
+    # "NVIDIA H100 PCIe" the longer name is the more precise one.
     words, columns = re.split("[ -]", kind), {"bfloat16": 0, "float32": 1}
     names = [name for name in PEAKS if name.split() == words[: len(name.split())]]
+
     # A MIG device is a part of a GPU, under the name of the whole GPU.
     if not names or "MIG" in words or dtype.name not in columns:
         return None
@@ -114,11 +117,13 @@ def matmul_rate(dtype: str) -> float:
     """
     size = 1536 if jax.default_backend() == "cpu" else 8192
     x = jnp.asarray(np.random.default_rng(0).random((size, size), np.float32), dtype)
+    # A product of n x n matrices has n^3 multiplications and as many additions.
     return 2 * size**3 / _best_seconds(lambda: _product(x, x))
 
 
 def read_bandwidth() -> float:
     """Measure the bytes/s at which one JAX device reads a matrix of 512 MiB; the best run."""
+    # A product with a vector reads each number of the matrix once, and computes next to nothing.
     matrix = jnp.ones((2048, 65536), jnp.float32)
     vector = jnp.ones(65536, jnp.float32)
     return matrix.nbytes / _best_seconds(lambda: _product(matrix, vector))
@@ -131,6 +136,7 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _best_seconds(run: Callable[[], jax.Array]) -> float:
     """Return the shortest time of at least 3 runs, after one to warm up."""
+    # Other programs only make a run slower, so the shortest time is the nearest to the limit.
     jax.block_until_ready(run())
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < SECONDS:

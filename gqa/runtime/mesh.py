@@ -46,6 +46,8 @@ class Layout:
 
     def within(self, count: int) -> "Layout":
         """Return this layout restricted to the `count` local devices of one process."""
+        # The axis "model" gets as many devices as divide both numbers: model = 8 on 4 devices
+        # becomes 4, and model = 2 stays 2.
         return dataclasses.replace(self, model=math.gcd(self.model, count))
 
 
@@ -78,12 +80,14 @@ def make_mesh(layout: Layout = WHOLE, *, devices=None, local: bool = False) -> M
             (1, *shape), (slices, 1, 1), devices, allow_split_physical_axes=True
         )
 
+    # With one slice there is no axis "slice", so most code sees a mesh of two axes.
     names = ("slice", "data", "model") if slices > 1 else ("data", "model")
     arranged = arranged.reshape((slices, *shape)[-len(names) :])
     return Mesh(arranged, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def _check_mesh(model: int, slices: int, count: int) -> None:
+    # Both pairs are computed before the first one is checked, so slices = 0 must not divide here.
     for name, size, of in (("slices", slices, count), ("model", model, count // max(slices, 1))):
         if size < 1 or of % size:
             where = "there are" if name == "slices" else "a slice has"
@@ -142,6 +146,9 @@ def _first_odd_size(config: Any, model: int) -> str:
     for name in ("num_heads", "d_ff", "vocab_size"):
         if getattr(config, name) % model:
             return f"{name}={getattr(config, name)}"
+
+    # KV heads are either split or repeated. With model = 4: K = 8 gives each device two heads, K =
+    # 2 puts each head on two devices, and K = 3 fits neither way.
     for name in ("encoder", "self_attention", "cross_attention"):
         for K in config.kv_heads(name):
             if K % model and model % K:
@@ -151,6 +158,7 @@ def _first_odd_size(config: Any, model: int) -> str:
 
 def divisors(n: int) -> list[int]:
     """Return the divisors of n, ascending: the numbers of KV heads or devices it splits into."""
+    # Divisors come in pairs k and n / k, the smaller of which is at most the square root.
     small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
     return sorted({*small, *(n // k for k in small)})
 
@@ -174,6 +182,7 @@ def check_batch(
     Raises:
         ConfigError: naming `batch_size`.
     """
+    # The devices along "model" work on the same rows, so together they are one part.
     parts = (count or jax.device_count()) // layout.model
     unit = parts * num_microbatches
     if batch_size < 1 or batch_size % unit:
@@ -236,6 +245,7 @@ def resolve_layout(
     if layout.kv_heads != "auto":
         return layout
 
+    # Add up both ways over all layers: their numbers of KV heads and their lengths may differ.
     replicate = batch = 0.0
     lengths = {"cross_attention": inputs_length, "self_attention": length}
     pairs = [(K, lengths[name]) for name in lengths for K in config.kv_heads(name)]
@@ -243,6 +253,7 @@ def resolve_layout(
         moved = bytes_moved(K, config.num_heads, config.head_dim, positions, layout.model)
         replicate, batch = replicate + moved["replicate"], batch + moved["batch"]
 
+    # Splitting by rows also needs equally many rows on each device.
     better = batch < replicate and batch_size % mesh.size == 0
     return dataclasses.replace(layout, kv_heads="batch" if better else "replicate")
 
@@ -261,6 +272,8 @@ def bytes_moved(K: int, N: int, head_dim: int, positions: int, model: int) -> di
         positions: length of the cache.
         model: devices along the axis "model".
     """
+    # Keys and values have 2 bytes a number, and so have the queries that are sent and the results
+    # that come back. A device keeps the queries of its own rows, one part in `model`.
     head = 2 * 2 * positions * head_dim
     sent = 2 * 2 * (N / model) * head_dim * (1 - 1 / model)
     return {"replicate": head * max(1, K / model), "batch": head * K / model + sent}

@@ -30,6 +30,8 @@ def make_private(folder: Path) -> None:
         UserError: if the folder belongs to another user, or its group or others can write to it.
         OSError: if the folder cannot be made.
     """
+    # Whoever made the folder, its owner and mode are checked below. So nobody gains anything by
+    # making it a moment earlier.
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         folder.mkdir(mode=0o700)

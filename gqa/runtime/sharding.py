@@ -63,6 +63,7 @@ def param_shardings(tree: Any, mesh: Mesh, layout: Layout, params: Any = None) -
     """
 
     def on_leaf(path, leaf, state=None):
+        # In inference a layer's weights are in one dict, and "self_key" is a "key" like any other.
         names = [key.key for key in path if isinstance(key, DictKey)]
         name = names[-1].removeprefix("self_").removeprefix("cross_")
         spec = _spec(AXES[name], leaf.shape, mesh, layout)
@@ -79,6 +80,8 @@ def _spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, layout: Lay
     """Return the entries of a PartitionSpec for a parameter with these logical axes."""
     if not axes:
         return ()
+
+    # A scanned layer's parameters [L, ...] have an axis more than their name says, never split.
     unsplit = () if layout.fsdp else ("embed",)
     layer_axis = (None,) * (len(shape) - len(axes))
     sizes = shape[len(layer_axis) :]
@@ -90,6 +93,8 @@ def _spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, layout: Lay
 
 def _entry(axis: str | None, size: int, mesh) -> tuple[str, ...] | None:
     """Return the axes of the mesh that split a logical axis; None if they do not divide `size`."""
+    # Example: 16 heads on a mesh with model = 4 give ("model",); 6 heads, which 4 does not divide,
+    # give None, and each device holds all of them.
     names = tuple(name for name in TABLE.get(axis or "", ()) if mesh.shape.get(name, 1) > 1)
     parts = math.prod(mesh.shape[name] for name in names)
     return names if names and size % parts == 0 else None
@@ -167,10 +172,13 @@ def cache_sharding(config: Any, mesh: Mesh, layout: Layout, fused: bool = False)
         names = (tuple(n for n in TABLE.get(axis or "", ()) if n in mesh.shape) for axis in axes)
         return NamedSharding(mesh, PartitionSpec(*names))
 
+    # A cache that is split by rows uses all axes of the mesh for its first axis, so none is left
+    # for the KV heads.
     def kv(K: int, *before: None) -> NamedSharding:
         return on("rows") if by_rows(K, layout) else on("batch", *before, "kv_heads")
 
     self_attention = [kv(K) for K in config.kv_heads("self_attention")]
+    # In fused arrays the axis S stands before the KV heads, and is not split.
     cross_attention = [kv(K, *[None] * fused) for K in config.kv_heads("cross_attention")]
     some_by_rows = any(by_rows(K, layout) for K in config.kv_heads("cross_attention"))
     return Caches(self_attention, cross_attention, on("rows" if some_by_rows else "batch"))
@@ -194,6 +202,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 def repeat_heads(x: Array) -> Array:
     """Replicate the KV heads of x [B, S, K, H] until each device along "model" holds one."""
+    # Example: K = 2 and model = 4 give the heads 0 0 1 1, one for each device.
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.shape["model"] % x.shape[2] == 0:
         x = jax.numpy.repeat(x, mesh.shape["model"] // x.shape[2], axis=2)
@@ -208,6 +217,8 @@ def put(tree: Any, shardings: Any) -> Any:
     """
 
     def on_leaf(x, sharding):
+        # Where the mesh has devices of other processes, each process cuts the parts of its own
+        # devices out of its copy of the array.
         if sharding.mesh.is_multi_process and getattr(x, "is_fully_addressable", True):
             whole = np.asarray(x)
             return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)

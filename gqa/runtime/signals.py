@@ -84,8 +84,10 @@ def _watchdog(receiver: socket.socket) -> None:
     signum, begin = 0, 0.0
     end: float | None = None
     while True:
+        # Before the first signal there is nothing to time; afterwards the clock is read often.
         receiver.settimeout(None if end is None else 0.1)
         with contextlib.suppress(TimeoutError):
+            # Each byte is the number of a signal.
             for number in receiver.recv(16):
                 if number not in SIGNALS:
                     continue
@@ -130,6 +132,8 @@ def deferred(*, shared: bool = False) -> Iterator[None]:
     """
     with _setting(deferred=True, shared=shared):
         yield
+
+    # Inside another `deferred` the code there asks for the signal.
     if not _watch.deferred:
         _raise_pending()
 
@@ -137,6 +141,8 @@ def deferred(*, shared: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def immediate() -> Iterator[None]:
     """Inside `deferred`, raise `Interrupted` at once, also for a signal that came earlier."""
+    # A signal of this process alone does not count where it is shared: the other processes would
+    # wait for this one. So the handler raises nothing there.
     with _setting(deferred=_watch.shared):
         _raise_pending()
         yield
