@@ -199,7 +199,7 @@ def _records(config: ConfigDict, target: Target, point: Point, batch: str) -> li
     S, T = config.benchmark.inputs_length, config.benchmark.targets_length
     net, B, n = point.net, point.batch_size, target.chips
 
-    # One token: the decoder's share of a forward pass, which has T tokens, on each of n chips.
+    # One token: a T-th of the decoder's share of a forward pass over T targets, on each of n chips.
     forward, encoder = (flops.forward_flops(net.config, B, S, length) for length in (T, 0))
     step_program = hlo.parse(point.step.text)
     step_flops = (forward - encoder) / T / n
@@ -220,6 +220,8 @@ def _records(config: ConfigDict, target: Target, point: Point, batch: str) -> li
     smaller_cache = min(needed.cross_cache, needed.self_cache)
     one_array = smaller_cache // (2 * net.config.num_decoder_layers * n)
     numbers["step_moves"] = len(costs.moves(step_program, int(one_array)))
+
+    # In the compiled program the caches have the names of the parameters of `Inference.step`.
     numbers["step_cache_reads"] = costs.reads(step_program, ("cache[", "memory.kv["))
 
     numbers["sample_seconds"] = roofline.sample_seconds(

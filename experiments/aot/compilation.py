@@ -182,6 +182,9 @@ class Compiler:
             name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=rows)
             for name, length in (("inputs", S), ("targets", T))
         }
+
+        # The weight of z_loss and the warm-up are the defaults of pretraining. They are constants
+        # of the program, so other positive numbers would cost as much.
         step = training_step.make_step(
             training_step.make_loss(config, z_loss=1e-4),
             optimizer.rsqrt(10_000),

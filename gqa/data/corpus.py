@@ -115,6 +115,8 @@ def _read_manifest(path: pathlib.Path, versions: dict[str, str]) -> dict[str, An
     """Read the manifest; None if it is missing, damaged, or of other versions."""
     try:
         manifest = json.loads(path.read_bytes())
+
+        # The manifest may be any JSON, so looking into it may raise any of the exceptions below.
         same = {name: p["version"] for name, p in manifest["packages"].items()} == versions
         return manifest if same and manifest["format"] == FORMAT else None
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):

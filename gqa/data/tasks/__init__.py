@@ -38,6 +38,7 @@ def names() -> list[str]:
 
 def get(name: str) -> types.ModuleType:
     """Return the module of one task."""
+    # The name comes from the command line, and only modules of this package may be imported by it.
     if name not in names():
         raise UserError(f"task={name!r} is unknown; choose from {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}")
@@ -45,6 +46,7 @@ def get(name: str) -> types.ModuleType:
 
 def needs_corpus(name: str) -> bool:
     """Return whether the task is made from the corpus of installed packages."""
+    # Such a task cannot do without a corpus, so its `load` has no default for the argument.
     return inspect.signature(get(name).load).parameters["corpus"].default is inspect.Parameter.empty
 
 
