@@ -60,6 +60,7 @@ def read_sizes(config: dict, num_kv_heads: int, method: str, path: Path) -> Size
     Raises:
         UserError: naming the key, for a network that cannot be converted by `method`.
     """
+    # Quantised weights cannot be averaged: without their scales they are no numbers of the network.
     for key in ("is_encoder_decoder", "quantization_config"):
         if config.get(key):
             raise UserError(f"{path}: {key} is set; use a decoder-only model in floating point")

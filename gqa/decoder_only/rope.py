@@ -52,6 +52,7 @@ def align(heads: np.ndarray, rotary: int) -> Rotation:
 
     # The coordinates that RoPE leaves alone: any rotation is allowed.
     rest = heads[..., rotary:]
+    # Where RoPE rotates all coordinates, there is no rest, and its rotations are empty.
     rotations = np.zeros((len(heads), 0, 0))
     if rest.shape[-1]:
         rotations = closed_form.procrustes(closed_form.gram_matrix(rest, None))

@@ -40,6 +40,7 @@ def take_turns(
         turn()
     rounds = [{name: turn() for name, turn in turns.items()} for _ in range(repetitions)]
 
+    # Recording a trace takes time of its own, so the traced round is not a measurement.
     if trace_folder is not None:
         with jax.profiler.trace(str(trace_folder)):
             for turn in turns.values():

@@ -223,6 +223,9 @@ class Tensors:
         tensor = self._tensors[name]
         dtype, (rows, *rest) = np.dtype(FLOATS[tensor.dtype]), tensor.shape
         count = rows - first if count is None else count
+
+        # The rows of a tensor lie one behind the other, so neighbouring rows are one stretch of the
+        # file.
         row = math.prod(rest) * dtype.itemsize
 
         with regular_files.open_regular(self.folder / tensor.file) as file:

@@ -187,6 +187,7 @@ def _blocks(
     stacked = names.is_stacked(name)
     layer_shape = shapes[name][1:] if stacked else shapes[name]
     axis, rows_each = names.rows(name, layer_shape)
+    # A stacked parameter has the axis of layers before those of the layer.
     step = chunks[name][axis + stacked]
 
     for layer, tensor in enumerate(tensors_of[name]):
@@ -200,6 +201,8 @@ def _blocks(
                 rows = rows.astype(np.float32, copy=False)
             pieces.check_finite(rows, f"tensor {tensor}, in float32,")
 
+            # The tensor has outputs before inputs and flattened heads. Our array has inputs first,
+            # and an axis of heads.
             rows = rows.T if names.is_transposed(name, layer_shape) else rows
             block = rows.reshape(*layer_shape[:axis], count, *layer_shape[axis + 1 :])
 

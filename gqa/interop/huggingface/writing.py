@@ -152,6 +152,8 @@ def _write_weights(tensors: dict[str, _LazyTensor], folder: Path) -> None:
         shapes = {name: ("F32", tensors[name].shape, tensors[name].nbytes) for name in shard}
         safetensors_files.write(folder / file, shapes, lambda name: [tensors[name].make()])
         files |= dict.fromkeys(shard, file)
+
+    # A single file needs no index.
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         safetensors_files.write_index(folder, files, total)
@@ -196,4 +198,6 @@ def _tensor(
     # Query heads 0 .. G - 1 read KV head 0, so each head is repeated next to itself: 0, 0, 1, 1.
     if repeats > 1:
         array = np.repeat(array, repeats, axis=1)
+
+    # Flatten the heads of our [inputs, outputs], then put the outputs first.
     return array.reshape(shape[::-1]).T if names.is_transposed(name, array.shape) else array
