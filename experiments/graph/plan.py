@@ -100,6 +100,7 @@ def parent_config(config: ConfigDict) -> Config:
 def target_heads(config: ConfigDict) -> dict[str, int]:
     """Return the number of KV heads of each attention after conversion."""
     heads = {name: config.convert[f"num_kv_heads_{name}"] for name in conversion.ATTENTIONS}
+    # An attention that convert.where leaves out stays multi-head, whatever its own key says.
     multi_head = {*WHERE["both"]} - {*WHERE[config.convert.where]}
     return heads | dict.fromkeys(multi_head, config.model.num_heads)
 
@@ -127,6 +128,7 @@ def pretrain_recipe(config: ConfigDict) -> Recipe:
 def finetune_recipe(config: ConfigDict, task: str) -> Recipe:
     """Return how a network is fine-tuned on one task."""
     section = config.finetune
+    # A length of 0 in the config stands for the task's own length.
     keys = {key: section[key] for key in RECIPE_KEYS} | text.lengths(section, task)
     return Recipe(
         task=task,
@@ -250,6 +252,7 @@ def _benchmark(config: ConfigDict, reference: ConfigDict, leaf: Stage) -> Stage:
     parents: tuple[Stage, ...] = ()
     how_converted: dict[str, Any] = {}
     model: Config | None = converted_config(config)
+    # Without a budget the stage has no parents, so that one benchmark serves every seed and method.
     if leaf.variant.per_layer_budget:
         parents, how_converted, model = (leaf,), _conversion(config), None
 

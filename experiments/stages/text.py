@@ -139,6 +139,7 @@ def settings(config: ConfigDict) -> TextSettings:
 
 def _options(config: ConfigDict, task: str) -> dict:
     """Return the keyword arguments of a task's module, beside the split."""
+    # An unknown task has no options here. The checks of the config refuse it, and name its key.
     if task in tasks.names() and "data_dir" in tasks.option_names(task):
         return {"data_dir": config.text.data_dir and os.path.abspath(config.text.data_dir)}
     # Only these two tasks have a section of the config, whose keys are the task's options.

@@ -37,6 +37,7 @@ def records(numbers: Numbers, variant: dict) -> list[dict]:
     """Return the median of each number over its repetitions, with the quartiles."""
     made = []
     for metric, values in numbers.items():
+        # A number that is computed and not timed, such as a size, counts as one repetition.
         values = np.atleast_1d(values)
         low, median, high = map(float, np.percentile(values, [25, 50, 75]))
         more = {"low": low, "high": high, "n": len(values), "variant": variant}
@@ -46,6 +47,7 @@ def records(numbers: Numbers, variant: dict) -> list[dict]:
 
 def generation(parts: Numbers, batch_size: int, decoded: int) -> Numbers:
     """Return the times of generation: of the prefill and of the `decoded` tokens after it."""
+    # A step decodes one token of every row, so it gives `batch_size` tokens.
     token = parts["decode"] / decoded
     numbers = {
         "prefill_seconds": parts["prefill"],
@@ -75,6 +77,7 @@ def traffic(step: kv_cache.Step, times: Numbers, parts: Numbers, machine: Number
         "step_bandwidth_share": (step.weights + cache) / token / bandwidth,
         "floor_seconds": floor,
         "floor_share": floor / token,
+        # Attention is timed over the inputs alone, so it reads the cache of cross-attention.
         "attention_seconds": attention,
         "attention_bandwidth": step.cross_cache / attention,
         "attention_bandwidth_share": step.cross_cache / attention / bandwidth,

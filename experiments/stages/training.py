@@ -126,12 +126,17 @@ def run_training(
     recipe, config, pooling = spec.recipe, spec.info.model, spec.pooling
     check_batch(recipe.batch_size, recipe.num_microbatches, job.layout)
     abstract, step = _compile(_step_spec(spec, job))
+
+    # A teacher's parameters are an argument of the step. If the step captured them, the compiler
+    # would build them into the program as constants.
     loss_arguments = () if teacher_params is None else (teacher_params,)
 
     # Validation losses are those of the grouped network, also while its pooling is being learned,
     # so that they can be compared with the losses of any other method.
     fold = (lambda params: params) if pooling is None else jax.jit(pooling.fold)
     validation_loss = training_step.make_validation(config, job.mesh)
+
+    # A learned pooling may run more heads during training than are left at its end.
     running_config = config if pooling is None else pooling.running_config
     step_flops = train_flops(running_config, recipe.batch_size, **data.lengths)
 

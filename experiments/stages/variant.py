@@ -117,6 +117,8 @@ class Variant(Conversion):
     @property
     def label(self) -> str:
         """Name the variant as the paper does, and how it was reached: `GQA-8 mean, alpha 0.05`."""
+        # A grouped network that was not converted was trained with the KV heads that it has. A
+        # multi-head network needs no such word.
         name = self.network
         if self.is_converted:
             name += f" {self.method_label}"
@@ -173,6 +175,7 @@ class Variant(Conversion):
     @property
     def order(self) -> tuple[Any, ...]:
         """A key that sorts variants of one size: most KV heads first, then method, then alpha."""
+        # Numbers sort ascending, so counts that should descend are negative.
         counts = (self.num_heads, *(getattr(self, name) for name in KV_HEADS))
         return *(-count for count in counts), self.method_label, self.alpha
 
