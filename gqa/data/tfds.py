@@ -134,9 +134,13 @@ def records(dataset: str, data_dir: str, split: str) -> Records:
     if name not in known or not known[name].num_examples:
         raise UserError(f"{folder}: no rows in split {split!r}; {_command(dataset, data_dir)}")
 
-    # dataset_info.json may name files anywhere on the machine.
-    for instruction in known[name].file_instructions:
-        path = Path(os.path.abspath(instruction.filename))
+    # dataset_info.json may name files anywhere on the machine, or be no description of files.
+    try:
+        files = [instruction.filename for instruction in known[name].file_instructions]
+    except Exception as error:  # see Records
+        raise UserError(f"{folder}: not what TFDS writes: {error}") from error
+    for file in files:
+        path = Path(os.path.abspath(file))
         if path.parent != folder or not path.is_file():
             raise UserError(f"{folder}: {path} is not in it; {_command(dataset, data_dir)}")
     try:

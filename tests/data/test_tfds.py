@@ -316,3 +316,18 @@ def test_features_that_are_neither_text_nor_numbers_are_refused(
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"features\.json: .*{message}"):
         use("multi_news", str(tmp_path))
+
+
+def test_a_description_without_any_of_its_fields_is_read_or_refused(tmp_path):
+    """Without its name, for example, no file of the dataset has a name."""
+    prepare(tmp_path, "trivia_qa/rc", trivia_row, splits=("train",))
+    (path,) = tmp_path.rglob("dataset_info.json")
+    info, refused = json.loads(path.read_bytes()), []
+    for key in info:
+        path.write_text(json.dumps({k: value for k, value in info.items() if k != key}))
+        try:
+            assert len(tfds_data.records("trivia_qa/rc", str(tmp_path), "train")) == 3
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused.append(key)
+    assert {"name", "splits"} <= {*refused} < {*info}
