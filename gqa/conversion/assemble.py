@@ -127,8 +127,11 @@ def closed_form_kernels(
                     old, K, method, space, covariance, shrinkage
                 )
             kernels[name][layer] = new
+
+    # This finds out whether every layer had a covariance, before the worst of them is looked for.
+    stacked = {name: _stack(params, new_config, name, layers) for name, layers in kernels.items()}
     _warn_if_ill_conditioned(conditions)
-    return {name: _stack(params, new_config, name, layers) for name, layers in kernels.items()}
+    return stacked
 
 
 def restore_norms(kernels: GroupKernels, params: dict) -> GroupKernels:

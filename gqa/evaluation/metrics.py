@@ -159,7 +159,7 @@ def _aggregate(name, sums, n):
 
     # All edits divided by all phonemes, so that a long word weighs more than a short one.
     if name == "phoneme_error_rate":
-        return 100 * float(sums[0] / sums[1])
+        return 100 * float(sums[0] / max(sums[1], 1))  # all references may be empty
 
     if name != "bleu":
         return 100 * float(sums[0]) / n

@@ -327,6 +327,11 @@ def test_what_needs_input_covariances_says_so(tiny, params, arguments, needed):
             convert(params, tiny, 2, **keys)
 
 
+def test_covariances_of_no_layer_are_refused(tiny, params):
+    with pytest.raises(ValueError, match="covariances of 0 layers of 2 for self"):
+        convert(params, tiny, 2, "svd", input_covariances=iter([]))
+
+
 def test_moments_of_other_layers_are_refused(tiny, params):
     covariances = [m for m in some_covariances() if m.attention != "cross_attention"]
     with pytest.raises(ValueError, match="covariances of 0 layers of 2 for cross"):
