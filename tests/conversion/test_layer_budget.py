@@ -264,7 +264,7 @@ def test_it_is_timed_as_its_checkpoint_has_it(mixed, monkeypatch, capsys, tmp_pa
     )
     settings = BenchmarkSettings(variant, (TimedNetwork(variant, None),), 2, 8, 3, repetitions=2)
     setup = type("Setup", (), {"profile_benchmark": profile})
-    job = type("Job", (), {"setup": setup, "workdir": tmp_path, "title": "timed"})
+    job = type("Job", (), {"setup": setup, "events": tmp_path / "tensorboard" / "timed"})
     outcome = benchmark.run("timed", settings, None, ["here"], job)
     values = {entry["metric"]: entry["value"] for entry in outcome.records}
     assert values["kv_cache_bytes"] == kv_cache.kv_cache_bytes(mixed, 1, 8, 3)

@@ -167,10 +167,10 @@ def test_a_forbidden_place_is_refused(tmp_path):
             quietly(tmp_path / "a", target, 2)
 
 
-def command(tmp_path, target, **more):
+def command(tmp_path, target, prefix=()):
     line = [sys.executable, "-m", "gqa", "convert", tmp_path / "a", target, "--num-kv-heads=2"]
     return subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+        [*prefix, *line], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -186,14 +186,8 @@ def test_the_command_tells_a_bad_target_in_one_line(tmp_path, target, message):
 
 
 def test_a_limit_on_the_size_of_files_is_told_in_one_line(tmp_path):
-    import resource
-
     write_llama(tmp_path / "a")
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
-    process = command(tmp_path, tmp_path / "b", preexec_fn=limit)
+    process = command(tmp_path, tmp_path / "b", ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash"])
     _, err = process.communicate()
     assert (process.returncode, err.count("\n")) == (2, 1)
     assert "File too large; raise the limit on the size of files (ulimit -f)" in err

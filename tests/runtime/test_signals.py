@@ -98,7 +98,9 @@ def test_a_compilation_is_given_up(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_elsewhere_the_signal_is_raised_at_once(number):
     body = "print('ready', flush=True); time.sleep(60)"
-    status, seconds, output = run(body, signals=[number])
+    # The tests themselves may run under nohup, whose children ignore SIGHUP.
+    prefix = ["env", f"--default-signal={number.name}"]
+    status, seconds, output = run(body, signals=[number], prefix=prefix)
     assert (status, seconds < 10) == (128 + number, True)
     assert output == f"interrupted by {number.name}; the same command goes on from where it was\n"
 

@@ -89,8 +89,10 @@ def test_a_network_that_no_memory_holds_is_refused_before_any_compute(tmp_path):
     config = base.get_config("xxl")
     config.model.num_decoder_layers = 10_000
     settings = plan.plan(config, None)[0].settings
+    text = SimpleNamespace(tokenizer=SimpleNamespace(hash="a hash"))
+    job = SimpleNamespace(text=text)
     with pytest.raises(UserError, match=r"^training a network of [\d,]+ parameters takes .* GiB"):
-        pretrain.run("pretrain", settings, StageFolder(tmp_path), [], None)
+        pretrain.run("pretrain", settings, StageFolder(tmp_path), [], job)
 
 
 @pytest.mark.parametrize("load", [inputs.load_params, inputs.load_state])
