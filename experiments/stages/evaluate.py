@@ -6,6 +6,7 @@ from pathlib import Path
 from experiments.stages.folder import NATS, Outcome, StageFolder, record
 from experiments.stages.inputs import Job, load_params, open_parent
 from experiments.stages.settings import EvaluateSettings
+from experiments.stages.text import say_what_is_cut
 from experiments.workdir import write_whole
 from gqa.data import tasks
 from gqa.data.examples import Example
@@ -32,6 +33,7 @@ def run(
     train_examples = job.text.examples(task, "train")
 
     batch_size, recipe = settings.batch_size, parent.info.recipe
+    say_what_is_cut(recipe, "finetune", settings.split, pairs)
     lengths = {"inputs_length": recipe.inputs_length, "targets_length": recipe.targets_length}
 
     # Which way of decoding moves fewer bytes depends on the lengths, which only the checkpoint has.

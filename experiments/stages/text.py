@@ -6,6 +6,7 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import types
@@ -295,14 +296,19 @@ class Training(NamedTuple):
     validation_size: int
 
 
-def _say_what_is_cut(recipe: Recipe, section: str, pairs: list[TokenPair]) -> None:
-    """Print the share of inputs and of targets that are cut, and the key that would change it."""
+def say_what_is_cut(recipe: Recipe, section: str, split: str, pairs: list[TokenPair]) -> None:
+    """Print the share of inputs and of targets that are cut, and the key that would change it.
+
+    Args:
+        section: the section of the config that has the lengths.
+        split: what a person calls the split.
+    """
     sides = {"inputs": recipe.inputs_length, "targets": recipe.targets_length}
     for i, (side, length) in enumerate(sides.items()):
         share = batching.share_cut([pair[i] for pair in pairs], length)
         if share:
             print(
-                f"task {recipe.task}: {100 * share:.1f}% of the training {side} are cut to "
+                f"task {recipe.task}: {100 * share:.1f}% of the {split} {side} are cut to "
                 f"{length} tokens; raise {section}.{side}_length to keep them whole"
             )
 
@@ -331,7 +337,7 @@ def training(text: Text, recipe: Recipe, section: str = "pretrain") -> Training:
 
     if isinstance(train[0][0], Example):
         pairs = [text.pairs(part) for part in train]
-        _say_what_is_cut(recipe, section, [pair for part in pairs for pair in part])
+        say_what_is_cut(recipe, section, "training", [*itertools.chain(*pairs)])
         batches = batching.finetuning_batches(pairs, weights, **shape, **stream, pack=recipe.pack)
         held_out = text.pairs(validation[:limit])
     else:

@@ -54,9 +54,11 @@ def tokenize_examples(
 def _read_tokens(path: pathlib.Path, count: int) -> list[np.ndarray] | None:
     """Read the ids of `count` texts from `path`; None if the file is missing or damaged."""
     try:
-        # `testzip` compares all checksums, so that even one changed bit is noticed.
+        # `testzip` compares all checksums, so that even one changed bit is noticed. Nothing that is
+        # written here is compressed, so the arrays cannot be larger than the file.
         with zipfile.ZipFile(path) as file:
-            if file.testzip() is not None:
+            is_compressed = any(part.compress_type for part in file.infolist())
+            if is_compressed or file.testzip() is not None:
                 return None
         with np.load(path) as arrays:
             ids, lengths = arrays["ids"], arrays["lengths"]

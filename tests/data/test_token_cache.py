@@ -93,3 +93,15 @@ def test_a_whole_file_of_other_sizes_is_made_again(tmp_path, ids, lengths):
     with open(path, "wb") as file:
         np.savez(file, ids=np.array(ids, np.int32), lengths=np.array(lengths, np.int64))
     assert_ids(token_cache.tokenize(["a", "b", "c"], encoder, tmp_path))
+
+
+def test_a_compressed_cache_is_made_again(tmp_path):
+    """What is compressed could be a thousand times as large as its file."""
+    calls = []
+    encoder = SimpleNamespace(hash="x", encode_batch=lambda texts: calls.append(1) or IDS)
+    token_cache.tokenize(["a", "b", "c"], encoder, tmp_path)
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as arrays:
+        np.savez_compressed(path, **arrays)
+    assert_ids(token_cache.tokenize(["a", "b", "c"], encoder, tmp_path))
+    assert len(calls) == 2
