@@ -155,6 +155,16 @@ def test_an_array_that_does_not_fit_is_named(network, tmp_path, name, shape, mes
         t5x.open_folder(tmp_path / "a")
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_whole_layer_that_is_missing_is_named(network, tmp_path, layer):
+    arrays = their_arrays(*network)
+    missing = f"encoder.layers_{layer}."
+    arrays = {name: array for name, array in arrays.items() if not name.startswith(missing)}
+    write(tmp_path / "a", arrays)
+    with pytest.raises(CheckpointError, match=rf"array target\.encoder\.layers_{layer}\.\.\. is"):
+        t5x.open_folder(tmp_path / "a")
+
+
 def test_a_folder_of_something_else_is_told(tmp_path):
     with pytest.raises(UserError, match="no T5X checkpoint; it would have folders target"):
         t5x.open_folder(tmp_path)
