@@ -282,3 +282,23 @@ def test_a_training_step_runs(mixed, batch):
         losses.append(float(metrics["loss"]))
     assert losses[2] < losses[0]
     assert jax.tree.map(np.shape, state.params) == jax.tree.map(np.shape, init_params(mixed, 0))
+
+
+@pytest.mark.parametrize(
+    ("self_attention", "cross_attention", "groups"),
+    [
+        ((4, 4), (4, 1), {0: 1, 1: 1}),
+        ((4, 2), (4, 4), {0: 1, 1: 1}),
+        ((2, 2), (1, 1), {0: 2}),
+        (4, 4, {0: 2}),
+    ],
+)
+def test_layers_are_one_group_if_both_of_their_attentions_are_alike(
+    tiny, self_attention, cross_attention, groups
+):
+    config = dataclasses.replace(
+        tiny,
+        num_kv_heads_self_attention=self_attention,
+        num_kv_heads_cross_attention=cross_attention,
+    )
+    assert config.layer_groups == groups
