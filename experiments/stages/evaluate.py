@@ -75,16 +75,15 @@ def run(
 
 
 def _make_search(settings: EvaluateSettings) -> decoding.Search:
-    if settings.search == "beam":
-        return decoding.beam_search(settings.num_beams, settings.length_penalty)
-    if settings.search == "sample":
-        return decoding.Sample(
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            seed=settings.variant.seed,
-        )
-    return decoding.GREEDY
+    return decoding.named_search(
+        settings.search,
+        num_beams=settings.num_beams,
+        length_penalty=settings.length_penalty,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=settings.variant.seed,
+    )
 
 
 def _keep(path: Path, examples: list[Example], predictions: list[str]) -> list[dict]:

@@ -19,7 +19,7 @@ from gqa.checkpoints import network
 from gqa.data import tokenizer
 from gqa.data.tokenizer import EOS
 from gqa.inference import decoding
-from gqa.inference.generator import Generator, bucket
+from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
 from gqa.interop import huggingface
 from gqa.interop.huggingface.writing import VOCABULARY
@@ -171,11 +171,15 @@ def _search(options: argparse.Namespace) -> decoding.Search:
         raise UserError(f"--top-p={options.top_p}: use a value above 0, at most 1")
     if not 0 <= options.temperature < float("inf"):
         raise UserError(f"--temperature={options.temperature}: use 0 or more")
-    if options.search == "beam":
-        return decoding.beam_search(options.num_beams, options.length_penalty)
-    if options.search == "sample":
-        return decoding.Sample(options.temperature, options.top_k, options.top_p, options.seed)
-    return decoding.GREEDY
+    return decoding.named_search(
+        options.search,
+        num_beams=options.num_beams,
+        length_penalty=options.length_penalty,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
 
 
 # --- the checkpoints ------------------------------------------------------------------------------
@@ -212,8 +216,9 @@ def _find_vocabulary(path: str, expected: str, named: str | None) -> tokenizer.T
 
 def _heads(config: Config) -> str:
     """Describe the heads of a network."""
-    own, cross = config.num_kv_heads_self_attention, config.num_kv_heads_cross_attention
-    numbers = f"{own}" if own == cross else f"{own} self-attention and {cross} cross-attention"
+    numbers = f"{config.num_kv_heads_self_attention}"
+    if config.num_kv_heads_cross_attention != config.num_kv_heads_self_attention:
+        numbers += f" self-attention and {config.num_kv_heads_cross_attention} cross-attention"
     return f"{config.num_heads} query heads, {numbers} KV heads"
 
 
@@ -230,7 +235,7 @@ def _generate(
 ) -> _Output:
     """Generate for every text. Compiling is not timed: the longest batch runs once before."""
     encoded = [[*ids, EOS] for ids in model.vocabulary.encode_batch(texts)]
-    width = bucket(max(map(len, encoded)), max(map(len, encoded)))
+    width = max(map(len, encoded))
     size = min(options.batch_size, len(encoded))
     inputs = np.zeros((-(-len(encoded) // size) * size, width), np.int32)
     for row, ids in zip(inputs, encoded, strict=False):

@@ -269,6 +269,24 @@ def beam_search(num_beams: int, length_penalty: float) -> Search:
     return Beam(num_beams, length_penalty) if num_beams > 1 else GREEDY
 
 
+def named_search(
+    name: str,
+    *,
+    num_beams: int,
+    length_penalty: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> Search:
+    """Return the search "greedy", "beam" or "sample" with those of the settings that it has."""
+    if name == "beam":
+        return beam_search(num_beams, length_penalty)
+    if name == "sample":
+        return Sample(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return GREEDY
+
+
 def _arg_max(x: Array) -> Array:
     """Return the index of the first maximum along the last axis of x [..., V].
 
