@@ -34,6 +34,10 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.size = size
     config.seed = 0
     config.experiment = "pipeline"  # what launch.py runs: pipeline, speed or aot
+    # Other ways of reaching the same KV heads, which are run and reported beside this config's own:
+    # METHOD@ALPHA separated by commas, such as mean@0,svd@0. METHOD is a name as in a sweep's list
+    # of methods; without @ALPHA it has uptrain.alpha. A sweep ignores this key.
+    config.compare = ""
 
     config.model = _model(size, columns)
     config.init = _init()

@@ -105,6 +105,11 @@ def target_heads(config: ConfigDict) -> dict[str, int]:
     return heads | dict.fromkeys(multi_head, config.model.num_heads)
 
 
+def converts(config: ConfigDict) -> bool:
+    """Return whether any attention of a config gets fewer KV heads than its multi-head parent."""
+    return set(target_heads(config).values()) != {config.model.num_heads}
+
+
 def converted_config(config: ConfigDict) -> Config:
     """Return the network after conversion, with one number of KV heads for all layers."""
     heads: dict[str, Any] = {f"num_kv_heads_{name}": K for name, K in target_heads(config).items()}
@@ -179,7 +184,7 @@ def _grouped(config: ConfigDict, pretrain: Stage) -> Iterator[Stage]:
 
     # A network that keeps all its heads is not converted. With an alpha it is uptrained all the
     # same, as a control that shows what more training gives without a conversion.
-    if set(heads.values()) != {config.model.num_heads}:
+    if converts(config):
         how_converted = _conversion(config)
         settings = ConvertSettings(
             variant=_variant(config, heads, **how_converted),

@@ -1,7 +1,8 @@
-"""Expand a sweep config into the configs that it stands for.
+"""Expand a config into the configs that it stands for: the points of its sweep, or comparisons.
 
-Its section `sweep` has grids by name. A grid lists what varies over the base config, and stands for
-every combination; the sweep is all of its grids.
+The section `sweep` of a config has grids by name. A grid lists what varies over the base config,
+and stands for every combination; the sweep is all of its grids. A config without that section
+stands for itself and for the ways of converting that its key `compare` names.
 """
 
 import importlib
@@ -11,8 +12,8 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from experiments.graph import method_names
-from experiments.graph.plan import WHERE
-from experiments.graph.validate import flatten
+from experiments.graph.plan import WHERE, converts
+from experiments.graph.validate import check_keys, flatten
 from experiments.stages.text import split_names
 from gqa.runtime.errors import UserError
 
@@ -24,14 +25,56 @@ NUMBERS = {"kv_heads": (8, 1), "alphas": (0.05, 0.1), "seeds": (0, 1)}
 
 
 def expand(config: ConfigDict) -> list[ConfigDict]:
-    """Return the configs that a sweep stands for; a config without a sweep stands for itself.
+    """Return the points of a sweep; of a config without one, the config itself and its comparisons.
 
     Raises:
-        UserError: for an empty list or an unknown size.
+        UserError: for an empty list, an unknown size, or a comparison that could not run.
     """
-    if "sweep" not in config:
-        return [config]
-    return [each for grid in config.sweep for each in _grid(config, grid)]
+    if "sweep" in config:
+        return [each for grid in config.sweep for each in _grid(config, grid)]
+    return [config, *_comparisons(config)]
+
+
+def _comparisons(config: ConfigDict) -> list[ConfigDict]:
+    """Return a config for each entry of `compare` that differs from the config itself."""
+    names = split_names(config.compare)
+    if not names:
+        return []
+
+    # Comparisons inherit the keys of the config. Check those first, so that no comparison is blamed
+    # for a mistake in them.
+    check_keys(config)
+    itself = _point(config)
+    points: list[ConfigDict] = []
+    for name in names:
+        try:
+            point = _compared(itself, name)
+            check_keys(point)
+        except UserError as error:
+            raise UserError(f"config.compare: {name!r}: {error}") from error
+        if point not in (itself, *points):
+            points.append(point)
+
+    # A network that keeps all its heads is the same however it would have been converted.
+    return points if converts(config) else []
+
+
+def _compared(config: ConfigDict, name: str) -> ConfigDict:
+    """Return the config with the method and the alpha of a comparison, such as `svd-weight@0.05`.
+
+    Raises:
+        UserError: for an alpha that is no number, and for words that name no setting.
+    """
+    point = _point(config)
+    method, at, alpha = name.partition("@")
+    point.update_from_flattened_dict(method_names.keys(method.strip()))
+    if at:
+        try:
+            point.uptrain.alpha = float(alpha)
+        except ValueError as error:
+            advice = "use a fraction from 0 to 1, as in mean@0.05"
+            raise UserError(f"{alpha!r} is no alpha; {advice}") from error
+    return point
 
 
 def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
@@ -52,7 +95,7 @@ def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
         heads = axes.kv_heads or _groups(base.model.num_heads)
         lists = (heads, split_names(axes.where), split_names(axes.methods), axes.alphas, axes.seeds)
         for kv_heads, where, method, alpha, seed in itertools.product(*lists):
-            point = _without_sweep(base)
+            point = _point(base)
 
             kv_heads = base.model.num_heads if kv_heads == MULTI_HEAD else kv_heads
             for attention in WHERE["both"]:
@@ -93,8 +136,10 @@ def _resized(config: ConfigDict, size: str) -> ConfigDict:
     return other
 
 
-def _without_sweep(config: ConfigDict) -> ConfigDict:
+def _point(config: ConfigDict) -> ConfigDict:
+    """Return a copy of a config that stands for itself alone."""
     point = config.copy_and_resolve_references()
+    point.compare = ""
     if "sweep" in point:
         with point.unlocked():
             del point.sweep

@@ -58,16 +58,7 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
     Raises:
         UserError: naming the key and what would do.
     """
-    # Each key by itself. Numbers come first, because the checks below compute with them.
-    check_numbers(config)
-    values = dict(flatten(config))
-    for name, choices in CHOICES.items():
-        if values[name] not in choices:
-            known = ", ".join(choice or "nothing" for choice in choices)
-            raise UserError(f"{name}={values[name]!r}; use one of {known}")
-    _check_fractions(config)
-    _check_profile(config)
-    _check_conversion(config)
+    check_keys(config)
 
     # Both networks have to fit the devices, because both are trained and both generate.
     layout = Layout(**config.mesh)
@@ -85,6 +76,24 @@ def check(config: ConfigDict, devices: tuple[int, int] | None = None) -> None:
     with renamed_fields("evaluate."):
         check_batch(config.evaluate.batch_size, 1, layout, count)
     progress.check(config.wandb.mode)
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Refuse values that no machine and no text would make right.
+
+    Raises:
+        UserError: naming the key and what would do.
+    """
+    # Numbers come first, because the checks below compute with them.
+    check_numbers(config)
+    values = dict(flatten(config))
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            known = ", ".join(choice or "nothing" for choice in choices)
+            raise UserError(f"{name}={values[name]!r}; use one of {known}")
+    _check_fractions(config)
+    _check_profile(config)
+    _check_conversion(config)
 
 
 def check_paths(config: ConfigDict) -> None:

@@ -32,6 +32,7 @@ ROOT = Path(launch.__file__).parent
 KEYS = {key: value for key, value in flatten(base.get_config()) if not key.startswith("aot.")}
 NAMES = CHOICES | {
     "experiment": ("pipeline",),
+    "compare": ("", "mean@0,svd@0", " first , svd-weight@.5"),
     "convert.method": tuple(conversion.CLOSED),
     "convert.space": tuple(conversion.SPACES),
     "convert.grouping": tuple(conversion.GROUPINGS),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 
 import pytest
 
@@ -38,6 +39,73 @@ BOTH = "parameter_qa,docstring_summary"
 def test_a_config_without_a_sweep_stands_for_itself():
     config = base.get_config("nano")
     assert sweep.expand(config) == [config]
+
+
+def compared(text, kv_heads=8, **settings):
+    config = base.get_config("nano", kv_heads=kv_heads)
+    config.update_from_flattened_dict({"compare": text} | settings)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "expected"),
+    [
+        ("mean@0,svd@0", {}, [("mean", "logit", 0.0), ("svd", "logit", 0.0)]),
+        (" svd-weight@.1 , first", {}, [("svd", "weight", 0.1), ("first", "logit", 0.05)]),
+        ("svd@0", {"convert.space": "activation"}, [("svd", "activation", 0.0)]),
+        # The config itself, however it is named, and a comparison that is named twice.
+        ("mean,mean@0.05,svd@0,svd-logit@0.0", {}, [("svd", "logit", 0.0)]),
+        ("mean@0", {"uptrain.alpha": 0.0}, []),
+        ("mean@0,svd@0", {"kv_heads": 16}, []),  # converts nothing
+        ("svd@0", {"convert.num_kv_heads_encoder": 8, "kv_heads": 16}, [("svd", "logit", 0.0)]),
+    ],
+)
+def test_a_config_comes_with_its_comparisons(text, settings, expected):
+    config = compared(text, **settings)
+    itself, *others = sweep.expand(config)
+    assert itself == config
+    found = [(p.convert.method, p.convert.space, p.uptrain.alpha) for p in others]
+    assert found == expected
+    assert all(sweep.expand(point) == [point] for point in others)
+    assert {point.name for point in others} <= {config.name}
+
+
+def test_comparisons_share_stages_with_the_config_and_change_none_of_its_keys():
+    plain = plan(compared(""), None)
+    stages = merge(plan(point, None) for point in sweep.expand(compared("mean@0,svd@0")))
+    assert [stage.key for stage in stages[: len(plain)]] == [stage.key for stage in plain]
+    kinds = [stage.kind for stage in stages[len(plain) :]]
+    # The mean before uptraining has its conversion already, and times depend on shapes alone.
+    assert sorted(kinds) == ["convert", *["evaluate"] * 4, *["finetune"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("median@0", "'median@0': convert.method='median'; use one of mean, first"),
+        ("svd@0,mean-what", "'mean-what': method 'mean-what': 'what' says nothing; after the"),
+        ("mean@2", "'mean@2': uptrain.alpha=2.0; use a fraction from 0 to 1"),
+        ("mean@-1", "'mean@-1': uptrain.alpha=-1.0; use 0 or more"),
+        ("mean@x", "'mean@x': 'x' is no alpha; use a fraction from 0 to 1, as in mean@0.05"),
+        ("fuse-renorm", "'fuse-renorm': convert.renorm=True does not go with 'fuse'"),
+    ],
+)
+def test_a_comparison_that_could_not_run_is_named(text, message):
+    for kv_heads in (8, 16):
+        with pytest.raises(UserError, match=f"^config.compare: {re.escape(message)}"):
+            sweep.expand(compared(text, kv_heads=kv_heads))
+
+
+def test_a_mistake_in_the_config_is_not_blamed_on_a_comparison():
+    with pytest.raises(UserError, match=r"^convert\.where='encoder'"):
+        sweep.expand(compared("mean@0", **{"convert.where": "encoder"}))
+
+
+def test_a_sweep_ignores_comparisons():
+    config = get("groups")
+    points = sweep.expand(config)
+    config.compare = "svd@0"
+    assert sweep.expand(config) == points
 
 
 def test_a_grid_is_every_combination():
