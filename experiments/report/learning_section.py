@@ -1,11 +1,15 @@
 """Report how well the models learned: beside trivial answers, from inputs, and by conversion."""
 
+from collections.abc import Iterator
+
 from experiments.report import safe_text, tables
+from experiments.report.estimate import Estimate
 from experiments.report.summary import Summary
 from experiments.report.tables import DASH
 from experiments.report.variants_section import interval
 
 SHOWN, LONGEST = 2, 240  # variants whose predictions are shown, and characters of a text
+FEW = 3  # networks that a line names; more are counted
 MARGIN = 0.01  # nats per token; a loss that is lower by less counts as the same
 BASELINES = {
     "constant_answer": "best constant answer",
@@ -13,6 +17,51 @@ BASELINES = {
     "letter_by_letter": "letter by letter",
 }
 LOSSES = ("test_loss", "test_loss_other_input", "test_loss_unigram")
+
+
+def answers_without_a_network(summary: Summary) -> str:
+    """Say which networks are not shown to be above an answer that needs no network.
+
+    If every network is above, return the scores of these answers; if none was scored, nothing.
+    """
+    failures = [line for task in summary.tasks for line in _failures(summary, task)]
+    if failures:
+        return " ".join(failures)
+
+    scores = []
+    for name, title in BASELINES.items():
+        known = [score for task in summary.tasks if (score := _trivial_score(summary, name, task))]
+        if known:
+            average = sum(score.value for score in known) / len(known)
+            of = f" of {len(summary.tasks)}" if len(known) < len(summary.tasks) else ""
+            over = f" (average of {len(known)}{of} tasks)" if len(summary.tasks) > 1 else ""
+            scores.append(f"{title} {average:.1f}{over}")
+    return f"Baselines without a network: {', '.join(scores)}." if scores else ""
+
+
+def _failures(summary: Summary, task: str) -> Iterator[str]:
+    """Yield a sentence if some network is not shown to be above a trivial answer in this task."""
+    trivial = {name: _trivial_score(summary, name, task) for name in BASELINES}
+    below = {
+        name: {v for v in summary.scored if _is_below(summary.headline(v, task), score)}
+        for name, score in trivial.items()
+    }
+    failing = set().union(*below.values())
+    if failing:
+        titles = [summary.title(v) for v in summary.scored if v in failing]
+        who = "; ".join(titles) if len(titles) <= FEW else f"{len(titles)} networks"
+        answers = [
+            f"{BASELINES[name]} {score.value:.1f}"
+            for name, score in trivial.items()
+            if score and below[name]
+        ]
+        yield f"{task}: not shown to be above the baselines ({', '.join(answers)}): {who}."
+
+
+def _trivial_score(summary: Summary, name: str, task: str) -> Estimate | None:
+    """Return the score of a trivial answer, which is the same beside every network."""
+    found = (summary.get(v, "evaluate", name, task) for v in summary.scored)
+    return next((score for score in found if score), None)
 
 
 def baselines(summary: Summary) -> str:
@@ -86,11 +135,17 @@ def _missing(estimates):
     if model and unigram and unigram.value - model.value < MARGIN:
         yield "the loss is hardly lower than the unigram model's, or higher"
 
-    # Compare the lower end of the interval, if there is one: a mean above may be chance.
     for name in BASELINES:
-        trivial = estimates[name]
-        if score and trivial and (score.value if score.low is None else score.low) <= trivial.value:
+        if _is_below(score, estimates[name]):
             yield f"the score is not shown to be above that of the {BASELINES[name]}"
+
+
+def _is_below(score: Estimate | None, trivial: Estimate | None) -> bool:
+    """Return whether a score is not shown to be above that of a trivial answer."""
+    # Compare the lower end of the interval, if there is one: a mean above may be chance.
+    if score is None or trivial is None:
+        return False
+    return (score.value if score.low is None else score.low) <= trivial.value
 
 
 def scores(summary: Summary) -> str:

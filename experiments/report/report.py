@@ -11,9 +11,11 @@ from pathlib import Path
 
 from experiments.report import (
     conversion_section,
+    ending,
     figures,
     figures_conversion,
     figures_sweep,
+    headline,
     how_many_heads,
     html_page,
     learning_section,
@@ -30,8 +32,8 @@ from gqa.runtime.errors import UserError
 STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
 TITLE = "Grouped-query attention: quality against cost"
 QUESTION = (
-    "This page answers two questions: how much time and memory a network with fewer KV heads saves "
-    "against multi-head attention (MHA), and how much quality it loses."
+    "The rest of this page says in more detail how much time and memory a network with fewer KV "
+    "heads saves against multi-head attention (MHA), and how much quality it loses."
 )
 
 
@@ -48,8 +50,7 @@ def run(
             other commands too, on other data or with other settings, which compare with nothing.
         within: how many points of the average score below multi-head attention are acceptable.
 
-    Returns the main table as plain text, followed by the answer to "how many KV heads?" if the
-    results allow one.
+    Returns the text for the terminal (`ending`).
     """
     records = _read(results_path, keys)
     summary, folder = Summary(records), Path(folder)
@@ -58,7 +59,7 @@ def run(
     drawn = _draw(summary, folder)
     sections = [
         f"# {TITLE}",
-        QUESTION,
+        *_opening(summary, within),
         how_many_heads.markdown(summary, within),
         variants_section.section(summary),
         *(f"![{ALT[name]}]({name}.png)\n\n{CAPTIONS[name]}" for name in drawn),
@@ -80,9 +81,18 @@ def run(
     atomic_files.write(folder / "report.md", text)
     atomic_files.write(folder / "report.html", html_page.page(TITLE, text, pictures))
 
-    table = tables.plain(*variants_section.table(summary))
-    answer = how_many_heads.plain(summary, within)
-    return safe_text.visible("\n\n".join(filter(None, [table, answer])))
+    return ending.text(summary, within, Path(results_path).parent, folder)
+
+
+def _opening(summary, within):
+    """Return what a reader should see first: the answer, its table, and how to read it."""
+    return [
+        safe_text.markdown(headline.sentence(summary, within)),
+        safe_text.markdown(learning_section.answers_without_a_network(summary)),
+        tables.markdown(*headline.table(summary, within)),
+        safe_text.markdown(headline.note(summary, within)),
+        QUESTION,
+    ]
 
 
 def _read(results_path, keys):

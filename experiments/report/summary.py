@@ -59,12 +59,14 @@ class Summary:
         by_seed: dict = defaultdict(dict)
         points: dict = defaultdict(lambda: defaultdict(dict))
         self._predictions = defaultdict(list)
+        self._keys: dict = {}
 
         # A record is a point of a learning curve, one prediction, or a number of its own.
         for record in _same_clock(results.latest(records)):
             stage = record["stage"]
             task = record["task"] if stage in TASK_STAGES else None
             variant, seed = variant_of(record), record["variant"]["seed"]
+            self._keys.setdefault((variant, stage, task), {})[seed] = record["stage_key"]
             if "step" in record:
                 points[variant, stage, task][record["step"]][seed] = record
             elif "example" in record:
@@ -125,6 +127,11 @@ class Summary:
         """Return the records of the example predictions, from the first seed that has any."""
         seeds = [s for v, t, s in self._predictions if (v, t) == (variant, task)]
         return self._predictions[variant, task, min(seeds)] if seeds else []
+
+    def stage_key(self, variant: Variant, stage: str, task: str | None = None) -> str | None:
+        """Return the key of the stage that gave these numbers, of the first seed that has any."""
+        keys = self._keys.get((variant, stage, task), {})
+        return keys[min(keys)] if keys else None
 
     def headline(self, variant: Variant, task: str) -> Estimate | None:
         """Return the variant's score in one task."""

@@ -1,10 +1,12 @@
 """Tables as Markdown and as plain text, and numbers with the right unit."""
 
 import math
+import textwrap
 
 from experiments.report import safe_text
 
 DASH = "-"
+NARROWEST = 20  # characters of a wrapped first column
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -20,9 +22,17 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def plain(header: list[str], rows: list[list[str]], width: int = 100) -> str:
-    """Return the table in blocks of at most `width` characters; each repeats the first column."""
+    """Return the table in blocks of at most `width` characters; each repeats the first column.
+
+    If it makes one block of the table, long cells of the first column are wrapped.
+    """
     # Names come from files, and a terminal would obey the control codes in them.
     header, *rows = [[safe_text.visible(cell) for cell in row] for row in (header, *rows)]
+    room = width - sum(max(map(len, column)) + 2 for column in zip(*[header, *rows], strict=True))
+    room += max(len(row[0]) for row in (header, *rows)) + 2
+    if room >= NARROWEST:
+        rows = [line for row in rows for line in _wrapped(row, room)]
+
     columns = [list(column) for column in zip(header, *rows, strict=True)]
     blocks = [[columns[0]]]
 
@@ -32,6 +42,13 @@ def plain(header: list[str], rows: list[list[str]], width: int = 100) -> str:
             blocks.append([columns[0]])
         blocks[-1].append(column)
     return "\n\n".join(_block(block) for block in blocks)
+
+
+def _wrapped(row, width):
+    """Return a row as one line, or as several whose other cells are empty after the first."""
+    parts = textwrap.wrap(row[0], width, subsequent_indent="  ", break_on_hyphens=False)
+    first, *more = parts or [""]
+    return [[first, *row[1:]], *([part, *[""] * (len(row) - 1)] for part in more)]
 
 
 def _block(columns):

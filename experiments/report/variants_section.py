@@ -1,4 +1,4 @@
-"""The report's main table: every variant's cost and quality, and its differences to MHA."""
+"""The report's tables of all variants: their costs, their scores, and the differences to MHA."""
 
 from experiments.report import safe_text, tables
 from experiments.report.estimate import Difference, Estimate
@@ -38,28 +38,37 @@ QUALITY_NOTE = (
 
 def section(summary: Summary) -> str:
     """Return the section as Markdown."""
-    parts = ["## Variants", tables.markdown(*table(summary)), COST_NOTE]
+    parts = ["## Variants", tables.markdown(*_cost_table(summary)), COST_NOTE]
+    parts += ["### Scores", tables.markdown(*_score_table(summary))]
     header, rows = _differences(summary)
     if rows:
         parts += ["### Difference to MHA, in points", tables.markdown(header, rows)]
     return "\n\n".join([*parts, QUALITY_NOTE, _sample_sizes(summary)])
 
 
-def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the main table."""
-    columns = _quality_columns(summary)
-    header = ["variant", "KV heads", *COSTS, *columns, "seeds"]
+def _cost_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             summary.title(variant),
-            _kv_heads(variant),
+            kv_heads(variant),
             *[_cost(summary, variant, *cost) for cost in COSTS.values()],
+        ]
+        for variant in summary.scored
+    ]
+    return ["variant", "KV heads", *COSTS], rows
+
+
+def _score_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    columns = _quality_columns(summary)
+    rows = [
+        [
+            summary.title(variant),
             *[_quality(summary, variant, task) for task in columns.values()],
             _seeds(summary, variant),
         ]
         for variant in summary.scored
     ]
-    return header, rows
+    return ["variant", *columns, "seeds"], rows
 
 
 def _quality_columns(summary: Summary) -> dict[str, str | None]:
@@ -72,7 +81,8 @@ def _unit(summary, task):
     return next((s.unit for v in summary.scored if (s := summary.headline(v, task))), "%")
 
 
-def _kv_heads(variant):
+def kv_heads(variant: Variant) -> str:
+    """Return the KV heads of the decoder's attentions: `8`, or `self 4, cross 2`."""
     if variant.num_kv_heads_cross_attention == variant.num_kv_heads:
         return str(variant.num_kv_heads)
     return f"self {variant.num_kv_heads}, cross {variant.num_kv_heads_cross_attention}"

@@ -26,9 +26,8 @@ def command(stages: list[Stage], workdir: Path, within: float) -> list[str]:
 
 
 def write(workdir: Path, within: float, keys: Collection[str]) -> None:
-    """Write the report into the workdir; print its main table and where the report is."""
+    """Write the report into the workdir; print its answer, where it is, and what to try next."""
     print(report.run(workdir / RESULTS, workdir, keys, within))
-    print(f"report: {workdir / 'report.md'}, {workdir / 'report.html'}")
 
 
 def main(argv: list[str]) -> None:

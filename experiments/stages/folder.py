@@ -234,10 +234,11 @@ class StageFolder:
         Raises:
             UserError: if the file does not hold an outcome.
         """
-        values = distributed.by_primary(self._read_outcome)
+        values = distributed.by_primary(self.load_outcome)
         return None if values is None else Outcome(**values)
 
-    def _read_outcome(self) -> dict[str, Any] | None:
+    def load_outcome(self) -> dict[str, Any] | None:
+        """Read done.json in this process alone, and return the fields of the outcome."""
         path = self._outcome_file
         # A link that leads nowhere is damage, whereas `exists` would say that nothing is there.
         if not os.path.lexists(path):

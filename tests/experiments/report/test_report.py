@@ -30,16 +30,22 @@ def make(tmp_path, records):
     return text, (tmp_path / "report/report.md").read_text()
 
 
+def printed(text):
+    """The text without its last part: paths and commands may be as long as they are."""
+    return text.split("\nreport: ")[0]
+
+
 def test_whole_job(tmp_path):
     text, page = make(tmp_path, WHOLE)
-    assert max(map(len, text.splitlines())) <= 100
-    for cell in ("MHA", "GQA-8 mean, alpha 0.05", "MQA mean, alpha 0.05", "512 KiB", "1.52M"):
+    assert max(map(len, printed(text).splitlines())) <= 100
+    for cell in ("MHA", "GQA-8 mean, alpha 0.05", "MQA mean, alpha 0.05", "512 KiB"):
         assert cell in text
         assert cell in page
-    assert "256 KiB (0.50x, -50%)" in text
-    assert "500 us (0.50x, -50%)" in text
-    assert "24.0 [22.5, 25.5] (none shown)" in text
-    assert "15.0 [13.5, 16.5] (-10.0, -40%)" in text
+    assert "1.52M" in page
+    assert "256 KiB (0.50x, -50%)" in page
+    assert "500 us (0.50x, -50%)" in page
+    assert "24.0 [22.5, 25.5] (none shown)" in page
+    assert "15.0 [13.5, 16.5] (-10.0, -40%)" in page
     assert "parameter_qa 400, docstring_summary 400" in page
     assert "+1.000" in page
     assert "+2.500" in page
@@ -67,16 +73,16 @@ def test_paired_intervals_decide_what_is_shown(tmp_path):
         *network(variant(4), 24.9, 0.03, error=0.3),
     ]
     text, page = make(tmp_path, records)
-    assert "24.0 [22.5, 25.5] (-1.0, -4%)" in text
-    assert "24.9 [23.4, 26.4] (none shown)" in text
+    assert "24.0 [22.5, 25.5] (-1.0, -4%)" in page
+    assert "24.9 [23.4, 26.4] (none shown)" in page
     assert "4 KV heads will do" in text
     differences = page.split("### Difference to MHA")[1].split("Brackets hold")[0]
     assert re.search(r"GQA-8 .*\| -1.00 \[-1.59, -0.41\] +\|", differences)
     assert "(u)" not in differences
     assert "the interval of the difference contains 0" in page
     cut = [{k: v for k, v in r.items() if k != "replicates"} for r in records]
-    text, page = make(tmp_path / "unpaired", cut)
-    assert "24.0 [22.5, 25.5] (none shown)" in text
+    _, page = make(tmp_path / "unpaired", cut)
+    assert "24.0 [22.5, 25.5] (none shown)" in page
     assert re.search(r"GQA-8 .*\| -1.00 \[-3.12, \+1.12\] \(u\)", page)
 
 
@@ -177,11 +183,11 @@ def test_missing_pieces_are_dashes(tmp_path):
         only = [r for r in WHOLE if r["stage"] == stage]
         text, page = make(tmp_path / f"only{i}", only)
         assert "## Provenance" in page
-        assert "500 us" not in text
-        assert ("24.0 [" in text) == (stage == "evaluate")
+        assert "500 us" not in page
+        assert ("24.0 [" in page) == (stage == "evaluate")
         assert re.search(r"GQA-8 .* -", text) or stage in ("pretrain", "benchmark")
     timed = [r for r in WHOLE if r["stage"] in ("uptrain", "benchmark")]
-    assert "500 us" in make(tmp_path / "timed", timed)[0]
+    assert "500 us" in make(tmp_path / "timed", timed)[1]
     for end in (1, len(WHOLE) // 3, len(WHOLE) // 2):
         text, page = make(tmp_path / f"first{end}", WHOLE[:end])
         assert re.search(r"MHA +16 +" + ("-" if end == 1 else ""), text)
@@ -227,9 +233,9 @@ def test_sizes_head_counts_and_methods_get_their_own_rows(tmp_path):
             crossed,
         )
     ]
-    text, _ = make(tmp_path, records)
-    rows = text.split("\n\n")[0].splitlines()[2:]
-    assert [re.split(r"  +", row)[:2] for row in rows] == [
+    text, page = make(tmp_path, records)
+    rows = page.split("## Variants")[1].split("\n\n")[1].splitlines()[2:]
+    assert [re.split(r" +\| ", row.removeprefix("| "))[:2] for row in rows] == [
         ["MHA, nano", "16"],
         ["GQA-8 first, alpha 0, nano", "8"],
         ["GQA-8 from scratch, nano", "8"],
@@ -237,7 +243,7 @@ def test_sizes_head_counts_and_methods_get_their_own_rows(tmp_path):
         ["MQA mean, alpha 0.05, nano", "1"],
         ["GQA-8 mean, alpha 0.05, mini", "8"],
     ]
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, printed(text).splitlines())) <= 100
 
 
 def test_provenance_names_networks_that_were_timed(tmp_path):

@@ -30,3 +30,15 @@ def test_numbers_have_three_digits_and_a_unit(write, value, text):
 def test_a_bar_in_a_cell_is_no_column():
     table = tables.markdown(["a|b", "c"], [["1", "2"]]).splitlines()
     assert table == [r"| a\|b | c |", "| ---- | - |", "| 1    | 2 |"]
+
+
+def test_a_long_first_column_is_wrapped_where_that_saves_a_block():
+    rows = [["GQA-8 svd-logit", "x" * 60], ["a name of many short words", "y"]]
+    assert tables.plain(["variant", "cell"], rows, 84).splitlines() == [
+        "variant               cell",
+        "-" * 82,
+        "GQA-8 svd-logit       " + "x" * 60,
+        "a name of many short  y",
+        "  words",
+    ]
+    assert tables.plain(["variant", "cell"], rows, 78).count("cell") == 1
