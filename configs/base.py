@@ -63,6 +63,8 @@ def _model(size: str, columns: dict[str, int]) -> ConfigDict:
     """The network of the multi-head parent; `gqa.Config` explains the fields."""
     cpu, layers = size in CPU_SIZES, columns.pop("layers")
     model = ConfigDict(columns)
+    # model.vocab_size=0 means as many rows of the embedding as text.vocabulary has ids or, if the
+    # vocabulary is trained, as many as suit pretrain.task.
     model.num_encoder_layers = layers
     model.num_decoder_layers = layers
     model.activation = "gated_gelu"
@@ -92,8 +94,8 @@ def _text() -> ConfigDict:
     # A SentencePiece model file. Empty: a vocabulary is trained on the pretraining text.
     text.vocabulary = ""
     # The SentencePiece model to train: unigram, as T5's vocabularies are, or bpe, which keeps short
-    # and frequent words such as phonemes whole.
-    text.vocabulary_model = "unigram"
+    # and frequent words such as phonemes whole. Empty: the kind that suits pretrain.task.
+    text.vocabulary_model = ""
     # The folder in which tensorflow-datasets has the paper's data sets, in array_record format.
     # Empty: the folder that tensorflow-datasets uses by default.
     text.data_dir = ""

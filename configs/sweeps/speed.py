@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from configs import base
 
+VOCAB_SIZE = 4096  # of sizes whose vocabulary depends on a text, which this benchmark has not
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """The benchmark of size `arg`; without one, of T5 small with 16 heads for its 6."""
@@ -27,6 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.num_heads = 16
         config.model.dtype = "float32"
         config.model.remat = "none"
+    config.model.vocab_size = config.model.vocab_size or VOCAB_SIZE
     config.benchmark = ConfigDict()
     # KV heads of decoder self- and cross-attention. (): every number that divides the query heads.
     config.benchmark.kv_heads = ()
@@ -42,6 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.training.networks = ConfigDict()
     for size in ("nano", "mini"):
         config.training.networks[size] = base.get_config(size).model
+        config.training.networks[size].vocab_size = VOCAB_SIZE
     pretrain = base.get_config("nano").pretrain
     config.training.batch_size = pretrain.batch_size
     config.training.inputs_length = pretrain.inputs_length

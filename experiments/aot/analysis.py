@@ -20,6 +20,7 @@ from experiments.aot.roofline import Work
 from experiments.graph.stage import content_key
 from experiments.graph.validate import check_numbers
 from experiments.run.worker import RESULTS
+from experiments.stages import text
 from experiments.stages.folder import record
 from experiments.stages.network import network_config
 from experiments.workdir import make_workdir
@@ -113,7 +114,7 @@ def _network(config: ConfigDict, K: int) -> Config:
     """Return a network with K KV heads in the decoder's attentions; its encoder is multi-head."""
     heads = dict.fromkeys((f"num_kv_heads_{name}" for name in ATTENTIONS), config.model.num_heads)
     grouped = dict.fromkeys(("num_kv_heads_self_attention", "num_kv_heads_cross_attention"), K)
-    return network_config(config.model, heads | grouped)
+    return network_config(text.model_section(config), heads | grouped)
 
 
 def _generation(config: ConfigDict, target: Target, workdir: Path) -> list[dict]:

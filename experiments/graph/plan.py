@@ -94,7 +94,7 @@ def evaluate_checkpoint(config: ConfigDict, path: Path, variant: Variant, task: 
 def parent_config(config: ConfigDict) -> Config:
     """Return the multi-head network that everything starts from."""
     heads = {f"num_kv_heads_{name}": config.model.num_heads for name in conversion.ATTENTIONS}
-    return network_config(config.model, heads)
+    return network_config(text.model_section(config), heads)
 
 
 def target_heads(config: ConfigDict) -> dict[str, int]:

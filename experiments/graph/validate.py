@@ -44,7 +44,7 @@ CHOICES = {
     "checkpoint.on_damage": ("stop", "previous"),
     "train.on_divergence": ("stop", "rollback"),
     "wandb.mode": progress.MODES,
-    "text.vocabulary_model": tokenizer.MODEL_TYPES,
+    "text.vocabulary_model": ("", *tokenizer.MODEL_TYPES),
 }
 
 
@@ -215,7 +215,7 @@ def _check_tasks(config: ConfigDict) -> None:
 def _check_vocabulary(config: ConfigDict) -> None:
     # A row of the embedding for each id: those of a vocabulary that is given, or the fewest that
     # training one needs.
-    size, least = config.model.vocab_size, tokenizer.SMALLEST
+    size, least = text.model_section(config)["vocab_size"], tokenizer.SMALLEST
     if config.text.vocabulary:
         least = tokenizer.load(config.text.vocabulary).sentinel(0) + 1
     if size < least:

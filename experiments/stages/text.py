@@ -125,17 +125,38 @@ def task_names(config: ConfigDict) -> tuple[str, ...]:
 def settings(config: ConfigDict) -> TextSettings:
     """Return the text that a config asks for, to be made by `prepare`."""
     vocabulary = config.text.vocabulary
+    kind, size = _vocabulary_shape(config)
     names = sorted(set(task_names(config)))
     return TextSettings(
         packages=_packages(config),
         # Paths are absolute because a stage may run in a process with another working directory.
         vocabulary=vocabulary and os.path.abspath(vocabulary),
-        vocabulary_model=config.text.vocabulary_model,
-        vocab_size=config.model.vocab_size,
+        vocabulary_model=kind,
+        vocab_size=size,
         pretraining=config.pretrain.task,
         tasks=tuple(names),
         options={name: _options(config, name) for name in names},
     )
+
+
+def model_section(config: ConfigDict) -> dict[str, Any]:
+    """Return the config's section `model` with the size that the vocabulary gets if it is 0."""
+    return {**config.model, "vocab_size": _vocabulary_shape(config)[1]}
+
+
+def _vocabulary_shape(config: ConfigDict) -> tuple[str, int]:
+    """Return the kind of vocabulary that is trained, and how many rows the embedding has.
+
+    Where the config leaves them open, the pretraining task or the vocabulary's file decides.
+    """
+    # An unknown task is refused later, by the checks of the config, which name the key.
+    task = config.pretrain.task
+    design = tasks.vocabulary_design(task) if task in tasks.names() else tasks.VOCABULARY
+
+    size = config.model.vocab_size
+    if not size and config.text.vocabulary:
+        size = tokenizer.load(config.text.vocabulary).sentinel(0) + 1
+    return config.text.vocabulary_model or design.model_type, size or design.vocab_size
 
 
 def _options(config: ConfigDict, task: str) -> dict:
@@ -249,17 +270,15 @@ def _vocabulary(
     if path.exists():
         return tokenizer.load(path)
 
-    texts = tasks.get(task).load("train", corpus=built, **options.get(task, {}))[:VOCABULARY_TEXTS]
+    data = tasks.get(task).load("train", corpus=built, **options.get(task, {}))
+    texts = tasks.vocabulary_texts(task, data[:VOCABULARY_TEXTS])
     # The vocabulary would be kept under the hash of a text that it was not trained on.
     if _source(task, built, options) != source:
         raise UserError(f"the text of task {task} changed while it was read; run again")
 
-    # Pairs of texts share one vocabulary, so it is trained on both sides.
-    if isinstance(texts[0], Example):
-        texts = [part for example in texts for part in (example.inputs, *example.targets)]
-
+    symbols = tasks.vocabulary_design(task).symbols
     with renamed_fields("model."):
-        trained = tokenizer.train(texts, wanted.vocab_size, path, wanted.vocabulary_model)
+        trained = tokenizer.train(texts, wanted.vocab_size, path, wanted.vocabulary_model, symbols)
 
     # Sentinel 0 is the last id of the vocabulary. A small text may have too few pieces for the size
     # that was asked for.

@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 from nltk.stem.snowball import SnowballStemmer
 
+from gqa.data import tokenizer
 from gqa.data.examples import SPLITS, Example
 from gqa.runtime.errors import UserError
 
-FORMAT = 1  # raise it when other examples are made of the same lexicon
+FORMAT = 2  # raise it when other examples, or another vocabulary, are made of the same lexicon
 
 # Names of the languages by their code in the package's name.
 LANGUAGES = {"en": "English", "de": "German", "fr": "French"}
@@ -35,6 +36,10 @@ HELD_OUT = {"validation": 3, "test": 5}
 
 # Words whose stems begin with the same letters, this many, stand on one side of the split.
 STEM_LETTERS = 5
+
+# A piece for each letter and for each phoneme. If frequent groups of letters were pieces too, as
+# SentencePiece would make them, "wehr" and "mehr" would have different letters to the network.
+VOCABULARY = tokenizer.Design("bpe", 603, tuple(f"{name}:" for name in LANGUAGES.values()))
 
 # Primary and secondary stress. The literature on English removes them before training and scoring.
 STRESS = str.maketrans("", "", "ˈˌ")
@@ -91,6 +96,12 @@ def examples(language: str, split: str) -> list[Example]:
     ]
 
 
+def vocabulary_texts(data: Sequence[Example]) -> list[str]:
+    """Return words spelled letter by letter, and phonemes: every letter and phoneme is a word."""
+    spelled = (f"{_language(example.inputs)} {' '.join(_word(example.inputs))}" for example in data)
+    return [*spelled, *(target for example in data for target in example.targets)]
+
+
 def letter_by_letter(train: Sequence[Example], inputs: Sequence[str]) -> list[str]:
     """Return what a word sounds like if each letter has the phoneme that it has most often.
 
@@ -114,6 +125,10 @@ def letter_by_letter(train: Sequence[Example], inputs: Sequence[str]) -> list[st
         " ".join(commonest[letter] for letter in _word(text) if letter in commonest)
         for text in inputs
     ]
+
+
+def _language(inputs: str) -> str:
+    return inputs.partition(" ")[0]
 
 
 def _word(inputs: str) -> str:

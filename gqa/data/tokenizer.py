@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -25,6 +26,21 @@ MODEL_TYPES = ("unigram", "bpe")
 SPECIAL = re.compile(r"<extra_id_([1-9]?[0-9])>|(<pad>)|(</s>)|(<unk>)")
 # Sentinels, the three special ids, a piece for each byte, each printable ASCII character and space.
 SMALLEST = NUM_SENTINELS + 3 + 256 + 94 + 1
+
+
+class Design(NamedTuple):
+    """A vocabulary to be trained.
+
+    Args:
+        model_type: one of MODEL_TYPES. T5's vocabularies are unigram. BPE keeps short and frequent
+            words, such as phonemes, whole.
+        vocab_size: counts the sentinels: 4096 gives 3996 pieces.
+        symbols: words that are one piece each, and of which no part becomes a piece.
+    """
+
+    model_type: str = "unigram"
+    vocab_size: int = 4096
+    symbols: tuple[str, ...] = ()
 
 
 class Tokenizer:
@@ -126,6 +142,7 @@ def train(
     vocab_size: int,
     path: str | os.PathLike,
     model_type: str = "unigram",
+    symbols: Sequence[str] = (),
 ) -> Tokenizer:
     """Fit a SentencePiece model to `texts`, write it to `path` and return it.
 
@@ -133,30 +150,28 @@ def train(
     as T5 does (newline = space). A text with too few different pieces gives a smaller vocabulary.
 
     Args:
-        vocab_size: counts the sentinels: 4096 gives 3996 pieces.
-        model_type: "unigram", as T5's vocabularies are, or "bpe", which keeps short and frequent
-            words such as phonemes whole.
+        vocab_size: as in a `Design`, like `model_type` and `symbols`.
 
     Raises:
         UserError: if `vocab_size` is too small for the bytes and the characters of the text.
     """
     path = pathlib.Path(path)
     try:
-        model = _fit(texts, vocab_size - NUM_SENTINELS, model_type)
+        model = _fit(texts, vocab_size - NUM_SENTINELS, model_type, symbols)
     except RuntimeError as error:
         # "... <= 1234" is how SentencePiece says that the text gives 1234 pieces at most.
         most = re.search(r"<= (\d+)", str(error))
         if most is None:
             raise _refusal(str(error), vocab_size) from error
-        model = _fit(texts, int(most[1]), model_type)
+        model = _fit(texts, int(most[1]), model_type, symbols)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.write(path, model)
     return Tokenizer(model)
 
 
-def _fit(texts: Sequence[str], num_pieces: int, model_type: str) -> bytes:
-    """Return a SentencePiece model of so many pieces, bytes and special tokens included.
+def _fit(texts: Sequence[str], num_pieces: int, model_type: str, symbols: Sequence[str]) -> bytes:
+    """Return a SentencePiece model of `num_pieces`, bytes and special tokens included.
 
     Raises:
         RuntimeError: if the text cannot give so many, or not so few.
@@ -175,6 +190,10 @@ def _fit(texts: Sequence[str], num_pieces: int, model_type: str) -> bytes:
         model_writer=model,
         model_type=model_type,
         vocab_size=num_pieces,
+        # SentencePiece writes the space before a word as this character.
+        user_defined_symbols=[f"\N{LOWER ONE EIGHTH BLOCK}{symbol}" for symbol in symbols],
+        # The marks of IPA for length and for affricates belong to other scripts than its letters.
+        split_by_unicode_script=model_type != "bpe",
         byte_fallback=True,
         character_coverage=0.9995,
         required_chars="".join(map(chr, range(33, 127))),

@@ -17,6 +17,9 @@ and, where they are needed,
     parts(**options)        the parts of a mixture with their weights, [(data, weight)]
     SPLITS                  if it lacks a split
     LENGTHS                 tokens of inputs and targets, if they differ from those below
+    VOCABULARY              the `tokenizer.Design` of a vocabulary that suits its text, likewise
+    vocabulary_texts(data)  the texts that a vocabulary is trained on, given the training data, if
+                            these are not the inputs and targets, or the documents
     BASELINE                (name, answer), if the task has a baseline that says more than the first
                             sentence of the input: answer(training examples, inputs) gives texts
 """
@@ -25,10 +28,14 @@ import importlib
 import inspect
 import pkgutil
 import types
+from collections.abc import Sequence
 
+from gqa.data import tokenizer
+from gqa.data.examples import Example
 from gqa.runtime.errors import UserError
 
 LENGTHS = (512, 256)  # tokens of inputs and targets
+VOCABULARY = tokenizer.Design()  # for prose, and a network that trains in minutes
 
 
 def names() -> list[str]:
@@ -76,6 +83,27 @@ def parts(name: str, **options) -> list[tuple]:
     if hasattr(task, "parts"):
         return task.parts(**{key: value for key, value in options.items() if key != "corpus"})
     return [(task.load("train", **options), 1.0)]
+
+
+def vocabulary_design(name: str) -> tokenizer.Design:
+    """Return the vocabulary that suits the text of a task."""
+    return getattr(get(name), "VOCABULARY", VOCABULARY)
+
+
+def vocabulary_texts(name: str, data: Sequence) -> list[str]:
+    """Return the texts that a vocabulary for the task is trained on.
+
+    Args:
+        data: training examples of the task, or its documents.
+    """
+    task = get(name)
+    if hasattr(task, "vocabulary_texts"):
+        return task.vocabulary_texts(data)
+
+    # Pairs of texts share one vocabulary, so it is trained on both sides.
+    if isinstance(data[0], Example):
+        return [text for example in data for text in (example.inputs, *example.targets)]
+    return list(data)
 
 
 def scoring(name: str, **options) -> tuple[tuple[str, ...], str]:
