@@ -11,9 +11,12 @@ than a constant one.
 from configs import base
 
 
-def get_config(arg: str = ""):
-    """Return the config of size `arg`; pico and nano train in minutes, mini in hours."""
-    config = base.get_config(arg, kv_heads=8)
+def get_config(arg: str = "", kv_heads: int | None = 8):
+    """Return the config of a size; pico and nano train in minutes, mini in hours.
+
+    The arguments are those of `configs.base.get_config`.
+    """
+    config = base.get_config(arg, kv_heads)
     if config.size not in base.CPU_SIZES:
         return config
 

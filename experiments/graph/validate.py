@@ -27,7 +27,7 @@ from gqa.training.profiling import parse_window
 # Whole numbers that may be 0, where 0 mostly means "all" or "the default".
 ZERO_TOO = (
     *("seed", "evaluate.examples", "evaluate.top_k", "train.max_rollbacks"),
-    *("finetune.inputs_length", "finetune.targets_length"),
+    *("model.vocab_size", "finetune.inputs_length", "finetune.targets_length"),
     *("slurm.gpus_per_node", "slurm.cpus_per_task", "slurm.mem_gb", "slurm.timeout_min"),
 )
 # Keys that name files or folders, some of them several, separated by commas.

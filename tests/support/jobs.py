@@ -24,6 +24,8 @@ TINY = {
     "model.num_decoder_layers": 1,
     "model.vocab_size": 512,
     "text.packages": "absl-py,opt_einsum,optax,rich",
+    "compare": "",
+    "pretrain.task": "docstrings",
     "pretrain.steps": 6,
     "pretrain.every": 2,
     "pretrain.validation_examples": 8,

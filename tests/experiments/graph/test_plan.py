@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from configs import base
+from configs import base, docstrings
 from experiments.graph.plan import evaluate_checkpoint, make_setup, plan
 from experiments.graph.stage import Stage, ancestors, merge
 from experiments.stages.settings import SETTINGS, ConvertSettings, Setup, UptrainSettings
@@ -46,7 +46,7 @@ PREPARED = Prepared(Vocabulary(), None, {}, None)
 
 
 def stages(prepared=PREPARED, kv_heads=8, reference=None, **overrides):
-    config = base.get_config("nano", kv_heads=kv_heads)
+    config = docstrings.get_config("nano", kv_heads)
     config.update_from_flattened_dict(overrides)
     return plan(config, prepared, reference)
 
@@ -119,7 +119,7 @@ def test_a_text_changes_the_stages_that_read_it():
     # The text of pretraining is in the key of every network; the benchmark has none of its weights.
     class OtherPretraining(Prepared):
         def training_source(self, task):
-            mine = task == base.get_config("nano").pretrain.task
+            mine = task == docstrings.get_config("nano").pretrain.task
             return "other" if mine else super().training_source(task)
 
     after = keys(prepared=OtherPretraining(*PREPARED))

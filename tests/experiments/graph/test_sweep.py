@@ -33,7 +33,7 @@ def points(config):
     ]
 
 
-BOTH = "parameter_qa,docstring_summary"
+TASKS = "pronounce_en,pronounce_de,pronounce_fr"
 
 
 def test_a_config_without_a_sweep_stands_for_itself():
@@ -76,7 +76,7 @@ def test_comparisons_share_stages_with_the_config_and_change_none_of_its_keys():
     assert [stage.key for stage in stages[: len(plain)]] == [stage.key for stage in plain]
     kinds = [stage.kind for stage in stages[len(plain) :]]
     # The mean before uptraining has its conversion already, and times depend on shapes alone.
-    assert sorted(kinds) == ["convert", *["evaluate"] * 4, *["finetune"] * 4]
+    assert sorted(kinds) == ["convert", *["evaluate"] * 6, *["finetune"] * 6]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_sweep_ignores_comparisons():
 def test_a_grid_is_every_combination():
     config = grid.sweep("x", "nano", a={"kv_heads": (8, 1), "alphas": (0.0, 0.1), "seeds": (0, 7)})
     expected = [
-        ("nano", K, "mean", alpha, seed, BOTH)
+        ("nano", K, "mean", alpha, seed, TASKS)
         for K in (8, 1)
         for alpha in (0.0, 0.1)
         for seed in (0, 7)
