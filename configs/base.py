@@ -3,17 +3,16 @@
 Every setting of a run stands here, with its meaning, unit and allowed values. Each can be set on
 the command line, for example `--config.uptrain.alpha=0.1`. Lengths are in tokens, batch sizes in
 sequences. The values for the sizes small to xxl are those of T5 and of the paper (Ainslie et al.,
-2023, section 3.1). `_fit_cpu`, at the end of the page, changes them for pico, nano and mini, which
-train in minutes or hours on two CPU cores. The sizes are in configs/sizes.py; what a sweep varies
-is in configs/sweeps/grid.py.
+2023, section 3.1). configs/cpu.py changes them for pico, nano and mini, which train in minutes or
+hours on two CPU cores. The sizes are in configs/sizes.py; what a sweep varies is in
+configs/sweeps/grid.py.
 """
 
 from ml_collections import ConfigDict
 
+from configs import cpu
 from configs.sizes import COLUMNS, SIZES
 from gqa.runtime.errors import UserError
-
-CPU_SIZES = ("pico", "nano", "mini")
 
 
 def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
@@ -54,14 +53,14 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
     config.slurm, config.aot = _slurm(), _aot()
     config.report = _report()
 
-    if size in CPU_SIZES:
-        _fit_cpu(config)
+    if size in cpu.SIZES:
+        cpu.fit(config)
     return config.lock()
 
 
 def _model(size: str, columns: dict[str, int]) -> ConfigDict:
     """The network of the multi-head parent; `gqa.Config` explains the fields."""
-    cpu, layers = size in CPU_SIZES, columns.pop("layers")
+    on_cpu, layers = size in cpu.SIZES, columns.pop("layers")
     model = ConfigDict(columns)
     # model.vocab_size=0 means as many rows of the embedding as text.vocabulary has ids or, if the
     # vocabulary is trained, as many as suit pretrain.task.
@@ -69,9 +68,9 @@ def _model(size: str, columns: dict[str, int]) -> ConfigDict:
     model.num_decoder_layers = layers
     model.activation = "gated_gelu"
     model.tied_logits = False  # True: the embedding also gives the logits
-    model.dtype = "float32" if cpu else "bfloat16"  # of activations
+    model.dtype = "float32" if on_cpu else "bfloat16"  # of activations
     # Activations that the backward pass computes again instead of storing: none, minimal or full.
-    model.remat = "none" if cpu else "full" if size == "xxl" else "minimal"
+    model.remat = "none" if on_cpu else "full" if size == "xxl" else "minimal"
     return model
 
 
@@ -347,40 +346,6 @@ def _report() -> ConfigDict:
     # names the fewest KV heads that lose no more.
     report.within = 1.0
     return report
-
-
-def _fit_cpu(config: ConfigDict) -> None:
-    """Shorten every stage for two CPU cores: pico and nano to minutes in all, mini to hours.
-
-    The task is to say words, which a small network learns to do well in that time.
-    """
-    tiny = config.size != "mini"
-    pretrain, finetune = config.pretrain, config.finetune
-    config.compare = "mean@0,svd@0" if tiny else ""
-
-    pretrain.task = "pronounce"
-    pretrain.steps = 3000 if tiny else 20_000
-    # With far fewer steps than T5's, the learning rate is higher and decays earlier.
-    pretrain.scale = 0.5
-    pretrain.warmup = 400 if tiny else 2000
-
-    finetune.tasks = "pronounce_en,pronounce_de,pronounce_fr"
-    finetune.steps = 100 if tiny else 2000
-    finetune.learning_rate = 3e-3
-    finetune.dropout_rate = 0.0 if tiny else 0.1  # pico and nano see no example twice
-
-    # Take many small steps; a small batch also fits a CPU's cache. A row holds about seven words.
-    for training in (pretrain, finetune):
-        training.pack = True
-        training.inputs_length, training.targets_length = 80, 64
-        training.batch_size = 8
-        training.validation_examples = 256
-    pretrain.every = pretrain.steps // 5
-    finetune.every = finetune.steps // (1 if tiny else 5)
-
-    config.evaluate.examples = 1000
-    config.benchmark.inputs_length = 512
-    config.benchmark.targets_length = 512
 
 
 def _variant(kv_heads: int, num_heads: int) -> str:

@@ -8,7 +8,7 @@ because minutes are too few to learn to write English: a nano network's answers 
 than a constant one.
 """
 
-from configs import base
+from configs import base, cpu
 
 
 def get_config(arg: str = "", kv_heads: int | None = 8):
@@ -17,7 +17,7 @@ def get_config(arg: str = "", kv_heads: int | None = 8):
     The arguments are those of `configs.base.get_config`.
     """
     config = base.get_config(arg, kv_heads)
-    if config.size not in base.CPU_SIZES:
+    if config.size not in cpu.SIZES:
         return config
 
     tiny = config.size != "mini"

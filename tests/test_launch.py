@@ -10,6 +10,7 @@ from experiments.stages import text
 
 ROOT = Path(launch.__file__).parent
 GQA8 = "--config=configs/gqa8.py"
+DOCSTRINGS = "--config=configs/docstrings.py"
 SPEED = "--config=configs/sweeps/speed.py"
 
 
@@ -102,7 +103,7 @@ def run(capsys, tmp_path, monkeypatch):
         ((GQA8, "--config.finetune.tasks=files"), "task files needs train=PATH"),
         ((GQA8, "--config.finetune.tasks=files", "--config.files.train=no.tsv"), "no.tsv"),
         ((GQA8, "--config.text.vocabulary=no.model"), "vocabulary .*no.model: No such file"),
-        ((GQA8, "--config.text.packages=nothing-like-it"), "nothing-like-it"),
+        ((DOCSTRINGS, "--config.text.packages=nothing-like-it"), "nothing-like-it"),
         ((GQA8, "--stage=train"), "--stage=train; use one of pretrain, convert, uptrain"),
         ((GQA8, "--checkpoint=x"), "--checkpoint goes with --stage=evaluate"),
         ((GQA8, "--stage=evaluate", "--checkpoint=no/where"), "no checkpoint in .*no/where"),

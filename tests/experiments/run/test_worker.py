@@ -270,4 +270,4 @@ def test_what_is_written_down_is_what_was_planned(folder):
     assert description.settings == PLANNED.settings
     assert description.setup == SETUP
     values = json.loads((folder.path / "stage.json").read_text())
-    assert values["settings"]["recipe"]["task"] == "docstrings"
+    assert values["settings"]["recipe"]["task"] == "pronounce"
