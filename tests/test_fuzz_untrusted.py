@@ -19,6 +19,7 @@ import pytest
 
 from gqa.checkpoints import checksums
 from gqa.checkpoints.checkpoint import Checkpoints
+from gqa.data import tokenizer
 from gqa.interop import huggingface
 from gqa.interop.huggingface import writing
 from tests.support.prepared_datasets import prepare, trivia_row
@@ -45,6 +46,13 @@ READERS = {
         records = tfds.records("trivia_qa/rc", folder, "train")
         print(len(records), records[0])
     """,
+    "vocabulary": """
+        from gqa.data import tokenizer
+        vocabulary = tokenizer.load(os.path.join(folder, "spiece.model"))
+        ids = vocabulary.encode("the cat \\uff1f <extra_id_3> \\u65e5 " + "a" * 1000)
+        assert all(0 <= token < vocabulary.vocab_size for token in ids)
+        print(vocabulary.normalize("the \\uff1f"), vocabulary.decode(range(vocabulary.vocab_size)))
+    """,
 }
 
 # A server: it imports everything once and forks for each folder it is told, before JAX has started
@@ -54,7 +62,7 @@ import json, os, resource, signal, sys, traceback
 import jax, flax.linen, optax, tensorflow_datasets
 from orbax.checkpoint import v1
 import gqa.checkpoints.checkpoint, gqa.interop.huggingface.command
-import gqa.kv_cache.command, gqa.data.tfds
+import gqa.kv_cache.command, gqa.data.tfds, gqa.data.tokenizer
 from gqa.__main__ import run_command
 from gqa.runtime import command_line
 
@@ -194,12 +202,14 @@ def config_folder(folder):
 @pytest.fixture
 def folders(tmp_path, tiny, random_params, monkeypatch):
     """The valid folder of each reader, and the files in it that are mutated."""
-    parts = {name: tmp_path / name for name in ("config", "t5", "sharded", "step", "tfds")}
+    names = ("config", "t5", "sharded", "step", "tfds", "vocabulary")
+    parts = {name: tmp_path / name for name in names}
     config_folder(parts["config"])
     t5_folder(parts["t5"], tiny, random_params)
     sharded_folder(parts["sharded"], tiny, random_params, monkeypatch)
     step_folder(parts["step"], tiny, random_params)
     prepare(parts["tfds"], "trivia_qa/rc", trivia_row, splits=("train",))
+    tokenizer.train(["the cat sat on the mat"] * 20, 460, parts["vocabulary"] / "spiece.model")
     (info,) = parts["tfds"].rglob("features.json")
     version = info.parent.relative_to(parts["tfds"])
     return [
@@ -212,6 +222,7 @@ def folders(tmp_path, tiny, random_params, monkeypatch):
             ["checksums.json", "_CHECKPOINT_METADATA", "params/_METADATA", "params/_sharding"],
         ),
         ("tfds", parts["tfds"], [f"{version}/features.json", f"{version}/dataset_info.json"]),
+        ("vocabulary", parts["vocabulary"], ["spiece.model"]),
     ]
 
 

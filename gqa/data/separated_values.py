@@ -16,6 +16,14 @@ from gqa.runtime.errors import UserError
 
 # Bytes of a file that may be read again behind unclosed quotes; lines beyond are bad unread.
 MOST_REREAD = 1 << 28
+# Bytes that a line costs beside its own, because short lines take more memory and time than their
+# bytes.
+LINE_COST = 64
+
+# Lines and separators of a row, also inside quotes. Every line and every value is a Python object,
+# so that 16 MiB of two bytes each would become a gigabyte.
+MOST_LINES = 1 << 18
+MOST_SEPARATORS = 1 << 20
 
 # Of a TSV file's rows that hold quotes, this share may be written otherwise than the others.
 MOST_ODD = 0.01
@@ -26,14 +34,10 @@ MOST_COLUMNS = 1 << 16
 # 131,072 otherwise: an article can be longer.
 csv.field_size_limit(text_lines.LONGEST)
 
-_QUOTED_FIELD = r'"(?:[^"]|"")*"'
-_QUOTED_ROW = {
-    # Each field is quoted as a whole, or has no quote.
-    separator: re.compile(
-        rf'(?:{_QUOTED_FIELD}|[^"{separator}]*)(?:{separator}(?:{_QUOTED_FIELD}|[^"{separator}]*))*'
-    )
-    for separator in ",\t"
-}
+# Each field is quoted as a whole, or has no quote. What was matched is never given back (`*+`),
+# because remembering a place for each character takes 100 times the memory of the row.
+_QUOTED_FIELD = r'"[^"]*+(?:""[^"]*+)*+"'
+_QUOTED_ROW = re.compile(rf'(?:{_QUOTED_FIELD}|[^"\t]*+)(?:\t(?:{_QUOTED_FIELD}|[^"\t]*+))*+')
 
 Rows = Iterator[tuple[int, dict | str]]
 
@@ -82,8 +86,6 @@ def _named(path: str, open_records: Callable[[_Width], Iterator[Record]]) -> Row
             yield number, wrong or dict(zip(names, values, strict=True))
         elif wrong:
             raise UserError(f"{path}:{number}: {wrong}")
-        elif len(values) > MOST_COLUMNS:
-            raise UserError(f"{path}:{number}: the header has {len(values)} columns")
         else:
             name, times = collections.Counter(values).most_common(1)[0]
             if times > 1:
@@ -97,16 +99,20 @@ def _plain_records(path: str, width: _Width) -> Iterator[Record]:
         try:
             text = decode(raw).rstrip("\r\n")
             if text.strip(" "):
-                values = text.split("\t")
-                yield Record(number, text, values, _width_fault(values, width))
+                # A line of 16 MiB can have 16 million values, so they are counted first.
+                wrong = _width_fault(text.count("\t") + 1, width)
+                yield Record(number, text, [] if wrong else text.split("\t"), wrong)
         except WrongText as error:
             yield Record(number, "", [], str(error))
 
 
-def _width_fault(values: list[str], width: _Width) -> str:
-    if width.columns in (0, len(values)):
+def _width_fault(columns: int, width: _Width) -> str:
+    """Return what is wrong with a row of so many columns; "" if nothing is."""
+    if not width.columns:
+        return f"the header has {columns} columns" if columns > MOST_COLUMNS else ""
+    if columns == width.columns:
         return ""
-    return f"{len(values)} columns, the header has {width.columns}"
+    return f"{columns} columns, the header has {width.columns}"
 
 
 def _quoted_records(path: str, separator: str, width: _Width) -> Iterator[Record]:
@@ -125,7 +131,7 @@ def _quoted_records(path: str, separator: str, width: _Width) -> Iterator[Record
 
         # The lines that a bad row took in are rows too, which the quote may have hidden.
         behind = taken[1:]
-        reread += sum(len(raw) for _, raw in behind)
+        reread += sum(len(raw) + LINE_COST for _, raw in behind)
         if reread <= MOST_REREAD:
             waiting.extendleft(reversed(behind))
         else:
@@ -138,22 +144,28 @@ def _next_record(
 ) -> tuple[list[tuple[int, bytes]], Record | None]:
     """Read one row; return the numbered lines it takes, and the row unless it is blank."""
     taken: list[tuple[int, bytes]] = []
-    size = 0
+    size, separators = 0, 0
 
     def take() -> Iterator[str]:
-        nonlocal size
+        nonlocal size, separators
         while (line := waiting.popleft() if waiting else next(source, None)) is not None:
             taken.append(line)
             size += len(line[1])
+            separators += line[1].count(separator.encode())
             if size > text_lines.LONGEST:
                 raise WrongText(f"longer than {text_lines.LONGEST} bytes")
+            if len(taken) > MOST_LINES:
+                raise WrongText(f"more than {MOST_LINES} lines")
+            if separators > MOST_SEPARATORS:
+                name = "commas" if separator == "," else "tabs"
+                raise WrongText(f"more than {MOST_SEPARATORS} {name}")
             yield decode(line[1])
 
     try:
         # The reader takes as many lines as an open quote needs; `take` keeps them for a second
         # reading.
         values = next(csv.reader(take(), delimiter=separator, strict=True), [])
-        wrong = _width_fault(values, width) if values else ""
+        wrong = _width_fault(len(values), width) if values else ""
     except csv.Error as error:
         values, wrong = [], f"not {'CSV' if separator == ',' else 'TSV'}: {error}"
     except WrongText as error:
@@ -174,7 +186,7 @@ def _is_quoted_tsv(path: str) -> bool:
             continue
 
         # Odd: a quote that is not closed, or one in the middle of a text.
-        if record.wrong or not _QUOTED_ROW["\t"].fullmatch(record.text):
+        if record.wrong or not _QUOTED_ROW.fullmatch(record.text):
             odd += 1
         elif (
             '""' in record.text

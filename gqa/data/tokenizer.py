@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
+from gqa.data import vocabulary_files
 from gqa.runtime import atomic_files, regular_files
 from gqa.runtime.errors import ConfigError, UserError
 
@@ -216,17 +217,43 @@ def _refusal(error: str, vocab_size: int) -> UserError:
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """Read a SentencePiece model written by `train`, or any T5 `spiece.model`."""
+    """Read a SentencePiece model written by `train`, or any T5 `spiece.model`.
+
+    Raises:
+        UserError: naming the path, if it cannot be read, is no such model, would take too much
+            memory or time (see `gqa.data.vocabulary_files`), or has other special ids than T5.
+    """
     try:
-        tokenizer = Tokenizer(regular_files.read_bytes(path))
+        content = regular_files.read_bytes(path)
+        vocabulary_files.check(content)
+        tokenizer = Tokenizer(content)
+        _check_ids(tokenizer)
     except UserError as error:
         raise UserError(f"vocabulary {error}") from error
+    except vocabulary_files.WrongVocabulary as error:
+        raise UserError(f"vocabulary {path}: {error}") from error
     except (RuntimeError, IndexError, UnicodeDecodeError) as error:
         raise UserError(f"vocabulary {path}: not a SentencePiece model") from error
-
-    # Batches write padding and EOS as fixed numbers, so a vocabulary with other ids would train on
-    # wrong tokens.
-    ids = [tokenizer._processor.pad_id(), tokenizer._processor.eos_id()]
-    if ids != [PAD, EOS]:
-        raise UserError(f"vocabulary {path}: pad and eos have ids {ids}, T5 needs [{PAD}, {EOS}]")
     return tokenizer
+
+
+def _check_ids(tokenizer: Tokenizer) -> None:
+    """Refuse a model in which a special token has another id than in T5."""
+    # Batches write padding and EOS as fixed numbers, and "<unk>" in a text is encoded as one. With
+    # other ids they would be ordinary pieces.
+    processor = tokenizer._processor
+    ids = [processor.pad_id(), processor.eos_id(), processor.unk_id()]
+    if ids != [PAD, EOS, UNK]:
+        raise vocabulary_files.WrongVocabulary(
+            f"pad, eos and unk have ids {ids}, T5 needs {[PAD, EOS, UNK]}"
+        )
+
+    # A model that holds sentinels must hold all of them, because their ids are counted from the
+    # last.
+    if tokenizer.num_pieces < processor.get_piece_size():
+        for k in range(NUM_SENTINELS):
+            if not processor.id_to_piece(tokenizer.sentinel(k)).endswith(f"<extra_id_{k}>"):
+                raise vocabulary_files.WrongVocabulary(
+                    f"piece {tokenizer.sentinel(k)} must be <extra_id_{k}>, because the last "
+                    "piece is <extra_id_0>"
+                )

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import tracemalloc
 
 import pytest
 
@@ -78,3 +79,41 @@ def test_a_header_of_too_many_columns_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text(",".join(map(str, range(70_000))))
     with pytest.raises(UserError, match=r"a\.csv:1: the header has 70000 columns"):
         list(separated_values.read_csv(str(tmp_path / "a.csv")))
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("a.csv", '"' + "x\n" * 50 + '",y', "more than 50 lines"),
+        ("a.csv", ",".join(['"x"'] * 102), "more than 100 commas"),
+        ("a.csv", f'"{"," * 101}",y', "more than 100 commas"),
+        ("a.csv", f'"{"," * 99}",y', ""),
+        ("a.tsv", "\t".join(['"x"'] * 102), "102 columns, the header has 2"),
+    ],
+)
+def test_lines_and_values_of_a_row_are_bounded(tmp_path, monkeypatch, name, bad, message):
+    monkeypatch.setattr(separated_values, "MOST_LINES", 50)
+    monkeypatch.setattr(separated_values, "MOST_SEPARATORS", 100)
+    separator = "," if name == "a.csv" else "\t"
+    rows = [["a", "b"], ["1", "2"]]
+    lines = [separator.join(row) for row in rows]
+    (tmp_path / name).write_text("\n".join([lines[0], bad, lines[1]]))
+    read = separated_values.read_csv if name == "a.csv" else separated_values.read_tsv
+    found = list(read(str(tmp_path / name)))
+    assert found[-1][1] == {"a": "1", "b": "2"}
+    if message:
+        assert found[0] == (2, message)
+    else:
+        assert found[0] == (2, {"a": "," * 99, "b": "y"})
+
+
+def test_a_row_takes_a_few_times_its_bytes(tmp_path):
+    """Many quoted values, and many quotes in one value."""
+    for row in ("\t".join(['"ab"'] * 100_000), f'"{chr(34) * 200_000}x"'):
+        (tmp_path / "a.tsv").write_text(f"a\tb\n{row}\n")
+        tracemalloc.start()
+        rows = [row for _, row in separated_values.read_tsv(str(tmp_path / "a.tsv"))]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert isinstance(rows[0], str)
+        assert peak < 30 * len(row)
