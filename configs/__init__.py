@@ -1,1 +1,1 @@
-"""What to run: one page of settings, sizes, variants and sweeps."""
+"""Describe a run: one page of settings, sizes, variants and sweeps."""

@@ -59,7 +59,7 @@ def get_config(arg: str = "", kv_heads: int | None = None) -> ConfigDict:
 
 
 def _model(size: str, columns: dict[str, int]) -> ConfigDict:
-    """The network of the multi-head parent; `gqa.Config` explains the fields."""
+    """Set the network of the multi-head parent; `gqa.Config` explains the fields."""
     on_cpu, layers = size in cpu.SIZES, columns.pop("layers")
     model = ConfigDict(columns)
     # model.vocab_size=0 means as many rows of the embedding as text.vocabulary has ids or, if the
@@ -75,7 +75,7 @@ def _model(size: str, columns: dict[str, int]) -> ConfigDict:
 
 
 def _init() -> ConfigDict:
-    """A trained multi-head T5 that takes the place of pretraining.
+    """Name a trained multi-head T5 that takes the place of pretraining.
 
     It counts as trained for `pretrain.steps` steps. Its sizes and vocabulary replace this config's.
     """
@@ -125,7 +125,7 @@ def _pretrain() -> ConfigDict:
 
 
 def _convert(heads: int, kv_heads: int) -> ConfigDict:
-    """How the multi-head checkpoint becomes a grouped one; docs/conversion.md has the formulas."""
+    """Set how the multi-head checkpoint becomes a grouped one, as docs/conversion.md explains."""
     convert = ConfigDict()
     # KV heads of each attention after conversion. Each number must divide model.num_heads. The
     # paper leaves the encoder multi-head.
@@ -165,7 +165,7 @@ def _convert(heads: int, kv_heads: int) -> ConfigDict:
 
 
 def _uptrain() -> ConfigDict:
-    """Training after conversion, with the recipe and the data of pretraining."""
+    """Set the training after conversion, which has the recipe and the data of pretraining."""
     uptrain = ConfigDict()
     uptrain.alpha = 0.05  # uptraining steps as a fraction of pretrain.steps; 0: no uptraining
     uptrain.beta = 0.0  # weight of KL(multi-head parent || network) in the loss
@@ -193,7 +193,7 @@ def _finetune() -> ConfigDict:
 
 
 def _files() -> ConfigDict:
-    """The task `files`: pairs of texts from your own files."""
+    """Describe the task `files`: pairs of texts from your own files."""
     files = ConfigDict()
     # Files, globs or folders, separated by commas: .jsonl, .json, .tsv or .csv, each also as .gz;
     # .parquet; or a folder that Hugging Face's datasets saved. name@weight,name@weight is a
@@ -212,7 +212,7 @@ def _files() -> ConfigDict:
 
 
 def _documents() -> ConfigDict:
-    """The task `documents`: pretraining text from your own files."""
+    """Describe the task `documents`: pretraining text from your own files."""
     documents = ConfigDict()
     documents.train = ""  # like files.train; also plain text files (.txt, .txt.gz)
     documents.validation = ""
@@ -244,7 +244,7 @@ def _evaluate() -> ConfigDict:
 
 
 def _benchmark() -> ConfigDict:
-    """Time and memory of generating with a batch of this shape."""
+    """Set the batch with which the time and the memory of generation are measured."""
     benchmark = ConfigDict()
     benchmark.batch_size = 8
     benchmark.inputs_length = 2048
@@ -265,7 +265,7 @@ def _checkpoint() -> ConfigDict:
 
 
 def _train() -> ConfigDict:
-    """What every training stage does when its loss diverges, and which steps it profiles."""
+    """Set how training stages react to a loss that diverges, and which steps they profile."""
     train = ConfigDict()
     # When the loss is not finite or spikes: stop; or rollback, which restores the last checkpoint
     # and skips the batches since.
@@ -280,7 +280,7 @@ def _train() -> ConfigDict:
 
 
 def _wandb() -> ConfigDict:
-    """Logging to Weights & Biases."""
+    """Set whether metrics are logged to Weights & Biases."""
     wandb = ConfigDict()
     wandb.mode = "off"  # off, offline or online
     wandb.project = "gqa"
@@ -288,7 +288,7 @@ def _wandb() -> ConfigDict:
 
 
 def _mesh(fsdp: bool) -> ConfigDict:
-    """How a network is spread over devices; docs/scaling.md explains it."""
+    """Set how a network is spread over devices; docs/scaling.md explains it."""
     mesh = ConfigDict()
     # Devices that together hold one network: heads, d_ff and the vocabulary are split over them.
     # All remaining devices split the batch.
@@ -304,7 +304,7 @@ def _mesh(fsdp: bool) -> ConfigDict:
 
 
 def _slurm() -> ConfigDict:
-    """What a job of --executor=slurm asks the cluster for; empty or 0: the cluster's default."""
+    """Set the resources of a job of --executor=slurm; empty or 0: the cluster's default."""
     slurm = ConfigDict()
     slurm.partition = ""
     slurm.account = ""
@@ -319,7 +319,7 @@ def _slurm() -> ConfigDict:
 
 
 def _aot() -> ConfigDict:
-    """What --stage=aot compiles, for hardware that this machine does not have.
+    """Set the programs that --stage=aot compiles for hardware that this machine does not have.
 
     Generation uses the benchmark's lengths and is split over all chips along the axis "model".
     """

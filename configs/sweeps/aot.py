@@ -18,7 +18,7 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The analysis of size `arg`; without one, of T5 XXL."""
+    """Return the analysis of size `arg`; without one, of T5 XXL."""
     config = base.get_config(arg or "xxl").unlock()
     config.name = f"aot-{config.size}"
     config.experiment = "aot"

@@ -1,4 +1,4 @@
-"""What a sweep varies over a base config: grids, each of which runs every combination of its lists.
+"""Describe a sweep over a base config: grids, each of which runs every combination of its lists.
 
 `experiments/graph/sweep.py` turns a sweep into one config per combination.
 """

@@ -19,7 +19,7 @@ VOCAB_SIZE = 4096  # of sizes whose vocabulary depends on a text, which this ben
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The benchmark of size `arg`; without one, of T5 small with 16 heads for its 6."""
+    """Return the benchmark of size `arg`; without one, of T5 small with 16 heads for its 6."""
     config = ConfigDict()
     config.name = f"speed-{arg}" if arg else "speed"
     config.size = arg or "small-16-heads"

@@ -170,7 +170,7 @@ def _largest(config: ConfigDict, compiler: Compiler, net: Inference, S: int, T: 
             low = rows
         else:
             high = rows
-        rows = (low + high + 1) // 2 if high - low > 2 else low + 1
+        rows = (low + high + 1) // 2
 
     if low == 0:
         used = steps[1].failure or f"{steps[1].peak / 2**30:.1f} GiB a chip"

@@ -60,7 +60,7 @@ def run(
         parent = converted if pooling is None else origin
         state, data_state = load_state(parent, job)
         # The batches that the parent has seen are not repeated.
-        data.batches.set_state(distributed.own(data_state))
+        data.batches.set_state(distributed.state_of_this_process(data_state))
         return state if pooling is None else pooling.start(_permute_heads(state, converted))
 
     spec = TrainingSpec(

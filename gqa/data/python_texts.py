@@ -75,7 +75,7 @@ def _definitions(tree: ast.Module) -> Iterator[_Definition]:
         node = stack.pop()
         if isinstance(node, _Definition):
             yield node
-        for block in ("body", "orelse", "finalbody", "handlers"):
+        for block in ("body", "orelse", "finalbody", "handlers", "cases"):
             children = getattr(node, block, ())
             stack += children if isinstance(children, list) else ()
 

@@ -162,8 +162,8 @@ def primary_first(name: str) -> Iterator[None]:
         wait_for_all(name)
 
 
-def joined(state: dict) -> dict:
-    """Gather a state of JSON values from all processes; `own` takes it apart again.
+def gather_states(state: dict) -> dict:
+    """Gather a state of JSON values from all processes; `state_of_this_process` undoes it.
 
     Returns:
         The state itself if it is the same in all processes, else {"processes": the states of all}.
@@ -178,15 +178,15 @@ def joined(state: dict) -> dict:
     return state if all(other == state for other in states) else {"processes": states}
 
 
-def own(joined_state: dict) -> dict:
-    """Return this process's part of a state that `joined` has gathered.
+def state_of_this_process(gathered: dict) -> dict:
+    """Return this process's state out of the result of `gather_states`.
 
     Raises:
         UserError: if the state was gathered from another number of processes.
     """
-    if "processes" not in joined_state:
-        return joined_state
-    states = joined_state["processes"]
+    if "processes" not in gathered:
+        return gathered
+    states = gathered["processes"]
     if len(states) != jax.process_count():
         raise UserError(
             f"{len(states)} processes each read text of their own up to this checkpoint; go on "

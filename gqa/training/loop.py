@@ -132,7 +132,7 @@ class _Run:
             items = {"params": state.params, "opt_state": state.opt_state}
             saved = self._checkpoints.restore(step, items | {"data": None, "guard": None})
 
-        self._batches.set_state(distributed.own(saved["data"]))
+        self._batches.set_state(distributed.state_of_this_process(saved["data"]))
         self.guard.set_state(saved["guard"])
         placed_step = jax.device_put(jnp.int32(step), state.step.sharding)
         self._state = State(placed_step, saved["params"], saved["opt_state"])
@@ -209,7 +209,7 @@ class _Run:
             "params": state.params,
             "opt_state": state.opt_state,
             "config": self._settings.config,
-            "data": distributed.joined(position),
+            "data": distributed.gather_states(position),
             "guard": self.guard.get_state(),
         }
         with self._progress.pause():

@@ -10,7 +10,6 @@ import pytest
 
 from experiments.stages import benchmark
 from experiments.stages.settings import BenchmarkSettings, TimedNetwork
-from experiments.stages.variant import Variant
 from gqa import kv_cache
 from gqa.conversion import calibration, convert, layer_budget, per_layer_kv_heads
 from gqa.conversion.optimizer_state import convert_optimizer_state
@@ -20,6 +19,7 @@ from gqa.model.transformer import Transformer, count_params, each_layer, init_pa
 from gqa.runtime.errors import UserError
 from gqa.training import optimizer, training_step
 from tests.conversion.test_closed_form import covariances_of
+from tests.support import variants
 
 HEADS = {"self_attention": (4, 2, 2), "cross_attention": (1, 4, 4)}
 METHODS = ("mean", "first", "random", "medoid", "svd", "procrustes")
@@ -252,16 +252,7 @@ def test_it_is_timed_as_its_checkpoint_has_it(mixed, monkeypatch, capsys, tmp_pa
     """The stage takes the KV heads from the checkpoint that it builds on."""
     monkeypatch.setattr(benchmark, "open_parent", lambda path: {"here": mixed_parent}[path])
     mixed_parent = type("Parent", (), {"config": mixed})
-    variant = Variant(
-        size="tiny",
-        num_heads=4,
-        num_kv_heads=2,
-        num_kv_heads_cross_attention=2,
-        num_kv_heads_encoder=4,
-        alpha=0.0,
-        method="svd",
-        per_layer_budget=True,
-    )
+    variant = variants.grouped(num_heads=4, num_kv_heads=2, method="svd", per_layer_budget=True)
     settings = BenchmarkSettings(variant, (TimedNetwork(variant, None),), 2, 8, 3, repetitions=2)
     setup = type("Setup", (), {"profile_benchmark": profile})
     job = type("Job", (), {"setup": setup, "events": tmp_path / "tensorboard" / "timed"})

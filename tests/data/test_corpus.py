@@ -262,6 +262,11 @@ class A:
     # A line that only looks like one.
     """
     # total = compute(x, y)[0] + {"a": 1, "b": 2}["a"] * 7
+
+match x:
+    case 1:
+        def f():
+            """Docstring of a function of a case."""
 '''
     install("ordered", {"ordered/a.py": source})
     built = corpus.build(tmp_path / "corpus", [*packages, "ordered"])
@@ -271,6 +276,7 @@ class A:
         "The comments that explain why something is done read as prose and belong to the text.",
         "Docstring of A.",
         "# A line that only looks like one.",
+        "Docstring of a function of a case.",
     ]
 
 

@@ -40,7 +40,7 @@ def test_a_single_process_is_the_primary_and_waits_for_nobody():
     assert distributed.by_primary(lambda: 7) == 7
     assert distributed.maximum(5) == 5
     state = {"position": 3}
-    assert distributed.joined(state) is state
+    assert distributed.gather_states(state) is state
     with distributed.primary_first("nothing"):
         pass
 
@@ -50,9 +50,9 @@ def test_a_process_takes_its_own_part(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     for index in range(3):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        assert distributed.own(states) == {"position": 4 + index}
-        assert distributed.own({"position": 1}) == {"position": 1}
+        assert distributed.state_of_this_process(states) == {"position": 4 + index}
+        assert distributed.state_of_this_process({"position": 1}) == {"position": 1}
     for count in (1, 2, 4):
         monkeypatch.setattr(jax, "process_count", lambda count=count: count)
         with pytest.raises(UserError, match=rf"^3 processes each .* not with {count}$"):
-            distributed.own(states)
+            distributed.state_of_this_process(states)

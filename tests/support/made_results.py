@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 
 from experiments.graph import method_names
-from experiments.stages.variant import NOT_CONVERTED, Variant
+from experiments.stages.variant import NOT_CONVERTED
 from gqa.conversion import SHRINKAGE, calibration
+from tests.support.variants import grouped
 
 TASKS = {"parameter_qa": "f1 %", "docstring_summary": "rougeL %"}
 EXAMPLES = 400
@@ -30,16 +31,7 @@ def variant(num_kv_heads, method="mean", alpha=0.05, seed=0, size="nano"):
         keys = method_names.keys(method)
         conversion |= {key.split(".")[1]: value for key, value in keys.items()}
     return dataclasses.asdict(
-        Variant(
-            size=size,
-            num_heads=16,
-            num_kv_heads=num_kv_heads,
-            num_kv_heads_cross_attention=num_kv_heads,
-            num_kv_heads_encoder=16,
-            alpha=alpha,
-            seed=seed,
-            **conversion,
-        )
+        grouped(num_kv_heads=num_kv_heads, size=size, alpha=alpha, seed=seed, **conversion)
     )
 
 

@@ -11,7 +11,7 @@ from experiments.graph.stage import Stage, ancestors, merge
 from experiments.stages.settings import SETTINGS, ConvertSettings, Setup, UptrainSettings
 from experiments.stages.text import Text
 from experiments.stages.typed_json import from_json, to_json
-from experiments.stages.variant import Variant
+from tests.support import variants
 
 
 class Prepared(Text):
@@ -33,15 +33,7 @@ class Vocabulary:
     hash = "pieces"
 
 
-VARIANT = Variant(
-    size="nano",
-    num_heads=16,
-    num_kv_heads=8,
-    num_kv_heads_cross_attention=8,
-    num_kv_heads_encoder=16,
-    alpha=0.0,
-    seed=1,
-)
+VARIANT = variants.grouped(seed=1)
 PREPARED = Prepared(Vocabulary(), None, {}, None)
 
 

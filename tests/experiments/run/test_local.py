@@ -16,6 +16,7 @@ from experiments.stages.folder import Outcome
 from experiments.stages.settings import Setup, TextSettings
 from experiments.stages.variant import Variant
 from gqa.runtime.errors import UserError
+from tests.support import variants
 
 # Stands for the worker: says when it began and ended, and does what the stage's settings say.
 SCRIPT = """
@@ -41,15 +42,7 @@ for folder in map(pathlib.Path, sys.argv[1:]):
     (folder / "done.json").write_text(json.dumps(done))
     say("ends")
 """
-VARIANT = Variant(
-    size="nano",
-    num_heads=16,
-    num_kv_heads=8,
-    num_kv_heads_cross_attention=8,
-    num_kv_heads_encoder=16,
-    alpha=0.0,
-    seed=0,
-)
+VARIANT = variants.grouped()
 
 
 SETUP = Setup("r", TextSettings((), "", "unigram", 512, "docstrings", (), {}))

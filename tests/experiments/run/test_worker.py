@@ -19,21 +19,13 @@ from experiments.stages.inputs import Job
 from experiments.stages.settings import CheckpointOptions, Setup, TextSettings, UptrainSettings
 from experiments.stages.text import Text
 from experiments.stages.typed_json import to_json
-from experiments.stages.variant import Variant
 from experiments.workdir import lock
 from gqa.evaluation import results
 from gqa.runtime.errors import DamagedCheckpoint, UserError
 from gqa.runtime.mesh import WHOLE, make_mesh
+from tests.support import variants
 
-VARIANT = Variant(
-    size="nano",
-    num_heads=16,
-    num_kv_heads=8,
-    num_kv_heads_cross_attention=8,
-    num_kv_heads_encoder=16,
-    alpha=0.0,
-    seed=0,
-)
+VARIANT = variants.grouped()
 SETUP = Setup("r", TextSettings((), "", "unigram", 512, "docstrings", (), {}))
 PLANNED = plan(base.get_config(), None)[0]
 PLANNED = dataclasses.replace(PLANNED, setup=SETUP)

@@ -8,20 +8,11 @@ import pytest
 from experiments.stages import convert
 from experiments.stages.inputs import CheckpointInfo, Parent
 from experiments.stages.settings import ConvertSettings
-from experiments.stages.variant import Variant
 from gqa.conversion import calibration
+from tests.support import variants
 
-VARIANT = Variant(
-    size="nano",
-    num_heads=4,
-    num_kv_heads=2,
-    num_kv_heads_cross_attention=2,
-    num_kv_heads_encoder=4,
-    alpha=0.0,
-    seed=0,
-    method="svd",
-    space="logit",
-    grouping="contiguous",
+VARIANT = variants.grouped(
+    num_heads=4, num_kv_heads=2, method="svd", space="logit", grouping="contiguous"
 )
 BOTH = ("self_attention", "cross_attention")
 

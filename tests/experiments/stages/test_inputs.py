@@ -10,19 +10,11 @@ from experiments.graph import plan
 from experiments.stages import inputs, pretrain
 from experiments.stages.folder import StageFolder
 from experiments.stages.typed_json import to_json
-from experiments.stages.variant import Variant
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.runtime.errors import UserError
+from tests.support import variants
 
-VARIANT = Variant(
-    size="nano",
-    num_heads=4,
-    num_kv_heads=2,
-    num_kv_heads_cross_attention=2,
-    num_kv_heads_encoder=4,
-    alpha=0.0,
-    seed=0,
-)
+VARIANT = variants.grouped(num_heads=4, num_kv_heads=2)
 
 
 @pytest.fixture
