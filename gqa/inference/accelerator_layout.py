@@ -110,6 +110,8 @@ class AcceleratorLayout:
     def self_attention_heads(
         self, weights: dict, x: Float[Array, "B R D"]
     ) -> tuple[Float[Array, "B R N H"], Float[Array, "B R K H"], Float[Array, "B R K H"]]:
+        # A new key and value go to the devices that hold their part of the cache. The cache, which
+        # is larger, stays where it is.
         K = self.config.layer_kv_heads("self_attention")
         k, v = (
             self._place(_project(x, weights[f"self_{kind}"]), K, None, "kv_heads")
@@ -139,6 +141,8 @@ class AcceleratorLayout:
         return self._place_queries(out, self.config.layer_kv_heads("cross_attention"))
 
     def project_out(self, kernel: Array, x: Float[Array, "B R N H"]) -> Float[Array, "B R D"]:
+        # Each device projects the heads that it holds. The second constraint makes XLA add up the
+        # devices' parts here.
         x = constrain(x, "batch", None, "heads", None)
         return constrain(jnp.einsum("BRNH,NHD->BRD", x, kernel), "batch", None, None)
 
@@ -148,6 +152,8 @@ class AcceleratorLayout:
             hidden = jax.nn.gelu(hidden) * (x @ weights["wi_1"])
         else:
             hidden = jax.nn.relu(hidden)
+
+        # Each device holds some of the F hidden units, so the devices' products are added up.
         return constrain(hidden @ weights["wo"], "batch", None, None)
 
     def logits(self, x: Float[Array, "B R D"], kernel: Array) -> Float[Array, "B R V"]:
@@ -189,7 +195,8 @@ def _attend(q: Array, k: Array, v: Array, bias: Array) -> Array:
     """
     (B, T, N, H), K = q.shape, k.shape[1]
 
-    # All query rows of a KV head are the rows M of one product.
+    # All query rows of a KV head are the rows M of one product. The queries take the cache's dtype,
+    # because a cast of the cache would copy it; sums are in float32.
     q = q.astype(k.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     rows = q.reshape(B, K, -1, H)
     logits = jnp.einsum("BKMH,BKHS->BKMS", rows, k, preferred_element_type=jnp.float32)
@@ -209,6 +216,7 @@ def _attend_fused(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
     q is [B, T, N, H], k and v are [B, S, K, H] and the mask is [B, 1, 1, S].
     """
+    # The kernel takes segments instead of a mask: padding is of segment 0, which no query has.
     real = (mask[:, 0, 0] == 0).astype(jnp.int32)
     segments = Segments(jnp.ones(q.shape[:2], jnp.int32), real, packed=False)
     out = fused_attention(

@@ -47,6 +47,8 @@ class CpuLayout:
         def output(kernel: Array) -> Array:
             return in_blocks(kernel.reshape(-1, c.d_model))
 
+        # The kernels of cross-attention's keys and values stay as they are. Prefill multiplies many
+        # rows by them, and blocks help products with few rows.
         gate = (mlp["wi_1"],) if c.activation == GATED_GELU else ()
         return {
             "qkv": concatenate(*(self_attention[kind] for kind in ("query", "key", "value"))),
@@ -99,6 +101,7 @@ class CpuLayout:
         return len(cache[0]) // self.config.layer_kv_heads("self_attention")
 
     def capacity(self, cache: KeysValues) -> int:
+        # Values are [rows, S, H], or [rows, C, S / C, H] in C blocks.
         _, *blocks, _ = cache[1].shape
         return math.prod(blocks)
 

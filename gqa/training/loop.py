@@ -96,6 +96,9 @@ def fit(
     with Checkpoints(folder, settings.keep_last) as checkpoints, signals.deferred(shared=shared):
         run = _Run(computation, settings, batches, checkpoints, progress)
         run.resume(checkpoints.latest)
+
+        # A loss that diverged restores an earlier state, from which training goes on. Every other
+        # error ends the run.
         while True:
             try:
                 run.train()
@@ -132,6 +135,9 @@ class _Run:
             items = {"params": state.params, "opt_state": state.opt_state}
             saved = self._checkpoints.restore(step, items | {"data": None, "guard": None})
 
+        # The position in the data and the running mean of the loss belong to the state. Without
+        # them a resumed run would read other batches, and see other spikes, than one that never
+        # stopped.
         self._batches.set_state(distributed.state_of_this_process(saved["data"]))
         self.guard.set_state(saved["guard"])
         placed_step = jax.device_put(jnp.int32(step), state.step.sharding)
@@ -145,6 +151,8 @@ class _Run:
         """
         good = self._checkpoints.measured
         target = None if good is None else self._checkpoints.path(good)
+
+        # This call raises if the run may not go back, so it comes before anything is deleted.
         self.guard.count_rollback(self._progress.name, bad_loss, target)
         self._checkpoints.discard_after(good)
 
@@ -233,6 +241,8 @@ class _Run:
 
     def _save_interrupted(self, step: int, items: dict, signum: int) -> NoReturn:
         """Save the step without a validation loss, and raise `Interrupted` with the advice."""
+        # The validation was cut short, but the step was not, so its work is kept. The process ends
+        # next, so it waits until the files are complete.
         with signals.saving():
             if self._checkpoints.latest != step:
                 self._checkpoints.save(step, items)

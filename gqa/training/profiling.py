@@ -47,6 +47,8 @@ def profiled(train_step: Callable, window: str, folder: Path | None) -> Iterator
 
     def step(state, batch):
         nonlocal recording
+
+        # `state.step` counts the steps that are done, so this step has the next number.
         number = int(state.step) + 1
         if number == steps.start and not recording:
             jax.profiler.start_trace(str(folder))

@@ -89,6 +89,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         if self._run is not None:
+            # The website shows a run with another exit code than 0 as failed.
             self._run.finish(exit_code=0 if kind is None else 1)
         if self._writer is not None:
             with self._reporting_full_disk():
@@ -153,6 +154,7 @@ class Progress:
         self._since = now
         self._bar.update()
 
+        # The bar moves with every step. Lines and curves would be too many.
         if step % self._every and step != self._last:
             return
         rates = self._rates()
@@ -160,6 +162,7 @@ class Progress:
         self.scalars(step, {n: v for n, v in metrics.items() if n not in COUNTS} | rates)
 
         text = f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.3f}{_text(rates)}"
+        # Without a terminal there is no bar, so a line says when the run will end.
         if self._bar.disable:
             left = (now - self._begun) / (step - self._first) * (self._last - step)
             print(f"{self.name}  step {step}/{self._last}  {text}  {left:.0f} s left", flush=True)
