@@ -69,26 +69,31 @@ def losses(
     train: Sequence[TokenPair],
     **shape,
 ) -> dict[str, float]:
-    """Return three losses on `pairs`, in nats per target token.
+    """Return losses on `pairs`, in nats per target token.
 
     `test_loss_other_input` gives the network another example's input, so that its distance to
-    `test_loss` says how much the network uses its input. `test_loss_unigram` is the loss of the
-    training targets' token frequencies alone.
+    `test_loss` says how much the network uses its input. It is left out where all pairs have the
+    same input, such as with one pair. `test_loss_unigram` is the loss of the training targets'
+    token frequencies alone.
 
     Args:
         train: training examples, for the token frequencies.
         shape: inputs_length, targets_length and batch_size.
     """
-    # Example i gets the input of example i - 1, and example 0 that of the last.
-    swapped = [(pairs[i - 1][0], targets) for i, (_, targets) in enumerate(pairs)]
+    results = {"test_loss": validation_loss(params, evaluation_batches(pairs, **shape))}
 
-    return {
-        "test_loss": validation_loss(params, evaluation_batches(pairs, **shape)),
-        "test_loss_other_input": validation_loss(params, evaluation_batches(swapped, **shape)),
-        "test_loss_unigram": unigram_loss(
-            [t for _, t in train], [t for _, t in pairs], shape["targets_length"]
-        ),
-    }
+    # Example i gets the input of example i - 1, and example 0 that of the last. Where no input is
+    # another one, the difference to `test_loss` would be 0 without having been measured.
+    swapped = [(pairs[i - 1][0], targets) for i, (_, targets) in enumerate(pairs)]
+    if any(not np.array_equal(pairs[0][0], inputs) for inputs, _ in pairs):
+        results["test_loss_other_input"] = validation_loss(
+            params, evaluation_batches(swapped, **shape)
+        )
+
+    results["test_loss_unigram"] = unigram_loss(
+        [t for _, t in train], [t for _, t in pairs], shape["targets_length"]
+    )
+    return results
 
 
 def unigram_loss(

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import os
+import pickle
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -98,6 +99,41 @@ def test_an_arrow_stream_that_declares_too_much_is_refused(tmp_path, monkeypatch
     stream(tmp_path / "a.arrow", pa.record_batch([column], ["de"]))
     with pytest.raises(UserError, match=rf"a\.arrow: .*{message}"):
         read(tmp_path / "a.arrow")
+
+
+class RunsWhenLoaded:
+    """An object whose pickle makes a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("name", ["arrow.py_extension_type", "pickle", "arrow.json", "arrow.uuid"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_name_of_an_extension_type_runs_no_code(tmp_path, name, nested):
+    """The parameters of an extension type may be a pickle, in any column and in the schema."""
+    payload = pickle.dumps(RunsWhenLoaded(str(tmp_path / "ran")))
+    pickle.loads(payload)
+    (tmp_path / "ran").rmdir()  # so the pickle does what it says
+
+    extension = {"ARROW:extension:name": name, "ARROW:extension:metadata": payload}
+    kind = pa.list_(pa.field("item", pa.string(), metadata=extension)) if nested else pa.string()
+    fields = [pa.field("de", kind, metadata=extension), pa.field("en", kind, metadata=extension)]
+    schema = pa.schema(fields, metadata=extension)
+    column = [["x"]] if nested else ["x"]
+    batch = pa.RecordBatch.from_arrays([pa.array(column, kind)] * 2, schema=schema)
+    stream(tmp_path / "a.arrow", batch)
+    pyarrow.parquet.write_table(pa.Table.from_batches([batch]), tmp_path / "a.parquet")
+
+    for path in (tmp_path / "a.arrow", tmp_path / "a.parquet"):
+        try:
+            assert read(path) == [{"de": column[0]}]
+        except UserError as error:
+            assert path.name in str(error)
+        assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("codec", ["zstd", "lz4"])

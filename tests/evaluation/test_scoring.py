@@ -69,6 +69,14 @@ def test_losses_swap_inputs_and_know_the_baseline(tiny, pairs):
     assert own != pytest.approx(other, rel=1e-6)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_other_input_is_no_margin(tiny, pairs, count):
+    """With one input alone, swapping inputs would give the same loss: a margin of 0."""
+    same = [(pairs[0][0], pairs[i][1]) for i in range(count)]
+    found = scoring.losses(lambda params, batches: 2.5, {}, same, TRAIN, **SHAPE)
+    assert found.keys() == {"test_loss", "test_loss_unigram"}
+
+
 def test_unigram_loss_counts_every_token_and_the_end():
     # Training tokens 7 7 8 1 and 7 1, one added for each of the ids 0..8: 15 in all.
     expected = -(np.log(4 / 15) + np.log(3 / 15)) / 2

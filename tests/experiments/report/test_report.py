@@ -220,6 +220,23 @@ def test_margins_that_are_not_there_are_said_in_words(tmp_path):
     assert "-0.100" in page
 
 
+def test_a_loss_that_was_not_measured_has_no_margin(tmp_path):
+    """A test set of one example has no other example's input."""
+    settings = variant(8)
+    losses = {"test_loss": 2.5, "test_loss_unigram": 4.0}
+    records = [record(settings, "evaluate", m, v, task="parameter_qa") for m, v in losses.items()]
+    _, page = make(tmp_path, [*records, score(settings, "parameter_qa", 24.0)])
+    (row,) = (line for line in page.splitlines() if "2.500" in line and "4.000" in line)
+    assert [cell.strip() for cell in row.strip("| ").split("|")][-5:] == [
+        "2.500",
+        tables.DASH,
+        tables.DASH,
+        "4.000",
+        "+1.500",
+    ]
+    assert "the input is not used" not in page
+
+
 def test_sizes_head_counts_and_methods_get_their_own_rows(tmp_path):
     crossed = variant(4) | {"num_kv_heads_cross_attention": 2, "num_kv_heads_encoder": 8}
     records = [

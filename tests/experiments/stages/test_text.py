@@ -1,6 +1,7 @@
 """From a config's names to batches: the user's files and the paper's datasets."""
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -53,6 +54,44 @@ def own(**changes):
     options |= {f"documents.{key}": value for key, value in documents.items()}
     options |= {"finetune.tasks": "files", "pretrain.task": "documents"}
     return make_config(**options | changes)
+
+
+ROUNDS = 10
+
+
+def prepare_in_rounds(config, work, barrier, queue):
+    """Make vocabulary and token ids again and again, each time together with the other process."""
+    results = []
+    for i in range(ROUNDS):
+        barrier.wait(60)
+        prepared = text.prepare(text.settings(config), work / str(i))
+        ids = prepared.ids(prepared.examples("documents", "train"))
+        pairs = prepared.pairs(prepared.examples("files", "train"))
+        tokens = [*ids, *(side for pair in pairs for side in pair)]
+        results.append((prepared.tokenizer.hash, [token.tolist() for token in tokens]))
+    queue.put(results)
+
+
+def test_two_processes_may_prepare_the_same_text_at_once(folder):
+    """As the jobs of a cluster do in one workdir: nobody reads what another has half written."""
+    config = own(**{"text.vocabulary": "", "model.vocab_size": 640})
+    validate.check_text(config)
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(2), context.Queue()
+    arguments = (config, folder / "work", barrier, queue)
+    processes = [context.Process(target=prepare_in_rounds, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    first, second = (queue.get(timeout=100) for _ in processes)
+    for process in processes:
+        process.join()
+
+    assert first == second
+    assert all(result == first[0] for result in first)
+    assert not list((folder / "work").rglob("*.tmp"))
+    for i in range(ROUNDS):
+        names = sorted(path.name[:6] for path in (folder / "work" / str(i)).rglob("*.*"))
+        assert names == ["tokens"] * 3 + ["vocabu"]
 
 
 def test_own_files_and_text_become_batches(folder):
