@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.report import paper, plot
 from experiments.report.summary import Summary
+from experiments.stages.variant import Variant
 
 PAPER_STYLE = {  # place in the palette, label offset in points, alignment
     "MHA-XXL": (0, (-8, -3), "right"),
@@ -19,15 +20,15 @@ PAPER_STYLE = {  # place in the palette, label offset in points, alignment
 }
 
 
-def quality_against_time(summary: Summary, folder: Path) -> str | None:
+def quality_against_time(summary: Summary, folder: Path, shown: list[Variant]) -> str | None:
     """Draw score against time per sample, ours beside the paper's Figure 3, on separate axes.
 
-    Return the figure's name, None if no variant has both.
+    Return the figure's name, None if no shown variant has both.
     """
-    # `i` counts all variants, also those without a point, so that a variant has the same colour
-    # here and in `pretraining_loss`.
+    # `i` counts all shown variants, also those without a point, so that a variant has the same
+    # colour here and in `pretraining_loss`.
     points = []
-    for i, variant in enumerate(summary.variants):
+    for i, variant in enumerate(shown):
         time = summary.get(variant, "benchmark", "sample_seconds")
         quality = summary.average(variant)
         if time is not None and quality is not None:
@@ -35,9 +36,7 @@ def quality_against_time(summary: Summary, folder: Path) -> str | None:
     if not points:
         return None
 
-    # The legend is below the axes. Without a height of its own it would squeeze them.
-    height = 3.3 + plot.legend_height(len(points))
-    figure = Figure(figsize=(7.2, height), layout="constrained")
+    figure = Figure(figsize=(9.0, 3.4), layout="constrained")
     ours, published = figure.subplots(1, 2)
     for i, time, quality in points:
         ours.errorbar(
@@ -45,7 +44,7 @@ def quality_against_time(summary: Summary, folder: Path) -> str | None:
             quality.value,
             xerr=plot.error_bar([time], 1e3),
             yerr=plot.error_bar([quality]),
-            label=summary.title(summary.variants[i]),
+            label=summary.title(shown[i]),
             linestyle="none",
             elinewidth=0.8,
             capsize=2,
@@ -59,7 +58,7 @@ def quality_against_time(summary: Summary, folder: Path) -> str | None:
 
     _draw_published(published)
     plot.tidy(ours, published)
-    plot.legend_below(figure, ours)
+    plot.label_lines(figure, ours)
     plot.save_all(figure, folder, "quality_time")
     return "quality_time"
 
@@ -89,43 +88,42 @@ def score_name(summary: Summary) -> str:
     return f"Score: {task} ({next((s.unit for s in scores if s), '%')})"
 
 
-def pretraining_loss(summary: Summary, folder: Path) -> str | None:
+def pretraining_loss(summary: Summary, folder: Path, shown: list[Variant]) -> str | None:
     """Draw validation loss from the parent over conversion to the end of uptraining.
 
-    Return the figure's name, None if nothing was converted or more than can be told apart.
+    Return the figure's name, None if no shown variant was converted.
     """
     lines = {}
-    for i, variant in enumerate(summary.variants):
+    for i, variant in enumerate(shown):
         losses = summary.losses(variant)
 
         # losses[1] is the loss after conversion. Without it there is no conversion to follow.
         if losses[1]:
             lines[i] = [(x, loss) for x, loss in enumerate(losses) if loss]
-    if not 1 <= len(lines) <= plot.TOLD_APART:
+    if not lines:
         return None
 
-    height = 3.0 + plot.legend_height(len(lines))
-    figure = Figure(figsize=(6.2, height), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for i, points in lines.items():
-        plot.line(axes, points, i, summary.title(summary.variants[i]))
+        plot.line(axes, points, i, summary.title(shown[i]))
 
     axes.set_xticks(range(3), ["pretrained MHA", "converted", "uptrained"])
     axes.set(xlim=(-0.2, 2.2), ylabel="Validation loss (nats per token)")
     plot.tidy(axes)
-    plot.legend_below(figure, axes)
+    plot.label_lines(figure, axes)
     plot.save_all(figure, folder, "pretraining_loss")
     return "pretraining_loss"
 
 
-def learning_curves(summary: Summary, folder: Path) -> str | None:
+def learning_curves(summary: Summary, folder: Path, shown: list[Variant]) -> str | None:
     """Draw validation loss against steps, of pretraining and of each task's fine-tuning.
 
-    Return the figure's name, None if there is no curve.
+    Return the figure's name, None if no shown variant has a curve.
     """
     panels = {}
     for stage, task in (("pretrain", None), *(("finetune", task) for task in summary.tasks)):
-        curves = {i: summary.curve(v, stage, task) for i, v in enumerate(summary.variants)}
+        curves = {i: summary.curve(v, stage, task) for i, v in enumerate(shown)}
         # One point is no curve.
         curves = {i: points for i, points in curves.items() if len(points) > 1}
         if curves:
@@ -133,22 +131,19 @@ def learning_curves(summary: Summary, folder: Path) -> str | None:
     if not panels:
         return None
 
-    # Colours are numbered over the variants of all panels together, so that a variant has one
-    # colour in the whole figure and one entry in the legend.
-    shown = sorted({i for curves in panels.values() for i in curves})
-
-    height = 2.8 + plot.legend_height(len(shown))
-    figure = Figure(figsize=(min(3.6 * len(panels), 10.8), height), layout="constrained")
-    several = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, curves) in zip(several, panels.items(), strict=True):
+    # Two panels stand beside each other: labels stand between them and need room.
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(9.6, 2.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False).flatten()
+    for axes, (title, curves) in zip(grid, panels.items(), strict=False):
         for i, points in curves.items():
-            place = shown.index(i)
-            plot.line(axes, points, place, summary.title(summary.variants[i]), markersize=4)
-        axes.set(title=title, xlabel="Step")
+            plot.line(axes, points, i, summary.title(shown[i]), markersize=4)
+        axes.set(title=title, xlabel="Step", ylabel="Loss (nats per token)")
+    for axes in grid[len(panels) :]:
+        axes.remove()
 
-    several[0].set_ylabel("Validation loss (nats per token)")
-    plot.tidy(*several)
-    plot.legend_below(figure, *several)
+    plot.tidy(*grid[: len(panels)])
+    plot.label_lines(figure, *grid[: len(panels)])
     plot.save_all(figure, folder, "learning_curves")
     return "learning_curves"
 

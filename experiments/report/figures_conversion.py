@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.report import estimate, method_comparison, plot
+from experiments.report.estimate import Estimate
 from experiments.report.summary import Summary
 from experiments.stages.variant import TRAINED_AS_IT_IS, Conversion, Variant
 
@@ -28,12 +29,15 @@ def by_alpha(summary: Summary, folder: Path) -> str | None:
     if not shapes:
         return None
 
-    # Number the methods over all panels, so that a method has one colour in the whole figure.
-    methods = list(dict.fromkeys(m for s in shapes for m in _uptrained(summary, s)))
+    # The same methods in all panels, numbered over all panels, so that a method has one colour in
+    # the whole figure. One more line is that of MHA.
+    losses: dict[Conversion, float] = {}
+    for shape in shapes:
+        for method, points in _uptrained(summary, shape).items():
+            losses.setdefault(method, next(iter(points.values())).value)
+    methods = method_comparison.telling(losses, plot.LINES - 1)
 
-    # One more entry in the legend: the multi-head network that was trained equally long.
-    height = 5.6 + plot.legend_height(len(methods) + 1)
-    figure = Figure(figsize=(7.2, height), layout="constrained")
+    figure = Figure(figsize=(4.8 * max(len(shapes), 1.5), 5.8), layout="constrained")
     rows = figure.subplots(2, len(shapes), sharey="row", squeeze=False)
 
     for shape, (above, below) in zip(shapes, rows.T, strict=True):
@@ -49,22 +53,24 @@ def by_alpha(summary: Summary, folder: Path) -> str | None:
     rows[0, 0].set(ylabel=LOSS)
     rows[1, 0].set(ylabel="Above MHA trained equally long")
     plot.tidy(*rows.flat)
-    plot.legend_below(figure, *rows[0])
+    plot.label_lines(figure, *rows.flat)
     plot.save_all(figure, folder, "alpha_loss")
     return "alpha_loss"
 
 
-def _uptrained(summary: Summary, shape: Variant) -> list[Conversion]:
-    """Return the methods measured at three or more alphas; alpha 0 counts as one."""
+def _uptrained(summary: Summary, shape: Variant) -> dict[Conversion, dict[float, Estimate]]:
+    """Return the losses by alpha of the methods measured at three or more alphas, with alpha 0."""
     methods = method_comparison.methods(summary, shape)
-    return [m for m in methods if len(method_comparison.curve(summary, shape, m)) > 2]
+    curves = {m: method_comparison.curve(summary, shape, m) for m in methods}
+    return {m: points for m, points in curves.items() if len(points) > 2}
 
 
 def _draw_curves(summary, shape, methods, above, below):
     longer = method_comparison.curve(summary, shape.parent, TRAINED_AS_IT_IS)
+    curves = _uptrained(summary, shape)
     for i, method in enumerate(methods):
-        points = method_comparison.curve(summary, shape, method)
-        if len(points) < 3:
+        points = curves.get(method)
+        if points is None:
             continue
         plot.line(above, list(points.items()), i, method.method_label)
 
@@ -91,8 +97,12 @@ def _alpha_axis(axes: Axes) -> None:
     if len(alphas) > 1:
         axes.set_xscale("symlog", linthresh=alphas[1], linscale=0.6)
 
-        # Ticks are many and stand close together, so that ".05" is written for 0.05.
-        axes.set_xticks(alphas, [f"{alpha:g}".removeprefix("0") or "0" for alpha in alphas])
+        # Ticks stand close together, so that ".05" is written for 0.05, and alphas that are near
+        # their left neighbour have none.
+        ticks = alphas[:2]
+        for alpha in alphas[2:]:
+            ticks += [alpha] if alpha >= 1.6 * ticks[-1] else []
+        axes.set_xticks(ticks, [f"{alpha:g}".removeprefix("0") or "0" for alpha in ticks])
         axes.set_xlim(-alphas[1] / 4, alphas[-1] * 1.2)
         axes.tick_params(axis="x", labelsize=8)
         axes.minorticks_off()
@@ -109,21 +119,28 @@ def by_heads(summary: Summary, folder: Path) -> str | None:
 
         # The axis is logarithmic, so a loss that conversion did not raise has no place on it.
         if v.groups_decoder_evenly and v.is_usual and damage and damage.value > 0:
-            lines.setdefault(summary.sized(v.method_label, v), []).append((v.num_kv_heads, damage))
-    lines = {name: sorted(points) for name, points in lines.items() if len(points) > 2}
+            lines.setdefault((v.size, v.conversion), []).append((v.num_kv_heads, damage, v))
+    lines = {key: sorted(points, key=lambda p: p[0]) for key, points in lines.items()}
+    lines = {key: points for key, points in lines.items() if len(points) > 2}
     if len(lines) < 2:
         return None
 
-    figure = Figure(figsize=(6.2, 3.8 + plot.legend_height(len(lines))), layout="constrained")
+    # A method is drawn for every size or for none; the points of fewest KV heads tell most apart.
+    methods = method_comparison.telling(
+        {method: points[0][1].value for (_, method), points in lines.items()}, plot.LINES
+    )
+    drawn = [points for (_, method), points in lines.items() if method in methods][: plot.LINES]
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
-    for i, (name, points) in enumerate(lines.items()):
-        plot.line(axes, points, i, name)
+    for i, points in enumerate(drawn):
+        label = summary.sized(points[0][2].method_label, points[0][2])
+        plot.line(axes, [(heads, damage) for heads, damage, _ in points], i, label)
 
     plot.kv_heads_axis(axes)
     plot.ratio_axis(axes.yaxis)
     axes.set(title="Converted, alpha 0", ylabel="Loss above the parent's (nats)")
     plot.tidy(axes)
-    plot.legend_below(figure, axes)
+    plot.label_lines(figure, axes)
     plot.save_all(figure, folder, "damage")
     return "damage"
 
@@ -141,7 +158,8 @@ def by_saving(summary: Summary, folder: Path) -> str | None:
                 alphas_by_shape.setdefault(shape, {})[method.method_label] = saved.alpha
 
     # The mean reaches its own loss, so one method alone would be nothing to compare.
-    alphas_by_shape = {s: alphas for s, alphas in alphas_by_shape.items() if len(alphas) > 1}
+    several = [(s, alphas) for s, alphas in alphas_by_shape.items() if len(alphas) > 1]
+    alphas_by_shape = dict(several[: plot.LINES])
     if not alphas_by_shape:
         return None
 
@@ -188,9 +206,9 @@ def by_calibration(summary: Summary, folder: Path) -> str | None:
     if not lines:
         return None
 
-    figure = Figure(figsize=(6.2, 3.6 + plot.legend_height(len(lines))), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.subplots()
-    for i, (name, points) in enumerate(lines.items()):
+    for i, (name, points) in enumerate([*lines.items()][: plot.LINES]):
         plot.line(axes, points, i, name)
 
     plot.ratio_axis(axes.yaxis)
@@ -198,6 +216,6 @@ def by_calibration(summary: Summary, folder: Path) -> str | None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(ylabel="Loss above the parent's (nats)")
     plot.tidy(axes)
-    plot.legend_below(figure, axes)
+    plot.label_lines(figure, axes)
     plot.save_all(figure, folder, "calibration")
     return "calibration"

@@ -28,6 +28,9 @@ def by_method(summary: Summary, folder: Path) -> str | None:
     if not groups:
         return None
 
+    # Of many networks, those that most methods led to.
+    most = sorted(groups, key=lambda key: -len(groups[key]))[: plot.LINES]
+    groups = {key: scores for key, scores in groups.items() if key in most}
     methods = method_comparison.in_order({m for scores in groups.values() for m in scores})
 
     # The paper's panel has three rows, whatever our own panel has.
@@ -65,7 +68,7 @@ def by_alpha(summary: Summary, folder: Path) -> str | None:
     lines = _alpha_lines(summary)
     if not any(len(points) > 1 for points in lines.values()):
         return None
-    figure = Figure(figsize=(7.2, 3.5), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.5), layout="constrained")
     ours, published = figure.subplots(1, 2)
     _draw_alpha_lines(summary, ours, lines)
     _draw_published_alphas(published)
@@ -86,14 +89,19 @@ def _alpha_lines(summary):
 def _draw_alpha_lines(summary, axes, lines):
     """Draw a line for each network that was scored at two or more alphas.
 
-    A multi-head network that was not uptrained is drawn as a horizontal level, as in the paper.
+    A multi-head network that was not uptrained is drawn as a horizontal level, as in the paper. Of
+    many lines, the multi-head network's and the best are drawn.
     """
-    for i, (key, points) in enumerate(lines.items()):
+    lines = {
+        key: points for key, points in lines.items() if len(points) > 1 or key.shape == key.parent
+    }
+    ranked = sorted(lines, key=lambda key: (key.shape != key.parent, -lines[key][-1][1].value))
+    for i, key in enumerate(key for key in lines if key in ranked[: plot.LINES]):
         name = f"{key.network} {key.method_label}" if key.is_converted else key.network
-        label = summary.sized(name, key)
+        label, points = summary.sized(name, key), lines[key]
         if len(points) > 1:
             plot.line(axes, points, i, label)
-        elif key.shape == key.parent:
+        else:
             plot.level(axes, points[0][1], i, f"{label}, not uptrained")
 
 
@@ -110,11 +118,7 @@ def _finish(figure, folder, name, *several):
     for axes in several:
         axes.set_xlabel("alpha (uptraining steps / pretraining steps)")
     plot.tidy(*several)
-
-    # Only now are the lines of the legend known, and with them its height.
-    labels = several[0].get_legend_handles_labels()[1]
-    figure.set_figheight(figure.get_figheight() + plot.legend_height(len(labels)))
-    plot.legend_below(figure, several[0])
+    plot.label_lines(figure, several[0])
     plot.save_all(figure, folder, name)
     return name
 
@@ -128,7 +132,7 @@ def by_groups(summary: Summary, folder: Path) -> str | None:
         "time": _group_lines(
             summary,
             lambda v: summary.get(v, "benchmark", "sample_seconds"),
-            lambda v: f"{v.size}: time, however converted",
+            lambda v: v.size,
         ),
         "score": _group_lines(summary, summary.average, lambda v: _origin(summary, v)),
         "loss": _group_lines(summary, summary.loss, lambda v: _origin(summary, v)),
@@ -138,7 +142,7 @@ def by_groups(summary: Summary, folder: Path) -> str | None:
 
     # Number the labels over all panels, so that a label has one colour in the whole figure.
     labels = list(dict.fromkeys(label for panel in lines.values() for label in panel))
-    figure = Figure(figsize=(7.2, 5.8 + plot.legend_height(len(labels))), layout="constrained")
+    figure = Figure(figsize=(9.6, 6.0), layout="constrained")
     (time, published), (score, loss) = figure.subplots(2, 2)
     for axes, panel in zip((time, score, loss), lines.values(), strict=True):
         for label, points in panel.items():
@@ -152,8 +156,12 @@ def by_groups(summary: Summary, folder: Path) -> str | None:
     score.set(title="Ours, fine-tuned", ylabel=score_name(summary))
     loss.set(title="Ours, before fine-tuning", ylabel=LOSS)
     published_times(published)
+
+    # Lines begin together at MHA, and are labelled where they have parted.
+    for axes in (time, published, score, loss):
+        axes.invert_xaxis()
     plot.tidy(time, published, score, loss)
-    plot.legend_below(figure, time, score, loss)
+    plot.label_lines(figure, time, score, loss)
     plot.save_all(figure, folder, "groups")
     return "groups"
 
@@ -171,7 +179,13 @@ def _group_lines(summary, measure, label):
             for point in (v.parent, v):
                 if estimate := measure(point):
                     lines.setdefault(label(v), {})[point.num_kv_heads] = estimate
-    return {name: sorted(points.items()) for name, points in lines.items() if len(points) > 2}
+    lines = {name: sorted(points.items()) for name, points in lines.items() if len(points) > 2}
+
+    # Of many lines, those that differ most: the extremes at the fewest KV heads, and between them.
+    ranked = sorted(lines, key=lambda name: lines[name][0][1].value)
+    count = min(plot.LINES, len(ranked))
+    kept = {ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)}
+    return {name: points for name, points in lines.items() if name in kept}
 
 
 def _origin(summary: Summary, v: Variant) -> str:

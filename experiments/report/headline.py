@@ -4,6 +4,7 @@ The report and the text at the end of a run begin with both. Every other number 
 `variants_section` has all costs and scores, `how_many_heads` compares numbers of KV heads.
 """
 
+import math
 from collections.abc import Iterator
 
 from experiments.report import method_comparison, tables
@@ -38,11 +39,13 @@ def chosen(summary: Summary, within: float) -> Variant | None:
         return max(near or compared, key=lambda v: _gain(summary, v))
 
     # A set has no order of its own; equal losses should give equal reports.
+    scored = [v for v in grouped if summary.average(v)]
     converted = sorted(_grouped(summary, summary.converted), key=lambda v: (v.size, v.order))
-    lossy = [v for v in [*converted, *grouped] if method_comparison.damage(summary, v)]
-    if lossy and not any(summary.average(v) for v in grouped):
-        return min(lossy, key=lambda v: _excess(summary, v))
-    return next((v for v in grouped if summary.average(v)), next(iter(grouped), None))
+    for several in () if scored else (converted, grouped):
+        measured = [v for v in several if method_comparison.damage(summary, v)]
+        if measured:
+            return max(measured, key=lambda v: _gain(summary, v))
+    return next(iter(scored or grouped), None)
 
 
 def _grouped(summary: Summary, variants) -> list[Variant]:
@@ -64,9 +67,12 @@ def _is_near(summary, variant, within):
 
 
 def _gain(summary, variant):
-    """Return by how many points the score is better than the parent's."""
-    value = summary.against_parent(variant).value
-    return -value if _is_error(summary) else value
+    """Return by how much the score, or else the loss, is better than the parent's, if at all."""
+    difference = summary.against_parent(variant)
+    if difference is not None:
+        return -difference.value if _is_error(summary) else difference.value
+    damage = method_comparison.damage(summary, variant)
+    return -math.inf if damage is None else -damage.value
 
 
 def _is_error(summary):
@@ -78,11 +84,6 @@ def _metrics(summary):
     """Return the names of the headline metrics of all tasks."""
     scores = [summary.headline(v, task) for v in summary.scored for task in summary.tasks]
     return {score.unit.removesuffix(" %") for score in scores if score}
-
-
-def _excess(summary, variant):
-    damage = method_comparison.damage(summary, variant)
-    return damage.value if damage else float("inf")
 
 
 # --- the sentence ---------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def sentence(summary: Summary, within: float) -> str:
     if variant is None:
         return "These results hold no network with fewer KV heads than its multi-head parent."
     parts = [
-        f"{_subject(variant)} ({_origin(summary, variant)}) the network "
+        f"{_subject(variant)} ({_origin(summary, variant, within)}) the network "
         f"{_quality(summary, variant)}{_costs(summary, variant)}.",
         *_papers_method(summary, variant),
         *_seeds(summary, variant),
@@ -112,8 +113,8 @@ def _subject(variant):
     return f"As {variant.network} with {variant.num_heads} query heads"
 
 
-def _origin(summary, variant):
-    """Say how the network was made, and of how many networks it is the best."""
+def _origin(summary, variant, within):
+    """Say how the network was made, and of how many networks it was chosen."""
     words = [_reached(variant)]
     if len({v.size for v in summary.variants}) > 1:
         words.append(variant.size)
@@ -121,7 +122,9 @@ def _origin(summary, variant):
     # The best of several is flattered by chance, so the reader should know of how many.
     rivals = [v for v in summary.scored if v.shape == variant.shape and summary.against_parent(v)]
     if len(rivals) > 1 and variant in rivals:
-        words.append(f"the best of {len(rivals)} such networks")
+        is_best = variant == max(rivals, key=lambda v: _gain(summary, v))
+        why = "the best" if is_best else f"shown to be within {within:g} points, one"
+        words.append(f"{why} of {len(rivals)} such networks")
     return ", ".join(words)
 
 
@@ -266,26 +269,28 @@ def table(summary: Summary, within: float) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def shown(summary: Summary, within: float) -> list[Variant]:
-    """Return the variants that the table shows: all, or the telling ones of many.
+def shown(summary: Summary, within: float, most: int = MOST_ROWS) -> list[Variant]:
+    """Return at most `most` variants to show: all, or the telling ones of many.
 
-    Of many, these are the parents, the chosen network, and of each network the best conversion and
-    the paper's at the alpha that the paper recommends.
+    Of many, these are the parent of the chosen network, the chosen network, and of each network the
+    best variant and the paper's conversion at the alpha that the paper recommends.
     """
-    if len(summary.scored) <= MOST_ROWS:
-        return summary.scored
-    kept = {chosen(summary, within), *(v.parent for v in summary.scored)}
+    main = chosen(summary, within)
+    if main is None or len(summary.scored) <= most:
+        return summary.scored[:most]
+
     by_shape: dict = {}
     for v in summary.scored:
-        if summary.against_parent(v):
-            by_shape.setdefault(v.shape, []).append(v)
+        by_shape.setdefault(v.shape, []).append(v)
+    kept = [main.parent, main]
     for shape, rivals in by_shape.items():
-        kept |= {max(rivals, key=lambda v: _gain(summary, v))}
-        kept |= {shape.made_by(method_comparison.REFERENCE, method_comparison.ALPHA)}
+        kept.append(max(rivals, key=lambda v: _gain(summary, v)))
+        kept.append(shape.made_by(method_comparison.REFERENCE, method_comparison.ALPHA))
 
-    # Without scores to choose by, the first variants stand for all.
-    telling = [v for v in summary.scored if v in kept]
-    return (telling if by_shape else summary.scored)[:MOST_ROWS]
+    # The chosen network may have no row of its own: uptrained networks stand for converted ones.
+    known = [v for v in dict.fromkeys(kept) if v in summary.scored or v == main][:most]
+    order = {v: i for i, v in enumerate(summary.scored)}
+    return sorted(known, key=lambda v: order.get(v, order.get(v.parent, 0)))
 
 
 def note(summary: Summary, within: float) -> str:
@@ -300,7 +305,7 @@ def note(summary: Summary, within: float) -> str:
     else:
         parts.append("Loss: validation loss of the pretraining task, in nats per token.")
     left_out = len(summary.scored) - len(shown(summary, within))
-    if left_out:
+    if left_out > 0:
         parts.append(f"{left_out} more variants are in the report.")
     return " ".join(parts)
 

@@ -55,6 +55,25 @@ def in_order(methods: Iterable[Conversion]) -> list[Conversion]:
     return sorted(labels, key=lambda m: (rank.get(labels[m], len(ORDER)), labels[m]))
 
 
+def telling(losses: dict[Conversion, float], most: int) -> list[Conversion]:
+    """Return at most `most` conversions to draw: all, or the paper's and the best of other kinds.
+
+    Args:
+        losses: a loss of each conversion, straight after it. Of each method the conversion with the
+            lowest loss is drawn; its spaces and settings differ little and would hide each other.
+    """
+    if len(losses) <= most:
+        return in_order(losses)
+    best: dict[str, Conversion] = {}
+    for conversion in sorted(losses, key=lambda c: (losses[c], c.method_label)):
+        best.setdefault(conversion.method, conversion)
+
+    # The paper's methods as the paper has them, not with a setting of ours that makes them better.
+    papers = [c for c in in_order(losses) if c.method_label in ORDER]
+    others = [c for c in best.values() if c.method not in ORDER]
+    return in_order([*papers, *others][:most])
+
+
 def curve(summary: Summary, shape: Variant, method: Conversion) -> dict[float, Estimate]:
     """Return the loss by alpha; at alpha 0 the network was converted and not uptrained."""
     # Alpha 0 is added, because a network that was only converted is not in `trained`.

@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.report import safe_text
@@ -22,7 +22,8 @@ from gqa.runtime import atomic_files
 # Okabe and Ito's palette, told apart with any colour vision; markers differ too, for grey print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-TOLD_APART = 2 * len(COLORS)  # lines of one figure at most
+LINES = 6  # of one panel at most; tables hold the rest
+LABEL_SIZE = 8  # points
 FORMATS = ("png", "svg")
 LEGEND_COLUMNS = 2
 
@@ -113,6 +114,55 @@ def legend_below(figure: Figure, *several: Axes) -> None:
             loc="outside lower center",
             ncols=min(LEGEND_COLUMNS, len(entries)),
         )
+
+
+def label_lines(figure: Figure, *several: Axes) -> None:
+    """Write the label of each line to the right of the axes, at the height of its right end.
+
+    Labels that would overlap are moved apart. Call this when everything else is drawn.
+    """
+    labels: list[tuple[Axes, Any, Annotation]] = []
+    place = {"xycoords": "axes fraction", "textcoords": "axes fraction", "annotation_clip": False}
+    for axes in several:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            drawn = handle.lines[0] if hasattr(handle, "lines") else handle
+            leader = {"arrowstyle": "-", "color": drawn.get_color(), "linewidth": 0.8}
+            leader |= {"relpos": (0, 0.5)}  # from the middle of the text's left side
+            look = {"arrowprops": leader, "va": "center", "fontsize": LABEL_SIZE}
+            text = axes.annotate(label, (1, 0.5), (1.05, 0.5), **place, **look)
+            labels.append((axes, drawn, text))
+
+    # The layout makes room for the labels, whatever their heights. Only then are heights known.
+    figure.draw_without_rendering()
+    distance = 1.35 * LABEL_SIZE * figure.dpi / 72
+    for axes in several:
+        ends = [(*_right_end(axes, drawn), text) for own, drawn, text in labels if own is axes]
+        ends.sort(key=lambda end: end[1])
+        spread = _spread([y for _, y, _ in ends], distance / axes.bbox.height)
+        for (x, y, text), height in zip(ends, spread, strict=True):
+            text.xy, text.xyann = (x, y), (1.05, height)
+
+
+def _right_end(axes: Axes, drawn: Any) -> tuple[float, float]:
+    """Return where a line ends on the right, in fractions of the axes."""
+    # Over pixels, because a level is given in fractions of the width, and other lines in data.
+    pixels = drawn.get_transform().transform(drawn.get_xydata())
+    x, y = axes.transAxes.inverted().transform(pixels[pixels[:, 0].argmax()])
+    return float(x), float(y)
+
+
+def _spread(heights: list[float], distance: float) -> list[float]:
+    """Return ascending heights, moved to be `distance` apart and, if there is room, in 0 to 1."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + distance if moved else 0.0))
+
+    # What was pushed above the axes is pushed down again, from the top.
+    ceiling = 1.0
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], ceiling)
+        ceiling = moved[i] - distance
+    return moved
 
 
 def tidy(*several: Axes) -> None:

@@ -20,6 +20,7 @@ from experiments.report import (
     html_page,
     learning_section,
     paper,
+    plot,
     safe_text,
     tables,
     variants_section,
@@ -56,7 +57,7 @@ def run(
     summary, folder = Summary(records), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
-    drawn = _draw(summary, folder)
+    drawn = _draw(summary, folder, headline.shown(summary, within, plot.LINES))
     sections = [
         f"# {TITLE}",
         *_opening(summary, within),
@@ -129,10 +130,10 @@ def _read(results_path, keys):
     return records
 
 
-def _draw(summary, folder):
+def _draw(summary, folder, shown):
     """Draw each figure whose numbers the results have; return the names of the figures drawn."""
     names = [
-        figures.quality_against_time(summary, folder),
+        figures.quality_against_time(summary, folder, shown),
         figures_sweep.by_groups(summary, folder),
         figures_sweep.by_alpha(summary, folder),
         figures_conversion.by_alpha(summary, folder),
@@ -140,8 +141,8 @@ def _draw(summary, folder):
         figures_conversion.by_heads(summary, folder),
         figures_conversion.by_calibration(summary, folder),
         figures_sweep.by_method(summary, folder),
-        figures.pretraining_loss(summary, folder),
-        figures.learning_curves(summary, folder),
+        figures.pretraining_loss(summary, folder, shown),
+        figures.learning_curves(summary, folder, shown),
     ]
     return [name for name in names if name]
 
@@ -159,6 +160,7 @@ ALT = {
     "learning_curves": "Validation loss against steps",
 }
 SCORE_BARS = "Bars: 95% intervals of each score, wider than those of the differences between them."
+TABLES = "Of many methods, the paper's and the best of others are drawn; the tables have all."
 SEED_BARS = "Bars: 95% intervals over seeds, where there are several."
 CAPTIONS = {
     "quality_time": "As the paper's Figure 3. Vertical bars: 95% intervals. Horizontal bars: "
@@ -168,8 +170,8 @@ CAPTIONS = {
     "alpha": f"As the paper's Figure 5. Alpha 0 is converted, then fine-tuned. {SCORE_BARS}",
     "alpha_loss": "Validation loss of the pretraining task, of the converted (alpha 0) and the "
     "uptrained networks; below, how far it is above that of the parent, trained on as long. "
-    f"{SEED_BARS}",
-    "damage": f"What conversion alone does to the validation loss. {SEED_BARS}",
+    f"{TABLES} {SEED_BARS}",
+    "damage": f"What conversion alone does to the validation loss. {TABLES} {SEED_BARS}",
     "saved": f"Interpolated between the measured alphas, for every seed alone. {SEED_BARS}",
     "calibration": f"What conversion alone does to the validation loss. {SEED_BARS}",
     "methods": f"As the paper's Figure 4, whose points are T5-Large's at alpha 0.05. {SCORE_BARS}",

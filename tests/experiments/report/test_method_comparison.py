@@ -4,7 +4,7 @@ import pytest
 
 from experiments.report import conversion_section, method_comparison
 from experiments.report.summary import Summary, variant_of
-from experiments.stages.variant import TRAINED_AS_IT_IS
+from experiments.stages.variant import TRAINED_AS_IT_IS, Variant
 from tests.support.made_results import record, variant
 
 ALPHAS = (0.0025, 0.01, 0.05)
@@ -120,3 +120,15 @@ def test_nothing_is_saved_if_one_seed_never_gets_there():
     found = Summary(records)
     saved = method_comparison.saved(found, shape_of(found), method("svd-logit"))
     assert (saved.alpha, saved.missed, saved.seeds) == (None, 1, 2)
+
+
+def test_of_many_methods_the_papers_and_the_best_of_each_other_kind_are_told():
+    names = {"mean": 4, "first": 3, "random": 5, "svd-logit": 1, "svd-weight": 2, "fuse": 4}
+    names |= {"mean-renorm": 2.5, "largest": 2}
+    losses = {Variant(**variant(8, name)).conversion: loss for name, loss in names.items()}
+
+    def told(most):
+        return [c.method_label for c in method_comparison.telling(losses, most)]
+
+    assert len(told(8)) == 8
+    assert told(5) == ["mean", "first", "random", "largest", "svd-logit"]
