@@ -40,6 +40,10 @@ def test_help_lists_every_command(capsys):
         ([], "the following arguments are required: COMMAND"),
         (["konvert"], "argument COMMAND: invalid choice: 'konvert'"),
         (["kv-cache"], "the following arguments are required: model"),
+        (
+            ["convert", "a", "b", "--heads=2"],
+            "the following arguments are required: --num-kv-heads",
+        ),
         (["convert", "a", "b", "--num-kv-heads=x"], "argument --num-kv-heads: invalid int value"),
     ],
 )

@@ -94,10 +94,8 @@ def test_a_place_that_cannot_be_used_is_refused_in_one_line(tmp_path):
             make_workdir(tmp_path / place)
 
 
-@pytest.mark.parametrize("place", ["/proc/runs", "file/runs"])
-def test_launch_says_it_in_one_line(place, tmp_path):
-    (tmp_path / "file").touch()
-    assert_one_line(*run(tmp_path / place), place)
+def test_launch_says_it_in_one_line():
+    assert_one_line(*run("/proc/runs"), "/proc/runs")
 
 
 def test_a_limit_on_files_is_one_line(tmp_path):
@@ -114,9 +112,7 @@ def test_what_a_notebook_sets_does_not_matter(monkeypatch):
     subprocess.run([sys.executable, "-c", script], env=os.environ, check=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("JAX_ENABLE_X64", "1"), ("JAX_PLATFORMS", "cuda"), ("JAX_PLATFORMS", "x")]
-)
+@pytest.mark.parametrize(("name", "value"), [("JAX_ENABLE_X64", "1"), ("JAX_PLATFORMS", "cuda")])
 def test_an_environment_that_does_not_do_is_named(name, value, tmp_path):
     assert_one_line(*run(tmp_path / "runs", **{name: value}), f"{name}={value}")
 

@@ -302,7 +302,3 @@ def test_the_command(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "8 -> 2 KV heads, mean" in done.stdout
     assert len(Tensors(tmp_path / "b")) == 11
-    done = subprocess.run([*command, "--heads=2"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: the following arguments are required: --num-kv-heads")

@@ -50,10 +50,8 @@ def step_by_step(net, params, inputs, targets, room):
     ("K", "R", "version", "backend"),
     [
         (4, 1, {}, "cpu"),
-        (2, 1, T5_1_0, "cpu"),
         (1, 1, {}, "cpu"),
-        (4, 3, T5_1_0, "cpu"),
-        (2, 3, {}, "cpu"),
+        (2, 3, T5_1_0, "cpu"),
         (4, 1, {}, "tpu"),
         (2, 1, T5_1_0, "tpu"),
         (1, 3, {}, "tpu"),

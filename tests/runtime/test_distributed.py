@@ -65,54 +65,13 @@ def test_the_primary_alone_prints_and_writes(whole):
     assert not list(folder.rglob("*tmp*"))
 
 
-def test_the_primary_listens_on_the_address_given_alone(tmp_path):
-    body = """
-    import os, psutil
+AGREE = """
+    import psutil
     port = int(os.environ["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2])
     for place in psutil.Process().net_connections("tcp"):
         if place.status == psutil.CONN_LISTEN and place.laddr.port == port:
-            print(place.laddr.ip, file=sys.stderr)
+            print("listens on", place.laddr.ip, file=sys.stderr)
     distributed.wait_for_all("looked")
-    """
-    both = Processes(body, tmp_path / "x")
-    statuses, _ = both.end()
-    assert statuses == [0, 0], both.errors
-    listening = both.errors[0].split()
-    assert listening
-    assert {*listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-
-
-def test_an_error_of_one_ends_both(tmp_path):
-    body = """
-    from gqa.runtime.errors import UserError
-    if index == 1:
-        raise UserError("no more")
-    distributed.wait_for_all("ever")
-    """
-    both = Processes("distributed.PATIENCE = 1.0" + body, tmp_path / "x")
-    statuses, _ = both.end()
-    assert statuses[1] == 2
-    assert statuses[0] != 0
-    assert "error: no more\n" in both.errors[1]
-
-
-def test_one_that_fails_does_not_wait_for_one_that_is_busy(tmp_path):
-    body = """
-    from gqa.runtime.errors import UserError
-    if index == 1:
-        raise UserError("no more")
-    time.sleep(600)
-    """
-    both = Processes("distributed.PATIENCE = 1.0" + body, tmp_path / "x")
-    try:
-        assert both.processes[1].wait(timeout=90) == 2  # JAX's own end waits for 300 s
-    finally:
-        both.processes[0].kill()
-        both.end()
-
-
-def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(tmp_path):
-    body = """
     import numpy as np
     from gqa.checkpoints import checkpoint, checksums
     from gqa.evaluation import scoring
@@ -147,12 +106,27 @@ def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(tmp_path
             time.sleep(0.5)
             folder.mkdir()
         assert folder.exists()
-    """
-    both = Processes(body, tmp_path / "x")
+"""
+
+
+@pytest.fixture(scope="module")
+def agreed(tmp_path_factory):
+    """The lines of two processes that look at their sockets and then agree on values and turns."""
+    both = Processes(AGREE, tmp_path_factory.mktemp("agree") / "x")
     statuses, _ = both.end()
     assert statuses == [0, 0], both.errors
-    for i, (calls, said) in enumerate(zip((3, 2), both.errors, strict=True)):
-        assert said.splitlines() == [
+    return [said.splitlines() for said in both.errors]
+
+
+def test_the_primary_listens_on_the_address_given_alone(agreed):
+    listening = {line.split()[-1] for line in agreed[0] if line.startswith("listens on ")}
+    assert listening
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(agreed):
+    for i, (calls, said) in enumerate(zip((3, 2), agreed, strict=True)):
+        assert [line for line in said if not line.startswith("listens on ")] == [
             "{'from': 0}",
             "None",
             "UserError not so",
@@ -161,6 +135,35 @@ def test_what_the_primary_reads_all_know_and_what_it_refuses_all_refuse(tmp_path
             f"2 ({i}, 2)",
             "1 (0, 1)",
         ]
+
+
+def test_an_error_of_one_ends_both(tmp_path):
+    body = """
+    from gqa.runtime.errors import UserError
+    if index == 1:
+        raise UserError("no more")
+    distributed.wait_for_all("ever")
+    """
+    both = Processes("distributed.PATIENCE = 1.0" + body, tmp_path / "x")
+    statuses, _ = both.end()
+    assert statuses[1] == 2
+    assert statuses[0] != 0
+    assert "error: no more\n" in both.errors[1]
+
+
+def test_one_that_fails_does_not_wait_for_one_that_is_busy(tmp_path):
+    body = """
+    from gqa.runtime.errors import UserError
+    if index == 1:
+        raise UserError("no more")
+    time.sleep(600)
+    """
+    both = Processes("distributed.PATIENCE = 1.0" + body, tmp_path / "x")
+    try:
+        assert both.processes[1].wait(timeout=90) == 2  # JAX's own end waits for 300 s
+    finally:
+        both.processes[0].kill()
+        both.end()
 
 
 @pytest.mark.parametrize(

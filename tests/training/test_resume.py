@@ -53,9 +53,26 @@ def preempt(folder, at, *args, **kwargs):
     return caught.value
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A function from the arguments of `toy.fit` to what an uninterrupted run returns and leaves.
+
+    Runs are kept by their arguments.
+    """
+    runs = {}
+
+    def whole(steps, every, **options):
+        name = repr((steps, every, options))
+        if name not in runs:
+            folder = tmp_path_factory.mktemp("whole")
+            runs[name] = toy.fit(folder, steps, every, **options), toy.outcome(folder)
+        return runs[name]
+
+    return whole
+
+
 @pytest.mark.parametrize("at", range(1, 8))
-def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, at):
-    toy.fit(tmp_path / "whole", 8, 3)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(whole, tmp_path, at):
     interrupted = preempt(tmp_path / "parts", at, 8, 3)
     assert interrupted.signum == signal.SIGTERM
     saved = step_folders.find(tmp_path / "parts" / "checkpoints")
@@ -65,7 +82,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, at):
         f"toy: interrupted by SIGTERM; the same command goes on from {saved}"
     )
     toy.fit(tmp_path / "parts", 8, 3)
-    toy.assert_same(toy.outcome(tmp_path / "parts"), toy.outcome(tmp_path / "whole"))
+    toy.assert_same(toy.outcome(tmp_path / "parts"), whole(8, 3)[1])
 
 
 def test_a_run_that_every_step_interrupts_ends_as_if_none_had(tmp_path):
@@ -134,9 +151,9 @@ def test_a_rollback_skips_the_batches_since_the_last_checkpoint(tmp_path, poison
 
 
 @pytest.mark.parametrize("at", [1, 4, 5, 8])
-@pytest.mark.parametrize("poison", [{5: NAN}, {5: NAN, 8: NAN}, {2: NAN}])
+@pytest.mark.parametrize("poison", [{5: NAN, 8: NAN}, {2: NAN}])
 @pytest.mark.parametrize("end", [kill_at, interrupt_at])
-def test_rollbacks_of_a_run_that_was_ended_are_the_same(tmp_path, end, poison, at):
+def test_rollbacks_of_a_run_that_was_ended_are_the_same(whole, tmp_path, end, poison, at):
     seen = []
 
     def alive(step):  # of the steps in the order they come, also those done again
@@ -144,12 +161,12 @@ def test_rollbacks_of_a_run_that_was_ended_are_the_same(tmp_path, end, poison, a
         end(at)(len(seen))
 
     options = {"poison": poison, "settings": ROLLBACK}
-    expected = toy.fit(tmp_path / "whole", 8, 3, **options)
+    rollbacks, expected = whole(8, 3, **options)
     with pytest.raises((Killed, signals.Interrupted)):
         toy.fit(tmp_path / "parts", 8, 3, **options, alive=alive)
     again()
-    assert toy.fit(tmp_path / "parts", 8, 3, **options) == expected
-    toy.assert_same(toy.outcome(tmp_path / "parts"), toy.outcome(tmp_path / "whole"))
+    assert toy.fit(tmp_path / "parts", 8, 3, **options) == rollbacks
+    toy.assert_same(toy.outcome(tmp_path / "parts"), expected)
 
 
 def test_a_run_that_a_nan_stopped_goes_on_with_rollback(tmp_path):
@@ -158,6 +175,7 @@ def test_a_run_that_a_nan_stopped_goes_on_with_rollback(tmp_path):
     ) as e:
         toy.fit(tmp_path / "parts", 8, 3, poison={5: NAN})
     assert e.value.rollback_allowed
+    assert toy.outcome(tmp_path / "parts")["checkpoints"][3]["data"] == {"position": 3}
     assert toy.fit(tmp_path / "parts", 8, 3, poison={5: NAN}, settings=ROLLBACK) == 1
     toy.fit(tmp_path / "whole", 8, 3, poison={5: NAN}, settings=ROLLBACK)
     toy.assert_same(toy.outcome(tmp_path / "parts"), toy.outcome(tmp_path / "whole"))
@@ -178,14 +196,15 @@ def test_nothing_is_saved_of_a_step_that_went_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("at", [0, 24, 25, 30, 31])
-def test_a_spike_is_told_from_the_losses_before_also_after_a_kill(tmp_path, at):
+def test_a_spike_is_told_from_the_losses_before_also_after_a_kill(whole, tmp_path, at):
     options = {"poison": {31: 5.0}, "settings": ROLLBACK._replace(spike=3.0)}
-    assert toy.fit(tmp_path / "whole", 36, 6, **options) == 1
+    rollbacks, expected = whole(36, 6, **options)
+    assert rollbacks == 1
     if at:
         with pytest.raises(Killed):
             toy.fit(tmp_path / "parts", 36, 6, **options, alive=kill_at(at))
     toy.fit(tmp_path / "parts", 36, 6, **options)
-    toy.assert_same(toy.outcome(tmp_path / "parts"), toy.outcome(tmp_path / "whole"))
+    toy.assert_same(toy.outcome(tmp_path / "parts"), expected)
 
 
 def test_spikes_are_ignored_if_wished(tmp_path):
