@@ -42,6 +42,11 @@ class Recipe:
     validation_examples: int
     seed: int
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The lengths of a row, by the names that functions of batches have for them."""
+        return {"inputs_length": self.inputs_length, "targets_length": self.targets_length}
+
 
 @dataclass(frozen=True)
 class InitialCheckpoint:

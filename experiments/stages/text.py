@@ -339,10 +339,7 @@ def training(text: Text, recipe: Recipe, section: str = "pretrain") -> Training:
         section: the section of the config that has the lengths, for the line that says how many
             examples are cut.
     """
-    shape: dict[str, Any] = {
-        "inputs_length": recipe.inputs_length,
-        "targets_length": recipe.targets_length,
-    }
+    shape: dict[str, Any] = recipe.lengths
     stream: dict[str, Any] = {
         "batch_size": recipe.batch_size,
         "seed": recipe.seed,
@@ -358,7 +355,7 @@ def training(text: Text, recipe: Recipe, section: str = "pretrain") -> Training:
         pairs = [text.pairs(part) for part in train]
         say_what_is_cut(recipe, section, "training", [*itertools.chain(*pairs)])
         batches = batching.finetuning_batches(pairs, weights, **shape, **stream, pack=recipe.pack)
-        held_out = text.pairs(validation[:limit])
+        held_out, pack = text.pairs(validation[:limit]), recipe.pack
     else:
         # Span corruption decides how long the targets of full inputs are: 114 for 512 inputs.
         shape["targets_length"] = span_corruption.span_lengths(recipe.inputs_length).targets
@@ -383,12 +380,14 @@ def training(text: Text, recipe: Recipe, section: str = "pretrain") -> Training:
         held_out = span_corruption.held_out_pairs(
             np.concatenate(text.ids(validation)), **corruption, seed=0
         )[:limit]
+        pack = False  # every segment fills its row
 
     evaluation = functools.partial(
         batching.evaluation_batches,
         held_out,
         **shape,
         batch_size=recipe.batch_size,
+        pack=pack,
         shard=text.share,
     )
     return Training(batches, shape, evaluation, len(held_out))

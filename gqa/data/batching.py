@@ -147,37 +147,47 @@ def finetuning_batches(
     """
     if not all(map(len, parts)):
         raise UserError("the training split is empty")
-    lengths = {"inputs": inputs_length, "targets": targets_length}
+    lengths = inputs_length, targets_length
 
     # Truncate before packing, because the packing needs the lengths that remain.
-    truncated = [[_truncate(p, inputs_length, targets_length) for p in pairs] for pairs in parts]
-    rows = [_rows(pairs, (inputs_length, targets_length), seed, pack) for pairs in truncated]
+    truncated = [[_truncate(pair, *lengths) for pair in pairs] for pairs in parts]
+    if pack:
+        truncated = [_shuffled_once(pairs, seed) for pairs in truncated]
+    rows = [_rows(pairs, lengths, pack) for pairs in truncated]
 
-    def row_arrays(row: Sequence[TokenPair]) -> Batch:
-        batch = {}
-        for side, (name, length) in enumerate(lengths.items()):
-            texts = [pair[side] for pair in row]
-            batch[name] = _fill(texts, length)
-            if pack:
-                batch[f"{name}_segments"] = _fill(
-                    [np.full(len(text), k) for k, text in enumerate(texts, start=1)], length
-                )
-                batch[f"{name}_positions"] = _fill([np.arange(len(text)) for text in texts], length)
-        return batch
-
-    examples = [part.map(row_arrays) for part in _shuffled(rows, seed)]
+    examples = [
+        part.map(lambda row: _row_arrays(row, lengths, pack)) for part in _shuffled(rows, seed)
+    ]
     return _batches(_mix(examples, weights), batch_size, shard)
 
 
-def _rows(
-    pairs: Sequence[TokenPair], capacity: tuple[int, int], seed: int, pack: bool
-) -> list[list[TokenPair]]:
-    """Return the examples of each row: one, or as many as fit `capacity` (inputs, targets)."""
-    if not pack:
-        return [[pair] for pair in pairs]
+def _shuffled_once(pairs: Sequence[TokenPair], seed: int) -> list[TokenPair]:
     order = np.random.default_rng(seed).permutation(len(pairs))
-    sizes = np.array([[len(text) for text in pairs[i]] for i in order])
-    return [[pairs[i] for i in order[row]] for row in first_fit(sizes, capacity)]
+    return [pairs[i] for i in order]
+
+
+def _rows(
+    pairs: Sequence[TokenPair], lengths: tuple[int, int], pack: bool
+) -> list[list[TokenPair]]:
+    """Return the examples of each row: one, or as many as fit `lengths` (inputs, targets)."""
+    if not pack or not pairs:
+        return [[pair] for pair in pairs]
+    sizes = np.array([[len(text) for text in pair] for pair in pairs])
+    return [[pairs[i] for i in row] for row in first_fit(sizes, lengths)]
+
+
+def _row_arrays(row: Sequence[TokenPair], lengths: tuple[int, int], pack: bool) -> Batch:
+    """Return the arrays of one row; a row without examples is padding."""
+    arrays = {}
+    for side, (name, length) in enumerate(zip(("inputs", "targets"), lengths, strict=True)):
+        texts = [pair[side] for pair in row]
+        arrays[name] = _fill(texts, length)
+        if pack:
+            arrays[f"{name}_segments"] = _fill(
+                [np.full(len(text), k) for k, text in enumerate(texts, start=1)], length
+            )
+            arrays[f"{name}_positions"] = _fill([np.arange(len(text)) for text in texts], length)
+    return arrays
 
 
 def first_fit(
@@ -263,27 +273,26 @@ def evaluation_batches(
     inputs_length: int,
     targets_length: int,
     batch_size: int,
+    pack: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Batch, int]]:
-    """Yield every example once, in order and unpacked, as (batch, number of rows with an example).
+    """Yield every example once, in order, as (batch, number of rows with an example).
 
     The last batch is filled up with rows of padding. Every process gets the same number of batches.
+    With `pack`, several examples share a row, which takes less time and gives the same losses.
     """
-    index, rows = shard[0], _rows_per_process(batch_size, shard)
-    for start in range(0, len(pairs), batch_size):
-        first = start + index * rows
-        block = [_truncate(p, inputs_length, targets_length) for p in pairs[first : first + rows]]
+    lengths = inputs_length, targets_length
+    examples = _rows([_truncate(pair, *lengths) for pair in pairs], lengths, pack)
 
-        # Rows without an example stay zeros, which is padding. All batches then have one shape, for
-        # which the evaluation is compiled once.
-        batch = {
-            "inputs": np.zeros((rows, inputs_length), np.int32),
-            "targets": np.zeros((rows, targets_length), np.int32),
-        }
-        for row, (inputs, targets) in enumerate(block):
-            batch["inputs"][row, : len(inputs)] = inputs
-            batch["targets"][row, : len(targets)] = targets
-        yield batch, len(block)
+    index, rows = shard[0], _rows_per_process(batch_size, shard)
+    for start in range(0, len(examples), batch_size):
+        first = start + index * rows
+        block = examples[first : first + rows]
+
+        # All batches have one shape, for which the evaluation is compiled once.
+        padding = [[]] * (rows - len(block))
+        arrays = [_row_arrays(row, lengths, pack) for row in [*block, *padding]]
+        yield {name: np.stack([row[name] for row in arrays]) for name in arrays[0]}, len(block)
 
 
 # --- one row --------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def losses(
 
     Args:
         train: training examples, for the token frequencies.
-        shape: inputs_length, targets_length and batch_size.
+        shape: inputs_length, targets_length, batch_size and others of `evaluation_batches`.
     """
     results = {"test_loss": validation_loss(params, evaluation_batches(pairs, **shape))}
 
@@ -102,7 +102,8 @@ def unigram_loss(
     """Return nats per token of test targets under training token frequencies (add-one)."""
 
     def tokens(texts):
-        return np.concatenate([np.append(text[: targets_length - 1], EOS) for text in texts])
+        # The order of the tokens does not matter, so that every EOS can stand at the end.
+        return np.concatenate([*(text[: targets_length - 1] for text in texts), [EOS] * len(texts)])
 
     train_ids, test_ids = tokens(train), tokens(test)
 

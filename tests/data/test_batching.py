@@ -210,6 +210,25 @@ def test_evaluation_gives_every_pair_once_and_in_order(n, count):
     assert seen == [([*x.tolist(), EOS], [*y.tolist(), EOS]) for x, y in pairs]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_packed_evaluation_gives_every_pair_once(count):
+    pairs = numbered_pairs(11)
+    options = {"inputs_length": 24, "targets_length": 12, "batch_size": 2, "pack": True}
+    seen = []
+    for i in range(count):
+        for batch, real in batching.evaluation_batches(pairs, **options, shard=(i, count)):
+            assert not batch["inputs_segments"][real:].any()
+            for row in range(real):
+                for k in range(1, batch["inputs_segments"][row].max() + 1):
+                    x, y = (
+                        batch[name][row][batch[f"{name}_segments"][row] == k].tolist()
+                        for name in ("inputs", "targets")
+                    )
+                    seen.append((x, y))
+    expected = [([*x.tolist(), EOS], [*y.tolist(), EOS]) for x, y in pairs]
+    assert sorted(seen) == sorted(expected)
+
+
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_mixture_draws_rows_as_often_as_their_weights_say(pack):
     pairs = numbered_pairs(60)

@@ -77,6 +77,17 @@ def test_no_other_input_is_no_margin(tiny, pairs, count):
     assert found.keys() == {"test_loss", "test_loss_unigram"}
 
 
+def test_packed_losses_are_those_of_a_row_each(tiny, pairs):
+    validation = training_step.make_validation(tiny, make_mesh())
+    params = init_params(tiny, 1)
+    shape = SHAPE | {"inputs_length": 12, "targets_length": 8}
+    alone = scoring.losses(validation, params, pairs, TRAIN, **shape)
+    packed = scoring.losses(validation, params, pairs, TRAIN, **shape, pack=True)
+    rows = [real for _, real in batching.evaluation_batches(pairs, **shape, pack=True)]
+    assert sum(rows) < len(pairs)
+    assert packed == pytest.approx(alone, rel=1e-5)
+
+
 def test_unigram_loss_counts_every_token_and_the_end():
     # Training tokens 7 7 8 1 and 7 1, one added for each of the ids 0..8: 15 in all.
     expected = -(np.log(4 / 15) + np.log(3 / 15)) / 2
