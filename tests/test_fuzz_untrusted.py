@@ -29,6 +29,8 @@ MEMORY = 2 * 2**30
 SECONDS = 20
 ROOT = Path(__file__).parent.parent
 
+RECORDS = "trivia_qa-train.array_record-00000-of-00001"
+
 ODD = [None, True, 0, -1, 3, 2**31, 2**70, 10**300, 0.5, "", "x", "../../x", "\x1b[31m", "\u202e"]
 ODD += ["/dev/zero", "file:///etc/passwd", "a" * 70_000, [], [[]], {}, {"a": {"b": 1}}]
 
@@ -222,7 +224,14 @@ def folders(tmp_path, tiny, random_params, monkeypatch):
             parts["step"],
             ["checksums.json", "_CHECKPOINT_METADATA", "params/_METADATA", "params/_sharding"],
         ),
-        ("tfds", parts["tfds"], [f"{version}/features.json", f"{version}/dataset_info.json"]),
+        (
+            "tfds",
+            parts["tfds"],
+            [
+                f"{version}/{name}"
+                for name in ("features.json", "dataset_info.json", RECORDS, RECORDS)
+            ],
+        ),
         ("vocabulary", parts["vocabulary"], ["spiece.model"]),
     ]
 

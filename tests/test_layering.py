@@ -35,7 +35,8 @@ STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
 # Who may import it, as a pattern over module names.
 ROOMS = {
     "ml_collections": r"(configs|experiments|tests)\..*|launch",
-    "pyarrow": r"gqa\.(data\.(columnar_files|parquet_pages|text_lines)|checkpoints\.stored_arrays)"
+    "pyarrow": r"gqa\.(data\.(array_records|columnar_files|parquet_pages|text_lines)"
+    r"|checkpoints\.stored_arrays)"
     r"|tests\..*",
     "tensorflow_datasets": r"gqa\.data\.tfds|tests\..*",
     "orbax": r"gqa\.checkpoints\.checkpoint|tests\..*",

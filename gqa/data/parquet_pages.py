@@ -8,6 +8,8 @@ from typing import Any, BinaryIO
 
 import pyarrow.parquet
 
+from gqa.data import varints
+
 # Bytes of a page header that are read. It holds two values of a column, for statistics.
 HEADER = 1 << 20
 
@@ -113,7 +115,7 @@ def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
     if kind == 7:
         return None, place + 8
     if kind == 8:
-        length, place = _varint(data, place)
+        length, place = varints.read(data, place)
         return None, place + length
     if kind == 12:
         return _struct(data, place, depth + 1)
@@ -122,17 +124,5 @@ def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
 
 def _integer(data: bytes, place: int) -> tuple[int, int]:
     """Read a number whose sign is its lowest bit: 0, 1, 2, 3 stand for 0, -1, 1, -2."""
-    number, place = _varint(data, place)
+    number, place = varints.read(data, place)
     return (number >> 1) ^ -(number & 1), place
-
-
-def _varint(data: bytes, place: int) -> tuple[int, int]:
-    number = 0
-
-    # Seven bits a byte, the lowest first. The top bit of a byte says that another one follows.
-    for shift in range(0, 70, 7):
-        number |= (data[place] & 127) << shift
-        place += 1
-        if data[place - 1] < 128:
-            return number, place
-    raise LookupError("a number of more than 64 bits")

@@ -2,9 +2,12 @@
 
 A dataset is the folder DATA_DIR/NAME/VERSION in array_record format. Its JSON files are not
 trusted: only TFDS's own feature classes are accepted, and only files inside the folder are read.
+What a row declares is checked by `gqa.data.array_records` before the row is decoded.
 Each dataset of the paper is a module of `gqa.data.tasks` that calls `task` of this file.
 """
 
+import bisect
+import itertools
 import json
 import os
 import re
@@ -14,6 +17,7 @@ from typing import overload
 
 import tensorflow_datasets as tfds
 
+from gqa.data import array_records
 from gqa.data.examples import SPLITS, Example
 from gqa.runtime import regular_files
 from gqa.runtime.errors import UserError
@@ -82,10 +86,21 @@ def task(
 
 
 class Records(Sequence):
-    """The rows of one split; each is read from disk when it is indexed."""
+    """The rows of one split; each is checked and read from disk when it is indexed.
 
-    def __init__(self, source: Sequence, folder: Path):
+    Args:
+        source: TFDS's data source.
+        folder: of the dataset, for messages.
+        files: the split's files in their order, each with the number of its rows.
+    """
+
+    def __init__(self, source: Sequence, folder: Path, files: Sequence[tuple[str, int]]):
         self._source, self._folder = source, folder
+        self._paths = [path for path, _ in files]
+        self._ends = [*itertools.accumulate(rows for _, rows in files)]
+        self._checked: dict[str, array_records.RecordFile] = {}
+        if self._ends[-1:] != [len(source)]:
+            raise ValueError(f"{len(source)} rows, and {sum(rows for _, rows in files)} in files")
 
     def __len__(self) -> int:
         return len(self._source)
@@ -104,9 +119,20 @@ class Records(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
+            self._check(index)
             return _decode(self._source[index])
         except Exception as error:  # TFDS, array_record and protobuf have one of their own each
             raise UserError(f"{self._folder}: record {index} is damaged: {error}") from error
+
+    def _check(self, index: int) -> None:
+        """Refuse a row that declares more than may be decoded."""
+        file = bisect.bisect_right(self._ends, index)
+        path, first = self._paths[file], self._ends[file - 1] if file else 0
+
+        # The footer of a file is read once, when the first of its rows is.
+        if path not in self._checked:
+            self._checked[path] = array_records.RecordFile(path)
+        self._checked[path].check(index - first)
 
 
 def _decode(value):
@@ -136,15 +162,15 @@ def records(dataset: str, data_dir: str, split: str) -> Records:
 
     # dataset_info.json may name files anywhere on the machine, or be no description of files.
     try:
-        files = [instruction.filename for instruction in known[name].file_instructions]
+        files = [(part.filename, part.examples_in_shard) for part in known[name].file_instructions]
     except Exception as error:  # see Records
         raise UserError(f"{folder}: not what TFDS writes: {error}") from error
-    for file in files:
+    for file, _ in files:
         path = Path(os.path.abspath(file))
         if path.parent != folder or not path.is_file():
             raise UserError(f"{folder}: {path} is not in it; {_command(dataset, data_dir)}")
     try:
-        return Records(builder.as_data_source(name), folder)
+        return Records(builder.as_data_source(name), folder, files)
     except Exception as error:  # see Records
         raise UserError(f"{folder}: split {name!r} is damaged: {error}") from error
 
