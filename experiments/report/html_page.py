@@ -7,17 +7,17 @@ from markdown_it import MarkdownIt
 
 STYLE = """
 :root { color-scheme: light }
-body { margin: 0 auto; padding: 1.5rem; max-width: 68rem; background: #fff; color: #1a1a1a;
+body { margin: 0 auto; padding: 1.5rem; max-width: 75rem; background: #fff; color: #1a1a1a;
   font: 16px/1.5 system-ui, sans-serif }
 h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .75rem; break-after: avoid }
 h1 { margin-top: 0 }
 h2 { border-bottom: 1px solid #ccc; padding-bottom: .25rem }
 p, ul, ol { max-width: 46rem }
 img { display: block; max-width: 100%; height: auto; break-inside: avoid }
-.table { overflow-x: auto; margin: 1rem 0 }
+.table { overflow-x: auto; margin: 1rem 0 }  /* on a phone; a wider page shows tables whole */
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top;
-  white-space: nowrap }
+  overflow-wrap: anywhere }
 th { border-bottom: 2px solid #666 }
 tr { break-inside: avoid }
 @media print {
@@ -25,7 +25,7 @@ tr { break-inside: avoid }
   body { max-width: none; padding: 0; font-size: 10pt }
   .table { overflow: visible }
   table { font-size: 7pt }
-  th, td { padding: .2rem .4rem; white-space: normal }
+  th, td { padding: .2rem .4rem }
 }
 """.strip()
 

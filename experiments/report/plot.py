@@ -24,6 +24,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = 6  # of one panel at most; tables hold the rest
 LABEL_SIZE = 8  # points
+LONGEST_LABEL = 52  # characters beside a line; longer ones would leave no room for the axes
 FORMATS = ("png", "svg")
 LEGEND_COLUMNS = 2
 
@@ -129,10 +130,13 @@ def label_lines(figure: Figure, *several: Axes) -> None:
             leader = {"arrowstyle": "-", "color": drawn.get_color(), "linewidth": 0.8}
             leader |= {"relpos": (0, 0.5)}  # from the middle of the text's left side
             look = {"arrowprops": leader, "va": "center", "fontsize": LABEL_SIZE}
+            label = safe_text.visible(label)
+            label = label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"
             text = axes.annotate(label, (1, 0.5), (1.05, 0.5), **place, **look)
             labels.append((axes, drawn, text))
 
     # The layout makes room for the labels, whatever their heights. Only then are heights known.
+    _make_plain(figure)
     figure.draw_without_rendering()
     distance = 1.35 * LABEL_SIZE * figure.dpi / 72
     for axes in several:
@@ -173,12 +177,16 @@ def tidy(*several: Axes) -> None:
         axes.set_axisbelow(True)
 
 
-def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a picture atomically, without date or random names: equal figures give equal bytes."""
+def _make_plain(figure: Figure) -> None:
     # Labels hold names from outside, in which "$" does not begin a formula.
     for text in figure.findobj(Text):
         text.set_parse_math(False)
         text.set_text(safe_text.visible(text.get_text()))
+
+
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a picture atomically, without date or random names: equal figures give equal bytes."""
+    _make_plain(figure)
     settings = {"svg.hashsalt": "gqa", "text.parse_math": False}
 
     kind = Path(path).suffix[1:]

@@ -7,15 +7,35 @@ from experiments.report import safe_text
 
 DASH = "-"
 NARROWEST = 20  # characters of a wrapped first column
+# Of the HTML page (`html_page.STYLE`): pixels of its text's width, of a character of a table, and
+# of a cell's padding. A cell longer than WRAPPED characters takes several lines.
+PAGE_PIXELS, PIXELS, PADDING, WRAPPED = 1200, 7.2, 23, 36
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table whose columns also line up in its source.
 
-    Cells are plain text: what Markdown would take for markup is escaped.
+    Cells are plain text: what Markdown would take for markup is escaped. A table that is wider than
+    a page becomes several, each of which repeats the first column.
     """
-    header, *rows = [[safe_text.markdown(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    columns = [list(column) for column in zip(header, *rows, strict=True)]
+    pages = [[columns[0]]]
+    for column in columns[1:]:
+        if len(pages[-1]) > 1 and sum(map(_pixels, [*pages[-1], column])) > PAGE_PIXELS:
+            pages.append([columns[0]])
+        pages[-1].append(column)
+    return "\n\n".join(_markdown_page(columns) for columns in pages)
+
+
+def _pixels(column: list[str]) -> float:
+    """Estimate the width of a column on the HTML page, where long cells are wrapped."""
+    return PIXELS * min(max(map(len, column)), WRAPPED) + PADDING
+
+
+def _markdown_page(columns: list[list[str]]) -> str:
+    columns = [[safe_text.markdown(cell) for cell in column] for column in columns]
+    widths = [max(map(len, column)) for column in columns]
+    header, *rows = zip(*columns, strict=True)
     rule = ["-" * width for width in widths]
     lines = [_padded(cells, widths, " | ") for cells in (header, rule, *rows)]
     return "\n".join(f"| {line} |" for line in lines)

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from experiments.report import html_page
+from experiments.report import html_page, tables
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"></svg>'
 MARKDOWN = """# Title
@@ -70,7 +70,10 @@ def test_what_is_no_figure_is_its_description(page):
     assert "<script>alert(1)</script>" in page.text
 
 
-def test_tables_scroll_and_text_is_escaped(page):
+def test_tables_fit_and_text_is_escaped(page):
+    """Cells are wrapped on a screen; on a narrower one, a table scrolls and the page does not."""
+    assert "nowrap" not in html_page.STYLE
+    assert f"max-width: {tables.PAGE_PIXELS // 16}rem" in html_page.STYLE
     assert {"class": "table"} in page.named("div")
     assert len(page.named("td")) == 2
     assert "1 < 2" in page.text

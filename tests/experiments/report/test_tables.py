@@ -42,3 +42,18 @@ def test_a_long_first_column_is_wrapped_where_that_saves_a_block():
         "  words",
     ]
     assert tables.plain(["variant", "cell"], rows, 78).count("cell") == 1
+
+
+def test_a_table_wider_than_the_page_becomes_several_that_fit():
+    """Each repeats the first column; a long cell, which is wrapped, makes no table of its own."""
+    header = ["variant", *(f"column {i}" for i in range(8)), "last"]
+    row = ["GQA-8", *(f"{i}: 24.0 [22.5, 25.5] (none)" for i in range(8)), "long " * 40]
+    parts = [part.splitlines() for part in tables.markdown(header, [row]).split("\n\n")]
+    cells = [[line.strip("| ").split(" | ") for line in lines] for lines in parts]
+    assert [[cell.strip() for cell in rows[0]] for rows in cells] == [
+        ["variant", *(f"column {i}" for i in range(5))],
+        ["variant", *(f"column {i}" for i in range(5, 8)), "last"],
+    ]
+    assert all(rows[2][0].strip() == "GQA-8" for rows in cells)
+    narrow = ["variant", *(f"c{i}" for i in range(20))]
+    assert "\n\n" not in tables.markdown(narrow, [["1"] * 21])
