@@ -5,6 +5,7 @@ The numbers are those of `headline` and `how_many_heads`; the examples are those
 
 import itertools
 import shlex
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from gqa.runtime.errors import UserError
 
 WIDTH = 100  # columns of a terminal
 EXAMPLES = 5  # that are shown where targets are short
+DIFFERING = 3  # further ones on which the networks differ
 SHORT = 40  # characters of a short target
 NETWORKS = 4  # whose answers are shown
 DEFAULT_SIZE, DEFAULT_WORKDIR = "nano", "runs"
@@ -54,24 +56,31 @@ def _filled(sentences: str) -> str:
 
 
 def examples(summary: Summary, within: float) -> str:
-    """Return the first test examples with every network's text; of long texts, one of each task.
+    """Return test examples with every network's text: first ones, then some that tell most.
 
-    The tasks take turns. Tokens by which a text departs from its nearest reference stand in
-    brackets, and a missing token is `[]`.
+    The tasks take turns. Of short targets the first examples are shown, and after them the first on
+    which the networks differ. Of long targets, one example of each task is shown. Tokens by which a
+    text departs from its nearest reference stand in brackets; where one is missing they are empty.
     """
     networks = _networks(summary, within)
-    by_task = {task: _aligned(summary, networks, task) for task in summary.tasks}
-    rows = [rows for rows in by_task.values() if rows]
-    short = [some for some in rows if max(len(t) for row in some for t in _targets(row)) <= SHORT]
+    by_task = [_aligned(summary, networks, task) for task in summary.tasks]
+    short = [rows for rows in by_task if all(_is_short(row) for row in rows)]
 
-    # Of short targets, the first example of each task, then the second of each, and so on.
-    turns = range(EXAMPLES)
-    chosen_rows = [some[i] for i in turns for some in short if i < len(some)][:EXAMPLES]
-    chosen_rows = chosen_rows or [some[0] for some in rows][:EXAMPLES]
-    if not chosen_rows:
-        return ""
+    # The first example of each task, then the second of each, and so on.
+    turns = [row for rows in itertools.zip_longest(*short) for row in rows if row]
+    first, rest = turns[:EXAMPLES], turns[EXAMPLES:]
+    first = first or [rows[0] for rows in by_task if rows][:EXAMPLES]
+    telling = [row for row in rest if len({r["prediction"] for r in row.values()}) > 1][:DIFFERING]
+
     intro = f"What the networks say ({RIGHT.strip()}: as a reference; [ ]: differs from it)"
-    return "\n\n".join([intro, *("\n".join(_example(row)) for row in chosen_rows)])
+    blocks = [intro, *map(_example, first)] if first else []
+    if telling:
+        blocks += ["The first examples after these on which they differ", *map(_example, telling)]
+    return "\n\n".join(blocks)
+
+
+def _is_short(row: dict[str, dict]) -> bool:
+    return max(map(len, _targets(row))) <= SHORT
 
 
 def _networks(summary: Summary, within: float) -> list[Variant]:
@@ -97,16 +106,20 @@ def _targets(row: dict[str, dict]) -> list[str]:
     return next(iter(row.values()))["targets"]
 
 
-def _example(row: dict[str, dict]) -> Iterator[str]:
-    """Yield the lines of one example: its input, its reference and the networks' texts."""
+def _example(row: dict[str, dict]) -> str:
+    """Return the lines of one example: its input, its reference and the networks' texts."""
     first, targets = next(iter(row.values())), _targets(row)
-    width = max(map(len, [*map(safe_text.visible, row), "reference"]))
-    yield _line(first["inputs"])
-    yield _line(f"  {'reference':{width}}  {WRONG}{targets[0]}")
-    for name, record in row.items():
-        mark = RIGHT if _tokens(record["prediction"]) in map(_tokens, targets) else WRONG
-        said = _marked(record["prediction"], targets)
-        yield _line(f"  {safe_text.visible(name):{width}}  {mark}{said}")
+    names, texts = list(row), [record["prediction"] for record in row.values()]
+
+    # Equal texts need one line, so that the eye finds those that differ.
+    if len(row) > 1 and len(set(texts)) == 1:
+        names, texts = [f"all {len(row)} networks"], texts[:1]
+    width = max(len(safe_text.visible(name)) for name in [*row, "reference"])
+    lines = [first["inputs"], f"  {'reference':{width}}  {WRONG}{targets[0]}"]
+    for name, text in zip(names, texts, strict=True):
+        mark = RIGHT if _tokens(text) in map(_tokens, targets) else WRONG
+        lines.append(f"  {safe_text.visible(name):{width}}  {mark}{_marked(text, targets)}")
+    return "\n".join(map(_line, lines))
 
 
 def _tokens(string: str) -> list[str]:
@@ -157,7 +170,7 @@ def _generate(summary: Summary, variant: Variant, workdir: Path) -> Iterator[tup
             arguments = " ".join(shlex.quote(str(argument)) for argument in (*paths, inputs))
             yield (
                 f"  your own inputs, said by MHA and by {variant.label}:",
-                f"    python -m gqa generate {arguments}",
+                f"    {_python()} -m gqa generate {arguments}",
             )
             return
 
@@ -185,11 +198,17 @@ def _fewer(summary: Summary, variant: Variant, workdir: Path) -> Iterator[tuple[
         argument = f"kv_heads={fewer[-1]}" + (f",size={size}" if size else "")
         yield (
             f"  {fewer[-1]} KV heads (give the same other flags, to go on from the same parent):",
-            f"    python launch.py --config=configs/gqa.py:{shlex.quote(argument)}{where}",
+            f"    {_python()} launch.py --config=configs/gqa.py:{shlex.quote(argument)}{where}",
         )
     if len(measured) < 4:
         argument = f":{shlex.quote(size)}" if size else ""
         yield (
             "  how many KV heads are enough, of all numbers:",
-            f"    python launch.py --config=configs/sweeps/groups.py{argument}{where}",
+            f"    {_python()} launch.py --config=configs/sweeps/groups.py{argument}{where}",
         )
+
+
+def _python() -> str:
+    """Return the interpreter as a command: its path where it lies in this folder, as .venv does."""
+    path, here = Path(sys.executable), Path.cwd()
+    return shlex.quote(str(path.relative_to(here))) if path.is_relative_to(here) else "python"

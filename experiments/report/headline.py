@@ -100,7 +100,7 @@ def sentence(summary: Summary, within: float) -> str:
         return "These results hold no network with fewer KV heads than its multi-head parent."
     parts = [
         f"{_subject(variant)} ({_origin(summary, variant, within)}) the network "
-        f"{_quality(summary, variant)}{_costs(summary, variant)}.",
+        f"{_quality(summary, variant, _over(summary))}{_costs(summary, variant)}.",
         *_papers_method(summary, variant),
         *_seeds(summary, variant),
     ]
@@ -135,13 +135,22 @@ def _reached(variant):
     return f"{variant.method_label}, {uptrained}"
 
 
-def _quality(summary: Summary, variant: Variant) -> str:
-    """Say the score and its difference to the parent's, or else the validation loss and its own."""
+def _over(summary):
+    count = len(summary.tasks)
+    return f" on average over {count} tasks" if count > 1 else ""
+
+
+def _quality(summary: Summary, variant: Variant, over: str = "") -> str:
+    """Say the score and its difference to the parent's, or else the validation loss and its own.
+
+    Args:
+        over: the words that say which tasks an average is over.
+    """
     score = summary.average(variant)
     if score is not None:
         difference = summary.against_parent(variant)
         beside = f", {_points(difference)}" if difference else "; its parent was not scored"
-        return f"{_scored(summary, score)}{beside}"
+        return f"{_scored(summary, score)}{over}{beside}"
 
     loss, damage = summary.loss(variant), method_comparison.damage(summary, variant)
     if loss is None:
@@ -151,12 +160,11 @@ def _quality(summary: Summary, variant: Variant) -> str:
 
 
 def _scored(summary, score):
-    tasks, metrics = len(summary.tasks), _metrics(summary)
-    average = f" on average over {tasks} tasks" if tasks > 1 else ""
+    metrics = _metrics(summary)
     if metrics == {"word_accuracy"}:
-        return f"says {score.value:.1f}% of the words right{average}"
+        return f"says {score.value:.1f}% of the words right"
     names = ", ".join(sorted(metrics)) + (", lower is better" if _is_error(summary) else "")
-    return f"scores {score.value:.1f} ({names}){average}"
+    return f"scores {score.value:.1f} ({names})"
 
 
 def _points(difference: Difference) -> str:
@@ -178,6 +186,9 @@ def _nats(damage: Estimate) -> str:
 def _interval(low: float | None, high: float | None, digits: int, shown: bool) -> str:
     if low is None or high is None:
         return "no interval"
+    # An end that is not 0 should not look like 0 where the difference is shown.
+    if shown and 0 in (round(low, digits), round(high, digits)):
+        digits += 1
     text = f"95% interval {low:+.{digits}f} to {high:+.{digits}f}"
     return text if shown else f"{text}: {NO_DIFFERENCE}"
 
@@ -229,6 +240,9 @@ def _papers_method(summary: Summary, variant: Variant) -> Iterator[str]:
         return
     mean = variant.made_by(method_comparison.REFERENCE, 0.0)
     same = [v for v in summary.scored if v.at(0.0) == mean and summary.against_parent(v)]
+    # Losses are compared straight after conversion.
+    if not summary.average(variant) and method_comparison.damage(summary, mean):
+        same = [mean]
     if same:
         # The alpha that the paper recommends, or else the nearest one.
         best = min(same, key=lambda v: abs(v.alpha - method_comparison.ALPHA))
@@ -304,8 +318,8 @@ def note(summary: Summary, within: float) -> str:
         )
     else:
         parts.append("Loss: validation loss of the pretraining task, in nats per token.")
-    left_out = len(summary.scored) - len(shown(summary, within))
-    if left_out > 0:
+    left_out = len({*summary.scored} - {*shown(summary, within)})
+    if left_out:
         parts.append(f"{left_out} more variants are in the report.")
     return " ".join(parts)
 

@@ -33,10 +33,10 @@ def answers_without_a_network(summary: Summary) -> str:
         known = [score for task in summary.tasks if (score := _trivial_score(summary, name, task))]
         if known:
             average = sum(score.value for score in known) / len(known)
-            of = f" of {len(summary.tasks)}" if len(known) < len(summary.tasks) else ""
-            over = f" (average of {len(known)}{of} tasks)" if len(summary.tasks) > 1 else ""
-            scores.append(f"{title} {average:.1f}{over}")
-    return f"Baselines without a network: {', '.join(scores)}." if scores else ""
+            some = f" in {len(known)} of them" if len(known) < len(summary.tasks) else ""
+            scores.append(f"{title} {average:.1f}{some}")
+    over = f" (averages over {len(summary.tasks)} tasks)" if len(summary.tasks) > 1 else ""
+    return f"Baselines without a network: {', '.join(scores)}{over}." if scores else ""
 
 
 def _failures(summary: Summary, task: str) -> Iterator[str]:

@@ -36,6 +36,19 @@ def test_words_stand_beside_their_reference_with_their_differences_marked():
     ]
 
 
+def test_equal_texts_take_one_line_and_further_examples_are_those_that_differ():
+    own = ["h ə l oʊ"] * 6 + ["h", "l"]
+    found = shown(predicted(PARENT, "en", own), predicted(GQA, "en", [*own[:7], "h ə l"]))
+    assert found.count("  all 2 networks          = h ə l oʊ") == 5
+    last = found.split("on which they differ")[1].splitlines()[2:]
+    assert last == [
+        "en: hello",
+        "  reference                 h ə l oʊ",
+        "  MHA                       [] l []",
+        "  GQA-8 mean, alpha 0.05    h ə l []",
+    ]
+
+
 def test_what_is_missing_leaves_empty_brackets_and_insertions_stand_in_them():
     found = shown(predicted(PARENT, "en", ["h l oʊ", "h ə l l oʊ"]))
     assert "h [] l oʊ" in found

@@ -4,7 +4,7 @@ import pytest
 
 from experiments.report import headline, learning_section, tables
 from experiments.report.summary import Summary
-from tests.support.made_results import PARENT, network, paired_score, record, timings, variant
+from tests.support.made_results import PARENT, paired_score, record, timings, variant
 
 SVD = variant(8, "svd-logit", 0.0)
 TASK = "parameter_qa"
@@ -167,17 +167,24 @@ def test_a_large_sweep_shows_the_telling_variants_alone():
 
 
 def test_without_scores_the_table_shows_losses():
-    records = [*LOSSES, record(SVD, "convert", "validation_loss", 3.2), *network(PARENT, 1, 1)[:0]]
+    records = [*LOSSES, record(SVD, "convert", "validation_loss", 3.2)]
     header, rows = headline.table(Summary(records), 1.0)
     assert header[-2:] == ["loss", "above MHA's"]
     assert [row[-2:] for row in rows] == [["3.000", "-"], ["3.200", "+0.200"]]
+
+    # Straight after conversion, also where the paper's method was uptrained later.
+    records.append(record(variant(8), "convert", "validation_loss", 4.0))
+    records.append(record(variant(8), "uptrain", "validation_loss", 3.1))
+    found = headline.sentence(Summary(records), 1.0)
+    assert found.startswith("With 8 of 16 KV heads (svd-logit, not uptrained) the network has a")
+    assert "The paper's method (mean, not uptrained) has a validation loss of 4.000" in found
 
 
 def test_baselines_are_said_and_what_is_not_above_them():
     found = learning_section.answers_without_a_network(Summary(default_job()))
     assert found == (
-        "Baselines without a network: best constant answer 0.0 (average of 3 tasks), "
-        "letter by letter 3.6 (average of 3 tasks)."
+        "Baselines without a network: best constant answer 0.0, letter by letter 3.6 "
+        "(averages over 3 tasks)."
     )
     low = [PARENT_SCORE, scored(SVD, 12.0)]
     low += [record(v, "evaluate", "constant_answer", 11.0, task=TASK) for v in (PARENT, SVD)]
