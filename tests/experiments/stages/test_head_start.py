@@ -17,7 +17,6 @@ SETTINGS = TINY | {
     "convert.num_kv_heads_self_attention": 4,
     "convert.num_kv_heads_cross_attention": 4,
 }
-LONGER = {"pretrain.steps": 8, "finetune.steps": 5}
 
 
 def folders(workdir, kind):
@@ -31,28 +30,28 @@ def folders(workdir, kind):
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """A pretraining of 4 steps."""
+    """A pretraining of 4 steps and a fine-tuning of 2."""
     workdir = tmp_path_factory.mktemp("short")
-    launch(workdir, SETTINGS, "--stage=pretrain")
+    launch(workdir, SETTINGS, "--stage=finetune")
     return workdir
 
 
 def test_more_steps_go_on_and_end_as_if_they_had_been_asked_for_at_once(short, tmp_path):
-    printed = launch(short, SETTINGS | LONGER, "--stage=pretrain")
+    longer = SETTINGS | {"pretrain.steps": 8}
+    printed = launch(short, longer, "--stage=pretrain")
     assert "begins with the checkpoints of pretrain-" in printed
     assert "step 2/8" not in printed
     assert "step 6/8" in printed
-    launch(tmp_path, SETTINGS | LONGER, "--stage=pretrain")
+    launch(tmp_path, longer, "--stage=pretrain")
     assert differences(outputs(short, like=tmp_path), outputs(tmp_path)) == []
 
 
-def test_a_fine_tuning_goes_on_with_its_best_checkpoint_too(tmp_path):
-    both, once = tmp_path / "both", tmp_path / "once"
-    launch(both, SETTINGS, "--stage=finetune")
-    printed = launch(both, SETTINGS | {"finetune.steps": 5}, "--stage=finetune")
+def test_a_fine_tuning_goes_on_with_its_best_checkpoint_too(short, tmp_path):
+    longer = SETTINGS | {"finetune.steps": 5}
+    printed = launch(short, longer, "--stage=finetune")
     assert "begins with the checkpoints of finetune-" in printed
-    launch(once, SETTINGS | {"finetune.steps": 5}, "--stage=finetune")
-    assert differences(outputs(both, like=once), outputs(once)) == []
+    launch(tmp_path, longer, "--stage=finetune")
+    assert differences(outputs(short, like=tmp_path), outputs(tmp_path)) == []
 
 
 def test_another_validation_measures_again_and_trains_nothing(short):

@@ -2,15 +2,16 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from experiments.run import worker
 from experiments.stages.folder import StageFolder
 from gqa.checkpoints import checkpoint
 from gqa.model.config import Config
-from tests.support.jobs import TINY, differences, launch, outputs
+from tests.support.jobs import ENVIRONMENT, ROOT, TINY, differences, launch, outputs
 
 OURS = (
     "convert.num_kv_heads_self_attention",
@@ -34,10 +35,6 @@ for grid, methods, alphas in (
     SETTINGS |= {f"sweep.{grid}.{axis}": value for axis, value in axes.items()}
 
 
-def sweep(workdir):
-    return launch(workdir, SETTINGS, config="configs/sweeps/table1.py")
-
-
 def stages(workdir):
     """Of each uptraining, by its method and alpha: folder, records by metric."""
     found = {}
@@ -52,7 +49,7 @@ def stages(workdir):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uptrain") / "runs"
-    sweep(folder)
+    launch(folder, SETTINGS, "--stage=uptrain", config="configs/sweeps/table1.py")
     return folder
 
 
@@ -67,7 +64,9 @@ def test_a_head_start_changes_nothing(workdir, tmp_path):
         folder.discard_outcome()
         if folder.name != longest.name:
             shutil.rmtree(folder.path)
-    worker.run(StageFolder(copy / "stages" / longest.name))
+    # A process like that of the sweep compiles nothing: the sweep has left its programs.
+    command = [sys.executable, "-m", "experiments.run.worker", copy / "stages" / longest.name]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
     assert differences(outputs(copy), outputs(workdir, like=copy)) == []
 
 
