@@ -69,6 +69,20 @@ def read_parquet(path: str, columns: Collection[str]) -> Rows:
         raise UserError(f"{path}: damaged or not Parquet: {error}") from error
 
 
+def number_of_rows(path: str) -> int:
+    """Return how many rows `read_parquet` yields, as the file's footer says.
+
+    Raises:
+        UserError: naming the file, if it is damaged.
+    """
+    try:
+        with regular_files.open_regular(path) as source:
+            metadata = pyarrow.parquet.read_metadata(source)
+            return sum(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    except (pa.ArrowException, ValueError, MemoryError, OverflowError) as error:
+        raise UserError(f"{path}: damaged or not Parquet: {error}") from error
+
+
 def _has_dictionary(metadata: pyarrow.parquet.FileMetaData, column: int) -> bool:
     """Return whether a column can be read as a dictionary: it is one, and no part is a difference.
 

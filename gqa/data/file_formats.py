@@ -51,6 +51,11 @@ def read(path: str, columns: Collection[str]) -> Rows:
         raise UserError(f"{path}: {error.strerror or error}") from error
 
 
+def number_of_rows(path: str) -> int | None:
+    """Return how many rows a file has, if it says so at its end; None for most formats."""
+    return columnar_files.number_of_rows(path) if ending(path) == ".parquet" else None
+
+
 def _jsonl(path: str, columns: Collection[str]) -> Rows:
     """Read one JSON object a line."""
     del columns

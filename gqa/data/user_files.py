@@ -6,6 +6,7 @@ reads the rows of one file; `gqa.data.tasks.files` and `.documents` make example
 """
 
 import glob
+import math
 import os
 import pathlib
 import re
@@ -19,7 +20,8 @@ from gqa.runtime.errors import UserError
 
 MOST_BAD = 0.01  # share of a file's rows that may be bad
 SHOWN = 5  # bad rows, or files passed over, that a message quotes
-# A file of which so many rows are bad, and more than half, is not read to its end.
+# A file of which so many rows are bad is not read to its end, if they are also more than half of
+# the rows so far, or too many of all rows.
 HOPELESS = 100_000
 WEIGHTED = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
 FIELD = re.compile(r"\{([^{}]+)\}")
@@ -59,6 +61,7 @@ def collect(entry: Entry, columns: Collection[str], make: Callable) -> tuple[lis
     results, reports = [], []
     for path in entry.files:
         report = Report(path, 0, 0, [])
+        most_bad = math.inf
         for number, row in file_formats.read(path, columns):
             report = report._replace(rows=report.rows + 1)
             try:
@@ -67,7 +70,10 @@ def collect(entry: Entry, columns: Collection[str], make: Callable) -> tuple[lis
                 report = report._replace(bad=report.bad + 1)
                 if report.bad <= SHOWN:
                     report.first.append(f"{path}:{number}: {error}")
-                if report.bad > max(HOPELESS, report.rows / 2):
+                # Only a file with many bad rows is worth the look at its end.
+                if report.bad == HOPELESS:
+                    most_bad = MOST_BAD * (file_formats.number_of_rows(path) or math.inf)
+                if report.bad > max(HOPELESS, min(report.rows / 2, most_bad)):
                     break
 
         if not report.rows:

@@ -3,6 +3,8 @@
 import json
 import os
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from gqa.data import user_files
@@ -258,6 +260,16 @@ def test_a_file_of_which_most_rows_are_bad_is_not_read_to_its_end(tmp_path, monk
     monkeypatch.setattr(user_files, "HOPELESS", 10)
     with pytest.raises(UserError, match="11 of 11 rows are bad"):
         collect(tmp_path / "a.jsonl", ["bad"] * 1000)
+
+
+def test_a_parquet_file_with_too_many_bad_rows_is_not_read_to_its_end(tmp_path, monkeypatch):
+    """Its footer says that 21 are more than 1% of all."""
+    monkeypatch.setattr(user_files, "HOPELESS", 20)
+    table = pa.table({"text": ["good", "good", None] * 600})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=500)
+    entry = user_files.Entry([str(tmp_path / "a.parquet")], 1.0)
+    with pytest.raises(UserError, match="21 of 63 rows are bad"):
+        user_files.collect(entry, ["text"], lambda row: user_files.text(row, "text"))
 
 
 def test_a_bad_byte_is_named_by_its_line_where_no_line_is_blank(tmp_path):
