@@ -1,6 +1,9 @@
 """Ways of converting, compared on one parent: the paper's Figure 4, and what uptraining each saves.
 
-python launch.py --config=configs/sweeps/conversion.py --jobs=2   # nano, 90 minutes on two cores
+The scored networks are also trained from scratch, with as many steps in all. This adds 6
+pretrainings and 6 networks to score, about 40 minutes.
+
+python launch.py --config=configs/sweeps/conversion.py --jobs=2   # nano, hours on two cores
 python launch.py --config=configs/sweeps/conversion.py:large      # the size of the paper's Figure 4
 """
 
@@ -27,7 +30,7 @@ def get_config(arg: str = ""):
     calibration = "svd-logit-1024,svd-logit-8192,svd-logit-524288"
     others = "svd-logit-sequential,svd-activation-sequential,svd-logit-shrink0,svd-logit-shrink0.1"
     budget = "mean-per_layer_budget,svd-logit-per_layer_budget"
-    tuned = {"seeds": SEEDS, "tasks": "docstring_summary"}
+    tuned = {"seeds": SEEDS}
     return sweep(
         "conversion",
         arg,
@@ -41,5 +44,6 @@ def get_config(arg: str = ""):
         | {"methods": f"{CURVES},{NEAR_PARENT}", "kv_heads": (0, 4, 1), "alphas": alphas},
         scores=tuned
         | {"methods": "mean,svd-logit", "kv_heads": (0, 4, 1), "alphas": (0.0, 0.005, 0.05)},
+        scratch=tuned | {"methods": "none", "kv_heads": (4, 1)},
         figure4=tuned | {"methods": "mean,first,random", "kv_heads": (1,)},
     )
