@@ -138,8 +138,7 @@ def _convert(heads: int, kv_heads: int) -> ConfigDict:
 
     # How the heads of a group become one head. mean, first, random, medoid and largest change keys
     # and values alone; svd and procrustes change queries and output projections as well. weighted
-    # and fuse begin as the mean, and uptraining learns the weights. none converts nothing: a
-    # network with the KV heads above is trained from scratch, for as many steps in all.
+    # and fuse begin as the mean, and uptraining learns the weights.
     convert.method = "mean"
     # What svd and procrustes preserve as well as possible: weight, activation or logit.
     convert.space = "logit"

@@ -2,11 +2,9 @@
 
     pretrain (multi-head) ---------------------> finetune -> evaluate     a task each
         `-> convert -> uptrain ----------------> finetune -> evaluate     a task each
-    pretrain (grouped, for convert.method=none) -> uptrain -> finetune -> evaluate   a task each
     benchmark (both networks in turn; needs no checkpoint unless its KV heads differ by layer)
 
-Without uptraining the converted network is fine-tuned. Uptraining also reads the multi-head parent,
-unless it goes on with a network that was trained from scratch.
+Without uptraining the converted network is fine-tuned. Uptraining also reads the multi-head parent.
 
 A stage's key is a hash of its settings and its parents' keys, so a stage that several configs have
 in common is one stage, done once. This module alone turns config keys into settings; it must put
@@ -39,7 +37,7 @@ from experiments.stages.settings import (
     TrainOptions,
     UptrainSettings,
 )
-from experiments.stages.variant import NOT_CONVERTED, Variant
+from experiments.stages.variant import Variant
 from gqa import conversion
 from gqa.model.config import Config
 from gqa.runtime.mesh import Layout
@@ -68,9 +66,8 @@ def plan(
         reference: the config whose multi-head network is timed beside this one's; itself if None.
     """
     setup = make_setup(config)
-    pretrained = _pretrain_settings(config, prepared, _multi_head(config), parent_config(config))
-    pretrain = Stage("pretrain", pretrained, (), setup)
-    grouped = list(_grouped(config, prepared, pretrain))
+    pretrain = Stage("pretrain", _pretrain_settings(config, prepared), (), setup)
+    grouped = list(_grouped(config, pretrain))
     stages = [pretrain, *grouped]
     tasks = text.split_names(config.finetune.tasks)
     if not tasks:
@@ -120,7 +117,7 @@ def converted_config(config: ConfigDict) -> Config:
 
 
 def pretrain_recipe(config: ConfigDict) -> Recipe:
-    """Return how the multi-head parent, or a network from scratch, is trained."""
+    """Return how the multi-head parent is trained."""
     section = config.pretrain
     return Recipe(
         task=section.task,
@@ -168,49 +165,33 @@ def make_setup(config: ConfigDict) -> Setup:
     )
 
 
-def _pretrain_settings(
-    config: ConfigDict, prepared: text.Text | None, variant: Variant, model: Config
-) -> PretrainSettings:
+def _pretrain_settings(config: ConfigDict, prepared: text.Text | None) -> PretrainSettings:
     return PretrainSettings(
-        variant=variant,
+        variant=_multi_head(config),
         recipe=pretrain_recipe(config),
-        model=model,
+        model=parent_config(config),
         text=prepared and prepared.training_source(config.pretrain.task),
         vocabulary=prepared and prepared.tokenizer.hash,
         initial_checkpoint=initial_checkpoint.identity(config),
     )
 
 
-def _grouped(config: ConfigDict, prepared: text.Text | None, pretrain: Stage) -> Iterator[Stage]:
-    """Yield the stages that lead to the network that is compared with the multi-head parent."""
+def _grouped(config: ConfigDict, pretrain: Stage) -> Iterator[Stage]:
+    """Yield conversion and uptraining, where the config asks for them."""
     heads, alpha, beta = target_heads(config), config.uptrain.alpha, config.uptrain.beta
-    parents: tuple[Stage, ...]
+    parents: tuple[Stage, ...] = (pretrain,)
     how_converted: dict[str, Any] = {}
 
     # A network that keeps all its heads is not converted. With an alpha it is uptrained all the
     # same, as a control that shows what more training gives without a conversion.
-    if not converts(config):
-        parents = (pretrain,)
-
-    # A network that is trained from scratch has the recipe of the multi-head parent, and its
-    # uptraining goes on with it. Together they have as many steps as pretraining and uptraining of
-    # a converted network, at the same learning rates. All alphas share the pretraining.
-    elif config.convert.method == NOT_CONVERTED:
-        variant, model = _variant(config, heads), converted_config(config)
-        settings = _pretrain_settings(config, prepared, variant, model)
-        from_scratch = Stage("pretrain", settings, (), pretrain.setup)
-        yield from_scratch
-        # It has no multi-head parent to be kept near to.
-        parents, beta = (from_scratch,), 0.0
-
-    else:
+    if converts(config):
         how_converted = _conversion(config)
-        conversion_settings = ConvertSettings(
+        settings = ConvertSettings(
             variant=_variant(config, heads, **how_converted),
             optimizer=config.convert.optimizer,
             cache_lengths=_cache_lengths(config) if config.convert.per_layer_budget else None,
         )
-        converted = Stage("convert", conversion_settings, (pretrain,), pretrain.setup)
+        converted = Stage("convert", settings, (pretrain,), pretrain.setup)
         yield converted
         parents = (converted, pretrain)
 

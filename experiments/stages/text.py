@@ -276,9 +276,10 @@ def _vocabulary(
     if _source(task, built, options) != source:
         raise UserError(f"the text of task {task} changed while it was read; run again")
 
-    symbols = tasks.vocabulary_design(task).symbols
+    suits = tasks.vocabulary_design(task)
+    design = suits._replace(model_type=wanted.vocabulary_model, vocab_size=wanted.vocab_size)
     with renamed_fields("model."):
-        trained = tokenizer.train(texts, wanted.vocab_size, path, wanted.vocabulary_model, symbols)
+        trained = tokenizer.train(texts, path=path, **design._asdict())
 
     # Sentinel 0 is the last id of the vocabulary. A small text may have too few pieces for the size
     # that was asked for.

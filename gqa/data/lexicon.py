@@ -39,7 +39,9 @@ STEM_LETTERS = 5
 
 # A piece for each letter and for each phoneme. If frequent groups of letters were pieces too, as
 # SentencePiece would make them, "wehr" and "mehr" would have different letters to the network.
-VOCABULARY = tokenizer.Design("bpe", 603, tuple(f"{name}:" for name in LANGUAGES.values()))
+VOCABULARY = tokenizer.Design(
+    "bpe", 647, tuple(f"{name}:" for name in LANGUAGES.values()), coverage=1.0
+)
 
 # Primary and secondary stress. The literature on English removes them before training and scoring.
 STRESS = str.maketrans("", "", "ˈˌ")

@@ -37,11 +37,14 @@ class Design(NamedTuple):
             words, such as phonemes, whole.
         vocab_size: counts the sentinels: 4096 gives 3996 pieces.
         symbols: words that are one piece each, and of which no part becomes a piece.
+        coverage: the share of the text's characters that have a piece of their own. The rarest
+            characters beyond it are written as bytes.
     """
 
     model_type: str = "unigram"
     vocab_size: int = 4096
     symbols: tuple[str, ...] = ()
+    coverage: float = 0.9995
 
 
 class Tokenizer:
@@ -144,6 +147,7 @@ def train(
     path: str | os.PathLike,
     model_type: str = "unigram",
     symbols: Sequence[str] = (),
+    coverage: float = 0.9995,
 ) -> Tokenizer:
     """Fit a SentencePiece model to `texts`, write it to `path` and return it.
 
@@ -151,28 +155,29 @@ def train(
     as T5 does (newline = space). A text with too few different pieces gives a smaller vocabulary.
 
     Args:
-        vocab_size: as in a `Design`, like `model_type` and `symbols`.
+        vocab_size: as in a `Design`, like all that follow.
 
     Raises:
         UserError: if `vocab_size` is too small for the bytes and the characters of the text.
     """
     path = pathlib.Path(path)
+    design = Design(model_type, vocab_size, tuple(symbols), coverage)
     try:
-        model = _fit(texts, vocab_size - NUM_SENTINELS, model_type, symbols)
+        model = _fit(texts, design)
     except RuntimeError as error:
         # "... <= 1234" is how SentencePiece says that the text gives 1234 pieces at most.
         most = re.search(r"<= (\d+)", str(error))
         if most is None:
             raise _refusal(str(error), vocab_size) from error
-        model = _fit(texts, int(most[1]), model_type, symbols)
+        model = _fit(texts, design._replace(vocab_size=int(most[1]) + NUM_SENTINELS))
 
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.write(path, model)
     return Tokenizer(model)
 
 
-def _fit(texts: Sequence[str], num_pieces: int, model_type: str, symbols: Sequence[str]) -> bytes:
-    """Return a SentencePiece model of `num_pieces`, bytes and special tokens included.
+def _fit(texts: Sequence[str], design: Design) -> bytes:
+    """Return a SentencePiece model, whose pieces include bytes and special tokens.
 
     Raises:
         RuntimeError: if the text cannot give so many, or not so few.
@@ -189,14 +194,14 @@ def _fit(texts: Sequence[str], num_pieces: int, model_type: str, symbols: Sequen
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=fragments,
         model_writer=model,
-        model_type=model_type,
-        vocab_size=num_pieces,
+        model_type=design.model_type,
+        vocab_size=design.vocab_size - NUM_SENTINELS,
         # SentencePiece writes the space before a word as this character.
-        user_defined_symbols=[f"\N{LOWER ONE EIGHTH BLOCK}{symbol}" for symbol in symbols],
+        user_defined_symbols=[f"\N{LOWER ONE EIGHTH BLOCK}{symbol}" for symbol in design.symbols],
         # The marks of IPA for length and for affricates belong to other scripts than its letters.
-        split_by_unicode_script=model_type != "bpe",
+        split_by_unicode_script=design.model_type != "bpe",
         byte_fallback=True,
-        character_coverage=0.9995,
+        character_coverage=design.coverage,
         required_chars="".join(map(chr, range(33, 127))),
         pad_id=PAD,
         eos_id=EOS,

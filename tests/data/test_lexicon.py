@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from nltk.stem.snowball import SnowballStemmer
 
-from gqa.data import lexicon, tasks
+from gqa.data import lexicon, tasks, tokenizer
 from gqa.data.examples import SPLITS, Example
 from gqa.runtime.errors import UserError
 
@@ -124,6 +124,18 @@ def test_another_version_is_another_text(package, monkeypatch):
     newer = SimpleNamespace(version="2.0")
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: newer)
     assert tasks.get("pronounce").fingerprint() != before
+
+
+def test_the_vocabulary_has_a_piece_for_each_letter_and_each_phoneme(tmp_path):
+    """Other texts would make "er", "lich" or "▁Eng" pieces, which are frequent."""
+    data = [example for code in lexicon.LANGUAGES for example in lexicon.examples(code, "test")]
+    texts = tasks.vocabulary_texts("pronounce", data)
+    vocabulary = tokenizer.train(texts, path=tmp_path / "m", **lexicon.VOCABULARY._asdict())
+    for example in data:
+        word = example.inputs.partition(" ")[2]
+        assert len(vocabulary.encode(example.inputs)) == 1 + len(word)
+        for target in example.targets:
+            assert len(vocabulary.encode(target)) == len(target.split())
 
 
 def test_letter_by_letter_says_the_commonest_phoneme_of_each_letter():

@@ -9,7 +9,7 @@ import pytest
 from configs import base
 from experiments.graph import plan, validate
 from experiments.stages import text
-from gqa.data import corpus, tasks, tokenizer
+from gqa.data import corpus, lexicon, tasks, tokenizer
 from gqa.runtime.errors import UserError
 from tests.data.test_tfds import DATASETS, c4_row, prepare
 
@@ -244,6 +244,26 @@ def test_c4_is_trained_on_as_a_stream(folder):
 def recipes(config):
     """The recipes of the fine-tunings that a config plans."""
     return [s.settings.recipe for s in plan.plan(config, None) if s.kind == "finetune"]
+
+
+def test_the_vocabulary_suits_the_task_unless_the_config_says_otherwise(folder):
+    def shape(**changes):
+        config = base.get_config("nano")
+        config.update_from_flattened_dict(changes)
+        wanted = text.settings(config)
+        assert plan.parent_config(config).vocab_size == wanted.vocab_size
+        return wanted.vocabulary_model, wanted.vocab_size
+
+    words, prose = lexicon.VOCABULARY, tasks.VOCABULARY
+    assert shape() == (words.model_type, words.vocab_size)
+    assert shape(**{"pretrain.task": "documents"}) == (prose.model_type, prose.vocab_size)
+    assert shape(**{"text.vocabulary_model": "unigram", "model.vocab_size": 700}) == (
+        "unigram",
+        700,
+    )
+    # A file has as many ids as it has, whatever the task is.
+    given = {"text.vocabulary": str(folder / "small.model")}
+    assert shape(**given) == (words.model_type, 500)
 
 
 def test_large_sizes_have_the_lengths_of_the_paper():
