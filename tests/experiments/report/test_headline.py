@@ -117,12 +117,12 @@ def test_several_seeds_are_said():
 
 
 def test_words_are_said_and_error_rates_are_better_when_lower():
-    def in_unit(unit):
-        records = [scored(SVD, 20.0), scored(variant(8), 30.0), PARENT_SCORE]
+    def in_unit(unit, other):
+        records = [scored(SVD, 20.0), scored(variant(8), other), PARENT_SCORE]
         return say([r | {"unit": unit} for r in records])
 
-    assert "says 30.0% of the words right, 5.0 points above" in in_unit("word_accuracy %")
-    found = in_unit("phoneme_error_rate %")
+    assert "says 30.0% of the words right, 5.0 points above" in in_unit("word_accuracy %", 30.0)
+    found = in_unit("phoneme_error_rate %", 22.0)
     assert "scores 20.0 (phoneme_error_rate, lower is better), 5.0 points below" in found
 
 
