@@ -136,11 +136,11 @@ def _convert(heads: int, kv_heads: int) -> ConfigDict:
     # attention that is not converted stays multi-head.
     convert.where = "both"
 
-    # How the heads of a group become one head. mean, first, random, medoid and largest change keys
-    # and values alone; svd and procrustes change queries and output projections as well. weighted
-    # and fuse begin as the mean, and uptraining learns the weights.
+    # How the heads of a group become one head. mean, first, random, medoid, largest and prune
+    # change keys and values alone; svd and procrustes change queries and output projections as
+    # well. weighted and fuse begin as the mean, and uptraining learns the weights.
     convert.method = "mean"
-    # What svd and procrustes preserve as well as possible: weight, activation or logit.
+    # What svd and procrustes preserve as well as possible: weight, activation, logit or attention.
     convert.space = "logit"
     # Which heads form a group: contiguous, strided, random, weight_cos, act_cos or act_aligned.
     convert.grouping = "contiguous"

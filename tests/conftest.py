@@ -35,6 +35,7 @@ SHAPE_CHECKED = [
     "gqa.inference",
     "gqa.training.loss",
     "gqa.kv_cache",
+    "gqa.conversion.attended",
     "gqa.conversion.calibration",
     "gqa.conversion.closed_form",
 ]

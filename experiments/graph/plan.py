@@ -213,7 +213,9 @@ def _conversion(config: ConfigDict) -> dict[str, Any]:
     if conversion.needs_input_covariances(section.method, section.space, section.grouping):
         keys |= {"calibration_tokens"}
     if conversion.needs_input_covariances(section.method, section.space):
-        keys |= {"sequential", "shrinkage"}
+        keys |= {"sequential"}
+        # The other method that reads covariances, "prune", inverts none of them.
+        keys |= {"shrinkage"} if section.method in conversion.ABSORBING else set()
     # A budget is spread by what svd would lose in each layer, whatever the method is.
     if section.per_layer_budget and section.space != "weight":
         keys |= {"calibration_tokens", "shrinkage"}

@@ -19,6 +19,7 @@ from experiments.stages.inputs import Job, Parent, load_state, open_parent, pret
 from experiments.stages.settings import ConvertSettings
 from experiments.stages.text import Training, training
 from experiments.stages.typed_json import to_json
+from experiments.stages.variant import Variant
 from gqa import conversion
 from gqa.checkpoints import checkpoint
 from gqa.conversion import Conversion, calibration
@@ -114,12 +115,13 @@ def _heads_by_layer(label: str, config: Config, settings: ConvertSettings) -> li
 class _Measured(NamedTuple):
     """The input covariances of a checkpoint, what was measured, and the seconds it took.
 
-    The first three fields identify the measurement.
+    The first four fields identify the measurement.
     """
 
     checkpoint: Path
     num_batches: int
     attentions: tuple[str, ...]
+    attended: bool
     input_covariances: list[InputCovariance]
     seconds: float
 
@@ -137,10 +139,11 @@ class _MeasuredAnew:
     config: Config
     batches: list[dict]
     attentions: tuple[str, ...]
+    attended: bool
 
     def __iter__(self) -> Iterator[InputCovariance]:
         return calibration.input_covariances(
-            self.params, self.config, self.batches, self.attentions
+            self.params, self.config, self.batches, self.attentions, self.attended
         )
 
 
@@ -158,25 +161,35 @@ def _measured(
     """
     global _last_measured
     config, variant = parent.config, settings.variant
-    measured_anew = _MeasuredAnew(params, config, batches, attentions)
+    attended = _needs_attended(variant)
+    measured_anew = _MeasuredAnew(params, config, batches, attentions, attended)
     # Sequential conversion measures the network as converted so far, unless something before it
     # needs the covariances of the whole parent.
     needs_parent = variant.grouping in conversion.MEASURED or variant.per_layer_budget
     # Each attention has one matrix [D, D] of float64. For example, 24 encoder and 24 decoder layers
     # with D = 1024 have 72 matrices of 8 MiB, which are kept; with D = 4096 they are not.
+    # What each head attends to is a matrix for every head besides.
     matrices = config.num_encoder_layers + 2 * config.num_decoder_layers
+    matrices *= 1 + attended * config.num_heads
     num_bytes = matrices * 8 * config.d_model**2
     if not batches or (variant.sequential and not needs_parent) or num_bytes > LARGEST_KEPT:
         return measured_anew, 0.0
 
-    kept, identity = _last_measured, (parent.path, len(batches), attentions)
-    if kept is not None and kept[:3] == identity:
+    kept, identity = _last_measured, (parent.path, len(batches), attentions, attended)
+    if kept is not None and kept[:4] == identity:
         return kept.input_covariances, kept.seconds
 
     begun = time.monotonic()
     input_covariances = list(measured_anew)
     _last_measured = _Measured(*identity, input_covariances, time.monotonic() - begun)
     return input_covariances, 0.0
+
+
+def _needs_attended(variant: Variant) -> bool:
+    """Return whether method or budget reads what attention attends to."""
+    space = variant.space or "weight"
+    methods = (variant.method, *(("svd",) if variant.per_layer_budget else ()))
+    return any(conversion.needs_attended(method, space) for method in methods)
 
 
 def _convert(
@@ -209,7 +222,9 @@ def _convert(
     # A sequential conversion measures each layer itself, from `batches`, once the layers before it
     # are converted. Only a grouping that compares activations still needs the parent's covariances.
     grouping = variant.grouping or "contiguous"
-    measured = grouping in conversion.MEASURED or (by_activations and not variant.sequential)
+    measured = grouping in conversion.MEASURED or (
+        conversion.needs_input_covariances(variant.method, space) and not variant.sequential
+    )
     return conversion.convert(
         params,
         config,

@@ -10,9 +10,9 @@ result is always a plain grouped checkpoint. Three choices are independent of ea
     grouping   which heads share a group     grouping.py
     renorm     whether a new head is scaled to the mean norm of the heads that it replaces
 
-arguments.py checks the arguments, calibration.py measures the activations, assemble.py applies a
-method to every layer, layer_budget.py gives each layer its own number of KV heads, and
-optimizer_state.py converts Adafactor's state. docs/conversion.md derives the methods.
+arguments.py checks the arguments, calibration.py and attended.py measure the activations,
+assemble.py applies a method to every layer, layer_budget.py gives each layer its own number of KV
+heads, and optimizer_state.py converts Adafactor's state. docs/conversion.md derives the methods.
 """
 
 import dataclasses
@@ -30,11 +30,12 @@ from gqa.conversion.arguments import (
     SHRINKAGE,
     check,
     check_per_layer,
+    needs_attended,
     needs_input_covariances,
 )
 from gqa.conversion.assemble import (
-    closed_form_kernels,
     layer_covariances,
+    layerwise_kernels,
     pooled_kernels,
     restore_norms,
     with_kernels,
@@ -42,7 +43,13 @@ from gqa.conversion.assemble import (
 from gqa.conversion.attention_kernels import kernels_of
 from gqa.conversion.calibration import ATTENTIONS, InputCovariance
 from gqa.conversion.closed_form import SPACES
-from gqa.conversion.grouping import GROUPINGS, MEASURED, find_head_orders, permute_heads
+from gqa.conversion.grouping import (
+    GROUPINGS,
+    MEASURED,
+    find_head_orders,
+    permute_covariances,
+    permute_heads,
+)
 from gqa.conversion.query_scale import query_scale
 from gqa.model.config import Config
 from gqa.runtime.mesh import divisors
@@ -61,6 +68,7 @@ __all__ = [
     "check",
     "check_per_layer",
     "convert",
+    "needs_attended",
     "needs_input_covariances",
     "per_layer_kv_heads",
     "query_scale",
@@ -106,8 +114,7 @@ def convert(
         input_covariances: of `calibration.input_covariances`, where they or `batches` are needed.
         batches: calibration batches. Each layer is then measured in the network as converted so
             far, so that later layers can make up for the errors of earlier ones.
-        space: what "svd" approximates best: kernels ("weight"), keys and values ("activation"), or
-            logits and outputs ("logit"). "procrustes" aligns kernels, or else keys and values.
+        space: one of SPACES, what "svd" and "procrustes" keep best (docs/conversion.md).
         grouping: one of GROUPINGS.
         renorm: scale each new head to the mean norm of its group (docs/conversion.md, eq. 13).
         shrinkage: of the covariances toward the identity (eq. 10), from 0 to 1.
@@ -135,9 +142,10 @@ def convert(
     if method in learned.METHODS:
         params = learned.fold(learned.expand(params, one_for_all, method))
         return Conversion(params, new_config, head_orders)
-    if method in closed_form.METHODS:
-        layers = layer_covariances(params, config, heads, space, input_covariances, batches)
-        kernels = closed_form_kernels(params, new_config, heads, layers, method, space, shrinkage)
+    if method in arguments.LAYERWISE:
+        measured = permute_covariances(input_covariances or (), head_orders)
+        layers = layer_covariances(params, config, heads, method, space, measured, batches)
+        kernels = layerwise_kernels(params, new_config, heads, layers, method, space, shrinkage)
     else:
         kernels = pooled_kernels(params, new_config, heads, method, seed)
     kernels = restore_norms(kernels, params) if renorm else kernels
@@ -192,11 +200,11 @@ def per_layer_kv_heads(
 
     # First the loss of every layer with each possible number of heads, then the cheapest choice.
     discarded = {}
-    layers = layer_covariances(params, config, heads, space, input_covariances, None)
+    layers = layer_covariances(params, config, heads, "svd", space, input_covariances, None)
     for covariance in layers:
         name, layer = covariance.attention, covariance.layer
         if name in heads:
-            calibration.check_finite(covariance)
+            arguments.check_covariance(covariance, "svd", space)
             kernels = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
             discarded[name, layer] = {
                 K: closed_form.discarded_energy(kernels, K, space, covariance, shrinkage)

@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from gqa.conversion import closed_form, learned, pooling
-from gqa.conversion.calibration import ATTENTIONS
+from gqa.conversion.calibration import ATTENTIONS, InputCovariance
+from gqa.conversion.calibration import check_finite as check_covariance_finite
 from gqa.conversion.closed_form import SPACES
 from gqa.conversion.grouping import GROUPINGS, MEASURED
 from gqa.model.config import Config, check_kv_heads
 from gqa.runtime.errors import CheckpointError, ConfigError, UserError
 
 ABSORBING = closed_form.METHODS  # queries and outputs absorb a change of basis
-CLOSED = (*pooling.METHODS, *ABSORBING)  # methods that need no training
+LAYERWISE = (*ABSORBING, *pooling.MEASURED)  # methods that convert a layer by its covariances
+CLOSED = (*pooling.METHODS, *pooling.MEASURED, *ABSORBING)  # methods that need no training
 METHODS = (*CLOSED, *learned.METHODS)
 
 SHRINKAGE = 0.01  # default shrinkage of the covariances toward the identity
@@ -111,7 +113,24 @@ def needs_input_covariances(
     method: str, space: str = "logit", grouping: str = "contiguous"
 ) -> bool:
     """Return whether a conversion reads input covariances, so that it needs calibration text."""
-    return (method in closed_form.METHODS and space != "weight") or grouping in MEASURED
+    by_activations = method in closed_form.METHODS and space != "weight"
+    return by_activations or method in pooling.MEASURED or grouping in MEASURED
+
+
+def needs_attended(method: str, space: str = "logit") -> bool:
+    """Return whether a conversion reads what attention attends to, as part of its covariances."""
+    by_attention = method in closed_form.METHODS and space == "attention"
+    return by_attention or method in pooling.MEASURED
+
+
+def check_covariance(covariance: InputCovariance, method: str, space: str) -> None:
+    """Raise a UserError for a covariance that is not finite, or lacks what a method reads."""
+    check_covariance_finite(covariance)
+    if needs_attended(method, space) and covariance.attended is None:
+        raise UserError(
+            f"input_covariances of {covariance.attention} in layer {covariance.layer} do not say "
+            "what its heads attend to; measure them with attended=True"
+        )
 
 
 def heads_by_attention(

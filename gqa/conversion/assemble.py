@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gqa.conversion import calibration, closed_form, pooling
+from gqa.conversion.arguments import check_covariance, needs_attended, needs_input_covariances
 from gqa.conversion.attention_kernels import in_groups, kernels_of, replaced
 from gqa.conversion.calibration import ATTENTIONS, InputCovariance
 from gqa.model.config import Config
@@ -59,6 +60,7 @@ def layer_covariances(
     params: dict,
     config: Config,
     num_kv_heads: dict,
+    method: str,
     space: str,
     input_covariances: Iterable[InputCovariance] | None,
     batches: Sequence[dict] | None,
@@ -66,9 +68,10 @@ def layer_covariances(
     """Return the input covariances in the order in which layers are to be converted.
 
     With `batches` they are measured on the way, and a caller may send a layer's new kernels back.
-    In the space "weight" nothing is measured, and `keys` of every covariance is None.
+    A method that reads no covariances in its space, as "svd" in "weight", gets some whose `keys`
+    are None.
     """
-    if space == "weight":
+    if not needs_input_covariances(method, space):
         num_layers = {name: len(kernels_of(params, name)["key"]) for name in num_kv_heads}
         return _ignoring_sends(
             InputCovariance(name, i, None, None, 0, 0)
@@ -76,7 +79,8 @@ def layer_covariances(
             for i in range(L)
         )
     if batches is not None:
-        return calibration.input_covariances(params, config, batches, tuple(num_kv_heads))
+        attended = needs_attended(method, space)
+        return calibration.input_covariances(params, config, batches, tuple(num_kv_heads), attended)
     return _ignoring_sends(input_covariances or ())
 
 
@@ -89,7 +93,7 @@ def _ignoring_sends(
         yield covariance
 
 
-def closed_form_kernels(
+def layerwise_kernels(
     params: dict,
     new_config: Config,
     num_kv_heads: dict,
@@ -98,7 +102,7 @@ def closed_form_kernels(
     space: str,
     shrinkage: float,
 ) -> GroupKernels:
-    """Convert the attentions in `num_kv_heads` layer by layer, by a method of closed_form.py.
+    """Convert the attentions in `num_kv_heads` layer by layer, by a method that reads covariances.
 
     Each layer's new kernels are sent to the generator `covariances`, which continues with the
     network as converted so far if it measures on the way.
@@ -118,11 +122,13 @@ def closed_form_kernels(
                 continue
             old = {side: kernel[layer] for side, kernel in kernels_of(params, name).items()}
 
-            calibration.check_finite(covariance)
+            check_covariance(covariance, method, space)
 
             # With KV heads by layer, a layer may keep all of its heads; then it keeps its kernels.
             new, K = old, new_config.kv_heads(name)[layer]
-            if new["key"].shape[1] != K:
+            if new["key"].shape[1] != K and method in pooling.MEASURED:
+                new = _pruned(old, K, covariance)
+            elif new["key"].shape[1] != K:
                 new, conditions[name, layer] = closed_form.convert_layer(
                     old, K, method, space, covariance, shrinkage
                 )
@@ -130,8 +136,20 @@ def closed_form_kernels(
 
     # This finds out whether every layer had a covariance, before the worst of them is looked for.
     stacked = {name: _stack(params, new_config, name, layers) for name, layers in kernels.items()}
-    _warn_if_ill_conditioned(conditions)
+    if conditions:  # "prune" inverts nothing
+        _warn_if_ill_conditioned(conditions)
     return stacked
+
+
+def _pruned(old: dict, num_kv_heads: int, covariance: InputCovariance) -> dict:
+    """Return one layer's kernels with the heads that `pooling.prune` keeps."""
+    assert covariance.attended is not None  # `check_covariance` has seen to it
+    energies = pooling.output_energies(old, covariance.attended).reshape(1, num_kv_heads, -1)
+
+    # `prune` is for stacked layers: here, for a stack of one.
+    old_keys, old_values = (in_groups(old[side][None], num_kv_heads) for side in ("key", "value"))
+    keys, values = pooling.prune(old_keys, old_values, energies)
+    return old | {"key": keys[0], "value": values[0]}
 
 
 def restore_norms(kernels: GroupKernels, params: dict) -> GroupKernels:

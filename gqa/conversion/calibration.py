@@ -2,8 +2,9 @@
 
 closed_form.py and grouping.py weigh a direction of a layer's input by how much the input varies
 along this direction. The only statistic they need is the uncentred covariance E[x x'] of each
-input, a matrix [D, D] in float64. Covariances are yielded one layer at a time, because those of a
-large network would not fit in memory together. Letters are those of gqa/model/attention.py.
+input, a matrix [D, D] in float64. What attention reads of these inputs is measured on request, by
+attended.py. Covariances are yielded one layer at a time, because those of a large network would not
+fit in memory together. Letters are those of gqa/model/attention.py.
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gqa.conversion.attended import AttendedCovariance, Reading, attended_covariance
 from gqa.model.attention import Segments
 from gqa.model.config import Config
 from gqa.model.layers import RelativePositionBias, RMSNorm
@@ -41,6 +43,8 @@ class InputCovariance(NamedTuple):
             values are computed. None if nothing was measured.
         queries: [D, D] float64, the same mean over the `num_queries` tokens from which queries are
             computed. In self-attention these are the same tokens.
+        attended: what the query heads read of these tokens, for the method "prune" and the space
+            "attention"; None if this was not measured.
     """
 
     attention: str
@@ -49,6 +53,7 @@ class InputCovariance(NamedTuple):
     queries: Float[np.ndarray, "D D"] | None
     num_keys: int
     num_queries: int
+    attended: AttendedCovariance | None = None
 
 
 def check_finite(covariance: InputCovariance) -> None:
@@ -56,7 +61,7 @@ def check_finite(covariance: InputCovariance) -> None:
 
     Finite parameters can have such covariances, if activations overflow.
     """
-    for matrix in (covariance.keys, covariance.queries):
+    for matrix in (covariance.keys, covariance.queries, *(covariance.attended or ())):
         if matrix is not None and not np.isfinite(matrix).all():
             raise UserError(
                 f"the input covariance of {covariance.attention} in layer {covariance.layer} has "
@@ -84,11 +89,13 @@ def input_covariances(
     config: Config,
     batches: Iterable[dict[str, Any]],
     attentions: Sequence[str] = ("self_attention", "cross_attention"),
+    attended: bool = False,
 ) -> Generator[InputCovariance, dict | None, None]:
     """Yield the `InputCovariance` of each of `attentions`, layer by layer; padding is left out.
 
     The host holds the activations [tokens, D] of all batches and one layer's covariances.
-    `list(input_covariances(...))` keeps them all, to convert more than once.
+    `list(input_covariances(...))` keeps them all, to convert more than once. With `attended` they
+    come with what the query heads attend to, a matrix [D, D] for each head.
 
     A caller that converts on the way may `send` new kernels for the attention that was just
     yielded, a dict of arrays with keys and values [D, K, H] for any K that divides the heads. The
@@ -110,7 +117,9 @@ def input_covariances(
         shared: tuple = (bias(S), Segments(source, source, packed))
         x = embed({"params": params}, batch["inputs"])
         activations.append(_Activations(x, source > 0, shared))
-    activations = yield from _stack("encoder", params, config, activations, attentions, None)
+    activations = yield from _stack(
+        "encoder", params, config, activations, attentions, attended, None
+    )
 
     # All cross-attentions make keys and values from the encoder's normalised output, so its
     # covariance is measured once.
@@ -131,7 +140,7 @@ def input_covariances(
         shared = (y, bias(targets.shape[1]), self_segments, Segments(segments, source, packed))
         x = embed({"params": params}, shift_right(targets, batch.get("targets_positions")))
         activations.append(_Activations(x, targets > 0, shared))
-    yield from _stack("decoder", params, config, activations, attentions, memory)
+    yield from _stack("decoder", params, config, activations, attentions, attended, memory)
 
 
 def _source(batch: dict) -> np.ndarray:
@@ -154,6 +163,7 @@ def _stack(
     config: Config,
     activations: list[_Activations],
     attentions: Sequence[str],
+    attended: bool,
     memory: tuple[np.ndarray, int] | None,
 ) -> Generator[InputCovariance, dict | None, list[_Activations]]:
     """Yield the covariances of a stack's layers, and return the activations after the last.
@@ -163,7 +173,7 @@ def _stack(
     for index, layer in enumerate(each_layer(params[stack])):
         layer_config = config.at_layer(index) if stack == "decoder" else config
         activations = yield from _layer(
-            stack, layer, layer_config, activations, attentions, memory, index
+            stack, layer, layer_config, activations, attentions, attended, memory, index
         )
     return activations
 
@@ -174,6 +184,7 @@ def _layer(
     config: Config,
     activations: list[_Activations],
     attentions: Sequence[str],
+    attended: bool,
     memory: tuple[np.ndarray, int] | None,
     index: int,
 ) -> Generator[InputCovariance, dict | None, list[_Activations]]:
@@ -198,12 +209,28 @@ def _layer(
         if name == "cross_attention" and memory is not None:
             keys, num_keys = memory
 
-        new_kernels = yield InputCovariance(name, index, keys, queries, num_keys, count)
+        read = None
+        if attended:
+            readings = map(partial(_reading, name), activations, normed)
+            read = attended_covariance(layer[attention], readings, name == "self_attention")
+
+        new_kernels = yield InputCovariance(name, index, keys, queries, num_keys, count, read)
         if new_kernels is not None:
             layer = layer | {attention: _repeated(new_kernels, layer[attention])}
             results = None
     results = results or [_run(module, config, layer, r.x, r.shared) for r in activations]
     return [r._replace(x=x) for r, (x, _) in zip(activations, results, strict=True)]
+
+
+def _reading(name: str, batch: _Activations, x: Array) -> Reading:
+    """Return what attention `name` of a layer reads of a batch; x [B, T, D] is its normed input."""
+    if name == "encoder":
+        bias, segments = batch.shared
+        return Reading(x, x, batch.real, bias, segments)
+    encoded, bias, segments, cross_segments = batch.shared
+    if name == "cross_attention":
+        return Reading(x, encoded, batch.real, None, cross_segments)
+    return Reading(x, x, batch.real, bias, segments)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

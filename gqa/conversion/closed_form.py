@@ -12,10 +12,12 @@ so that head h reads W up_h', the approximation of its own W_h. Everything is co
 the host, one group at a time: `heads` [G, D, H] and `partners` [G, P, D, H], where P is the number
 of query heads that read each head before the conversion (1 for a multi-head parent).
 
-This file knows one layer. calibration.py measures the covariances, assemble.py visits the layers.
+This file knows one layer. calibration.py and attended.py measure covariances, assemble.py visits
+the layers.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -23,13 +25,34 @@ from jaxtyping import Float
 from gqa.conversion.calibration import InputCovariance
 
 METHODS = ("svd", "procrustes")
-SPACES = ("weight", "activation", "logit")
+SPACES = ("weight", "activation", "logit", "attention")
 
 # Eigenvalues of a matrix that is inverted are raised to this share of the largest.
 FLOOR = 1e-9
 
+# Share of the plain covariance in the keys' metric of the space "attention" (eq. 15). Without it
+# the keys of tokens that no query attends to would be arbitrary.
+PLAIN_SHARE = 0.01
+
 # The Procrustes iteration ends after so many rounds, or when a round gains relatively less.
 ROUNDS, TOLERANCE = 100, 1e-10
+
+
+class Group(NamedTuple):
+    """The keys, or the values, that become one head.
+
+    Attributes:
+        heads, partners: see the top of this file.
+        C, C_partner: covariances of their inputs; None is the identity.
+        attended: [G * P, D, D], the covariance of what each query head reads of the values'
+            inputs; None outside the space "attention", and for keys.
+    """
+
+    heads: Float[np.ndarray, "G D H"]
+    partners: Float[np.ndarray, "G P E H"]
+    C: Float[np.ndarray, "D D"] | None
+    C_partner: Float[np.ndarray, "E E"] | None
+    attended: Float[np.ndarray, "N D D"] | None
 
 
 def convert_layer(
@@ -56,8 +79,13 @@ def convert_layer(
     # Keys with their queries, and values with their outputs, are two instances of one problem.
     conditions = [] if covariance.keys is None else [condition(covariance.keys)]
     new, partners = {}, {}
-    for name, groups in _split_groups(kernels, num_groups, covariance, shrinkage).items():
-        pooled = [pool(heads, partner, method, space, *C) for heads, partner, *C in groups]
+    for name, groups in _split_groups(kernels, num_groups, space, covariance, shrinkage).items():
+        pooled = [pool(*group[:2], method, space, group.C, group.C_partner) for group in groups]
+        if method == "svd":
+            pooled = [
+                (head, refitted(group, head, partner, shrinkage), worst)
+                for group, (head, partner, worst) in zip(groups, pooled, strict=True)
+            ]
         new[name] = np.stack([head for head, _, _ in pooled], axis=1)
         partners[name] = np.concatenate([p.reshape(-1, *p.shape[2:]) for _, p, _ in pooled])
         conditions += [worst for _, _, worst in pooled]
@@ -77,9 +105,9 @@ def discarded_energy(
     It is the share of the keys plus that of the values, from 0 to 2.
     """
     total = 0.0
-    for groups in _split_groups(kernels, num_groups, covariance, shrinkage).values():
+    for groups in _split_groups(kernels, num_groups, space, covariance, shrinkage).values():
         lost = whole = 0.0
-        for heads, partner, C, C_partner in groups:
+        for heads, partner, C, C_partner, _ in groups:
             # One head of size H keeps the top H eigenvalues. They ascend, so the last H are kept.
             root, _, _ = _head_weights(space, partner, C_partner)
             values = np.maximum(np.linalg.eigvalsh(_weighted_gram(gram_matrix(heads, C), root)), 0)
@@ -89,12 +117,12 @@ def discarded_energy(
 
 
 def _split_groups(
-    kernels: dict, num_groups: int, covariance: InputCovariance, shrinkage: float
-) -> dict[str, list]:
-    """Return, for "key" and "value", each group's heads, partners, C and C_partner.
+    kernels: dict, num_groups: int, space: str, covariance: InputCovariance, shrinkage: float
+) -> dict[str, list[Group]]:
+    """Return the groups of "key" and of "value".
 
     Keys have the queries as partners, which read an input of their own. Values have the transposed
-    output kernel, which reads nothing, so that C_partner is None: the identity.
+    output kernel, which reads nothing, so that their C_partner is the identity.
     """
     C, C_query = None, None
     if covariance.keys is not None:
@@ -102,6 +130,15 @@ def _split_groups(
         C, C_query = shrunk(covariance.keys, shrinkage), shrunk(covariance.queries, shrinkage)
     query, out = (np.asarray(kernels[name], np.float64) for name in ("query", "out"))
     partners = {"key": (query.transpose(1, 0, 2), C_query), "value": (out.transpose(0, 2, 1), None)}
+
+    # In the space "attention" keys and values weigh their inputs by metrics of their own.
+    C_of: dict[str, list] = {name: [C] * num_groups for name in partners}
+    attended: list = [None] * num_groups
+    if space == "attention":
+        assert covariance.attended is not None  # `check_covariance` has seen to it
+        attended = np.split(covariance.attended.values, num_groups)
+        C_of["key"] = [shrunk(softmax_metric(covariance), shrinkage)] * num_groups
+        C_of["value"] = [shrunk(values.mean(0), shrinkage) for values in attended]
 
     # Heads [K, D, H] are cut into groups of neighbours, and so are the query heads that read them:
     # partner [N, D, H] becomes [groups, G, P, D, H].
@@ -111,8 +148,48 @@ def _split_groups(
         K, D, H = heads.shape
         groups = heads.reshape(num_groups, K // num_groups, D, H)
         split = partner.reshape(num_groups, K // num_groups, -1, D, H)
-        groups_of[name] = [(*group, C, C_partner) for group in zip(groups, split, strict=True)]
+        read = attended if name == "value" else [None] * num_groups
+        groups_of[name] = [
+            Group(members, readers, C_group, C_partner, C_read)
+            for members, readers, C_group, C_read in zip(
+                groups, split, C_of[name], read, strict=True
+            )
+        ]
     return groups_of
+
+
+def softmax_metric(covariance: InputCovariance) -> Float[np.ndarray, "D D"]:
+    """Return the metric of the keys' inputs in the space "attention" (eq. 15)."""
+    assert covariance.attended is not None
+    assert covariance.keys is not None
+    fisher, plain = covariance.attended.keys, covariance.keys
+    plain_trace = np.trace(plain)
+    if plain_trace <= 0:
+        return fisher
+    return fisher + PLAIN_SHARE * np.trace(fisher) / plain_trace * plain
+
+
+def refitted(
+    group: Group, head: Float[np.ndarray, "D H"], partners: np.ndarray, shrinkage: float
+) -> Float[np.ndarray, "G P E H"]:
+    """Return new partners that read `head` best, each in the covariance of what it attends to.
+
+    One `head` serves query heads that attend to different tokens, so it was made for their mean
+    covariance. Given the head, the best `up` of each query head has a closed form (eq. 16). Outside
+    the space "attention", `partners`, those that `pool` made with the head, are returned.
+    """
+    if group.attended is None:
+        return partners
+    G, P, *_ = partners.shape
+    best = partners.copy()
+    for (g, p), C in zip(np.ndindex(G, P), group.attended, strict=True):
+        metric = shrunk(C, shrinkage)
+        if metric is None:
+            continue  # nothing was read, so that no head reads better than another
+        _, inverse, _ = roots((head.T @ metric @ head)[None])
+        up = group.heads[g].T @ metric @ head @ inverse[0] @ inverse[0]
+        best[g, p] = group.partners[g, p] @ up
+    return best
 
 
 def pool(
@@ -159,9 +236,10 @@ def _head_weights(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Return R_h of eq. 5, the root of M_h, for each head [G, H, H]; see `roots`.
 
-    In the space "logit" M_h is the covariance of what the partners compute, otherwise the identity.
+    In the spaces "logit" and "attention" M_h is the covariance of what the partners compute,
+    otherwise the identity.
     """
-    if space == "logit":
+    if space in ("logit", "attention"):
         return roots(partner_covariances(partners, C_partner))
     G, *_, H = partners.shape
     identity = np.broadcast_to(np.eye(H), (G, H, H))

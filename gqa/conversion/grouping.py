@@ -7,7 +7,7 @@ chosen by the sum of their layers' similarities. How a group's heads become one 
 see pooling.py, closed_form.py and learned.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,13 +103,9 @@ def _head_axes_of(
     params: dict, name: str, order: np.ndarray
 ) -> dict[tuple[str, ...], tuple[int, np.ndarray]]:
     """Return, by the path of each leaf of attention `name` with heads, their axis and order."""
-    L, K = order.shape
     stack, attention = ATTENTIONS[name]
 
-    # The query heads that read a KV head are neighbours, and move with it.
-    queries_per_head = kernels_of(params, name)["query"].shape[2] // K
-    offsets = np.arange(queries_per_head)
-    query_order = (order[:, :, None] * queries_per_head + offsets).reshape(L, -1)
+    query_order = _query_order(order, kernels_of(params, name)["query"].shape[2])
     axes = {
         "query": (2, query_order),
         "key": (2, order),
@@ -125,6 +121,30 @@ def _head_axes_of(
     if (order != order[0]).any():
         raise ValueError(f"the layers of {name} self-attention share a bias: permute them alike")
     return leaves | {(stack, "position_bias", "table"): (1, query_order[0])}
+
+
+def _query_order(order: Int[np.ndarray, "*L K"], num_heads: int) -> Int[np.ndarray, "*L N"]:
+    """Return the order of the query heads: those of one KV head are neighbours and move with it."""
+    queries_per_head = num_heads // order.shape[-1]
+    offsets = np.arange(queries_per_head)
+    return (order[..., None] * queries_per_head + offsets).reshape(*order.shape[:-1], num_heads)
+
+
+def permute_covariances(
+    input_covariances: Iterable[InputCovariance],
+    head_orders: dict[str, Int[np.ndarray, "L N"]],
+) -> Iterator[InputCovariance]:
+    """Yield covariances of the network whose heads `permute_heads` reordered.
+
+    Only what each head attends to depends on the order.
+    """
+    for covariance in input_covariances:
+        attended = covariance.attended
+        if attended is not None and covariance.attention in head_orders:
+            order = head_orders[covariance.attention][covariance.layer]
+            values = attended.values[_query_order(order, len(attended.values))]
+            covariance = covariance._replace(attended=attended._replace(values=values))
+        yield covariance
 
 
 def _take_heads(leaf: Array, order: np.ndarray, axis: int) -> Array:

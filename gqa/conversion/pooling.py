@@ -2,19 +2,24 @@
 
 Each method is a function with the method's name. It takes the key and value kernels of an
 attention, grouped as [L, D, K, G, H], and a random key, and returns the pooled kernels
-[L, D, K, H]. Methods that change queries and outputs too are in closed_form.py.
+[L, D, K, H]. `prune` reads measured energies instead of the random key. Methods that change queries
+and outputs too are in closed_form.py.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import variance_scaling
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from gqa.conversion.attended import AttendedCovariance
 
 Groups = Float[Array, "L D K G H"]
 Heads = Float[Array, "L D K H"]
 Kernels = tuple[Heads, Heads]
 
 METHODS = ("mean", "first", "random", "medoid", "largest")
+MEASURED = ("prune",)  # methods that read activations
 
 
 def mean(keys: Groups, values: Groups, rng: PRNGKeyArray) -> Kernels:
@@ -65,6 +70,36 @@ def largest(keys: Groups, values: Groups, rng: PRNGKeyArray) -> Kernels:
     of_keys, of_values = (jnp.square(x).sum((1, 4)) for x in (keys, values))
     square = of_keys + of_values
     return _take(keys, values, square.argmax(2))
+
+
+def prune(keys: Groups, values: Groups, energies: Float[Array, "L K G"]) -> Kernels:
+    """Return the head of each group with the largest output energy; the others are pruned.
+
+    The query heads of a pruned head read the head that is kept. NVIDIA's Model Optimizer prunes KV
+    heads for Puzzle (https://arxiv.org/abs/2411.19146); the measure here is `output_energies`.
+    """
+    return _take(keys, values, energies.argmax(2))
+
+
+def output_energies(kernels: dict, attended: AttendedCovariance) -> Float[Array, " K"]:
+    """Return E ||o||^2 of each KV head's output o (docs/conversion.md, eq. 17).
+
+    A KV head's output is that of the query heads that read it; products between different query
+    heads are left out.
+
+    Args:
+        kernels: of one layer.
+        attended: of the same layer.
+    """
+    N, K = kernels["query"].shape[1], kernels["value"].shape[1]
+    value, out = (np.asarray(kernels[name], np.float64) for name in ("value", "out"))
+
+    # Query head n adds z W_v W_o to the output, whose energy is the trace of the product of the
+    # matrices z z', W_v and W_o W_o', each read by the next.
+    W = np.repeat(value.transpose(1, 0, 2), N // K, axis=0)  # [N, D, H]
+    of_values = W.swapaxes(1, 2) @ attended.values @ W  # [N, H, H]
+    of_outputs = out @ out.swapaxes(1, 2)
+    return jnp.asarray((of_values * of_outputs).sum((1, 2)).reshape(K, -1).sum(1))
 
 
 def _take(keys: Groups, values: Groups, index: Int[Array, "L K"]) -> Kernels:

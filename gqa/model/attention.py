@@ -90,6 +90,23 @@ def grouped_query_attention(
     Raises:
         ValueError: if K does not divide N.
     """
+    weights = attention_weights(q, k, bias)
+    if dropout is not None:
+        weights *= split_heads(dropout, k.shape[2])
+
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
+    return out.reshape(*q.shape[:3], v.shape[3])
+
+
+def attention_weights(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    bias: Float[Array, "#B #N #T #S"] | None = None,
+) -> Float[Array, "B K G T S"]:
+    """Return how much each query head attends to each key, in float32; the sum over S is 1.
+
+    Arguments and errors are those of `grouped_query_attention`.
+    """
     B, T, N, H = q.shape
     K = k.shape[2]
     check_heads(N, K)
@@ -105,12 +122,7 @@ def grouped_query_attention(
     if bias is not None:
         logits += split_heads(bias, K)
 
-    weights = jax.nn.softmax(logits)  # over S, the last axis
-    if dropout is not None:
-        weights *= split_heads(dropout, K)
-
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
-    return out.reshape(B, T, N, H)
+    return jax.nn.softmax(logits)  # over S, the last axis
 
 
 def check_heads(N: int, K: int) -> None:

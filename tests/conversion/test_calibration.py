@@ -44,9 +44,12 @@ def unpack(packed):
 
 def assert_same(actual, expected):
     for one, other in zip(actual, expected, strict=True):
-        assert one[:2] + one[4:] == other[:2] + other[4:]
+        assert one[:2] + one[4:6] == other[:2] + other[4:6]
         np.testing.assert_allclose(one.keys, other.keys, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(one.queries, other.queries, rtol=1e-4, atol=1e-5)
+        assert (one.attended is None) == (other.attended is None)
+        for x, y in zip(one.attended or (), other.attended or (), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
 def test_they_come_layer_by_layer_in_the_networks_order(tiny, params, batch):
@@ -137,15 +140,16 @@ def test_they_are_of_what_the_attentions_read(tiny, params, batch, layer, length
 
 def test_packed_rows_give_what_their_examples_give(tiny, params, packed):
     assert_same(
-        input_covariances(params, tiny, [packed], ALL),
-        list(input_covariances(params, tiny, [unpack(packed)], ALL)),
+        input_covariances(params, tiny, [packed], ALL, attended=True),
+        list(input_covariances(params, tiny, [unpack(packed)], ALL, attended=True)),
     )
 
 
 def test_batches_add_up(tiny, params, batch):
     halves = [{name: rows[i : i + 1] for name, rows in batch.items()} for i in (0, 1)]
     assert_same(
-        input_covariances(params, tiny, halves), list(input_covariances(params, tiny, [batch]))
+        input_covariances(params, tiny, halves, attended=True),
+        list(input_covariances(params, tiny, [batch], attended=True)),
     )
 
 

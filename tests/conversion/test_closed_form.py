@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqa.conversion import closed_form, convert
+from gqa.conversion.attended import AttendedCovariance
 from gqa.conversion.attention_kernels import kernels_of, with_kernels
 from gqa.conversion.calibration import ATTENTIONS, InputCovariance
 from gqa.model.transformer import Transformer
@@ -23,11 +24,18 @@ def spread(rng, size):
     return x.T @ x / len(x)
 
 
+def attended_by(num_heads, size, seed=0):
+    """What query heads attend to, each head something else."""
+    rng = np.random.default_rng(seed)
+    values = np.stack([spread(rng, size)[::-1, ::-1] for _ in range(num_heads)])
+    return AttendedCovariance(values, spread(rng, size))
+
+
 def covariances_of(config):
     rng = np.random.default_rng(1)
-    D = config.d_model
+    D, read = config.d_model, attended_by(config.num_heads, config.d_model)
     return [
-        InputCovariance(name, layer, spread(rng, D), spread(rng, D), 100, 100)
+        InputCovariance(name, layer, spread(rng, D), spread(rng, D), 100, 100, read)
         for name in ATTENTIONS
         for layer in range(2)
     ]
@@ -120,7 +128,8 @@ def error(heads, weights, C, method, space):
     head, new, _ = closed_form.pool(heads, padded, method, space, C, None)
     up = np.linalg.solve(partners, new[:, :, :H])[:, 0]
     missed = heads - head @ up.swapaxes(1, 2)
-    root = {"logit": weights}.get(space, np.broadcast_to(np.eye(H), (G, H, H)))
+    by_partners = space in ("logit", "attention")
+    root = weights if by_partners else np.broadcast_to(np.eye(H), (G, H, H))
     metric = np.eye(D) if C is None else C
     return np.einsum("GDH,DE,GEI,GHI->", missed, metric, missed, root)
 

@@ -7,7 +7,7 @@ import pytest
 
 from gqa.conversion import closed_form
 from gqa.conversion.calibration import InputCovariance
-from tests.conversion.test_closed_form import spread
+from tests.conversion.test_closed_form import attended_by, spread
 
 D, H, K, G, P = 12, 3, 2, 2, 2  # inputs, numbers a head, groups, heads a group, queries a head
 
@@ -22,7 +22,8 @@ def layer_of(seed):
         "out": rng.normal(size=(K * G * P, H, D)) * rng.uniform(0.3, 3, (K * G * P, H, 1)),
     }
     return kernels, InputCovariance(
-        "self_attention", 0, spread(rng, D), spread(rng, D)[::-1, ::-1], 100, 100
+        *("self_attention", 0, spread(rng, D), spread(rng, D)[::-1, ::-1], 100, 100),
+        attended_by(K * G * P, D, seed),
     )
 
 
@@ -52,6 +53,9 @@ def by_group(matrices):
 def metrics(side, space, covariance):
     """Roots of the covariances left and right of a head's map."""
     left = None if space == "weight" else covariance.keys
+    if space == "attention":
+        share = 0.01 * np.trace(covariance.attended.keys) / np.trace(left)
+        left = covariance.attended.keys + share * left
     right = covariance.queries if side == "key" else None
     return root(left), root(right)
 
@@ -59,7 +63,12 @@ def metrics(side, space, covariance):
 def bounds(kernels, side, space, covariance):
     """The least error of one head a group, and the whole energy, [2] for each group."""
     left, right = metrics(side, space, covariance)
-    if space == "logit":
+    if space == "attention" and side == "value":
+        # The mean of what the group's query heads attend to.
+        means = covariance.attended.values.reshape(K, G * P, D, D).mean(1)
+        groups = zip(means, by_group(maps(kernels, side)), strict=True)
+        return np.array([tail(root(mean) @ group) for mean, group in groups])
+    if space in ("logit", "attention"):
         return np.array([tail(left @ m @ right.T) for m in by_group(maps(kernels, side))])
     return np.array([tail(left @ m) for m in by_group(kernels[side].transpose(1, 0, 2))])
 
@@ -74,7 +83,7 @@ def partners(kernels, side):
 def errors(old, new, side, space, covariance):
     """How far the new kernels are from the old ones in a space, for each group."""
     left, right = metrics(side, space, covariance)
-    if space == "logit":
+    if space in ("logit", "attention"):
         missed = left @ (maps(old, side) - maps(new, side)) @ right.T
     else:
         # A query head was multiplied by `up`: its KV head's approximation is the new head by up'.
@@ -91,10 +100,39 @@ def test_svd_reaches_the_least_error_of_any_head(space, seed):
     kernels, covariance = layer_of(seed)
     given = covariance._replace(keys=None, queries=None) if space == "weight" else covariance
     new, _ = closed_form.convert_layer(kernels, K, "svd", space, given, 0.0)
-    for side in ("key", "value"):
+    # In the space "attention" a group's values have no one metric; see the next test.
+    for side in ("key",) if space == "attention" else ("key", "value"):
         least = bounds(kernels, side, space, covariance if space != "weight" else given)[:, 0]
         actual = errors(kernels, new, side, space, covariance if space != "weight" else given)
         np.testing.assert_allclose(actual, least, rtol=1e-3, err_msg=side)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_query_head_reads_the_new_values_as_well_as_it_can(seed):
+    """Better than with the group's mean covariance, and no change of the output kernel helps."""
+    kernels, covariance = layer_of(seed)
+    new, _ = closed_form.convert_layer(kernels, K, "svd", "attention", covariance, 0.0)
+    read = covariance.attended.values
+
+    def error(made, metrics):
+        """What each query head adds to the output in error, given what it attends to."""
+        missed = maps(kernels, "value") - maps(made, "value")
+        return np.einsum("NDE,NDF,NFE->N", missed, metrics, missed)
+
+    # As if all query heads of a group attended to the same: then svd is the best there is.
+    means = np.repeat(read.reshape(K, G * P, D, D).mean(1), G * P, 0)
+    alike = covariance._replace(attended=covariance.attended._replace(values=means))
+    start, _ = closed_form.convert_layer(kernels, K, "svd", "attention", alike, 0.0)
+    least = bounds(kernels, "value", "attention", covariance)[:, 0]
+    np.testing.assert_allclose(error(start, means).reshape(K, -1).sum(1), least, rtol=1e-3)
+
+    best = error(new, read)
+    assert (best <= error(start, read) * (1 + 1e-4)).all()
+    assert best.sum() < 0.99 * error(start, read).sum()
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        up = np.eye(H) + 0.02 * rng.normal(size=(K * G * P, H, H))
+        assert (error(new | {"out": up @ new["out"]}, read) >= best * (1 - 1e-4)).all()
 
 
 @pytest.mark.parametrize("space", closed_form.SPACES)

@@ -17,9 +17,10 @@ from gqa.conversion import (
     needs_input_covariances,
     query_scale,
 )
-from gqa.conversion.grouping import find_head_orders, permute_heads
+from gqa.conversion.grouping import find_head_orders, permute_covariances, permute_heads
 from gqa.model.transformer import Transformer, init_params
 from gqa.runtime.errors import UserError
+from tests.conversion.test_closed_form import attended_by
 
 LOSSLESS = [method for method in METHODS if method != "random"]
 ALL = tuple(ATTENTIONS)
@@ -38,13 +39,14 @@ def logits(params, config, batch):
 def some_covariances(layers=2, d_model=16):
     """Moments of correlated inputs, without running a network."""
     rng = np.random.default_rng(5)
+    read = attended_by(4, d_model)
 
     def draw():
         x = rng.normal(size=(60, d_model)) * np.geomspace(0.1, 3, d_model)
         return x.T @ x / len(x)
 
     return [
-        calibration.InputCovariance(name, layer, draw(), draw(), 60, 60)
+        calibration.InputCovariance(name, layer, draw(), draw(), 60, 60, read)
         for name in ATTENTIONS
         for layer in range(layers)
     ]
@@ -174,13 +176,40 @@ def test_grouping_composes_with_every_method(tiny, random_params, grouping):
     """It is another order of heads, then the method on neighbours."""
     params, covariances = random_params(tiny), some_covariances()
     heads = {"encoder": 2, "self_attention": 2, "cross_attention": 1}
-    moved = permute_heads(params, find_head_orders(params, heads, grouping, 3, covariances))
-    for method in ("mean", "random", "medoid", "svd"):
-        one = convert(
-            params, tiny, heads, method, 3, grouping=grouping, input_covariances=covariances
-        ).params
-        other = convert(moved, tiny, heads, method, 3, input_covariances=covariances).params
+    orders = find_head_orders(params, heads, grouping, 3, covariances)
+    moved = permute_heads(params, orders)
+    for method in ("mean", "random", "medoid", "svd", "prune"):
+        how = {"space": "attention"} if method == "svd" else {}
+        how["input_covariances"] = covariances
+        one = convert(params, tiny, heads, method, 3, grouping=grouping, **how).params
+        how["input_covariances"] = list(permute_covariances(covariances, orders))
+        other = convert(moved, tiny, heads, method, 3, **how).params
         jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.filterwarnings("ignore:covariances of layer")  # of few tokens
+@pytest.mark.parametrize(("method", "space"), [("prune", "logit"), ("svd", "attention")])
+def test_what_heads_attend_to_moves_with_them(tiny, random_params, batch, method, space):
+    """Covariances of the parent give what covariances of the reordered parent give."""
+    params = random_params(tiny)
+    orders = find_head_orders(params, {"self_attention": 2, "cross_attention": 2}, "strided")
+    of_parent, of_moved = (
+        list(calibration.input_covariances(p, tiny, [batch], attended=True))
+        for p in (params, permute_heads(params, orders))
+    )
+    for one, other in zip(permute_covariances(of_parent, orders), of_moved, strict=True):
+        np.testing.assert_allclose(one.attended.values, other.attended.values, atol=1e-4)
+        np.testing.assert_allclose(one.attended.keys, other.attended.keys, atol=1e-4)
+
+    how = {"space": space, "grouping": "strided", "shrinkage": 0.3}
+    one = convert(params, tiny, 2, method, input_covariances=of_parent, **how).params
+    without = [m._replace(attended=None) for m in of_parent]
+    with pytest.raises(UserError, match=r"of self_attention in layer 0 .* attended=True$"):
+        convert(params, tiny, 2, method, input_covariances=without, **how)
+    sequential = convert(params, tiny, 2, method, batches=[batch], **how).params
+    one, other = (kernels(p, "self_attention") for p in (one, sequential))
+    for side in ("key", "value", "query", "out"):
+        np.testing.assert_allclose(one[side][0], other[side][0], atol=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -313,6 +342,7 @@ def test_svd_keeps_the_size_of_keys(tiny, random_params):
         (("procrustes", "logit"), True),
         (("mean", "weight", "act_cos"), True),
         (("first", "logit", "weight_cos"), False),
+        (("prune", "weight"), True),
     ],
 )
 def test_what_needs_input_covariances_says_so(tiny, params, arguments, needed):

@@ -22,7 +22,7 @@ from tests.conversion.test_closed_form import covariances_of
 from tests.support import variants
 
 HEADS = {"self_attention": (4, 2, 2), "cross_attention": (1, 4, 4)}
-METHODS = ("mean", "first", "random", "medoid", "svd", "procrustes")
+METHODS = ("mean", "first", "random", "medoid", "prune", "svd", "procrustes")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gqa.conversion import ATTENTIONS, METHODS, convert, per_layer_kv_heads
+from gqa.conversion.attended import AttendedCovariance
 from gqa.conversion.attention_kernels import at, replaced
 from gqa.conversion.calibration import InputCovariance
 from gqa.model.transformer import init_params
@@ -26,7 +27,9 @@ def covariances(bad=None):
     last[0, 0] = 1.0 if bad is None else bad
     return [
         InputCovariance(
-            name, i, identity, last if (name, i) == ("cross_attention", 1) else identity, 9, 9
+            *(name, i, identity),
+            last if (name, i) == ("cross_attention", 1) else identity,
+            *(9, 9, AttendedCovariance(np.stack([identity] * 4), identity)),
         )
         for name in ATTENTIONS
         for i in range(2)

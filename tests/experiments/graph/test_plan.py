@@ -145,6 +145,9 @@ def test_conversions_have_names_and_only_the_settings_that_matter():
     assert converted(method="svd").key != converted(method="svd", calibration_tokens=9).key
     weights = converted(method="svd", space="weight")
     assert weights.key == converted(method="svd", space="weight", calibration_tokens=9).key
+    pruned = converted(method="prune")
+    assert pruned.key == converted(method="prune", space="weight", shrinkage=0.5).key
+    assert pruned.key != converted(method="prune", calibration_tokens=9).key
     named = converted(grouping="act_cos", renorm=True)
     assert named.variant.method_label == "mean-act_cos-renorm"
     assert named.variant.calibration_tokens == 65_536

@@ -58,7 +58,13 @@ def test_they_are_measured_once(measured, calibrated):
 
 
 @pytest.mark.parametrize(
-    "other", [{"path": "2"}, {"attentions": ("cross_attention",)}, {"batches": 2}]
+    "other",
+    [
+        {"path": "2"},
+        {"attentions": ("cross_attention",)},
+        {"batches": 2},
+        {"space": "attention"},
+    ],
 )
 def test_others_are_measured_anew(measured, calibrated, other):
     for changes in ({}, other, {}):
@@ -75,6 +81,23 @@ def test_those_of_a_large_network_are_not_kept(measured, calibrated, monkeypatch
     for _ in range(2):
         assert next(iter(measure)).layer == 0
     assert len(measured) == 2
+
+
+@pytest.mark.filterwarnings("ignore:covariances of layer")  # of few tokens
+@pytest.mark.parametrize("sequential", [False, True])
+def test_what_heads_attend_to_is_measured_where_it_is_read(
+    calibrated, tiny, random_params, batch, sequential
+):
+    """By "prune", which has no space, and by the space "attention"."""
+    params, heads = random_params(tiny), dict.fromkeys(BOTH, 2)
+    for how in ({"method": "prune", "space": None}, {"space": "attention", "shrinkage": 0.3}):
+        measure, _ = calibrated(sequential=sequential, **how)
+        variant = dataclasses.replace(VARIANT, sequential=sequential, **how)
+        settings = ConvertSettings(variant, "map", None)
+        made = convert._convert(params, tiny, settings, heads, [batch], measure)
+        keys = made.params["decoder"]["layers"]["self_attention"]["key"]
+        assert keys.shape[2] == 2
+        assert np.isfinite(keys).all()
 
 
 def test_sequential_conversion_takes_its_own(measured, calibrated):
