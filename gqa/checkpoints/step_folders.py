@@ -23,7 +23,7 @@ def check_path(folder: Path, field: str = "checkpoint folder") -> None:
     Raises:
         ConfigError: naming the field and the path.
     """
-    checks.check_is_local(field, folder)
+    checks.check_local_path(field, folder)
     for character in "[\\":
         if character in str(folder.absolute()):
             raise ConfigError(

@@ -26,7 +26,7 @@ from gqa.decoder_only.layout import (
 )
 from gqa.interop import safetensors_files
 from gqa.interop.safetensors_files import Tensors
-from gqa.runtime import regular_files
+from gqa.runtime import checks, regular_files
 from gqa.runtime.errors import ConfigError
 
 METHODS = ("mean", "first", "svd")
@@ -61,7 +61,7 @@ def convert(
     if method not in METHODS:
         raise ConfigError("method", method, f"use one of {', '.join(METHODS)}")
     source, target = Path(source), Path(target)
-    safetensors_files.refuse_address(target)
+    checks.check_local_path("target", target)
 
     old = Tensors(source)
     config = regular_files.read_json(source / "config.json")
@@ -86,7 +86,7 @@ def convert(
         # Copy the rest, and complete the folder by its config.
         left_out = side_files.copy(source, target, target_folder.RECORD)
         if left_out:
-            report(f"left out, because they may hold the old heads: {', '.join(left_out)}")
+            report(f"left out (old heads, or a link out of the folder): {', '.join(left_out)}")
         new_config = config | {"num_key_value_heads": num_kv_heads}
         safetensors_files.write_json(target / "config.json", new_config)
     report(_describe_errors(record["errors"], method, sizes))

@@ -2,7 +2,8 @@
 
 Files that are known to say nothing about heads are copied: tokenizers, chat templates, generation
 settings, licences, model code. Every other file may hold the old weights or the old number of
-heads in another format, so it is left out and named.
+heads in another format, so it is left out and named. So is a link out of the folder, because it may
+lead to a private file: who publishes the new folder would publish that file.
 """
 
 import fnmatch
@@ -34,7 +35,7 @@ def check(source: Path) -> None:
         CheckpointError: naming the file.
     """
     for path in sorted(source.iterdir()):
-        if _matches(path.name.lower(), COPIED) and _is_copyable(path):
+        if _matches(path.name.lower(), COPIED) and _is_copyable(path, source):
             safetensors_files.check_is_downloaded(path)
 
 
@@ -56,7 +57,7 @@ def copy(source: Path, target: Path, record: str) -> list[str]:
             continue
         if path.is_dir() and path.name in COPIED_FOLDERS:
             left_out += _copy_folder(path, target / path.name)
-        elif _matches(name, COPIED) and _is_copyable(path):
+        elif _matches(name, COPIED) and _is_copyable(path, source):
             _copy_file(path, target / path.name)
         else:
             left_out.append(f"{path.name}/" if path.is_dir() else path.name)
@@ -67,10 +68,16 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _is_copyable(path: Path) -> bool:
-    """Return whether a path leads to a regular file of a reasonable size."""
-    # Links count as well: in the cache of the Hub every file is a link.
-    return path.is_file() and os.stat(path).st_size <= MAX_BYTES
+def _is_copyable(path: Path, source: Path) -> bool:
+    """Return whether a path leads to a regular file of a reasonable size, not out of `source`."""
+    if not path.is_file() or os.stat(path).st_size > MAX_BYTES:
+        return False
+
+    # In the cache of the Hub every file is a link: snapshots/REVISION/NAME leads to blobs/HASH.
+    folder, file = source.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs"
+    in_cache = folder.parent.name == "snapshots" and file.is_relative_to(blobs)
+    return in_cache or file.is_relative_to(folder)
 
 
 def _copy_folder(source: Path, target: Path) -> list[str]:
@@ -78,7 +85,7 @@ def _copy_folder(source: Path, target: Path) -> list[str]:
     target.mkdir(exist_ok=True)
     left_out = []
     for path in sorted(source.iterdir()):
-        if _matches(path.name.lower(), COPIED) and _is_copyable(path):
+        if _matches(path.name.lower(), COPIED) and _is_copyable(path, source.parent):
             _copy_file(path, target / path.name)
         else:
             left_out.append(f"{source.name}/{path.name}")

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gqa.checkpoints import pieces
-from gqa.runtime import atomic_files, regular_files
+from gqa.runtime import atomic_files, checks, regular_files
 from gqa.runtime.errors import CheckpointError, UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -76,8 +76,9 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         CheckpointError: naming the path.
+        ConfigError: if the path is an address.
     """
-    refuse_address(folder)
+    checks.check_local_path("folder", folder)
     if folder.is_dir():
         return
     if folder.exists():
@@ -92,20 +93,6 @@ def check_folder(folder: Path) -> None:
             "--local-dir FOLDER` and name FOLDER"
         )
     raise CheckpointError(f"{folder}: No such folder; {advice}")
-
-
-def refuse_address(folder: Path) -> None:
-    """Refuse an address such as gs://bucket/model, which would be taken for a local folder.
-
-    Raises:
-        CheckpointError: naming the address.
-    """
-    # A path has one slash in the place of two.
-    if re.match("[a-z0-9]+:/", str(folder)):
-        raise CheckpointError(
-            f"{folder}: an address is not a folder; mount the bucket, or use a folder of this "
-            "machine"
-        )
 
 
 def check_is_downloaded(path: Path) -> None:

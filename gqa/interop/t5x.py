@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from gqa.checkpoints import pieces, step_folders, stored_arrays
 from gqa.checkpoints.pieces import Index, Source
 from gqa.interop.safetensors_files import check_folder, naming
 from gqa.model.config import GATED_GELU, RELU, Config
-from gqa.runtime import hardware
+from gqa.runtime import hardware, regular_files
 from gqa.runtime.errors import CheckpointError
 
 # Our names of parameters, and T5X's names of arrays. First the parameters within a layer.
@@ -55,6 +55,8 @@ BIASES = ("relpos_bias.rel_embedding", "relative_posemb.rel_embedding")
 TABLE = "position_bias/table"
 PREFIX, STEP = "target.", "checkpoint_"
 STEP_FOLDER = re.compile(STEP + "[0-9]{1,18}")
+# The files of an OCDBT database.
+DATABASE = re.compile(r"manifest\.ocdbt$|d/|ocdbt\.process_[^/]*/")
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 MAX_TABLE = 2**24  # numbers of a position bias: T5's largest has 32 x 128, in 24 layers
 
@@ -65,10 +67,11 @@ class _Arrays:
     Args:
         folder: with the arrays.
         drivers: TensorStore's name of each array's format.
+        files: that hold the arrays.
     """
 
-    def __init__(self, folder: Path, drivers: dict[str, str]):
-        self.drivers = drivers
+    def __init__(self, folder: Path, drivers: dict[str, str], files: tuple[Path, ...]):
+        self.drivers, self.files = drivers, files
         self._folder, self._spec = folder, stored_arrays.kvstore(folder)
         self._store = tensorstore.KvStore.open(self._spec).result()
         self._headers: dict[str, stored_arrays.Header] = {}
@@ -125,29 +128,6 @@ class _Arrays:
     def _path(self, name: str) -> str:
         return f"{self._spec.get('path', '')}{PREFIX}{name}/"
 
-    def files(self, names: Iterable[str]) -> tuple[Path, ...]:
-        """Return the files that hold these arrays; a database mixes all arrays in its files.
-
-        Raises:
-            CheckpointError: naming a path that is no regular file, or a link out of the folder.
-        """
-        folders = [self._folder / f"{PREFIX}{name}" for name in names]
-        if self._spec["driver"] == "ocdbt":
-            folders = [self._folder / "d", *sorted(self._folder.glob("ocdbt.process_*"))]
-        files = [path for folder in folders for path in sorted(folder.rglob("*"))]
-        if self._spec["driver"] == "ocdbt":
-            files.append(self._folder / "manifest.ocdbt")
-
-        files = [path for path in files if not path.is_dir() and path.name != ".DS_Store"]
-
-        inside = self._folder.resolve()
-        for path in files:
-            # TensorStore would wait for a pipe for ever.
-            if not path.is_file() or not path.resolve().is_relative_to(inside):
-                name = path.relative_to(self._folder)
-                raise CheckpointError(f"{name} is not a regular file of the folder")
-        return tuple(files)
-
 
 def open_folder(folder: str | os.PathLike) -> Source:
     """Open a T5X checkpoint, or the last one in a folder of several; arrays are read when asked.
@@ -158,11 +138,14 @@ def open_folder(folder: str | os.PathLike) -> Source:
         CheckpointError: for an array that is missing, not expected, or of a shape or dtype that
             does not fit.
     """
-    check_folder(Path(folder))
-    folder = _find(Path(folder))
+    top = Path(folder)
+    check_folder(top)
+    folder = _find(top)
+    # The folder that the user has named may be a link. What somebody else put into it may not.
+    if not folder.resolve().is_relative_to(top.resolve()):
+        raise CheckpointError(f"{folder}: is a link out of {top}; name the folder it leads to")
     with naming(folder):
         arrays = _list(folder)
-        files = arrays.files(arrays.drivers)
         stacks = {stack: _stack(arrays, stack) for stack in LAYERS}
         config = _config(arrays, stacks)
 
@@ -179,7 +162,7 @@ def open_folder(folder: str | os.PathLike) -> Source:
             )
     chunks = {name: (1, *x[1:]) if "/layers/" in name else x for name, x in shapes.items()}
     read = functools.partial(_blocks, arrays, arrays_of, shapes)
-    return Source(config, shapes, chunks, read, files)
+    return Source(config, shapes, chunks, read, arrays.files)
 
 
 def _find(folder: Path) -> Path:
@@ -198,7 +181,13 @@ def _find(folder: Path) -> Path:
 def _list(folder: Path) -> _Arrays:
     folder = folder.absolute()
     step_folders.check_path(folder)
-    if (folder / "manifest.ocdbt").exists():
+    is_database = (folder / "manifest.ocdbt").exists()
+    if is_database:
+        # A database mixes all arrays in its files, which may lie anywhere in the folder. The files
+        # of T5X lie in these folders.
+        files = regular_files.list_inside(folder, folder)
+        files = [path for path in files if DATABASE.match(path.relative_to(folder).as_posix())]
+
         stored_arrays.check_ocdbt(folder)
         try:
             store = tensorstore.KvStore.open(stored_arrays.kvstore(folder)).result()
@@ -217,7 +206,10 @@ def _list(folder: Path) -> _Arrays:
         for end, driver in drivers.items()
         if key.startswith(PREFIX) and key.endswith(end)
     }
-    return _Arrays(folder, driver_of)
+    if not is_database:
+        tops = [folder / f"{PREFIX}{name}" for name in driver_of]
+        files = [path for top in tops for path in regular_files.list_inside(folder, top)]
+    return _Arrays(folder, driver_of, tuple(path for path in files if path.name != ".DS_Store"))
 
 
 class _Stack(NamedTuple):

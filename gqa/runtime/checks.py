@@ -27,30 +27,23 @@ def check_whole_number(field: str, value: Any, least: int = 1, most: int = MAX_I
     return value
 
 
-def check_local_path(field: str, path: str) -> None:
+def check_local_path(field: str, path: str | Path) -> None:
     """Refuse a path that is a URL, which would else become a folder called "gs:".
+
+    A drive such as C:/runs and a name such as step:1 are paths.
 
     Raises:
         ConfigError: for a path such as gs://bucket/folder.
     """
-    if re.match(r"[A-Za-z][\w+.-]*:/", path):
+    # A Path has one slash in the place of two, which the message puts back.
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)/+", str(path))
+    if scheme:
+        url = f"{scheme[1]}//{str(path)[scheme.end() :]}"
         advice = "mount the bucket or copy its files, and name the folder on this machine"
-        raise ConfigError(field, path, advice, "is a URL")
+        raise ConfigError(field, url, advice, "is a URL")
 
 
 def check_choice(field: str, value: Any, choices: Collection[str]) -> None:
     """Raise a ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(field, value, f"use one of {', '.join(map(str, choices))}")
-
-
-def check_is_local(field: str, path: Path) -> None:
-    """Refuse an address such as gs://bucket/runs, which would be taken for a folder named "gs:".
-
-    Raises:
-        ConfigError: naming the field.
-    """
-    # A Path has one slash in the place of two.
-    if re.match("[a-z][a-z0-9+.-]+:/", str(path)):
-        advice = "mount the bucket and use its folder, or a folder of this machine"
-        raise ConfigError(field, str(path), advice, "is an address and not a folder")

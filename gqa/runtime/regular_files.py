@@ -1,13 +1,14 @@
 """Files from strangers: only regular files are opened, and JSON only up to a number of bytes.
 
 A path may lead to a device that never ends, to a pipe that nobody writes to, or to a sparse file of
-a terabyte. Every reader of a file that somebody else may have made opens it here. Writing is in
-`gqa.runtime.atomic_files`.
+a terabyte, or out of the folder that it came in. Every reader of a file that somebody else may have
+made opens it here. Writing is in `gqa.runtime.atomic_files`.
 """
 
 import json
 import os
 import stat
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from gqa.runtime.errors import UserError
@@ -73,3 +74,32 @@ def read_json(path: str | os.PathLike, most: int = MAX_JSON_BYTES) -> dict[str, 
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; use the right file")
     return value
+
+
+def list_inside(folder: Path, top: Path) -> list[Path]:
+    """Return the files in `top`, a part of `folder`, and in its subfolders.
+
+    A library that is given the folder would follow its links. A link to a file inside `folder` is a
+    file; every other link is refused.
+
+    Raises:
+        UserError: naming a path that leads out of `folder`, or is neither a file nor a folder.
+    """
+    inside, files = folder.resolve(), []
+
+    def check(path: Path) -> None:
+        is_link = path.is_symlink()
+        # What a link to a folder leads to would not be listed, so it is refused wherever it leads.
+        is_strange = not path.is_file() and (is_link or not path.is_dir())
+        if is_strange or (is_link and not path.resolve().is_relative_to(inside)):
+            name = path.relative_to(folder)
+            raise UserError(f"{name} is not a regular file of the folder; copy the file itself")
+
+    if top != folder:
+        check(top)
+    for place, folders, names in os.walk(top):
+        for name in sorted(folders + names):
+            path = Path(place, name)
+            check(path)
+            files += [path] if path.is_file() else []
+    return files

@@ -14,6 +14,7 @@ from gqa.checkpoints import checkpoint, checksums, stored_arrays
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.runtime.errors import CheckpointError
 from tests.support import memory
+from tests.support.orbax_files import crc32c, open_store, replace
 
 GIB, MIB = 2**30, 2**20
 
@@ -23,15 +24,6 @@ def zstd_bomb(nbytes):
     count = nbytes // 2**17
     blocks = [(2**17 << 3 | 1 << 1 | (i == count - 1)).to_bytes(3, "little") for i in range(count)]
     return b"\x28\xb5\x2f\xfd\x00\x58" + b"\x00".join(blocks) + b"\x00"
-
-
-def crc32c(content):
-    crc = 2**32 - 1
-    for byte in content:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
-    return (crc ^ 2**32 - 1).to_bytes(4, "little")
 
 
 def shard(*chunks):
@@ -53,16 +45,6 @@ def step(tmp_path):
 def load(step):
     shapes = {"a": jnp.zeros(6), "b": {"c": jnp.zeros((2, 3))}}
     return checkpoint.load(step, {"params": shapes})["params"]
-
-
-def open_store(folder):
-    return tensorstore.KvStore.open(stored_arrays.kvstore(folder)).result()
-
-
-def replace(step, key, value):
-    """Put a value into the database of a checkpoint, and seal it anew as a stranger would."""
-    open_store(step / "params").write(key, value).result()
-    checksums.write(step, {"validation_loss": 1.0})
 
 
 def test_a_chunk_far_larger_than_its_array_is_refused_before_it_is_decoded(step):

@@ -65,7 +65,7 @@ def test_side_files_that_may_hold_the_old_heads_are_left_out_and_named(tmp_path)
     os.mkfifo(tmp_path / "a" / "vocab.json")
     said = quietly(tmp_path / "a", tmp_path / "b", 2)
     left_out = {"additional_chat_templates/x.onnx", "original/", "pytorch_model.bin", "vocab.json"}
-    start = "left out, because they may hold the old heads: "
+    start = "left out (old heads, or a link out of the folder): "
     assert said[-2].startswith(start)
     assert set(said[-2].removeprefix(start).split(", ")) == left_out | {*old}
     present = {str(x.relative_to(tmp_path / "b")) for x in (tmp_path / "b").rglob("*")}
@@ -77,6 +77,32 @@ def test_side_files_that_may_hold_the_old_heads_are_left_out_and_named(tmp_path)
         "model.safetensors.index.json",
         "tokenizer.json",
     }
+
+
+def test_links_out_of_the_folder_are_left_out_but_for_those_of_the_hubs_cache(tmp_path):
+    """Who publishes the new folder would publish the private file that a link leads to."""
+    for name in ("blobs", "snapshots"):
+        (tmp_path / name).mkdir()
+    for path in (tmp_path / "private", tmp_path / "blobs" / "1"):
+        path.write_text("x")
+    write_llama(tmp_path / "snapshots" / "a")
+    source = tmp_path / "snapshots" / "a"
+    (source / "README.md").symlink_to("../../private")
+    (source / "LICENSE").symlink_to("../../blobs/1")
+    (source / "merges.txt").symlink_to("tokenizer.json")
+    (source / "additional_chat_templates").symlink_to("../..")
+    (tmp_path / "tokenizer.jinja").write_text("x")
+    said = quietly(source, tmp_path / "b", 2)
+    assert {"README.md", "additional_chat_templates/tokenizer.jinja"} <= {
+        *said[-2].partition(": ")[2].split(", ")
+    }
+    names = {path.name for path in (tmp_path / "b").rglob("*")}
+    assert {"LICENSE", "merges.txt"} <= names
+    assert not {"README.md", "tokenizer.jinja"} & names
+    source.rename(tmp_path / "a")
+    (tmp_path / "a" / "LICENSE").unlink()
+    (tmp_path / "a" / "LICENSE").symlink_to("../blobs/1")
+    assert "LICENSE" in quietly(tmp_path / "a", tmp_path / "c", 2)[-2]
 
 
 def test_a_converted_model_is_converted_again_under_its_own_record(tmp_path):
@@ -293,7 +319,7 @@ def test_names_of_a_hub_and_addresses_are_told_what_to_do(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"meta-llama/Llama-3-8B: No such folder; .*`hf download"):
         quietly("meta-llama/Llama-3-8B", tmp_path / "b", 2)
     write_llama(tmp_path / "a")
-    with pytest.raises(UserError, match="gs:/bucket/b: an address is not a folder"):
+    with pytest.raises(UserError, match="target='gs://bucket/b' is a URL; mount the"):
         quietly(tmp_path / "a", "gs://bucket/b", 2)
     assert os.listdir(tmp_path) == ["a"]
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from gqa.interop import huggingface, safetensors_files
 from gqa.interop.huggingface import writing
-from gqa.runtime.errors import CheckpointError, UserError
+from gqa.runtime.errors import CheckpointError, ConfigError, UserError
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(network, tmp_path, below):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match=r"; name a folder that can be written$"):
         huggingface.save(*network, tmp_path / "file" / below)
-    with pytest.raises(CheckpointError, match="an address is not"):
+    with pytest.raises(ConfigError, match="is a URL; mount the bucket"):
         huggingface.save(*network, "gs://bucket/folder")
 
 

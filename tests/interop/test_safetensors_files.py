@@ -148,13 +148,13 @@ def test_shards_without_an_index_are_named(tmp_path, arrays):
     ("name", "message"),
     [
         ("google/t5-v1_1-small", "run `hf download google/t5-v1_1-small --local-dir FOLDER`"),
-        ("gs://bucket/model", "an address is not a folder; mount the bucket"),
+        ("gs://bucket/model", "folder='gs://bucket/model' is a URL; mount the bucket"),
         ("/no/such/folder", "/no/such/folder: No such folder; name the folder with config.json"),
         (__file__, "is a file; name the folder with config.json"),
     ],
 )
 def test_what_is_no_folder_comes_with_advice(name, message):
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(UserError, match=message):
         Tensors(name)
 
 

@@ -296,13 +296,49 @@ def test_the_number_in_a_name_makes_no_layers(network, tmp_path, layer):
 
 def test_pipes_and_links_out_of_the_folder_are_refused(network, tmp_path):
     write(tmp_path / "a", their_arrays(*network))
-    chunk = tmp_path / "a" / "target.decoder.layers_0.mlp.wo.kernel" / "0.0"
-    chunk.rename(tmp_path / "elsewhere")
-    for make in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "elsewhere")):
-        make(chunk)
-        with pytest.raises(CheckpointError, match=r"0\.0 is not a regular file of the folder"):
+    array = tmp_path / "a" / "target.decoder.layers_0.mlp.wo.kernel"
+    for moved in (array / "0.0", array):
+        moved.rename(tmp_path / "elsewhere")
+        for make in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "elsewhere")):
+            make(moved)
+            # An array that is a pipe has no files, so it is missing.
+            message = f"{moved.name} is not a regular file of the folder|{moved.name} is missing"
+            with pytest.raises(UserError, match=message):
+                t5x.open_folder(tmp_path / "a")
+            moved.unlink()
+        (tmp_path / "elsewhere").rename(moved)
+    check_equal(pieces.collect(t5x.open_folder(tmp_path / "a")), network[0])
+
+
+def test_no_link_of_a_database_leads_out_of_its_folder(network, tmp_path):
+    """Its files may lie in any subfolder, such as one that is a link."""
+    write(tmp_path / "a", their_arrays(*network), ocdbt=True)
+    for moved in (tmp_path / "a" / "d", tmp_path / "a" / "manifest.ocdbt"):
+        # TensorStore would follow a link between folders, and Python lists nothing behind it.
+        (tmp_path / "a" / "d" / "sub").symlink_to(tmp_path)
+        with pytest.raises(UserError, match="d/sub is not a regular file of the folder"):
             t5x.open_folder(tmp_path / "a")
-        chunk.unlink()
+        (tmp_path / "a" / "d" / "sub").unlink()
+
+        moved.rename(tmp_path / "elsewhere")
+        moved.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=f"{moved.name} is not a regular file of the folder"):
+            t5x.open_folder(tmp_path / "a")
+        moved.unlink()
+        (tmp_path / "elsewhere").rename(moved)
+    check_equal(pieces.collect(t5x.open_folder(tmp_path / "a")), network[0])
+
+
+def test_a_checkpoint_of_a_folder_is_no_link_out_of_it(network, tmp_path):
+    write(tmp_path / "real", their_arrays(*network))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "checkpoint_1").symlink_to(tmp_path / "real")
+    with pytest.raises(
+        CheckpointError, match=r"a/checkpoint_1: is a link out of .*/a; name the fo"
+    ):
+        t5x.open_folder(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    check_equal(pieces.collect(t5x.open_folder(tmp_path / "link")), network[0])
 
 
 @pytest.mark.parametrize("name", ["a%20b", "a#b", "a?b c"])

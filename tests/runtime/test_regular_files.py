@@ -63,3 +63,32 @@ def test_a_file_of_the_largest_size_is_read(tmp_path):
 def test_a_file_that_hides_its_size_is_bounded_too():
     with pytest.raises(UserError, match="has more than 10 bytes"):
         regular_files.read_bytes("/proc/self/status", 10)
+
+
+@pytest.mark.parametrize(
+    ("make", "is_refused"),
+    [
+        (lambda path: path.symlink_to("../../top/sub/real"), False),
+        (lambda path: path.symlink_to("../../../outside/file"), True),
+        (lambda path: path.symlink_to("../../../outside"), True),
+        (lambda path: path.symlink_to("../sub"), True),  # what it leads to would not be listed
+        (lambda path: path.symlink_to("nowhere"), True),
+        (pipe, True),
+    ],
+)
+def test_what_leads_out_of_a_folder_is_named_and_not_listed(tmp_path, make, is_refused):
+    folder, real = tmp_path / "folder", tmp_path / "folder" / "top" / "sub" / "real"
+    for path in (real, tmp_path / "outside" / "file"):
+        path.parent.mkdir(parents=True)
+        path.write_text("x")
+    odd = real.with_name("odd")
+    make(odd)
+    if is_refused:
+        with pytest.raises(UserError, match=r"^top/sub/odd is not a regular file of the folder; "):
+            regular_files.list_inside(folder, folder / "top")
+    else:
+        assert regular_files.list_inside(folder, folder / "top") == [odd, real]
+    for name in ("elsewhere", "odd"):
+        (folder / name).symlink_to(folder / "top")
+        with pytest.raises(UserError, match=f"^{name} is not a regular file of the folder; "):
+            regular_files.list_inside(folder, folder / name)

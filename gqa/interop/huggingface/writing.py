@@ -22,6 +22,7 @@ from gqa.interop import safetensors_files
 from gqa.interop.huggingface import names
 from gqa.interop.huggingface.config import KV_HEADS, from_config
 from gqa.model.config import Config
+from gqa.runtime import checks
 from gqa.runtime.errors import CheckpointError, is_disk_full
 
 VOCABULARY = "spiece.model"
@@ -85,7 +86,7 @@ def save(
             written; nothing is changed.
     """
     folder = Path(folder)
-    safetensors_files.refuse_address(folder)
+    checks.check_local_path("folder", folder)
     if expand:
         # Any, because a type checker does not match the keys of ** with the types of the fields.
         multi_head: dict[str, Any] = dict.fromkeys(KV_HEADS, config.num_heads)
