@@ -15,6 +15,7 @@ from experiments.graph import sweep
 from experiments.graph import validate as checks
 from experiments.graph.plan import evaluate_checkpoint, plan
 from experiments.graph.stage import Stage, ancestors, merge
+from experiments.report import learning_section
 from experiments.run import local, report_job, slurm, worker
 from experiments.stages import text
 from experiments.stages.inputs import open_parent
@@ -71,7 +72,7 @@ def run(config: ConfigDict, workdir: Path, kind: str | None, options: Options) -
         results = workdir / worker.RESULTS
         if not os.path.lexists(results):
             raise UserError(f"{results}: No such file or directory; run a stage that writes it")
-        _report(config, workdir, _stages(config, workdir, None, _prepared))
+        _report(config, workdir, _stages(config, workdir, None, _kept))
     elif options.dry_run:
         stages = _stages(config, workdir, kind, _prepared)
         print(local.describe(stages, workdir))
@@ -125,13 +126,28 @@ def _stages(config: ConfigDict, workdir: Path, kind: str | None, prepare: Callab
 
 
 def _prepared(wanted: TextSettings, workdir: Path) -> text.Text | None:
-    # A dry run and a report build nothing. Without the text, keys lack its hash.
+    # A dry run builds nothing. Without the text, keys lack its hash.
     return text.prepare(wanted, workdir) if text.is_prepared(wanted, workdir) else None
 
 
+def _kept(wanted: TextSettings, workdir: Path) -> text.Text:
+    """Return the text that earlier runs have prepared, by whose hash a report finds its results."""
+    prepared = _prepared(wanted, workdir)
+    if prepared is None:
+        raise UserError(
+            f"{workdir / 'text'}: the text of this config is missing, without which its results "
+            "cannot be told from others; the same command without --stage=report prepares it again"
+        )
+    return prepared
+
+
 def score_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> None:
-    """Score a checkpoint on the task it was fine-tuned on, or else on every task of the config."""
-    parent = open_parent(path)
+    """Score a checkpoint on the task it was fine-tuned on, or else on every task of the config.
+
+    The scores are printed as a table and appended to results.jsonl. No command plans this stage, so
+    no report has them.
+    """
+    parent, rows = open_parent(path), []
     make_workdir(workdir)
     tuned_on = parent.info.task
     with lock(workdir / "lock", str(workdir)):
@@ -142,3 +158,9 @@ def score_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> None:
             folder = worker.describe(stage, workdir)
             folder.discard_outcome()
             worker.run(folder)
+            outcome = folder.read_outcome()
+            assert outcome is not None  # `run` has just written it
+            rows += [(task, entry) for entry in outcome.records]
+    if is_primary():
+        print(learning_section.plain_scores(rows))
+        print(f"scores: {workdir / worker.RESULTS}")

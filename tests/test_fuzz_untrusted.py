@@ -1,7 +1,7 @@
 """Mutations of valid files from strangers: a right result, or exit status 2 with one line.
 
-Each mutation is read in a process of its own, which has 2 GiB of memory and 20 seconds. By default
-each kind of file has a few mutations; GQA_FUZZ=1000 tries that many in all.
+Each mutation is read in a process of its own, which has 2 GiB of memory and computes for 20 seconds.
+By default each kind of file has a few mutations; GQA_FUZZ=1000 tries that many in all.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +69,7 @@ from gqa.__main__ import run_command
 from gqa.runtime import command_line
 
 def read(code, folder):
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     virtual = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (virtual + 4 * MEMORY,) * 2)  # stacks count, too
     names = {"folder": folder, "os": os, "jax": jax, "np": np, "run_command": run_command}
@@ -79,7 +79,8 @@ for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()
     if child == 0:
-        signal.alarm(SECONDS)
+        # Other processes may use the cores, so the clock bounds only what waits for ever.
+        signal.alarm(30 * SECONDS)
         output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -260,13 +261,12 @@ def test_a_mutation_gives_a_result_or_one_line(read, folders, tmp_path):
         if reader == "export" and name != "checksums.json" and rng.random() < 0.8:
             checksums.write(folder, {"validation_loss": 1.0})
 
-        begin = time.monotonic()
         status, output = read(reader, folder)
-        seconds = time.monotonic() - begin
         lines = [line for line in output.splitlines() if line.startswith("error: ")]
         refused += status == 2
-        is_right = status == 0 or (status == 2 and len(lines) == 1 and lines[0].isprintable())
-        if not is_right or "Traceback" in output or seconds > SECONDS:
+        # One line and nothing beside it: no warning of a library, no traceback.
+        is_line = output.splitlines() == lines and len(lines) == 1 and lines[0].isprintable()
+        if not (status == 0 or (status == 2 and is_line)) or "Traceback" in output:
             faults.append(f"{trial}: {reader} {name}: status {status}: {output[-600:]}")
     assert not faults, "\n".join(faults)
     assert refused > TRIALS / 4

@@ -1,6 +1,7 @@
 """Report how well the models learned: beside trivial answers, from inputs, and by conversion."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from experiments.report import safe_text, tables
 from experiments.report.estimate import Estimate
@@ -165,6 +166,23 @@ def scores(summary: Summary) -> str:
                 tables.markdown(["variant", *metrics], rows),
             ]
     return "\n\n".join(["## All scores, in percent", *parts]) if parts else ""
+
+
+def plain_scores(scored: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return the numbers of one network as a table in plain text.
+
+    Args:
+        scored: each record of an evaluation, with the name of its task before it.
+    """
+    rows = []
+    for task, record in scored:
+        if record["metric"] == "prediction":
+            continue
+        score = f"{record['value']:.2f}"
+        if record.get("low") is not None:
+            score += f" [{record['low']:.2f}, {record['high']:.2f}]"
+        rows.append([task, record["metric"], score, record["unit"], str(record.get("n", DASH))])
+    return tables.plain(["task", "metric", "score", "unit", "examples"], rows)
 
 
 def predictions(summary: Summary) -> str:

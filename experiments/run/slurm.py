@@ -93,7 +93,7 @@ def submit(
     queue = _Queue(workdir)
 
     # A stage that an earlier command has submitted is not submitted again.
-    done = {s.key for s in stages if s.folder(workdir).is_finished}
+    done = {s.key for s in stages if s.folder(workdir).read_outcome() is not None}
     ids = {s.key: i for s in stages if s.key not in done and (i := queue.find(_name(s)))}
     for stage in stages:
         if stage.key in ids:

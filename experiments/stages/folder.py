@@ -12,6 +12,7 @@
 No other module names these files.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -153,11 +154,6 @@ class StageFolder:
         return self.checkpoints.exists()
 
     @property
-    def is_finished(self) -> bool:
-        """Return whether there is an outcome; it may be damaged."""
-        return self._outcome_file.exists()
-
-    @property
     def _description_file(self) -> Path:
         return self.path / "stage.json"
 
@@ -170,9 +166,16 @@ class StageFolder:
         return StageFolder(self.path.parent / name)
 
     def finished_siblings(self, kind: str) -> list["StageFolder"]:
-        """Return the folders of all finished stages of a kind in the same workdir."""
-        names = self.path.parent.glob(f"{kind}-*/{self._outcome_file.name}")
-        return [StageFolder(path.parent) for path in sorted(names)]
+        """Return the folders of all finished stages of a kind in the same workdir.
+
+        A stage whose outcome is damaged is not finished. This process reads alone.
+        """
+        finished = []
+        for path in sorted(self.path.parent.glob(f"{kind}-*/{self._outcome_file.name}")):
+            with contextlib.suppress(UserError):
+                folder = StageFolder(path.parent)
+                finished += [folder] if folder.load_outcome() else []
+        return finished
 
     def write_description(self, description: Description) -> None:
         """Make the folder and write stage.json."""

@@ -69,7 +69,8 @@ def convert(
     with safetensors_files.naming(old.path):
         layers = attention_tensors(old, sizes)
     settings = {"num_key_value_heads": num_kv_heads, "method": method}
-    record = target_folder.find_record(old, target, settings)
+    is_converted = sizes.new_kv_heads != sizes.kv_heads
+    record = target_folder.find_record(old, target, settings, is_converted)
 
     # Reading all weights takes minutes. A run that continues can rely on the first one's check,
     # because the record says that the files have not changed.

@@ -7,11 +7,13 @@ have changed meanwhile. convert.py writes the files.
 
 import contextlib
 import fcntl
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gqa.decoder_only.layout import find_projection
 from gqa.interop import safetensors_files
 from gqa.interop.safetensors_files import Tensors
 from gqa.runtime import regular_files
@@ -21,7 +23,9 @@ RECORD = "gqa_conversion.json"
 Record = dict[str, Any]
 
 
-def find_record(old: Tensors, target: Path, settings: dict[str, Any]) -> Record | None:
+def find_record(
+    old: Tensors, target: Path, settings: dict[str, Any], is_converted: bool
+) -> Record | None:
     """Return the record of an interrupted run, or None if the folder is new or empty.
 
     Nothing is written.
@@ -29,9 +33,11 @@ def find_record(old: Tensors, target: Path, settings: dict[str, Any]) -> Record 
     Args:
         old: the tensors of the source.
         settings: of the conversion.
+        is_converted: whether the conversion changes the number of KV heads. Otherwise no layer has
+            errors.
 
     Raises:
-        UserError: if the folder cannot become that of this conversion.
+        UserError: if the folder cannot become that of this conversion, or its record is damaged.
     """
     _check_place(old.folder, target)
     if not target.exists() or all(_is_temporary(path) for path in target.iterdir()):
@@ -45,8 +51,37 @@ def find_record(old: Tensors, target: Path, settings: dict[str, Any]) -> Record 
         raise UserError(f"{target} holds something else; name a new or empty folder")
 
     # The folder belongs to this conversion, so continue from the files that are done.
-    noted = {key: earlier.get(key) for key in ("done", "errors")}
-    return fresh | {key: value for key, value in noted.items() if isinstance(value, dict)}
+    record = fresh | {key: earlier.get(key) for key in ("done", "errors")}
+    fault = _fault(record, old, is_converted)
+    if fault:
+        raise UserError(f"{path} is damaged: {fault}; delete {target} and convert again")
+    return record
+
+
+def _fault(record: Record, old: Tensors, is_converted: bool) -> str | None:
+    """Return what no conversion would have noted in a record, if anything."""
+    done, errors = record["done"], record["errors"]
+    if not isinstance(done, dict) or not isinstance(errors, dict):
+        return "done and errors are no objects"
+
+    # The errors of a layer are noted with the first of its projections, and written with its file.
+    places = [find_projection(name) for name in old if old[name].file in done]
+    layers = {str(place[0]) for place in places if place and is_converted}
+    if errors.keys() != layers:
+        return f"it has errors of {len(errors)} layers where {len(layers)} are finished"
+
+    keys = {"norm", "mean", "first"} | ({"svd"} & {record["method"]})
+    for layer, sides in errors.items():
+        if not isinstance(sides, dict) or sides.keys() != {"k", "v"}:
+            return f"the errors of layer {layer} are not those of k and v"
+        for side, values in sides.items():
+            has_keys = isinstance(values, dict) and values.keys() == keys
+            # JSON as Python reads it may hold NaN and infinity. True and false are numbers, too.
+            if not has_keys or not all(
+                type(value) in (int, float) and 0 <= value < math.inf for value in values.values()
+            ):
+                return f"the errors of {side} in layer {layer} are {values!r:.80}"
+    return None
 
 
 def start_record(old: Tensors, target: Path, settings: dict[str, Any]) -> Record:

@@ -12,7 +12,8 @@ from typing import Any
 from gqa.interop import safetensors_files
 from gqa.kv_cache.decoder import Decoder
 from gqa.kv_cache.fields import Fields
-from gqa.kv_cache.model_types import MODEL_TYPES, NESTED
+from gqa.kv_cache.model_types import MODEL_TYPES
+from gqa.kv_cache.nested_types import ENCODER_POSITIONS, FLAT, NESTED
 from gqa.runtime import regular_files
 from gqa.runtime.errors import ConfigError, UserError
 
@@ -64,13 +65,17 @@ def to_decoder(config: dict[str, Any]) -> Decoder:
     if isinstance(model_type, str) and model_type in NESTED:
         name, default = NESTED[model_type]
         nested = config.get(name)
+        if nested is None and model_type in FLAT:
+            return _of_type(default, config)
         if not isinstance(nested, dict):
             raise UserError(f"{name} is missing; use the whole config.json of {model_type}")
 
         # Only the decoder's own object counts. A size that it leaves out is the default of the
         # decoder's class, not the size of that name in the outer object.
         with safetensors_files.naming(name):
-            return _of_type(nested.get("model_type") or default, nested)
+            decoder = _of_type(nested.get("model_type") or default, nested)
+        positions = ENCODER_POSITIONS.get(model_type)
+        return decoder._replace(encoder_length=positions(config)) if positions else decoder
 
     return _of_type(model_type, config)
 
@@ -103,6 +108,6 @@ def _of_type(model_type: Any, config: dict[str, Any]) -> Decoder:
     decoder = kind.read(fields)
     for name in ("is_encoder_decoder", "add_cross_attention"):
         crossed = bool(decoder.cross_attention) if name == "is_encoder_decoder" else False
-        if config.get(name) is not None and config[name] is not crossed:
+        if name not in known and config.get(name) is not None and config[name] is not crossed:
             raise ConfigError(name, config[name], f"a {model_type} is known with {crossed} only")
     return decoder

@@ -52,11 +52,14 @@ class Fields:
                 self._take_aliases(config, name, names)
 
     def _take_aliases(self, config: dict[str, Any], name: str, names: tuple[str, ...]) -> None:
-        """Take the field `name` from another of its `names`, where the file has that."""
+        """Take the field `name` from another of its `names`, where the file has that.
+
+        A null says nothing of a size, so it contradicts no other name.
+        """
         for alias in names:
             if alias == name or config.get(alias) is None:
                 continue
-            if config.get(name, config[alias]) != config[alias]:
+            if config.get(name) not in (None, config[alias]):
                 raise UserError(
                     f"{name}={config[name]!r} and {alias}={config[alias]!r} are names of one size; "
                     "remove the wrong one"

@@ -7,7 +7,7 @@ model of every type in Transformers and compare the cache that it allocates with
 
 from typing import Any, NamedTuple
 
-from gqa.kv_cache import readers
+from gqa.kv_cache import cross_readers, readers
 from gqa.kv_cache.class_defaults import (
     ENCODER,
     GROUPED,
@@ -46,6 +46,12 @@ _PLAIN = causal()
 # These classes have no field for the size of a head, and no choice of KV heads.
 _MULTI_HEAD = causal(head_dim="width")
 
+# The decoders of Qwen2-VL and Qwen2.5-VL.
+_QWEN2_VL = ModelType(
+    causal(listed_or(readers.after_max_window_layers), head_dim="width"),
+    sizes(80, 64, 8, 8192) | window(4096) | SWITCHED | {"max_window_layers": 80} | LISTED,
+)
+
 # The numbers of `sizes` are layers, query heads, KV heads (None: as many as query heads), width,
 # and the size of a head (None, or left out: width divided by query heads).
 MODEL_TYPES = {
@@ -81,6 +87,8 @@ MODEL_TYPES = {
     "olmo2": ModelType(_PLAIN, sizes(32, 32, None, 4096)),
     "olmoe": ModelType(_PLAIN, sizes(16, 16, None, 2048)),
     "phi": ModelType(_PLAIN, sizes(24, 32, None, 2048)),
+    "qwen3_vl_moe_text": ModelType(_PLAIN, sizes(24, 16, 16, 2048)),
+    "qwen3_vl_text": ModelType(_PLAIN, sizes(32, 32, 32, 4096, 128)),
     "seed_oss": ModelType(_PLAIN, sizes(64, 80, 8, 4096, 128)),
     "solar_open": ModelType(_PLAIN, sizes(48, 64, 8, 4096, 128)),
     "stablelm": ModelType(_PLAIN, sizes(32, 32, 32, 2560)),
@@ -147,6 +155,8 @@ MODEL_TYPES = {
         causal(readers.all_sliding), sizes(32, 32, None, 3072) | window(None), ("full_attn_mod",)
     ),
     "phimoe": ModelType(causal(readers.all_sliding), sizes(32, 32, 8, 4096) | window(None)),
+    "qwen2_5_vl_text": _QWEN2_VL,
+    "qwen2_vl_text": _QWEN2_VL,
     "qwen3_moe": ModelType(
         causal(readers.all_sliding),
         sizes(24, 32, 4, 2048) | window(4096, use_sliding_window=False),
@@ -320,65 +330,47 @@ MODEL_TYPES = {
     ),
     "youtu": ModelType(readers.latent(), sizes(32, 16, 16, 2048) | LATENT),
     # Encoder-decoders.
-    "bart": ModelType(readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
+    "bart": ModelType(cross_readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
     "bigbird_pegasus": ModelType(
-        readers.encoder_decoder,
+        cross_readers.encoder_decoder,
         bart_sizes(16, 16, 1024),
         (*ENCODER, "attention_type", "block_size", "num_random_blocks"),
     ),
-    "blenderbot": ModelType(readers.encoder_decoder, bart_sizes(24, 32, 2560), ENCODER),
-    "blenderbot-small": ModelType(readers.encoder_decoder, bart_sizes(8, 16, 512), ENCODER),
+    "blenderbot": ModelType(cross_readers.encoder_decoder, bart_sizes(24, 32, 2560), ENCODER),
+    "blenderbot-small": ModelType(cross_readers.encoder_decoder, bart_sizes(8, 16, 512), ENCODER),
     "longt5": ModelType(
-        readers.t5,
+        cross_readers.t5,
         t5_sizes(6, 8),
         ("local_radius", "global_block_size", "encoder_attention_type"),
     ),
-    "m2m_100": ModelType(readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
-    "marian": ModelType(readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
-    "mbart": ModelType(readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
-    "mt5": ModelType(readers.t5, t5_sizes(8, 6) | GROUPED),
-    "mvp": ModelType(readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
-    "nllb-moe": ModelType(readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
-    "pegasus": ModelType(readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
+    "m2m_100": ModelType(cross_readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
+    "marian": ModelType(cross_readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
+    "mbart": ModelType(cross_readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
+    "mllama_text_model": ModelType(
+        cross_readers.mllama,
+        sizes(40, 32, 8, 4096) | {"cross_attention_layers": None},
+        ("is_encoder_decoder",),
+    ),
+    "mt5": ModelType(cross_readers.t5, t5_sizes(8, 6) | GROUPED),
+    "mvp": ModelType(cross_readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
+    "nllb-moe": ModelType(cross_readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
+    "pegasus": ModelType(cross_readers.encoder_decoder, bart_sizes(12, 16, 1024), ENCODER),
     "pegasus_x": ModelType(
-        readers.encoder_decoder,
+        cross_readers.encoder_decoder,
         bart_sizes(16, 16, 1024),
         (*ENCODER, "num_global_tokens", "block_size", "stagger_local_blocks"),
     ),
-    "plbart": ModelType(readers.encoder_decoder, bart_sizes(6, 12, 768), ENCODER),
-    "t5": ModelType(readers.t5, t5_sizes(6, 8) | GROUPED),
+    "plbart": ModelType(cross_readers.encoder_decoder, bart_sizes(6, 12, 768), ENCODER),
+    "t5": ModelType(cross_readers.t5, t5_sizes(6, 8) | GROUPED),
     "t5_gemma_module": ModelType(
-        readers.t5gemma_decoder,
+        cross_readers.t5gemma_decoder,
         sizes(26, 8, 4, 2304, 256) | window(4096) | LISTED,
         ("cross_attention_hidden_size",),
     ),
-    "umt5": ModelType(readers.t5, t5_sizes(8, 6), ("scalable_attention",)),
+    "umt5": ModelType(cross_readers.t5, t5_sizes(8, 6), ("scalable_attention",)),
     "whisper": ModelType(
-        readers.encoder_decoder,
+        cross_readers.encoder_decoder,
         bart_sizes(4, 6, 384) | {"max_source_positions": 1500},
         ENCODER,
     ),
-}
-
-# Models whose decoder is in an object of its own: the name of the object, and the type that the
-# decoder has where the object says none.
-NESTED = {
-    "aya_vision": ("text_config", "cohere2"),
-    "cohere2_vision": ("text_config", "cohere2"),
-    "gemma3": ("text_config", "gemma3_text"),
-    "gemma3n": ("text_config", "gemma3n_text"),
-    "gemma4": ("text_config", "gemma4_text"),
-    "idefics3": ("text_config", "llama"),
-    "internvl": ("text_config", "qwen2"),
-    "llama4": ("text_config", "llama4_text"),
-    "llava": ("text_config", "llama"),
-    "llava_next": ("text_config", "llama"),
-    "llava_onevision": ("text_config", "qwen2"),
-    "mistral3": ("text_config", "mistral"),
-    "paligemma": ("text_config", "gemma"),
-    "qwen3_5": ("text_config", "qwen3_5_text"),
-    "qwen3_5_moe": ("text_config", "qwen3_5_moe_text"),
-    "smolvlm": ("text_config", "llama"),
-    "t5gemma": ("decoder", "t5_gemma_module"),
-    "vipllava": ("text_config", "llama"),
 }

@@ -1,7 +1,8 @@
 """Turn the fields of a config.json into a `Decoder`, as each family of models needs it.
 
 A pattern returns the kind of each layer. A reader makes a `Decoder` of a pattern and the sizes.
-`model_types.py` gives every model type its reader.
+`model_types.py` gives every model type its reader. Decoders that attend to an encoder as well are
+read in `cross_readers.py`.
 """
 
 from collections.abc import Callable
@@ -230,14 +231,6 @@ def falcon_h1(fields: Fields) -> Decoder:
     return causal()(fields)._replace(note=note)
 
 
-def t5gemma_decoder(fields: Fields) -> Decoder:
-    """Read T5Gemma's decoder: Gemma 2 with cross-attention of the same heads in every layer."""
-    decoder = causal(every(2))(fields)
-    # Cross-attention reads the whole input in every layer, also where self-attention has a window.
-    cross = tuple(layer._replace(window=0) for layer in decoder.self_attention)
-    return decoder._replace(cross_attention=cross)
-
-
 def multi_query(fields: Fields) -> Decoder:
     """Read GPT-BigCode: one KV head, or as many as query heads."""
     kv_heads = 1 if fields.flag("multi_query", otherwise=False) else fields.heads
@@ -360,33 +353,3 @@ def jetmoe(fields: Fields) -> Decoder:
     heads = kv_heads * fields.size("num_experts_per_tok")
     layer = CachedLayer(kv_heads, size, size)
     return Decoder(fields.layers, heads, (layer,) * fields.layers)
-
-
-def encoder_decoder(fields: Fields) -> Decoder:
-    """Read BART's family: the decoder's sizes have names of their own."""
-    layers, heads = fields.size("decoder_layers"), fields.size("decoder_attention_heads")
-    size = fields.shared_width(heads)
-    attentions = (CachedLayer(heads, size, size),) * layers
-    # Only Whisper's type has this field: its encoder always sees 30 seconds of audio.
-    length = fields.size("max_source_positions") if "max_source_positions" in fields else 0
-    return Decoder(layers, heads, attentions, attentions, length)
-
-
-def t5(fields: Fields) -> Decoder:
-    """Read T5's family; `gqa.interop.huggingface` writes the fields of grouped heads."""
-    layers = fields.size_or(fields.layers, "num_decoder_layers")
-    size = fields.size("d_kv")
-
-    def attentions(name: str) -> tuple[CachedLayer, ...]:
-        value = fields[name]
-        # One number holds for all layers; null stands for multi-head attention.
-        numbers = value if isinstance(value, list) else [value] * layers
-        if len(numbers) != layers:
-            raise ConfigError(name, value, f"use one number for each of the {layers} layers")
-        heads = [fields.heads if number is None else number for number in numbers]
-        for number in heads:
-            check_kv_heads(name, check_whole_number(name, number), fields.heads)
-        return tuple(CachedLayer(number, size, size) for number in heads)
-
-    self_attention = attentions("num_key_value_heads")
-    return Decoder(layers, fields.heads, self_attention, attentions("cross_num_key_value_heads"))

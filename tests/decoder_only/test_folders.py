@@ -119,6 +119,39 @@ def test_a_converted_model_is_converted_again_under_its_own_record(tmp_path):
             np.testing.assert_allclose(ours[name], array, atol=1e-6)
 
 
+def with_errors(change):
+    return lambda record: record | {"errors": change(record["errors"])}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record | {"errors": []}, "done and errors are no objects"),
+        (lambda record: record | {"done": 7}, "done and errors are no objects"),
+        (lambda record: record | {"done": {}}, "it has errors of 2 layers where 0 are finished"),
+        (with_errors(lambda x: {"0": x["0"]}), "it has errors of 1 layers where 2 are finished"),
+        (with_errors(lambda x: {"0": x["0"], "2": x["1"]}), "it has errors of 2 layers where 2"),
+        (with_errors(lambda x: x | {"0": 7}), "the errors of layer 0 are not those of k and v"),
+        (with_errors(lambda x: x | {"1": {"k": x["1"]["k"]}}), "the errors of layer 1 are not"),
+        *(
+            (
+                with_errors(lambda x, bad=bad: x | {"1": x["1"] | {"v": x["1"]["v"] | bad}}),
+                "the errors of v in layer 1 are ",
+            )
+            for bad in ({"norm": np.nan}, {"mean": -1.0}, {"mean": np.inf}, {"first": True},
+                        {"first": "1"}, {"svd": 1.0})
+        ),
+    ],
+)  # fmt: skip
+def test_a_record_with_errors_that_no_conversion_notes_is_damaged(tmp_path, change, message):
+    write_llama(tmp_path / "a")
+    quietly(tmp_path / "a", tmp_path / "b", 2)
+    path = tmp_path / "b" / RECORD
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=f"{RECORD} is damaged: {message}.*; delete .*/b and conve"):
+        quietly(tmp_path / "a", tmp_path / "b", 2)
+
+
 def test_half_written_files_of_a_killed_run_are_deleted(tmp_path):
     """Also those of a run that was killed before it had written its record."""
     write_llama(tmp_path / "a")

@@ -10,11 +10,13 @@ import time
 
 import pytest
 
+from configs import docstrings
 from experiments import pipeline
 from experiments.stages.folder import StageFolder
 from experiments.workdir import lock
 from gqa.checkpoints import checkpoint
 from gqa.evaluation import results
+from gqa.runtime.errors import UserError
 from tests.support.jobs import ENVIRONMENT, ROOT, TINY, command, differences, launch, outputs
 
 # What a sweep sets itself.
@@ -189,7 +191,20 @@ def test_any_checkpoint_can_be_scored_again(whole, files):
     )
     config = checkpoint.load_config(folder / "checkpoints")
     assert f"evaluate {config['task']}" in printed
-    assert "headline" in printed
+    header, *rows = [x.split() for x in printed.splitlines() if x.startswith(("task  ", "files  "))]
+    assert header == ["task", "metric", "score", "unit", "examples"]
+    assert {"headline", "test_loss", "bleu", "f1"} <= {row[1] for row in rows}
+    assert f"scores: {workdir / 'results.jsonl'}" in printed
+
+
+def test_a_report_without_the_text_says_what_is_missing(tmp_path, files):
+    """Without the text's hash in their keys, its results cannot be found among others."""
+    config = docstrings.get_config("pico")
+    settings = {key: str(value) if key in files else value for key, value in (TINY | files).items()}
+    config.update_from_flattened_dict(settings)
+    (tmp_path / "results.jsonl").touch()
+    with pytest.raises(UserError, match=f"^{tmp_path}/text: the text of this config is missing"):
+        pipeline.run(config, tmp_path, "report", pipeline.Options())
 
 
 def test_a_job_ended_in_every_stage_ends_the_same(whole, files, tmp_path):

@@ -11,7 +11,8 @@ import json
 import pytest
 
 from gqa.kv_cache.config_json import to_decoder
-from gqa.kv_cache.model_types import MODEL_TYPES, NESTED
+from gqa.kv_cache.model_types import MODEL_TYPES
+from gqa.kv_cache.nested_types import FLAT, NESTED
 
 pytestmark = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
@@ -60,6 +61,7 @@ SMALL = {
 }
 MIXED = ["full_attention", "sliding_attention", "sliding_attention"] * 2
 HYBRID = ["linear_attention", "full_attention", "linear_attention"] * 2
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 # What a type needs to be built at this size, or to have more than one kind of layer.
 NEEDS = {
     "bamba": {"attn_layer_indices": [1, 4]},
@@ -74,6 +76,8 @@ NEEDS = {
     "nemotron_h": {"sliding_window": None, "hybrid_override_pattern": "M-*EM*"},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 3},
+    "qwen2_5_vl_text": {"use_sliding_window": True, "max_window_layers": 4, **MROPE},
+    "qwen2_vl_text": {"use_sliding_window": True, "max_window_layers": 2, **MROPE},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 5},
     "smollm3": {"use_sliding_window": True},
 }
@@ -103,6 +107,9 @@ VARIANTS = [
     ("llama4_text", {"attention_chunk_size": 5}),
     ("llama4_text", {"no_rope_layers": [0, 1, 1, 1, 1, 0], "attention_chunk_size": 5}),
     ("nemotron_h", {"hybrid_override_pattern": "M*-M*E"}),
+    ("qwen2_vl_text", {"use_sliding_window": False}),
+    ("qwen2_5_vl_text", {"num_key_value_heads": None}),
+    ("qwen3_vl_moe_text", {"head_dim": None}),
     ("qwen3_next", {"full_attention_interval": 2}),
     ("qwen3_moe", {"use_sliding_window": True}),
     ("smollm3", {"no_rope_layers": [1, 1, 0, 0, 1, 1], "use_sliding_window": True}),
@@ -130,6 +137,10 @@ def build(config):
         kind = transformers.AutoModelForSpeechSeq2Seq
     elif config.is_encoder_decoder:
         kind = transformers.AutoModelForSeq2SeqLM
+    elif config.model_type in ("mllama", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
+        kind = transformers.AutoModelForImageTextToText
+    elif "_vl_" in config.model_type:
+        kind = transformers.AutoModel
     torch.manual_seed(0)
     return kind.from_config(config).eval(), json.loads(config.to_json_string())
 
@@ -183,7 +194,11 @@ def tabulated(decoder):
     return rows(decoder.self_attention, LENGTH), rows(decoder.cross_attention, inputs)
 
 
-@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name != "t5_gemma_module"])
+# Decoders that Transformers builds only as a part of a larger model; tests below build that.
+PARTS = ("t5_gemma_module", "mllama_text_model")
+
+
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name not in PARTS])
 def test_every_type_caches_what_transformers_does(model_type):
     config = small_config(model_type)
     model, written = build(config)
@@ -222,6 +237,55 @@ def test_t5gemma_has_windows_and_cross_attention():
     expected = allocated(model)
     assert len(expected[1]) == LAYERS
     assert tabulated(to_decoder(written)) == expected
+
+
+@pytest.mark.parametrize("layers", [None, [1, 4], []])
+def test_llama_with_vision_keeps_the_image_in_the_layers_that_attend_to_it(layers):
+    import torch
+
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_global_layers": 1, "max_num_tiles": 2}
+    vision |= {"attention_heads": 2, "intermediate_size": 8, "image_size": 28, "patch_size": 7}
+    vision |= {"intermediate_layers_indices": [0], "vision_output_dim": 32}
+    vision |= {"supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}
+    text = small_config("mllama_text_model", cross_attention_layers=layers)
+    model, written = build({"model_type": "mllama", "text_config": text, "vision_config": vision})
+
+    tokens = torch.arange(LENGTH)[None] + 3
+    tiles = torch.ones(1, 1, 2, dtype=torch.long)
+    with torch.no_grad():
+        cache = model(
+            input_ids=tokens,
+            pixel_values=torch.zeros(1, 1, 2, 3, 28, 28),
+            aspect_ratio_ids=torch.ones(1, 1, dtype=torch.long),
+            aspect_ratio_mask=tiles,
+            cross_attention_mask=torch.ones(1, LENGTH, 1, 2, dtype=torch.long),
+            use_cache=True,
+        ).past_key_values
+    crossed = [3] if layers is None else layers
+    rows = [(x.keys.shape[1], x.keys.shape[3], x.values.shape[3], x.keys.shape[2])
+            for x in cache.layers]  # fmt: skip
+    expected = (
+        [row for i, row in enumerate(rows) if i not in crossed],
+        [row for i, row in enumerate(rows) if i in crossed],
+    )
+    assert tabulated(to_decoder(written)) == expected
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_the_decoder_of_a_model_of_images_is_read_from_whole_files(model_type):
+    """Nested, as Transformers writes it, and flat, as older files of two types are."""
+    text = small_config(f"{model_type}_text")
+    del text["model_type"]
+    expected = tabulated(to_decoder(small_config(f"{model_type}_text")))
+    nested = {"model_type": model_type, "num_hidden_layers": 3, "vision_config": {"depth": 2}}
+    assert tabulated(to_decoder(nested | {"text_config": text})) == expected
+    if model_type in FLAT:
+        import transformers
+
+        flat = {"model_type": model_type, "vision_config": {"depth": 2}} | text
+        config = transformers.AutoConfig.for_model(**flat)
+        assert tabulated(to_decoder(flat)) == expected
+        assert tabulated(to_decoder(json.loads(config.to_json_string()))) == expected
 
 
 @pytest.mark.parametrize("model_type", [*MODEL_TYPES])

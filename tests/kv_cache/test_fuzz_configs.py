@@ -9,7 +9,8 @@ from gqa.decoder_only import layout
 from gqa.kv_cache import command
 from gqa.kv_cache.config_json import to_decoder
 from gqa.kv_cache.decoder import Decoder
-from gqa.kv_cache.model_types import MODEL_TYPES, NESTED
+from gqa.kv_cache.model_types import MODEL_TYPES
+from gqa.kv_cache.nested_types import NESTED
 from gqa.runtime.errors import UserError
 
 ODD = [

@@ -90,3 +90,33 @@ def test_without_a_place_for_it_nothing_is_kept(tmp_path):
     said, folder = run(XDG_CACHE_HOME=str(tmp_path / "file"))
     assert said.startswith("compiled programs are not kept: ")
     assert folder == "None"
+
+
+@pytest.mark.parametrize(
+    ("most", "kept"), [(25, "bcd"), (24, "cd"), (9, ""), (10, "d"), (99, "abcd")]
+)
+def test_compiled_programs_that_were_not_used_for_longest_are_deleted(
+    tmp_path, monkeypatch, most, kept
+):
+    """In the user's own folder, not in one that was named and may serve other programs."""
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(compilation_cache, "MAX_BYTES", most)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "gqa" / "compiled"
+    make_private(folder)
+    # Name, time of the last write, time of the last read, bytes.
+    for name, written, read, size in (
+        ("c", 1, 7, 5),
+        ("a", 2, 2, 9),
+        ("d", 8, 1, 10),
+        ("b", 4, 3, 10),
+    ):
+        (folder / name).write_bytes(bytes(size))
+        os.utime(folder / name, (read, written))
+
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", str(folder))
+    compilation_cache.enable()
+    assert len(os.listdir(folder)) == 4
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None)
+    compilation_cache.enable()
+    assert sorted(os.listdir(folder)) == [*kept]

@@ -175,6 +175,16 @@ def test_nodes_are_for_stages_that_share_the_work(monkeypatch, tmp_path):
     assert asked == dict(zip((*kinds, "gqa"), (4, 1, 4, 4, 4, 1, 1), strict=True))
 
 
+def test_a_damaged_outcome_does_not_pass_for_a_finished_stage(monkeypatch, tmp_path):
+    monkeypatch.setattr(slurm, "_Queue", lambda workdir: None)
+    monkeypatch.setattr(slurm, "check", lambda: None)
+    (each,) = stages = [stage("pretrain", 0)]
+    each.folder(tmp_path).path.mkdir(parents=True)
+    (each.folder(tmp_path).path / "done.json").write_text('{"records": [')
+    with pytest.raises(UserError, match=r"pretrain-\w+/done\.json is damaged; remove it to do"):
+        slurm.submit(stages, tmp_path, base.get_config().slurm.to_dict(), ["true"])
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -109,7 +109,7 @@ class Cluster:
             time.sleep(0.1)
 
     def finished(self, stages):
-        return all(s.folder(self.workdir).is_finished for s in stages)
+        return all(s.folder(self.workdir).read_outcome() is not None for s in stages)
 
     def left(self):
         """The jobs that are pending or running."""
