@@ -1,6 +1,6 @@
 """Mutations of valid files from strangers: a right result, or exit status 2 with one line.
 
-Each mutation is read in a process of its own, which has 2 GiB of memory and computes for 20 seconds.
+Each mutation is read in a process of its own, with 2 GiB of memory and 20 seconds of computing.
 By default each kind of file has a few mutations; GQA_FUZZ=1000 tries that many in all.
 """
 
@@ -69,7 +69,6 @@ from gqa.__main__ import run_command
 from gqa.runtime import command_line
 
 def read(code, folder):
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     virtual = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (virtual + 4 * MEMORY,) * 2)  # stacks count, too
     names = {"folder": folder, "os": os, "jax": jax, "np": np, "run_command": run_command}
@@ -80,6 +79,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         # Other processes may use the cores, so the clock bounds only what waits for ever.
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         signal.alarm(30 * SECONDS)
         output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(output, 1)

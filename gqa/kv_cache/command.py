@@ -45,7 +45,7 @@ def describe(
     # and the same number of them.
     layer = decoder.attentions[0]
     uniform = len(set(decoder.self_attention)) == 1 and len(set(decoder.attentions)) == 1
-    uniform = uniform and decoder.expanded is None
+    uniform = uniform and decoder.expanded is None and not _attends_in_turn(decoder)
     rows = [["KV heads", *(["vectors / layer"] if uniform else []), "a sequence", "the batch"]]
     rows[0] += ["to MHA", *([f"sequences in {memory:g} GiB"] if memory else [])]
 
@@ -62,6 +62,11 @@ def describe(
     return "\n".join([title, *table, *([decoder.note] if decoder.note else []), *last])
 
 
+def _attends_in_turn(decoder: Decoder) -> bool:
+    """Return whether a layer attends either to the text or to the input (Llama 3.2 Vision)."""
+    return 0 < len(decoder.cross_attention) == decoder.layers - len(decoder.self_attention)
+
+
 def _multi_head(decoder: Decoder) -> Decoder:
     """Return the decoder as it were with keys and values for every query head."""
     if decoder.expanded is None:
@@ -76,6 +81,8 @@ def _sizes(decoder: Decoder) -> str:
     size = f" of {keys.pop()}" if len(keys) == 1 and decoder.expanded is None else ""
     text = f"{decoder.layers} layers, {decoder.heads} heads{size}"
     cached = len(decoder.self_attention)
+    if _attends_in_turn(decoder):
+        return f"{text}, {len(decoder.cross_attention)} of them attend to the input alone"
     # Hybrid models have layers without a cache; LongCat has two attentions in each layer.
     return text if cached == decoder.layers else f"{text}, {cached} attentions with a cache"
 

@@ -169,6 +169,37 @@ def test_whispers_encoder_has_its_own_length(capsys, tmp_path):
         run_command(["kv-cache", "Llama-2-7B", "--inputs-length=100"])
 
 
+def test_a_null_contradicts_no_other_name_of_a_size(tmp_path):
+    sizes = {"num_hidden_layers": None, "n_layer": 12, "num_attention_heads": 4, "d_model": None}
+    folder = write(tmp_path, model_type="llama", hidden_size=64, num_key_value_heads=2, **sizes)
+    decoder = find(folder)
+    assert (decoder.layers, decoder.heads, decoder.kv_heads) == (12, 4, 2)
+    write(tmp_path, model_type="llama", num_hidden_layers=3, n_layer=12)
+    with pytest.raises(UserError, match="num_hidden_layers=3 and n_layer=12 are names of one size"):
+        find(folder)
+    write(tmp_path, model_type="llama", num_hidden_layers=None)
+    with pytest.raises(UserError, match="num_hidden_layers=None; use a whole number"):
+        find(folder)
+
+
+def test_an_image_fixes_the_positions_of_llama_with_vision(capsys, tmp_path):
+    """560 / 14 = 40 patches a side and one position for the tile, in 4 tiles."""
+    vision = {"image_size": 560, "patch_size": 14, "max_num_tiles": 4}
+    folder = write(tmp_path, model_type="mllama", text_config={}, vision_config=vision)
+    run_command(["kv-cache", folder, "--length=1000"])
+    said = capsys.readouterr().out
+    assert "40 layers, 32 heads of 128, 8 of them attend to the input alone, bfloat16" in said
+    assert "vectors" not in said
+    assert "1000 positions after 6404 of input" in said
+    assert "the input is one image in all of its tiles" in said
+    decoder = find(folder)
+    assert decoder.cache_bytes(1000, 1, 2) == 2 * 2 * 8 * 128 * (32 * 1000 + 8 * 6404)
+    for fault in ({"image_size": "560"}, {"max_num_tiles": 0}, {"patch_size": None}):
+        write(tmp_path, model_type="mllama", text_config={}, vision_config=vision | fault)
+        with pytest.raises(UserError, match=next(iter(fault))):
+            find(folder)
+
+
 def test_the_object_of_the_decoder_counts_alone(tmp_path):
     """Sizes that it leaves out are its class's, not those of the object around it."""
     folder = write(
