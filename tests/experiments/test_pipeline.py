@@ -191,9 +191,10 @@ def test_any_checkpoint_can_be_scored_again(whole, files):
     )
     config = checkpoint.load_config(folder / "checkpoints")
     assert f"evaluate {config['task']}" in printed
-    header, *rows = [x.split() for x in printed.splitlines() if x.startswith(("task  ", "files  "))]
+    starts = ("task  ", f"{config['task']}  ")
+    header, *rows = [line.split() for line in printed.splitlines() if line.startswith(starts)]
     assert header == ["task", "metric", "score", "unit", "examples"]
-    assert {"headline", "test_loss", "bleu", "f1"} <= {row[1] for row in rows}
+    assert {"headline", "test_loss"} <= {row[1] for row in rows}
     assert f"scores: {workdir / 'results.jsonl'}" in printed
 
 
