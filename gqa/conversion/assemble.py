@@ -22,6 +22,9 @@ from gqa.model.transformer import cut
 
 # A covariance with a larger condition number has directions of which the batches say nothing.
 ILL_CONDITIONED = 1e9
+# With so many tokens for each of the D directions, that is no fault of the batches: the network
+# never uses these directions. A small vocabulary's embeddings, for example, span few of them.
+ENOUGH_TOKENS = 10
 
 # New kernels of each attention, by the first layer of each layer group of the new config.
 GroupKernels = dict[str, dict[int, dict]]
@@ -129,14 +132,16 @@ def layerwise_kernels(
             if new["key"].shape[1] != K and method in pooling.MEASURED:
                 new = _pruned(old, K, covariance)
             elif new["key"].shape[1] != K:
-                new, conditions[name, layer] = closed_form.convert_layer(
+                new, condition = closed_form.convert_layer(
                     old, K, method, space, covariance, shrinkage
                 )
+                if covariance.num_keys < ENOUGH_TOKENS * new_config.d_model:
+                    conditions[name, layer] = condition
             kernels[name][layer] = new
 
     # This finds out whether every layer had a covariance, before the worst of them is looked for.
     stacked = {name: _stack(params, new_config, name, layers) for name, layers in kernels.items()}
-    if conditions:  # "prune" inverts nothing
+    if conditions:
         _warn_if_ill_conditioned(conditions)
     return stacked
 
