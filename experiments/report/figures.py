@@ -132,9 +132,10 @@ def learning_curves(summary: Summary, folder: Path, shown: list[Variant]) -> str
         return None
 
     # Two panels stand beside each other: labels stand between them and need room.
-    rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(9.6, 2.8 * rows), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False).flatten()
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.8 * columns + 0.8, 2.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (title, curves) in zip(grid, panels.items(), strict=False):
         for i, points in curves.items():
             plot.line(axes, points, i, summary.title(shown[i]), markersize=4)

@@ -128,7 +128,8 @@ def label_lines(figure: Figure, *several: Axes) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             drawn = handle.lines[0] if hasattr(handle, "lines") else handle
             leader = {"arrowstyle": "-", "color": drawn.get_color(), "linewidth": 0.8}
-            leader |= {"relpos": (0, 0.5)}  # from the middle of the text's left side
+            # Dotted, because it is no data, and from the middle of the text's left side.
+            leader |= {"linestyle": ":", "relpos": (0, 0.5)}
             look = {"arrowprops": leader, "va": "center", "fontsize": LABEL_SIZE}
             label = safe_text.visible(label)
             label = label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"

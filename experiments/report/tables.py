@@ -9,7 +9,7 @@ DASH = "-"
 NARROWEST = 20  # characters of a wrapped first column
 # Of the HTML page (`html_page.STYLE`): pixels of its text's width, of a character of a table, and
 # of a cell's padding. A cell longer than WRAPPED characters takes several lines.
-PAGE_PIXELS, PIXELS, PADDING, WRAPPED = 1200, 7.2, 23, 36
+PAGE_PIXELS, PIXELS, PADDING, WRAPPED = 1200, 7.2, 23, 28
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

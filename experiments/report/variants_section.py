@@ -63,12 +63,12 @@ def _score_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             summary.title(variant),
-            *[_quality(summary, variant, task) for task in columns.values()],
             _seeds(summary, variant),
+            *[_quality(summary, variant, task) for task in columns.values()],
         ]
         for variant in summary.scored
     ]
-    return ["variant", *columns, "seeds"], rows
+    return ["variant", "seeds", *columns], rows
 
 
 def _quality_columns(summary: Summary) -> dict[str, str | None]:
