@@ -138,7 +138,8 @@ def _convert(heads: int, kv_heads: int) -> ConfigDict:
 
     # How the heads of a group become one head. mean, first, random, medoid, largest and prune
     # change keys and values alone; svd and procrustes change queries and output projections as
-    # well. weighted and fuse begin as the mean, and uptraining learns the weights.
+    # well. weighted and fuse begin as the mean, and uptraining learns the weights. none converts
+    # nothing: a network with the KV heads above is trained from scratch, for as many steps in all.
     convert.method = "mean"
     # What svd and procrustes preserve as well as possible: weight, activation, logit or attention.
     convert.space = "logit"

@@ -72,6 +72,10 @@ def run(capsys, tmp_path, monkeypatch):
         ((GQA8, "--config.convert.num_kv_heads_encoder=5"), "num_kv_heads_encoder=5"),
         ((GQA8, "--config.convert.method=median"), "convert.method='median'; use one of mean"),
         (
+            (GQA8, "--config.convert.method=none", "--config.convert.num_kv_heads_encoder=5"),
+            "convert.num_kv_heads_encoder=5 does not divide",
+        ),
+        (
             (GQA8, "--config.convert.where=encoder"),
             "where='encoder'; use one of self_attention, cross_attention, both",
         ),

@@ -1,5 +1,8 @@
 """Ways of converting, compared on one parent: the paper's Figure 4, and what uptraining each saves.
 
+The scored networks are also trained from scratch, with as many steps in all. This adds 6
+pretrainings and 6 networks to score, about 40 minutes.
+
 python launch.py --config=configs/sweeps/conversion.py --jobs=2   # nano, hours on two cores
 python launch.py --config=configs/sweeps/conversion.py:large      # the size of the paper's Figure 4
 """
@@ -41,5 +44,6 @@ def get_config(arg: str = ""):
         | {"methods": f"{CURVES},{NEAR_PARENT}", "kv_heads": (0, 4, 1), "alphas": alphas},
         scores=tuned
         | {"methods": "mean,svd-logit", "kv_heads": (0, 4, 1), "alphas": (0.0, 0.005, 0.05)},
+        scratch=tuned | {"methods": "none", "kv_heads": (4, 1)},
         figure4=tuned | {"methods": "mean,first,random", "kv_heads": (1,)},
     )

@@ -31,7 +31,7 @@ def sweep(name: str, arg: str, **grids: dict) -> ConfigDict:
         # Methods, separated by commas. A method's name may go on with settings that differ from the
         # base config: svd-activation (space), mean-strided-renorm (grouping, renorm), svd-8192
         # (calibration tokens), svd-sequential, svd-shrink0.1 (shrinkage),
-        # svd-logit-per_layer_budget, mean-kl1 (uptrain.beta).
+        # svd-logit-per_layer_budget, mean-kl1 (uptrain.beta). none: trained from scratch.
         axes.methods = config.convert.method
         axes.seeds = (config.seed,)
         # Tasks, separated by commas. Empty: those of finetune.tasks; none: networks are neither

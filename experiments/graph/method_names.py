@@ -2,14 +2,15 @@
 
 A name is a method, followed by a word for every setting that is not the default: `svd-logit`,
 `mean-strided-renorm`, `svd-logit-8192` (calibration tokens), `mean-kl1` (uptrain.beta),
-`svd-logit-shrink0.1`. Only what a user typed is parsed; a result record holds the settings, and
+`svd-logit-shrink0.1`. `none` names a network that was trained from scratch with the KV heads it
+has; no word goes with it. Only what a user typed is parsed; a result record holds the settings, and
 `experiments/stages/variant.py` derives the name from them.
 """
 
 import math
 from typing import Any
 
-from experiments.stages.variant import FLAGS
+from experiments.stages.variant import FLAGS, NOT_CONVERTED
 from gqa import conversion
 from gqa.runtime.errors import UserError
 
@@ -23,6 +24,11 @@ def keys(text: str) -> dict[str, Any]:
         UserError: naming the first word that is not known.
     """
     method, *words = text.split("-")
+    if method == NOT_CONVERTED and words:
+        raise UserError(
+            f"method {text!r}: {words[0]!r} says nothing, because nothing is converted; "
+            f"use {NOT_CONVERTED!r}"
+        )
     values: dict[str, Any] = {"convert.method": method}
     for word in words:
         if word in conversion.SPACES:

@@ -2,9 +2,11 @@
 
     pretrain (multi-head) ---------------------> finetune -> evaluate     a task each
         `-> convert -> uptrain ----------------> finetune -> evaluate     a task each
+    pretrain (grouped, for convert.method=none) -> uptrain -> finetune -> evaluate   a task each
     benchmark (both networks in turn; needs no checkpoint unless its KV heads differ by layer)
 
-Without uptraining the converted network is fine-tuned. Uptraining also reads the multi-head parent.
+Without uptraining the converted network is fine-tuned. Uptraining also reads the multi-head parent,
+unless it goes on with a network that was trained from scratch.
 
 A stage's key is a hash of its settings and its parents' keys, so a stage that several configs have
 in common is one stage, done once. This module alone turns config keys into settings; it must put
@@ -37,7 +39,7 @@ from experiments.stages.settings import (
     TrainOptions,
     UptrainSettings,
 )
-from experiments.stages.variant import Variant
+from experiments.stages.variant import NOT_CONVERTED, Variant
 from gqa import conversion
 from gqa.model.config import Config
 from gqa.runtime.mesh import Layout
@@ -66,8 +68,9 @@ def plan(
         reference: the config whose multi-head network is timed beside this one's; itself if None.
     """
     setup = make_setup(config)
-    pretrain = Stage("pretrain", _pretrain_settings(config, prepared), (), setup)
-    grouped = list(_grouped(config, pretrain))
+    pretrained = _pretrain_settings(config, prepared, _multi_head(config), parent_config(config))
+    pretrain = Stage("pretrain", pretrained, (), setup)
+    grouped = list(_grouped(config, prepared, pretrain))
     stages = [pretrain, *grouped]
     tasks = text.split_names(config.finetune.tasks)
     if not tasks:
@@ -117,7 +120,7 @@ def converted_config(config: ConfigDict) -> Config:
 
 
 def pretrain_recipe(config: ConfigDict) -> Recipe:
-    """Return how the multi-head parent is trained."""
+    """Return how the multi-head parent, or a network from scratch, is trained."""
     section = config.pretrain
     return Recipe(
         task=section.task,
@@ -165,33 +168,49 @@ def make_setup(config: ConfigDict) -> Setup:
     )
 
 
-def _pretrain_settings(config: ConfigDict, prepared: text.Text | None) -> PretrainSettings:
+def _pretrain_settings(
+    config: ConfigDict, prepared: text.Text | None, variant: Variant, model: Config
+) -> PretrainSettings:
     return PretrainSettings(
-        variant=_multi_head(config),
+        variant=variant,
         recipe=pretrain_recipe(config),
-        model=parent_config(config),
+        model=model,
         text=prepared and prepared.training_source(config.pretrain.task),
         vocabulary=prepared and prepared.tokenizer.hash,
         initial_checkpoint=initial_checkpoint.identity(config),
     )
 
 
-def _grouped(config: ConfigDict, pretrain: Stage) -> Iterator[Stage]:
-    """Yield conversion and uptraining, where the config asks for them."""
+def _grouped(config: ConfigDict, prepared: text.Text | None, pretrain: Stage) -> Iterator[Stage]:
+    """Yield the stages that lead to the network that is compared with the multi-head parent."""
     heads, alpha, beta = target_heads(config), config.uptrain.alpha, config.uptrain.beta
-    parents: tuple[Stage, ...] = (pretrain,)
+    parents: tuple[Stage, ...]
     how_converted: dict[str, Any] = {}
 
     # A network that keeps all its heads is not converted. With an alpha it is uptrained all the
     # same, as a control that shows what more training gives without a conversion.
-    if converts(config):
+    if not converts(config):
+        parents = (pretrain,)
+
+    # A network that is trained from scratch has the recipe of the multi-head parent, and its
+    # uptraining goes on with it. Together they have as many steps as pretraining and uptraining of
+    # a converted network, at the same learning rates. All alphas share the pretraining.
+    elif config.convert.method == NOT_CONVERTED:
+        variant, model = _variant(config, heads), converted_config(config)
+        settings = _pretrain_settings(config, prepared, variant, model)
+        from_scratch = Stage("pretrain", settings, (), pretrain.setup)
+        yield from_scratch
+        # It has no multi-head parent to be kept near to.
+        parents, beta = (from_scratch,), 0.0
+
+    else:
         how_converted = _conversion(config)
-        settings = ConvertSettings(
+        conversion_settings = ConvertSettings(
             variant=_variant(config, heads, **how_converted),
             optimizer=config.convert.optimizer,
             cache_lengths=_cache_lengths(config) if config.convert.per_layer_budget else None,
         )
-        converted = Stage("convert", settings, (pretrain,), pretrain.setup)
+        converted = Stage("convert", conversion_settings, (pretrain,), pretrain.setup)
         yield converted
         parents = (converted, pretrain)
 

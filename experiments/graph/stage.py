@@ -135,9 +135,11 @@ class Stage:
         words = [variant.size, f"{self_heads} KV heads"]
         words += [f"cross {cross_heads}"] if cross_heads != self_heads else []
         words += [variant.method_label] if variant.is_converted else []
+        # Timings depend neither on how the weights were reached nor on the seed.
+        timed = self.kind == "benchmark"
+        words += ["from scratch"] if variant.is_from_scratch and not timed else []
         words += [f"alpha {variant.alpha:g}"] if variant.alpha else []
-        # Timings depend on no seed.
-        words += [f"seed {variant.seed}"] if self.kind != "benchmark" else []
+        words += [f"seed {variant.seed}"] if not timed else []
         return words
 
 

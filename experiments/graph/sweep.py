@@ -15,6 +15,7 @@ from experiments.graph import method_names
 from experiments.graph.plan import WHERE, converts
 from experiments.graph.validate import check_keys, flatten
 from experiments.stages.text import split_names
+from experiments.stages.variant import NOT_CONVERTED
 from gqa.runtime.errors import UserError
 
 NO_TASKS = "none"  # instead of a list of tasks
@@ -93,7 +94,7 @@ def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
     for size in split_names(axes.sizes):
         base = _resized(config, size)
         heads = axes.kv_heads or _groups(base.model.num_heads)
-        lists = (heads, split_names(axes.where), split_names(axes.methods), axes.alphas, axes.seeds)
+        lists = (heads, split_names(axes.where), _methods(base, axes), axes.alphas, axes.seeds)
         for kv_heads, where, method, alpha, seed in itertools.product(*lists):
             point = _point(base)
 
@@ -105,6 +106,18 @@ def _grid(config: ConfigDict, grid: str) -> Iterator[ConfigDict]:
             point.uptrain.alpha, point.seed = alpha, seed
             point.finetune.tasks = tasks
             yield point
+
+
+def _methods(config: ConfigDict, axes: ConfigDict) -> tuple[str, ...]:
+    """Return the methods of a grid, without NOT_CONVERTED where pretraining is done already.
+
+    With a trained network in the place of pretraining, nothing can be trained from scratch beside
+    it. A grid that asks for nothing else keeps the method, and is refused.
+    """
+    names = split_names(axes.methods)
+    is_trained = any(config.init.values())
+    others = tuple(name for name in names if name != NOT_CONVERTED)
+    return others if is_trained and others else names
 
 
 def _check_numbers(name: str, values: tuple, example: tuple) -> None:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from experiments.graph.plan import WHERE, converted_config, parent_config, target_heads
 from experiments.stages import text
+from experiments.stages.variant import NOT_CONVERTED
 from gqa import conversion
 from gqa.data import tasks, tokenizer
 from gqa.data.examples import SPLITS
@@ -36,6 +37,9 @@ PATHS = (
     *("files.train", "files.validation", "files.test", "documents.train", "documents.validation"),
 )
 CHOICES = {
+    "convert.method": (*conversion.METHODS, NOT_CONVERTED),
+    "convert.space": conversion.SPACES,
+    "convert.grouping": conversion.GROUPINGS,
     "convert.optimizer": ("map", "reset"),
     "convert.where": tuple(WHERE),
     "evaluate.split": SPLITS,
@@ -147,6 +151,9 @@ def _check_conversion(config: ConfigDict) -> None:
     section = config.convert
     if section.per_layer_budget and config.mesh.model > 1:
         raise UserError("convert.per_layer_budget=True goes with mesh.model=1 alone")
+    if section.method == NOT_CONVERTED:
+        _check_from_scratch(config)
+        return
     # The library names its arguments, which are keys of this section.
     with renamed_fields("convert."):
         if section.per_layer_budget:
@@ -159,6 +166,18 @@ def _check_conversion(config: ConfigDict) -> None:
             section.grouping,
             section.renorm,
         )
+
+
+def _check_from_scratch(config: ConfigDict) -> None:
+    """Refuse numbers of KV heads that no network has, and a network that is trained already."""
+    for key, folder in config.init.items():
+        if folder:
+            raise UserError(
+                f"convert.method={NOT_CONVERTED!r} trains a network from scratch, but "
+                f"init.{key}={folder!r} is a trained one; use another method, or no init.{key}"
+            )
+    with renamed_fields("convert."):
+        converted_config(config)
 
 
 def _check_profile(config: ConfigDict) -> None:

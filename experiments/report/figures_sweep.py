@@ -97,7 +97,7 @@ def _draw_alpha_lines(summary, axes, lines):
     }
     ranked = sorted(lines, key=lambda key: (key.shape != key.parent, -lines[key][-1][1].value))
     for i, key in enumerate(key for key in lines if key in ranked[: plot.LINES]):
-        name = f"{key.network} {key.method_label}" if key.is_converted else key.network
+        name = f"{key.network} {key.method_label}" if key.is_converted else key.shape.label
         label, points = summary.sized(name, key), lines[key]
         if len(points) > 1:
             plot.line(axes, points, i, label)

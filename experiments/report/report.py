@@ -2,7 +2,7 @@
 
 This file puts sections and figures in order. The numbers come from `summary`, which averages over
 seeds with `estimate`; each section is a module (`how_many_heads`, `variants_section`,
-`learning_section`, `conversion_section`), and the figures are in `figures*`.
+`learning_section`, `conversion_section`, `stability_section`), and the figures are in `figures*`.
 """
 
 import os
@@ -22,6 +22,7 @@ from experiments.report import (
     paper,
     plot,
     safe_text,
+    stability_section,
     tables,
     variants_section,
 )
@@ -69,6 +70,7 @@ def run(
         learning_section.predictions(summary),
         learning_section.conversion(summary),
         conversion_section.section(summary),
+        stability_section.section(summary),
         _paper_section(),
         _provenance_section(summary, records),
     ]

@@ -1,4 +1,7 @@
-"""Train the multi-head parent from scratch, or take another program's checkpoint in its place."""
+"""Train a network from scratch, or take another program's checkpoint in its place.
+
+The network is the multi-head parent, or a grouped one that is compared with converted networks.
+"""
 
 import dataclasses
 from pathlib import Path

@@ -64,7 +64,7 @@ class InitialCheckpoint:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """The settings that determine the multi-head parent.
+    """The settings that determine a network that is trained from scratch, or taken over.
 
     Args:
         text: a hash of the pretraining text without the split test; None before it is prepared.
@@ -96,7 +96,7 @@ class ConvertSettings:
 
 @dataclass(frozen=True)
 class UptrainSettings:
-    """The settings that determine an uptraining; recipe and text are the multi-head parent's."""
+    """The settings that determine an uptraining; recipe and text are those of pretraining."""
 
     variant: Variant
 

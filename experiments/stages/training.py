@@ -156,14 +156,14 @@ def run_training(
             validate=lambda params: validation_loss(fold(params), data.validation()),
             mesh=job.mesh,
         )
-        rollbacks = loop.fit(computation, settings, data.batches, checkpoints, shown)
+        counts = loop.fit(computation, settings, data.batches, checkpoints, shown)
 
     # `fit` has closed the checkpoints. They are opened again to choose one of them by its loss,
     # because a run that was finished earlier has its losses only on disk.
     with checkpoint.Checkpoints(checkpoints, settings.keep_last) as saved:
         chosen = saved.best if spec.keep == "best" else saved.latest
         loss = saved.metric(chosen)
-    records = _records(loss, data.validation_size, chosen - spec.first_step, rollbacks)
+    records = _records(loss, data.validation_size, chosen - spec.first_step, counts)
     return Outcome(records + _curve(folder, spec.first_step), str(chosen))
 
 
@@ -221,9 +221,13 @@ def _compile(spec: _StepSpec) -> tuple[training_step.State, Callable]:
     return abstract, step
 
 
-def _records(loss: float, examples: int, steps: int, rollbacks: int) -> list[dict]:
-    records = [record("validation_loss", loss, NATS, n=examples), record("steps", steps, "steps")]
-    return records + ([record("rollbacks", rollbacks, "times")] if rollbacks else [])
+def _records(loss: float, examples: int, steps: int, counts: divergence.Counts) -> list[dict]:
+    return [
+        record("validation_loss", loss, NATS, n=examples),
+        record("steps", steps, "steps"),
+        record("loss_spikes", counts.spikes, "times"),
+        record("rollbacks", counts.rollbacks, "times"),
+    ]
 
 
 def _curve(folder: StageFolder, first_step: int) -> list[dict]:

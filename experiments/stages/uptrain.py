@@ -39,7 +39,8 @@ def run(
 ) -> Outcome:
     """Train the first of the parents; the last parent is the multi-head network.
 
-    A network that is not converted is uptrained, too, as a control: then there is one parent.
+    A network that was not converted has one parent: its own pretraining. It is uptrained as a
+    control, if it is multi-head, or as a network that is trained from scratch.
     """
     variant = settings.variant
     converted, origin = open_parent(parents[0]), open_parent(parents[-1])
@@ -79,6 +80,9 @@ def run(
     if pooling is not None:
         _save_folded(folder, outcome, pooling, converted, job)
 
+    # The divergence is that from a multi-head parent, which a network from scratch does not have.
+    if variant.is_from_scratch:
+        return outcome
     uptrained = open_parent(folder.checkpoints / str(outcome.checkpoint))
     divergence = _divergence(uptrained, origin, data, job)
     records = [*outcome.records, record("kl_to_parent", divergence, NATS)]

@@ -117,21 +117,26 @@ class Variant(Conversion):
     @property
     def label(self) -> str:
         """Name the variant as the paper does, and how it was reached: `GQA-8 mean, alpha 0.05`."""
-        # A grouped network that was not converted was trained with the KV heads that it has. A
-        # multi-head network needs no such word.
         name = self.network
         if self.is_converted:
             name += f" {self.method_label}"
-        elif self.shape != self.parent:
+        elif self.is_from_scratch:
             name += " from scratch"
         return f"{name}, alpha {self.alpha:g}" if self.is_converted or self.alpha else name
 
     @property
+    def is_from_scratch(self) -> bool:
+        """Return whether a grouped network was trained with its KV heads from the first step on.
+
+        A multi-head network is not called so, because its weights have no other way to be reached.
+        """
+        return not self.is_converted and self.shape != self.parent
+
+    @property
     def origin(self) -> str:
-        """Say how the weights were reached: `mean, alpha 0.05`, or `from scratch`."""
-        if self.is_converted:
-            return f"{self.method_label}, alpha {self.alpha:g}"
-        return "from scratch"
+        """Say how the weights were reached, as `mean, alpha 0.05` or `from scratch, alpha 0.05`."""
+        way = self.method_label if self.is_converted else "from scratch"
+        return f"{way}, alpha {self.alpha:g}" if self.is_converted or self.alpha else way
 
     @property
     def network(self) -> str:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from gqa.runtime.errors import DivergedError
 
-NEW = {"count": 0, "mean": 0.0, "rollbacks": 0}  # the state of a guard that has seen no loss
+# The state of a guard that has seen no loss.
+NEW = {"count": 0, "mean": 0.0, "spikes": 0, "rollbacks": 0}
 WINDOW = 100  # steps over which the running mean forgets
 LEAST = 20  # losses that the mean needs before it can call another one a spike
 
@@ -32,6 +33,19 @@ class Settings(NamedTuple):
     spike: float = 3.0
 
 
+class Counts(NamedTuple):
+    """How often training was unstable.
+
+    Args:
+        spikes: finite losses more than `Settings.spike` above the running mean.
+        rollbacks: returns to an earlier checkpoint, because of a spike or a loss that is not
+            finite.
+    """
+
+    spikes: int
+    rollbacks: int
+
+
 class BadLoss(Exception):
     """A step's loss is not finite or a spike.
 
@@ -47,7 +61,7 @@ class BadLoss(Exception):
 
 
 class Guard:
-    """Watches the losses of one run, and counts its rollbacks.
+    """Watches the losses of one run, and counts its spikes and rollbacks.
 
     Example with the defaults: the mean of the last 100 losses or so is 2.0. A loss of 5.1 is a
     spike, because it is more than 3.0 nats above the mean.
@@ -59,24 +73,28 @@ class Guard:
 
     def get_state(self) -> dict:
         """Return the running mean and the counts as JSON, so that a resumed run decides alike."""
-        return {"count": self._count, "mean": self._mean, "rollbacks": self.rollbacks}
+        return {"count": self._count, "mean": self._mean, **self.counts._asdict()}
 
     def set_state(self, state: dict) -> None:
         """Go on from a state that `get_state` returned."""
+        # Checkpoints of an earlier version counted no spikes.
+        state = NEW | state
         self._count, self._mean = state["count"], state["mean"]
-        self.rollbacks = state["rollbacks"]
+        self.counts = Counts(state["spikes"], state["rollbacks"])
 
     def check(self, step: int, loss: float, position: dict) -> None:
         """Add the loss of a step, in nats per token, to the running mean.
 
         Raises:
-            BadLoss: if the loss is not finite or a spike; the mean then stays as it was.
+            BadLoss: if the loss is not finite or a spike, which is counted; the mean then stays as
+                it was.
         """
         if not math.isfinite(loss):
             raise BadLoss(step, f"the loss is {loss}", position)
 
         above = loss - self._mean
         if 0 < self._settings.spike < above and self._count >= LEAST:
+            self.counts = self.counts._replace(spikes=self.counts.spikes + 1)
             problem = f"the loss is {loss:.3f}, {above:.3f} above its mean of {self._mean:.3f}"
             raise BadLoss(step, problem, position)
 
@@ -102,14 +120,15 @@ class Guard:
                 rollback_allowed=True,
             )
 
-        if self.rollbacks >= self._settings.max_rollbacks:
+        rollbacks = self.counts.rollbacks
+        if rollbacks >= self._settings.max_rollbacks:
             raise DivergedError(
-                f"{problem}, after {self.rollbacks} rollbacks; the last good checkpoint is "
+                f"{problem}, after {rollbacks} rollbacks; the last good checkpoint is "
                 f"{target}: lower the learning rate, or raise max_rollbacks",
                 bad_loss.step,
                 last_good,
                 rollback_allowed=False,
             )
 
-        self.rollbacks += 1
-        print(f"{problem}; rollback {self.rollbacks} to {target}, without the batches since")
+        self.counts = self.counts._replace(rollbacks=rollbacks + 1)
+        print(f"{problem}; rollback {rollbacks + 1} to {target}, without the batches since")

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.runtime import distributed, signals
 from gqa.runtime.sharding import place
-from gqa.training.divergence import NEW, BadLoss, Guard, Settings
+from gqa.training.divergence import NEW, BadLoss, Counts, Guard, Settings
 from gqa.training.progress import Progress
 from gqa.training.training_step import State
 
@@ -71,7 +71,7 @@ class RunSettings:
 
 def fit(
     computation: Computation, settings: RunSettings, batches: Any, folder: Path, progress: Progress
-) -> int:
+) -> Counts:
     """Train until `state.step` is `settings.steps`, and leave checkpoints in `folder`.
 
     The loop validates and saves every `settings.every` steps and at the end. If `folder` has
@@ -84,7 +84,7 @@ def fit(
         folder: holds the last `settings.keep_last` checkpoints and the best one.
 
     Returns:
-        The number of rollbacks.
+        The numbers of loss spikes and rollbacks, which are those of an uninterrupted run.
 
     Raises:
         DivergedError: at a loss from which training may not go on; it names the step.
@@ -102,7 +102,7 @@ def fit(
         while True:
             try:
                 run.train()
-                return run.guard.rollbacks
+                return run.guard.counts
             except BadLoss as bad_loss:
                 run.roll_back(bad_loss)
 
@@ -156,12 +156,12 @@ class _Run:
         self.guard.count_rollback(self._progress.name, bad_loss, target)
         self._checkpoints.discard_after(good)
 
-        # The running mean restarts with the parameters; the number of rollbacks does not, because
-        # it limits the whole run.
-        rollbacks = self.guard.rollbacks
+        # The running mean restarts with the parameters; the counts do not, because they are of the
+        # whole run.
+        counts = self.guard.counts
         self.guard.set_state(NEW)
         self.resume(good)
-        self.guard.rollbacks = rollbacks
+        self.guard.counts = counts
         self._batches.set_state(bad_loss.position)
 
     def train(self) -> None:

@@ -33,7 +33,7 @@ KEYS = {key: value for key, value in flatten(base.get_config()) if not key.start
 NAMES = CHOICES | {
     "experiment": ("pipeline",),
     "compare": ("", "mean@0,svd@0", " first , svd-weight@.5"),
-    "convert.method": tuple(conversion.CLOSED),
+    "convert.method": (*conversion.CLOSED, "none"),
     "convert.space": tuple(conversion.SPACES),
     "convert.grouping": tuple(conversion.GROUPINGS),
     "model.activation": (GATED_GELU, RELU),

@@ -115,16 +115,20 @@ def test_a_sweep_does_what_is_not_done_yet(whole, files, tmp_path):
     """Two stages at a time, beside what the single job has left."""
     workdir = shutil.copytree(whole[0], tmp_path / "runs")
     before = {folder.name for folder in (workdir / "stages").iterdir()}
-    sweep = {"sweep.groups.kv_heads": "2,1", "sweep.groups.alphas": 0.5}
+    axes = {"kv_heads": "2,1", "alphas": 0.5, "methods": "mean,none", "tasks": "files"}
+    sweep = {f"sweep.groups.{axis}": value for axis, value in axes.items()}
     kept = {key: value for key, value in TINY.items() if key not in ONE_POINT}
     printed = launch(workdir, kept | files | sweep, "--jobs=2", config="configs/sweeps/groups.py")
     new = [f.name.split("-")[0] for f in (workdir / "stages").iterdir() if f.name not in before]
-    once = ["benchmark", "convert", "uptrain"]
-    assert sorted(new) == sorted([*once, *["evaluate", "finetune"] * 2])
+    converted = ["benchmark", "convert", "uptrain", "evaluate", "finetune"]
+    from_scratch = ["pretrain", "uptrain", "evaluate", "finetune"]
+    assert sorted(new) == sorted([*converted, *from_scratch * 2])
     assert "pretrain (nano, 4 KV heads, seed 0): done before" in printed
-    assert "1 of 19 stages left, about " in printed
+    assert "1 of 21 stages left, about " in printed
     report = (workdir / "report.md").read_text()
-    assert "MQA" in report
+    assert "MQA mean, alpha 0.5" in report
+    assert "MQA from scratch, alpha 0.5" in report
+    assert "Stability of training" in report
     assert "How many KV heads?" in report
     assert "<table" in (workdir / "report.html").read_text()
     titles = {path.name for path in (workdir / "tensorboard").iterdir()}

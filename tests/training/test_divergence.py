@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gqa.runtime.errors import DivergedError
-from gqa.training.divergence import NEW, BadLoss, Guard, Settings
+from gqa.training.divergence import NEW, BadLoss, Counts, Guard, Settings
 
 
 def fed(losses, **settings):
@@ -66,7 +66,7 @@ def test_a_spike_leaves_the_mean_and_says_how_far_it_is_above():
     before = guard.get_state()
     with pytest.raises(BadLoss, match=r"the loss is 6\.000, 5\.000 above its mean of 1\.000"):
         guard.check(26, 6.0, {})
-    assert guard.get_state() == before
+    assert guard.get_state() == before | {"spikes": 1}
 
 
 def test_the_mean_is_exact_for_a_hundred_steps_and_then_forgets():
@@ -81,13 +81,18 @@ def test_the_mean_is_exact_for_a_hundred_steps_and_then_forgets():
 
 def test_a_state_that_is_restored_decides_alike():
     guard = fed([2.0] * 20)
-    guard.rollbacks = 2
+    guard.counts = Counts(5, 2)
     other = Guard(guard._settings)
     other.set_state(guard.get_state())
     assert other.get_state() == guard.get_state()
-    assert other.rollbacks == 2
+    assert other.counts == (5, 2)
     assert is_spike(other, 6.0)
-    assert Guard(Settings()).get_state() == NEW == {"count": 0, "mean": 0.0, "rollbacks": 0}
+    start = {"count": 0, "mean": 0.0, "spikes": 0, "rollbacks": 0}
+    assert Guard(Settings()).get_state() == NEW == start
+
+    # A checkpoint of an earlier version counted no spikes.
+    other.set_state({"count": 20, "mean": 2.0, "rollbacks": 1})
+    assert other.counts == (0, 1)
 
 
 def test_rollbacks_are_allowed_as_often_as_the_setting_says(capsys):
@@ -96,7 +101,7 @@ def test_rollbacks_are_allowed_as_often_as_the_setting_says(capsys):
     guard = Guard(Settings(on_divergence="rollback", max_rollbacks=2))
     for count in (1, 2):
         guard.count_rollback("run", bad_loss, last_good)
-        assert guard.rollbacks == count
+        assert guard.counts == (0, count)
         assert f"rollback {count} to checkpoint 6" in capsys.readouterr().out
 
     problem = "run: the loss is nan at step 9, after 2 rollbacks"

@@ -127,7 +127,7 @@ def test_an_interruption_is_never_the_best(tmp_path):
 
 @pytest.mark.parametrize("poison", [{4: NAN}, {1: NAN}, {6: NAN}, {5: NAN, 7: NAN, 8: NAN}])
 def test_a_rollback_skips_the_batches_since_the_last_checkpoint(tmp_path, poison):
-    rollbacks = toy.fit(tmp_path, 9, 3, poison=poison, settings=ROLLBACK)
+    spikes, rollbacks = toy.fit(tmp_path, 9, 3, poison=poison, settings=ROLLBACK)
     actual = toy.outcome(tmp_path)["checkpoints"][9]
     state, batches, step, used = toy.start(), toy.Batches(), 0, []
     kept, expected_rollbacks = (0, state, []), 0
@@ -145,6 +145,7 @@ def test_a_rollback_skips_the_batches_since_the_last_checkpoint(tmp_path, poison
             host = type(state)(step, *({k: np.array(v) for k, v in x.items()} for x in state[1:]))
             kept = (step, host, list(used))
     assert rollbacks == expected_rollbacks > 0
+    assert spikes == 0  # a loss that is not finite is no spike
     assert actual["guard"]["rollbacks"] == rollbacks
     assert actual["data"] == {"position": used[-1]}
     np.testing.assert_array_equal(actual["params"]["w"], state.params["w"])
@@ -161,11 +162,11 @@ def test_rollbacks_of_a_run_that_was_ended_are_the_same(whole, tmp_path, end, po
         end(at)(len(seen))
 
     options = {"poison": poison, "settings": ROLLBACK}
-    rollbacks, expected = whole(8, 3, **options)
+    counts, expected = whole(8, 3, **options)
     with pytest.raises((Killed, signals.Interrupted)):
         toy.fit(tmp_path / "parts", 8, 3, **options, alive=alive)
     again()
-    assert toy.fit(tmp_path / "parts", 8, 3, **options) == rollbacks
+    assert toy.fit(tmp_path / "parts", 8, 3, **options) == counts
     toy.assert_same(toy.outcome(tmp_path / "parts"), expected)
 
 
@@ -176,7 +177,7 @@ def test_a_run_that_a_nan_stopped_goes_on_with_rollback(tmp_path):
         toy.fit(tmp_path / "parts", 8, 3, poison={5: NAN})
     assert e.value.rollback_allowed
     assert toy.outcome(tmp_path / "parts")["checkpoints"][3]["data"] == {"position": 3}
-    assert toy.fit(tmp_path / "parts", 8, 3, poison={5: NAN}, settings=ROLLBACK) == 1
+    assert toy.fit(tmp_path / "parts", 8, 3, poison={5: NAN}, settings=ROLLBACK) == (0, 1)
     toy.fit(tmp_path / "whole", 8, 3, poison={5: NAN}, settings=ROLLBACK)
     toy.assert_same(toy.outcome(tmp_path / "parts"), toy.outcome(tmp_path / "whole"))
 
@@ -197,15 +198,15 @@ def test_nothing_is_saved_of_a_step_that_went_wrong(tmp_path):
 
 @pytest.mark.parametrize("at", [0, 24, 25, 30, 31])
 def test_a_spike_is_told_from_the_losses_before_also_after_a_kill(whole, tmp_path, at):
-    options = {"poison": {31: 5.0}, "settings": ROLLBACK._replace(spike=3.0)}
-    rollbacks, expected = whole(36, 6, **options)
-    assert rollbacks == 1
+    options = {"poison": {31: 5.0, 33: NAN}, "settings": ROLLBACK._replace(spike=3.0)}
+    counts, expected = whole(36, 6, **options)
+    assert counts == (1, 2)
     if at:
         with pytest.raises(Killed):
             toy.fit(tmp_path / "parts", 36, 6, **options, alive=kill_at(at))
-    toy.fit(tmp_path / "parts", 36, 6, **options)
+    assert toy.fit(tmp_path / "parts", 36, 6, **options) == counts
     toy.assert_same(toy.outcome(tmp_path / "parts"), expected)
 
 
 def test_spikes_are_ignored_if_wished(tmp_path):
-    assert toy.fit(tmp_path, 36, 6, poison={31: 5.0}) == 0
+    assert toy.fit(tmp_path, 36, 6, poison={31: 5.0}) == (0, 0)

@@ -306,3 +306,51 @@ def test_results_name_the_heads_of_each_attention():
     ]
     assert converted.variant.num_kv_heads == 16
     assert converted.variant.num_kv_heads_cross_attention == 8
+
+
+def test_a_network_from_scratch_has_its_own_pretraining_and_as_many_steps():
+    def of(kind, planned):
+        return [stage for stage in planned if stage.kind == kind]
+
+    converted, planned = stages(), stages(**{"convert.method": "none"})
+    kinds = {stage.kind for stage in planned}
+    assert kinds == {"pretrain", "uptrain", "finetune", "evaluate", "benchmark"}
+
+    # Parent, text, vocabulary and recipe are those of the converted network; the heads are grouped.
+    parent, own = of("pretrain", planned)
+    assert parent.key == of("pretrain", converted)[0].key
+    assert own.settings == replace(
+        parent.settings,
+        variant=own.variant,
+        model=replace(
+            parent.settings.model, num_kv_heads_self_attention=8, num_kv_heads_cross_attention=8
+        ),
+    )
+    (uptrained,) = of("uptrain", planned)
+    assert uptrained.parents == (own,)
+    assert [s.variant.label for s in (own, uptrained)] == [
+        *("GQA-8 from scratch", "GQA-8 from scratch, alpha 0.05"),
+    ]
+    assert uptrained.label == "uptrain (nano, 8 KV heads, from scratch, alpha 0.05, seed 0)"
+    assert {s.parents[0].key for s in of("finetune", planned)} == {parent.key, uptrained.key}
+    assert of("benchmark", planned)[0].key == of("benchmark", converted)[0].key
+
+    # All alphas share the pretraining, and without an alpha it is all.
+    other = stages(**{"convert.method": "none", "uptrain.alpha": 0.0})
+    assert {own.key} == {s.key for s in of("pretrain", other)} - {parent.key}
+    assert of("uptrain", other) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"convert.space": "weight"},
+        {"convert.grouping": "act_cos", "convert.calibration_tokens": 9},
+        {"convert.renorm": True, "convert.sequential": True, "convert.shrinkage": 0.5},
+        {"convert.per_layer_budget": True, "convert.optimizer": "reset"},
+        {"uptrain.beta": 1.0},
+    ],
+)
+def test_settings_of_a_conversion_are_no_part_of_a_network_from_scratch(change):
+    plain = keys(**{"convert.method": "none"})
+    assert keys(**{"convert.method": "none"} | change) == plain

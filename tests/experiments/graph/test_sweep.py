@@ -57,6 +57,7 @@ def compared(text, kv_heads=8, **settings):
         ("mean,mean@0.05,svd@0,svd-logit@0.0", {}, [("svd", "logit", 0.0)]),
         ("mean@0", {"uptrain.alpha": 0.0}, []),
         ("mean@0,svd@0", {"kv_heads": 16}, []),  # converts nothing
+        ("none,none@0", {}, [("none", "logit", 0.05), ("none", "logit", 0.0)]),
         ("svd@0", {"convert.num_kv_heads_encoder": 8, "kv_heads": 16}, [("svd", "logit", 0.0)]),
     ],
 )
@@ -87,6 +88,7 @@ def test_comparisons_share_stages_with_the_config_and_change_none_of_its_keys():
         ("mean@2", "'mean@2': uptrain.alpha=2.0; use a fraction from 0 to 1"),
         ("mean@-1", "'mean@-1': uptrain.alpha=-1.0; use 0 or more"),
         ("mean@x", "'mean@x': 'x' is no alpha; use a fraction from 0 to 1, as in mean@0.05"),
+        ("none-kl1", "'none-kl1': method 'none-kl1': 'kl1' says nothing, because nothing is"),
         ("fuse-renorm", "'fuse-renorm': convert.renorm=True does not go with 'fuse'"),
     ],
 )
@@ -122,20 +124,25 @@ def test_a_grid_is_every_combination():
 
 
 def test_groups_has_every_divisor():
-    assert [p[1] for p in points(get("groups"))] == [8, 4, 2, 1]
-    assert [p[1] for p in points(get("groups", "base"))] == [6, 4, 3, 2, 1]
+    both = ["mean", "none"]  # converted, and trained from scratch
+    assert [p[1:3] for p in points(get("groups"))] == [(K, m) for K in (8, 4, 2, 1) for m in both]
+    assert [p[1] for p in points(get("groups", "base"))][::2] == [6, 4, 3, 2, 1]
     config = get("groups")
-    config.sweep.groups.kv_heads = (4,)
+    config.sweep.groups.kv_heads, config.sweep.groups.methods = (4,), "mean"
     config.sweep.groups.tasks = "parameter_qa"
     assert points(config) == [("nano", 4, "mean", 0.05, 0, "parameter_qa")]
 
 
 def test_alpha_has_the_papers_lines():
-    found = points(get("alpha"))
+    config = get("alpha")
+    from_scratch = [p[1:4] for p in points(config) if p[2] == "none"]
+    assert from_scratch == [(K, "none", alpha) for K in (8, 1) for alpha in (0.0, 0.05)]
+    del config.unlock().sweep.scratch
+    found = points(config)
     assert len(found) == 15
     assert {p[1] for p in found} == {16, 8, 1}
     assert {p[3] for p in found} == {0.0, 0.01, 0.02, 0.05, 0.1}
-    stages = merge(plan(point, None) for point in sweep.expand(get("alpha")))
+    stages = merge(plan(point, None) for point in sweep.expand(config))
     assert sum(s.kind == "pretrain" for s in stages) == 1
     assert sum(s.kind == "convert" for s in stages) == 2  # MHA stays as it is
     assert sum(s.kind == "uptrain" for s in stages) == 12  # none of no steps
@@ -147,7 +154,7 @@ def test_conversion_has_every_method_of_the_paper():
     for method in ("mean", "first", "random"):
         assert {p[4] for p in scored if p[1:4] == (1, method, 0.05)} == {0, 1, 2}
     ours = {p[2] for p in found}
-    assert ours == set(METHODS)
+    assert ours == {*METHODS, "none"}
     curve = {p[3] for p in found if p[1:3] == (4, "svd")}
     assert curve == {0, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1}
 
@@ -156,7 +163,9 @@ def test_table1_has_two_sizes():
     found = [p[:4] for p in points(get("table1", "xxl"))]
     assert found == [
         ("xxl", 8, "mean", 0.05),
+        ("xxl", 8, "none", 0.05),
         ("xxl", 1, "mean", 0.05),
+        ("xxl", 1, "none", 0.05),
         ("large", 16, "mean", 0.0),
     ]
     with pytest.raises(UserError, match="size='small' has no smaller one; use one of nano, mini"):
@@ -167,7 +176,7 @@ def test_another_size_has_its_own_recipe_and_what_the_user_changed():
     config = get("table1", "mini")
     config.finetune.steps = 7
     config.model.remat = "full"
-    large, _, small = sweep.expand(config)
+    large, *_, small = sweep.expand(config)
     assert (large.size, small.size) == ("mini", "nano")
     assert large.name == small.name == config.name != base.get_config("nano").name
     assert large.finetune.steps == small.finetune.steps == 7
@@ -194,6 +203,19 @@ def test_what_cannot_vary_is_refused(key, value, message):
     config.sweep.alpha[key] = value
     with pytest.raises(UserError, match=message):
         sweep.expand(config)
+
+
+def test_nothing_is_trained_from_scratch_beside_a_trained_network():
+    """A sweep leaves such points out, unless they are all that a grid asks for."""
+    config = get("groups")
+    config.init.t5x = "checkpoint"
+    assert {p[2] for p in points(config)} == {"mean"}
+    config.sweep.groups.methods = "none"
+    assert {p[2] for p in points(config)} == {"none"}
+    with pytest.raises(
+        UserError, match=r"^config.compare: 'none': convert.method='none' trains a n"
+    ):
+        sweep.expand(compared("none", **{"init.t5x": "checkpoint"}))
 
 
 def test_attentions_are_converted_as_the_grid_says():

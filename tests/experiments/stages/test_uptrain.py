@@ -22,7 +22,7 @@ SETTINGS = {key: value for key, value in TINY.items() if key not in OURS}
 SETTINGS["pretrain.steps"] = 2
 SETTINGS["model.num_decoder_layers"] = 2
 for grid, methods, alphas in (
-    ("larger", "mean", "0.5,1.0"),
+    ("larger", "mean,none", "0.5,1.0"),
     ("smaller", "weighted-random,fuse,mean-kl9,mean-weight-per_layer_budget", "1.0,"),
 ):
     axes = {
@@ -111,6 +111,24 @@ def test_a_cache_spread_over_layers_is_trained(workdir):
     assert sum(heads["self_attention"]) * 4 + sum(heads["cross_attention"]) * 16 <= 2 * 2 * (4 + 16)
     assert len({*heads["self_attention"], *heads["cross_attention"]}) > 1
     assert records["steps"] == 2
+
+
+def test_a_network_from_scratch_is_trained_as_an_uptrained_one(workdir):
+    """As many steps in all, with the same recipe, from which the rate of a step follows."""
+    found = stages(workdir)
+    (from_scratch, records), (mean, _) = found["none", 1.0], found["mean", 1.0]
+    own, other = (checkpoint.load_config(f.checkpoints / "4") for f in (from_scratch, mean))
+    assert (own["recipe"], own["model"]) == (other["recipe"], other["model"])
+
+    # It builds on its own pretraining, whose first network has grouped heads already.
+    (pretrained,) = from_scratch.read_description().parents
+    arrays = outputs(workdir, like=workdir)
+    keys = arrays[f"{pretrained}['params']['decoder']['layers']['self_attention']['key']"]
+    assert keys.shape == (2, 16, 2, 4)
+
+    # The divergence from a multi-head parent says nothing of it.
+    assert "kl_to_parent" not in records
+    assert (records["steps"], records["loss_spikes"], records["rollbacks"]) == (2, 0, 0)
 
 
 def test_validation_is_of_the_plain_heads(workdir):
