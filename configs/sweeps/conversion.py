@@ -10,8 +10,8 @@ python launch.py --config=configs/sweeps/conversion.py:large      # the size of 
 from configs.sweeps.grid import sweep
 
 CLOSED = (
-    "mean,mean-renorm,first,random,medoid,largest,"
-    "procrustes,procrustes-weight,svd-weight,svd-activation,svd-logit"
+    "mean,mean-renorm,first,random,medoid,largest,prune,"
+    "procrustes,procrustes-weight,svd-weight,svd-activation,svd-logit,svd-attention"
 )
 CURVES = "mean,first,random,procrustes,svd-weight,svd-activation,svd-logit,weighted,fuse"
 NEAR_PARENT = "mean-kl1,svd-logit-kl1"
