@@ -121,6 +121,43 @@ def test_what_the_system_refuses_is_told_with_its_path(number):
     assert command_line.describe_failure(error)[1].startswith(f"error: {os.strerror(number)}; ")
 
 
+def test_links_in_a_circle_are_told_in_one_line(tmp_path, capsys):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert command_line.status((loop / "x").resolve) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {loop / 'x'}: its links lead in a circle; choose another path\n"
+
+
+@pytest.mark.parametrize("name", ["JAX_ENABLE_X64", "JAX_DISABLE_JIT", "JAX_DEBUG_NANS"])
+def test_a_variable_that_jax_does_not_understand_is_named(name):
+    code = (
+        "import sys; from gqa.runtime import command_line;"
+        "sys.exit(command_line.status(lambda: __import__('jax')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {name: "maybe"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: invalid truth value 'maybe' for environment")
+    assert done.stderr.endswith(f"'{name}'; unset it or correct it\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_was_deleted_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert command_line.status(lambda: Path("x").absolute()) == 2
+    said = capsys.readouterr().err
+    assert said == "error: the current folder has been deleted; change to another one\n"
+    os.chdir(ROOT)
+
+
 def test_ctrl_c_during_imports_has_its_status():
     assert command_line.describe_failure(KeyboardInterrupt())[0] == 130
 

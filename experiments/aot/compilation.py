@@ -23,10 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqa.aot import chips
 from gqa.aot.chips import Target
+from gqa.data import text_lines
 from gqa.inference.step import Inference, Memory
 from gqa.kv_cache import weight_shapes
 from gqa.model.config import Config
-from gqa.runtime import atomic_files, sharding
+from gqa.runtime import atomic_files, regular_files, sharding
 from gqa.runtime.errors import UserError
 from gqa.runtime.mesh import Layout, make_mesh
 from gqa.training import optimizer, training_step
@@ -208,17 +209,38 @@ class Compiler:
             versions = f"{jax.__version__} {self.target} {self.mesh.shape}"
             key = hashlib.sha256(f"{versions} {lowered.as_text()}".encode()).hexdigest()[:20]
             numbers, text = self.folder / f"{key}.json", self.folder / f"{key}.hlo.gz"
-            if numbers.exists() and text.exists():
-                fields = json.loads(numbers.read_text())
-                return Compiled(**fields, text=gzip.decompress(text.read_bytes()).decode())
-
+            earlier = kept(numbers, text)
+            if earlier is not None:
+                return earlier
             compiled = _compile(lowered)
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_files.write(text, gzip.compress(compiled.text.encode(), mtime=0))
-        fields = {name: value for name, value in compiled._asdict().items() if name != "text"}
-        atomic_files.write(numbers, json.dumps(fields))
+        keep(compiled, numbers, text)
         return compiled
+
+
+def keep(compiled: Compiled, numbers: Path, text: Path) -> None:
+    """Write a program: its text to a compressed file, and all else as JSON."""
+    atomic_files.write(text, gzip.compress(compiled.text.encode(), mtime=0))
+    fields = {name: value for name, value in compiled._asdict().items() if name != "text"}
+    atomic_files.write(numbers, json.dumps(fields))
+
+
+def kept(numbers: Path, text: Path) -> Compiled | None:
+    """Read a program that `keep` wrote; None if there is none, or its files are damaged."""
+    if not numbers.exists() or not text.exists():
+        return None
+    try:
+        fields = regular_files.read_json(numbers)
+        program = b"".join(text_lines.chunks(str(text))).decode()
+    except (UserError, UnicodeDecodeError):
+        return None
+
+    # Each default has the type of its field.
+    types = {name: type(value) for name, value in Compiled()._asdict().items() if name != "text"}
+    if {name: type(value) for name, value in fields.items()} != types:
+        return None
+    return Compiled(**fields, text=program)
 
 
 def _with_shardings(layers: list[Any], shardings: list[Any]) -> list[Any]:

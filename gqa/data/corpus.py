@@ -18,16 +18,16 @@ import json
 import os
 import pathlib
 import re
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from gqa.data import text_lines
 from gqa.data.docstring_rows import module_rows
 from gqa.data.duplicates import SeenTexts, without_duplicates
 from gqa.data.examples import SPLITS
 from gqa.data.python_texts import module_texts
-from gqa.runtime import atomic_files
+from gqa.runtime import atomic_files, regular_files
 from gqa.runtime.errors import UserError
 
 FORMAT = 1  # raise it when the extraction changes, so that older corpora are built again
@@ -114,12 +114,12 @@ def distributions(packages: Sequence[str]) -> dict[str, importlib.metadata.Distr
 def _read_manifest(path: pathlib.Path, versions: dict[str, str]) -> dict[str, Any] | None:
     """Read the manifest; None if it is missing, damaged, or of other versions."""
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = regular_files.read_json(path)
 
         # The manifest may be any JSON, so looking into it may raise any of the exceptions below.
         same = {name: p["version"] for name, p in manifest["packages"].items()} == versions
         return manifest if same and manifest["format"] == FORMAT else None
-    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (UserError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -151,8 +151,8 @@ def _lines(folder: pathlib.Path, task: str, split: str) -> bytes:
     """Return the rows of one task and split as JSON lines."""
     path = _rows_file(folder, task, split)
     try:
-        return gzip.decompress(path.read_bytes())
-    except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        return b"".join(text_lines.chunks(str(path)))
+    except UserError as error:
         raise UserError(f"{path} is damaged; run again to build the corpus anew") from error
 
 

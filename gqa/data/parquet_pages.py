@@ -16,6 +16,10 @@ HEADER = 1 << 20
 # Values of a column that a small file may declare in any case.
 FEW_VALUES = 1 << 20
 
+# Bytes that a value counts as, because a null or an empty list takes none in the file but memory
+# and time as a Python object.
+VALUE_COST = 16
+
 
 class WrongPages(ValueError):
     """Pages that are damaged, or that declare more than is allowed; the message says which."""
@@ -28,8 +32,8 @@ def largest_page(
 
     Args:
         columns: places of the columns in the schema.
-        allowed: bytes that all pages of a column may have together in a row group; also the number
-            of values that they may hold, above FEW_VALUES.
+        allowed: bytes that all pages of a column may have together in a row group. Each of their
+            values counts as VALUE_COST bytes, above FEW_VALUES.
 
     Raises:
         WrongPages: if pages are damaged or declare more than is allowed.
@@ -50,7 +54,7 @@ def largest_page(
                 raise WrongPages(f"column {chunk.path_in_schema} expands to {sum(sizes):,} bytes")
 
             # The footer and the pages may disagree, and a reader may allocate memory by either.
-            if max(values, chunk.num_values) > max(FEW_VALUES, allowed):
+            if max(values, chunk.num_values) > max(FEW_VALUES, allowed // VALUE_COST):
                 raise WrongPages(f"column {chunk.path_in_schema} declares {values:,} values")
             largest = max(largest, *sizes, 0)
     return largest

@@ -14,7 +14,7 @@ import numpy as np
 
 from gqa.data.examples import Example, TokenPair
 from gqa.data.tokenizer import Tokenizer
-from gqa.runtime import atomic_files
+from gqa.runtime import atomic_files, regular_files
 
 FORMAT = 2  # raise it when a vocabulary gives other ids for the same text
 
@@ -54,17 +54,23 @@ def tokenize_examples(
 def _read_tokens(path: pathlib.Path, count: int) -> list[np.ndarray] | None:
     """Read the ids of `count` texts from `path`; None if the file is missing or damaged."""
     try:
-        # `testzip` compares all checksums, so that even one changed bit is noticed. Nothing that is
-        # written here is compressed, so the arrays cannot be larger than the file.
-        with zipfile.ZipFile(path) as file:
-            is_compressed = any(part.compress_type for part in file.infolist())
-            if is_compressed or file.testzip() is not None:
-                return None
-        with np.load(path) as arrays:
-            ids, lengths = arrays["ids"], arrays["lengths"]
+        with regular_files.open_regular(path) as content:
+            # `testzip` compares all checksums, so that even one changed bit is noticed. Nothing
+            # that is written here is compressed, so the arrays cannot be larger than the file.
+            with zipfile.ZipFile(content) as file:
+                is_compressed = any(part.compress_type for part in file.infolist())
+                if is_compressed or file.testzip() is not None:
+                    return None
+            content.seek(0)
+            with np.load(content) as arrays:
+                ids, lengths = arrays["ids"], arrays["lengths"]
     except Exception:  # a damaged zip file raises a dozen exception types; all mean: encode again
         return None
 
+    # The arrays may be others than those of `_write_tokens`, with the right checksums.
+    is_ours = (ids.dtype, lengths.dtype, ids.ndim, lengths.ndim) == (np.int32, np.int64, 1, 1)
+    if not is_ours or (lengths < 0).any():
+        return None
     is_complete = len(lengths) == count and len(ids) == lengths.sum()
     ends = np.cumsum(lengths, dtype=np.int64)
     return np.split(ids, ends)[:-1] if is_complete else None

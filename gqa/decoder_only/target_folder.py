@@ -103,7 +103,10 @@ def opened(target: Path) -> Iterator[None]:
     Raises:
         UserError: if another process writes to the folder.
     """
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}; name a folder elsewhere") from error
 
     # The lock is on the folder itself: a file for it would be left over. A kill releases it.
     descriptor = os.open(target, os.O_RDONLY)

@@ -20,7 +20,6 @@ This is the only file that reads and writes it. Keys of a record:
 """
 
 import contextlib
-import errno
 import fcntl
 import functools
 import json
@@ -28,17 +27,16 @@ import math
 import os
 import platform
 import re
-import stat
 import subprocess
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import jax
 
 from gqa.runtime.errors import UserError
-from gqa.runtime.regular_files import open_regular
+from gqa.runtime.regular_files import open_regular, open_to_append
 
 _SOURCE = Path(__file__).resolve().parent.parent.parent
 # The longest line that is read. A record with a thousand replicates, or with the texts of one
@@ -58,7 +56,7 @@ def append(path: str | os.PathLike, records: list[dict]) -> None:
     lines = [json.dumps(r, allow_nan=False, default=lambda x: x.item()) + "\n" for r in records]
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with _open_to_append(path) as file:
+    with open_to_append(path) as file:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
 
@@ -74,26 +72,6 @@ def append(path: str | os.PathLike, records: list[dict]) -> None:
             file.truncate(end)
             error.filename = str(path)
             raise
-
-
-def _open_to_append(path: str | os.PathLike) -> BinaryIO:
-    # O_NONBLOCK: a pipe or a device must be refused below, instead of making the open wait.
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags, 0o666)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UserError(f"{path}: is a link, and results are not written through it") from error
-        if error.errno in (errno.EISDIR, errno.ENXIO):
-            raise UserError(f"{path}: not a regular file; move it away") from error
-        raise
-
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UserError(f"{path}: not a regular file; move it away")
-
-    # Without a buffer each `write` is one system call, and no bytes wait in memory at the sync.
-    return cast(BinaryIO, os.fdopen(descriptor, "a+b", buffering=0))
 
 
 def _write(file, content: bytes):

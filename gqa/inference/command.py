@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gqa.checkpoints import network
-from gqa.data import tokenizer
+from gqa.data import json_lists, text_lines, tokenizer
 from gqa.data.tokenizer import EOS
 from gqa.inference import decoding
 from gqa.inference.generator import Generator
@@ -141,21 +141,16 @@ def _rows(options: argparse.Namespace, texts: list[str]) -> list[_Row]:
 
 
 def _read_jsonl(path: str, column: str) -> Iterator[_Row]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _parse(line, column, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"{path}: {reason}") from error
+    for number, line in text_lines.lines(path):
+        if line.strip():
+            yield _parse(line, column, f"{path}, line {number}")
 
 
-def _parse(line: str, column: str, place: str) -> _Row:
+def _parse(line: bytes, column: str, place: str) -> _Row:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON: {error}") from error
+        row = json_lists.parse(text_lines.decode(line))
+    except text_lines.WrongText as error:
+        raise UserError(f"{place}: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         keys = ", ".join(row) if isinstance(row, dict) else "no keys"
         raise UserError(f"{place}: no text under {column!r}; --column=NAME chooses among {keys}")

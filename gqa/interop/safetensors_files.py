@@ -286,7 +286,7 @@ def _header(path: Path) -> dict[str, Tensor]:
         # The package compares all sizes with the size of the file before it takes memory.
         with safe_open(path, "np"):
             pass
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, MemoryError) as error:
         text = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: {text}; copy the file again") from error
 

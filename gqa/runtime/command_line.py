@@ -7,6 +7,7 @@ because its programs also take signals and may be one of several processes.
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -35,6 +36,9 @@ ADVICE = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENXIO: "choose a regular file",
 }
+# What Python and JAX say of links in a circle and of an environment variable of JAX's.
+CIRCLE = re.compile(r"Symlink loop from (['\"])(.*)\1", re.DOTALL)
+VARIABLE = re.compile(r"(?s)invalid \w+ value .* for environment '\w+'")
 TRUE = ("y", "yes", "t", "true", "on", "1")  # as JAX reads its environment variables
 
 
@@ -96,6 +100,17 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
         place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         return USER_ERROR, f"error: {UserError(f'{place}{error.strerror}; {ADVICE[error.errno]}')}"
 
+    if isinstance(error, FileNotFoundError) and not _has_current_folder():
+        return USER_ERROR, "error: the current folder has been deleted; change to another one"
+
+    # Path.resolve, and JAX where it reads its environment variables, raise these for a user's
+    # mistake.
+    said = str(error)
+    if isinstance(error, RuntimeError) and (loop := CIRCLE.fullmatch(said)):
+        return USER_ERROR, f"error: {UserError(f'{loop[2]}: {ADVICE[errno.ELOOP]}')}"
+    if isinstance(error, ValueError) and VARIABLE.fullmatch(said):
+        return USER_ERROR, f"error: {UserError(f'{said}; unset it or correct it')}"
+
     if _is_missing_device(error):
         platforms = os.environ.get("JAX_PLATFORMS")
         return USER_ERROR, (
@@ -103,6 +118,14 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
             "or unset JAX_PLATFORMS"
         )
     return None
+
+
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_missing_device(error: BaseException) -> bool:

@@ -2,14 +2,16 @@
 
 A path may lead to a device that never ends, to a pipe that nobody writes to, or to a sparse file of
 a terabyte, or out of the folder that it came in. Every reader of a file that somebody else may have
-made opens it here. Writing is in `gqa.runtime.atomic_files`.
+made opens it here, and so does whoever adds lines to one. Whole files are written by
+`gqa.runtime.atomic_files`.
 """
 
+import errno
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from gqa.runtime.errors import UserError
 
@@ -36,6 +38,32 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     os.close(descriptor)
     kind = "a folder" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"
     raise UserError(f"{path}: is {kind}; use a regular file")
+
+
+def open_to_append(path: str | os.PathLike) -> BinaryIO:
+    """Open a regular file to read it and to write at its end; make it if it is not there.
+
+    Each `write` is one system call, so no bytes wait in memory.
+
+    Raises:
+        UserError: naming the path, if it is a link, a folder, a device or a pipe.
+        OSError: if the file cannot be opened or made.
+    """
+    # O_NONBLOCK: a pipe or a device must be refused below, instead of making the open wait.
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path}: is a link, and nothing is written through it") from error
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise UserError(f"{path}: not a regular file; move it away") from error
+        raise
+
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: not a regular file; move it away")
+    return cast(BinaryIO, os.fdopen(descriptor, "a+b", buffering=0))
 
 
 def read_bytes(path: str | os.PathLike, most: int = MAX_JSON_BYTES) -> bytes:

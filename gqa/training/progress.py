@@ -7,6 +7,7 @@ TensorBoard's event files and, if asked for, to Weights & Biases. Nothing here c
 import contextlib
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -16,11 +17,14 @@ from typing import Any, NamedTuple
 import tqdm
 
 from gqa.runtime.errors import UserError, reporting_full_disk
+from gqa.runtime.regular_files import open_to_append, read_bytes
 from gqa.training.tensorboard import Event, EventsWriter, SessionLog, scalar
 
 # Metrics that count the real tokens of a step; "tokens" are those of the targets.
 COUNTS = ("input_tokens", "tokens")
 MODES = ("off", "offline", "online")  # of Weights & Biases
+# The largest curve that is read: a million validations take less.
+MAX_CURVE_BYTES = 2**26
 
 
 class Tracking(NamedTuple):
@@ -196,8 +200,8 @@ class Progress:
             if self._curve and "validation_loss" in metrics:
                 # The line break comes first: a killed process may have left half a line, which is
                 # then a line of its own that `read_curve` passes over.
-                with open(self._curve, "a", encoding="utf-8") as file:
-                    file.write("\n" + json.dumps([step, metrics["validation_loss"]]))
+                with open_to_append(self._curve) as file:
+                    file.write(f"\n{json.dumps([step, metrics['validation_loss']])}".encode())
         if self._run is not None:
             self._run.log({"step": step, **metrics})
         if "validation_loss" in metrics:
@@ -215,14 +219,19 @@ class Progress:
 def read_curve(path: Path) -> list[tuple[int, float]]:
     """Return pairs of a step and its validation loss, in the order of steps.
 
-    A step that was done again has the loss of the last time. Lines that are not JSON pairs are
-    passed over, because a killed run may have left half a line.
+    A step that was done again has the loss of the last time. Lines that are not such a pair in JSON
+    are passed over, because a killed run may have left half a line.
+
+    Raises:
+        UserError: naming the path, if it is no regular file or has more than MAX_CURVE_BYTES.
     """
     losses = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, TypeError):
+    for line in read_bytes(path, MAX_CURVE_BYTES).splitlines():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             step, loss = json.loads(line)
-            losses[step] = loss
+            # The exact type, because true is a number to `isinstance`.
+            if type(step) is int and math.isfinite(loss):
+                losses[step] = float(loss)
     return sorted(losses.items())
 
 

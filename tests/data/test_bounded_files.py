@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from gqa.data import file_formats, text_lines, tokenizer
+from gqa.data import file_formats, parquet_pages, text_lines, tokenizer
 from gqa.runtime.errors import UserError
 
 ROWS = [{"de": f"Satz {i}", "en": f"sentence {i}"} for i in range(3)]
@@ -157,6 +157,18 @@ def test_a_parquet_file_of_one_text_for_all_rows_is_refused(tmp_path, monkeypatc
     )
     with pytest.raises(UserError, match=r"a\.parquet: its texts are over 200 times as long"):
         read(tmp_path / "a.parquet")
+
+
+def test_a_parquet_file_of_lists_of_nothing_is_refused_unread(tmp_path, monkeypatch):
+    """A few hundred bytes may stand for millions of nulls, each of which is a Python object."""
+    monkeypatch.setattr(parquet_pages, "FEW_VALUES", 1 << 10)
+    monkeypatch.setattr(text_lines, "SMALL", 1 << 16)
+    for nulls in (3000, 60_000):
+        lists = pa.array([[None] * nulls], pa.list_(pa.null()))
+        pyarrow.parquet.write_table(pa.table({"de": lists}), tmp_path / f"{nulls}.parquet")
+    assert len(read(tmp_path / "3000.parquet")[0]["de"]) == 3000
+    with pytest.raises(UserError, match=r"60000\.parquet: .* declares 60,000 values"):
+        read(tmp_path / "60000.parquet")
 
 
 def test_a_parquet_page_that_expands_too_much_is_refused_unread(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+import os
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from gqa.data import corpus
 from gqa.data.examples import SPLITS
 from gqa.runtime.errors import UserError
+from tests.support import memory
 
 GOOGLE = '''"""Frobnicate the widgets of every gadget.
 
@@ -154,6 +156,8 @@ def test_a_build_that_was_cut_short_is_not_read(packages, tmp_path, monkeypatch)
         lambda content: b"[" * 100_000,
         lambda content: b"[1]",
         lambda content: None,
+        "pipe",
+        "/dev/zero",
     ],
 )
 def test_a_damaged_file_is_made_again(packages, tmp_path, name, damage):
@@ -161,7 +165,11 @@ def test_a_damaged_file_is_made_again(packages, tmp_path, name, damage):
     first = corpus.build(folder, packages)
     content = (folder / name).read_bytes()
     (folder / name).unlink()
-    if (damaged := damage(content)) is not None:
+    if damage == "pipe":
+        os.mkfifo(folder / name)
+    elif damage == "/dev/zero":
+        (folder / name).symlink_to(damage)
+    elif (damaged := damage(content)) is not None:
         (folder / name).write_bytes(damaged)
     again = corpus.build(folder, packages)
     assert again.manifest == first.manifest
@@ -174,6 +182,16 @@ def test_a_file_damaged_after_the_build_is_named(packages, tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"docstrings-train\.jsonl\.gz is damaged; run again"):
         built.rows("docstrings", "train")
+
+
+def test_rows_that_expand_to_far_more_than_their_file_are_refused(packages, tmp_path):
+    """A megabyte of zeros compressed twice would be a gigabyte in memory."""
+    built = corpus.build(tmp_path / "corpus", packages)
+    path = tmp_path / "corpus" / "docstrings-train.jsonl.gz"
+    path.write_bytes(gzip.compress(bytes(2**20)) * 300)
+    with memory.peak() as used, pytest.raises(UserError, match="is damaged; run again"):
+        built.rows("docstrings", "train")
+    assert used.nbytes < 2**28
 
 
 def test_builds_are_equal_to_the_byte(packages, tmp_path):

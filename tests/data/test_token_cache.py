@@ -1,5 +1,6 @@
 """Token ids on disk: found again by text and vocabulary, and encoded anew where damaged."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,6 +94,37 @@ def test_a_whole_file_of_other_sizes_is_made_again(tmp_path, ids, lengths):
     with open(path, "wb") as file:
         np.savez(file, ids=np.array(ids, np.int32), lengths=np.array(lengths, np.int64))
     assert_ids(token_cache.tokenize(["a", "b", "c"], encoder, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths"),
+    [
+        (np.zeros(10, np.int32), np.int64(3)),
+        (np.zeros(10, np.int32), np.array([[3], [0], [7]])),
+        (np.zeros(10, np.int32), np.array([3.0, 0.0, 7.0])),
+        (np.zeros(10, np.int32), np.array([11, -8, 7])),
+        (np.zeros(10, np.float32), np.array([3, 0, 7])),
+        (np.zeros((10, 2), np.int32), np.array([3, 0, 7])),
+        (np.array(["a"] * 10), np.array([3, 0, 7])),
+    ],
+)
+def test_arrays_that_are_no_tokens_are_made_again(tmp_path, ids, lengths):
+    encoder = SimpleNamespace(hash="x", encode_batch=lambda texts: IDS)
+    token_cache.tokenize(["a", "b", "c"], encoder, tmp_path)
+    (path,) = tmp_path.iterdir()
+    with open(path, "wb") as file:
+        np.savez(file, ids=ids, lengths=lengths)
+    assert_ids(token_cache.tokenize(["a", "b", "c"], encoder, tmp_path))
+
+
+def test_a_pipe_in_the_place_of_a_cache_is_replaced(tmp_path):
+    encoder = SimpleNamespace(hash="x", encode_batch=lambda texts: IDS)
+    token_cache.tokenize(["a", "b", "c"], encoder, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    os.mkfifo(path)
+    assert_ids(token_cache.tokenize(["a", "b", "c"], encoder, tmp_path))
+    assert path.is_file()
 
 
 def test_a_compressed_cache_is_made_again(tmp_path):

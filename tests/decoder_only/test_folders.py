@@ -234,7 +234,12 @@ def command(tmp_path, target, prefix=()):
 
 
 @pytest.mark.parametrize(
-    ("target", "message"), [("b" * 300, "File name too long"), ("/dev/full/b", "is a file")]
+    ("target", "message"),
+    [
+        ("b" * 300, "File name too long"),
+        ("/dev/full/b", "is a file"),
+        ("/proc/b", "/proc/b: No such file or directory; name a folder elsewhere"),
+    ],
 )
 def test_the_command_tells_a_bad_target_in_one_line(tmp_path, target, message):
     write_llama(tmp_path / "a")

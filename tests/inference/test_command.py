@@ -3,13 +3,14 @@
 import dataclasses
 import io
 import json
+import os
 
 import numpy as np
 import pytest
 
 from gqa.__main__ import run_command
 from gqa.checkpoints.checkpoint import Checkpoints
-from gqa.data import tokenizer
+from gqa.data import text_lines, tokenizer
 from gqa.data.tokenizer import EOS
 from gqa.inference.generator import generate
 from gqa.interop import huggingface
@@ -142,6 +143,16 @@ def test_wrong_rows_and_vocabularies_are_named(checkpoint, hf_folder, tmp_path):
         file.write_text('{"source": "x"}\n' + line + "\n")
         with pytest.raises(UserError, match=f"in.jsonl, line 2: .*{message}"):
             command(f"--jsonl={file}", checkpoint)
+
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=r"in\.jsonl: is a device, a pipe or a socket"):
+        command(f"--jsonl={file}", checkpoint)
+    file.unlink()
+    with open(file, "wb") as long:
+        long.truncate(text_lines.LONGEST + 2)
+    with pytest.raises(UserError, match=r"in\.jsonl, line 1: longer than"):
+        command(f"--jsonl={file}", checkpoint)
 
     other = tmp_path / "other.model"
     tokenizer.train(["other words"] * 50, tokenizer.SMALLEST, other)

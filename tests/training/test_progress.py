@@ -1,6 +1,7 @@
 """Test that rates count training alone, and that the terminal, TensorBoard and W&B agree."""
 
 import json
+import os
 import struct
 import sys
 
@@ -170,6 +171,44 @@ def test_a_curve_has_every_validation_once(clock, events, tmp_path):
         with open(curve, "a") as file:
             file.write("\n[7, 3." if first == 0 else "\n[8")
     assert progress.read_curve(curve) == [(1, 3.0), (2, 2.5), (3, 1.0)]
+
+
+def test_a_curve_is_not_written_through_a_link_nor_into_a_pipe(clock, events, tmp_path):
+    curve, other = tmp_path / "curve.jsonl", tmp_path / "other"
+    other.write_text("precious")
+    for make, said in (
+        (lambda: curve.symlink_to(other), "is a link"),
+        (lambda: os.mkfifo(curve), "not a regular file"),
+    ):
+        make()
+        with Progress("test", tmp_path / "events", 1, 50.0, None, curve=curve) as bar:
+            bar.start(0, 4)
+            with pytest.raises(UserError, match=f"{curve}: {said}"):
+                bar.scalars(1, {"validation_loss": 2.0})
+        curve.unlink()
+    assert other.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"[" * 10**5, b'["x", 1.0]', b'[3, "x"]', b"[3, [1]]", b"[true, 1]", b"[3, NaN]", b"\xff\xfe"],
+)
+def test_what_is_no_point_of_a_curve_is_passed_over(tmp_path, line):
+    curve = tmp_path / "curve.jsonl"
+    curve.write_bytes(b"\n[1, 3.0]\n" + line + b"\n[2, 2.5]")
+    assert progress.read_curve(curve) == [(1, 3.0), (2, 2.5)]
+
+
+def test_a_curve_is_a_regular_file_of_a_bounded_size(tmp_path):
+    curve = tmp_path / "curve.jsonl"
+    os.mkfifo(curve)
+    with pytest.raises(UserError, match=f"{curve}: is a device, a pipe"):
+        progress.read_curve(curve)
+    curve.unlink()
+    with open(curve, "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=f"{curve}: has more than"):
+        progress.read_curve(curve)
 
 
 def test_a_full_disk_is_told(clock, events, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Ahead-of-time analysis: ceilings, times, and what compiled programs may not do."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -213,3 +214,28 @@ def test_a_step_reads_a_cache_once_and_gathers_no_weight(tmp_path, name):
 @pytest.mark.parametrize("name", ["v4-16", "h100-8"])
 def test_prefill_does_not_gather_what_was_encoded(tmp_path, name):
     assert max(compiled(PREFILL, tmp_path, name).values()) < 1 / 8
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("numbers", os.mkfifo),
+        ("text", os.mkfifo),
+        ("numbers", lambda path: path.write_text("[" * 10**5)),
+        ("numbers", lambda path: path.write_text('{"arguments": "x"}')),
+        ("numbers", lambda path: path.write_text('{"other": 1}')),
+        ("numbers", lambda path: path.write_text('{"text": "x"}')),
+        ("text", lambda path: path.write_bytes(b"no gzip")),
+        ("text", lambda path: path.write_bytes(gzip.compress(b"\xff"))),
+        ("text", lambda path: path.write_bytes(gzip.compress(bytes(2**20)) * 80)),
+    ],
+)
+def test_a_kept_program_that_is_damaged_is_compiled_again(tmp_path, name, damage):
+    files = {"numbers": tmp_path / "program.json", "text": tmp_path / "program.hlo.gz"}
+    program = Compiled(arguments=3, seconds=0.5, text="HloModule")
+    compilation.keep(program, **files)
+    assert compilation.kept(**files) == program
+
+    files[name].unlink()
+    damage(files[name])
+    assert compilation.kept(**files) is None
