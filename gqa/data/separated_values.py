@@ -1,7 +1,9 @@
 """Rows of CSV and TSV files.
 
 A quote that is not closed takes in all lines up to the next quote. Such a row is bad, and the lines
-behind its first are read again as rows of their own, so that one typing error costs one row.
+behind its first are read again as rows of their own, so that one typing error costs one row. Where
+the next quote happens to end a field, as in `5"` for five inches, the row looks right; it is told
+by its lines, which have the columns of rows, and the file is refused.
 """
 
 import collections
@@ -28,6 +30,10 @@ MOST_SEPARATORS = 1 << 20
 # Of a TSV file's rows that hold quotes, this share may be written otherwise than the others.
 MOST_ODD = 0.01
 
+# A quoted text of so many lines that all have the columns of a row is taken for rows that an
+# unclosed quote hides.
+HIDDEN_LINES = 10
+
 # Columns of a header.
 MOST_COLUMNS = 1 << 16
 
@@ -53,7 +59,7 @@ class Record(NamedTuple):
 
 def read_csv(path: str) -> Rows:
     """Yield the rows of a file with a header line; quotes may enclose commas and line ends."""
-    return _named(path, lambda width: _quoted_records(path, ",", width))
+    return _named(path, ",", lambda width: _quoted_records(path, ",", width))
 
 
 def read_tsv(path: str) -> Rows:
@@ -66,8 +72,8 @@ def read_tsv(path: str) -> Rows:
         UserError: if the file is written in both ways.
     """
     if _is_quoted_tsv(path):
-        return _named(path, lambda width: _quoted_records(path, "\t", width))
-    return _named(path, lambda width: _plain_records(path, width))
+        return _named(path, "\t", lambda width: _quoted_records(path, "\t", width))
+    return _named(path, "\t", lambda width: _plain_records(path, width))
 
 
 class _Width:
@@ -76,11 +82,21 @@ class _Width:
     columns = 0
 
 
-def _named(path: str, open_records: Callable[[_Width], Iterator[Record]]) -> Rows:
-    """Yield rows as dicts of the header's columns."""
+def _named(path: str, separator: str, open_records: Callable[[_Width], Iterator[Record]]) -> Rows:
+    """Yield rows as dicts of the header's columns.
+
+    Raises:
+        UserError: naming the line of a wrong header, or of a quote that hides rows.
+    """
     width = _Width()
     names: list[str] = []
-    for number, _, values, wrong in open_records(width):
+    for number, text, values, wrong in open_records(width):
+        if not wrong and _hidden_lines(text, separator, width.columns):
+            raise UserError(
+                f"{path}:{number}: a quote is open over {text.count(chr(10))} lines that look like "
+                "rows; close it or double it, or write the file as .jsonl if it is one text"
+            )
+
         # The first row that is not blank is the header.
         if names:
             yield number, wrong or dict(zip(names, values, strict=True))
@@ -91,6 +107,20 @@ def _named(path: str, open_records: Callable[[_Width], Iterator[Record]]) -> Row
             if times > 1:
                 raise UserError(f"{path}:{number}: the header has {times} columns {name!r}")
             names, width.columns = values, len(values)
+
+
+def _hidden_lines(text: str, separator: str, columns: int) -> bool:
+    """Return whether the text of a row is that of many rows, which an unclosed quote hides.
+
+    The first line and the last one belong to the quoted text in any case, so that only the lines
+    between them are looked at. In a file of one column every line has the columns of a row.
+    """
+    between = text.split("\n")[1:-1]
+    return (
+        columns > 1
+        and len(between) >= HIDDEN_LINES
+        and all(line.count(separator) == columns - 1 for line in between)
+    )
 
 
 def _plain_records(path: str, width: _Width) -> Iterator[Record]:
@@ -182,11 +212,13 @@ def _is_quoted_tsv(path: str) -> bool:
     evident, odd, header = 0, 0, ""
     for record in _quoted_records(path, "\t", _Width()):
         header = header or record.text
+        columns = header.count("\t") + 1
         if '"' not in record.text:
             continue
 
         # Odd: a quote that is not closed, or one in the middle of a text.
-        if record.wrong or not _QUOTED_ROW.fullmatch(record.text):
+        is_closed = not record.wrong and not _hidden_lines(record.text, "\t", columns)
+        if not is_closed or not _QUOTED_ROW.fullmatch(record.text):
             odd += 1
         elif (
             '""' in record.text

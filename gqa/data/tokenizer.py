@@ -110,8 +110,30 @@ class Tokenizer:
         """Return a text as `decode` would write it if every character were in the vocabulary.
 
         T5's vocabularies apply NFKC and collapse white space: a fullwidth question mark becomes
-        "?". References are normalized before they are compared with texts that were decoded.
+        "?". Special tokens, which `encode` recognises in a text, are left out, and the text ends at
+        "</s>". References are normalized before they are compared with texts that were decoded
+        with `skip_special_tokens`.
         """
+        if "<" not in text:
+            return self._normalize(text)
+
+        # A network that was trained on "the </s> cat" ends its answer behind "the".
+        texts: list[str] = []
+        begin = 0
+        for match in SPECIAL.finditer(text):
+            texts.append(self._normalize(text[begin : match.start()]))
+            begin = match.end()
+            token = self._special(match)
+            if token == EOS:
+                begin = len(text)
+                break
+            texts.append(self._processor.decode([UNK]).strip() if token == UNK else "")
+        texts.append(self._normalize(text[begin:]))
+        return " ".join(filter(None, texts))
+
+    def _normalize(self, text: str) -> str:
+        """Return a text without special tokens as `normalize` does."""
+        # SentencePiece writes a space as this character.
         return self._processor.normalize(text).replace("\u2581", " ").strip()
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:

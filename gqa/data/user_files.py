@@ -165,7 +165,8 @@ def entries(names: str, split: str) -> list[Entry]:
     """Return the files of every name, in order; without weights, all files are one entry.
 
     Raises:
-        UserError: for a name that leads to no file, or weights for some names or not for training.
+        UserError: for a name that leads to no file, a file that is named twice, or weights for some
+            names or not for training.
     """
     weighted_names = [_weighted(name.strip()) for name in names.split(",") if name.strip()]
     weights = [weight for _, weight in weighted_names if weight is not None]
@@ -175,7 +176,26 @@ def entries(names: str, split: str) -> list[Entry]:
     expanded = [_expand(name, split) for name, _ in weighted_names]
     if weights:
         return [Entry(files, weight) for files, weight in zip(expanded, weights, strict=True)]
-    return [Entry([file for files in expanded for file in files], 1.0)]
+    files = [file for files in expanded for file in files]
+    _check_once(files)
+    return [Entry(files, 1.0)]
+
+
+def _check_once(files: list[str]) -> None:
+    """Refuse a file that is named twice, such as by itself and by its folder.
+
+    Its rows would count twice in training and in every score. A mixture says by its weights how
+    often rows are drawn, so it may name a file twice.
+    """
+    names: dict[str, str] = {}
+    for file in files:
+        place = os.path.realpath(file)
+        if place in names:
+            raise UserError(
+                f"{file}: is named twice, also as {names[place]}, so that its rows would count "
+                "twice; name it once"
+            )
+        names[place] = file
 
 
 def _weighted(name: str) -> tuple[str, float | None]:

@@ -65,6 +65,7 @@ def convert(
 
     old = Tensors(source)
     config = regular_files.read_json(source / "config.json")
+    safetensors_files.check_default_weights(config, source / "config.json")
     sizes = read_sizes(config, num_kv_heads, method, source / "config.json")
     with safetensors_files.naming(old.path):
         layers = attention_tensors(old, sizes)

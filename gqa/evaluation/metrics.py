@@ -40,14 +40,18 @@ NGRAM_ORDER = 4
 # Scripts that put no space between words. A character with its marks counts as a word there.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 _UNSPACED_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*")
+_SIGN = regex.compile(r"[^\s\p{ASCII}]")
 _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|(?:(?![{_UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+")
 
 # As in TriviaQA's own evaluation: ASCII punctuation, and the quotes ‘ ’ ´.
 _PUNCTUATION = regex.compile(f"[{regex.escape(string.punctuation)}\u2018\u2019\u00b4]")
 _ARTICLES = regex.compile(r"\b(a|an|the)\b")
-# A sentence ends at . ! or ? before a space, so that "3.5" stays whole; at a full-width stop, which
-# no space follows; or at an empty line.
-_SENTENCE = regex.compile(r".+?(?:[.!?](?=\s|$)|[\u3002\uff01\uff1f]|(?=\n\s*\n))", regex.DOTALL)
+# A sentence ends at . ! or ? before a space, so that "3.5" stays whole; at the stop of another
+# script, such as the danda of Hindi or the full-width stops, which no space need follow; or at an
+# empty line.
+_SENTENCE = regex.compile(
+    r".+?(?:[.!?](?=\s|$)|(?![.!?])\p{Sentence_Terminal}|(?=\n\s*\n))", regex.DOTALL
+)
 
 
 class Score(NamedTuple):
@@ -201,7 +205,8 @@ class _UnicodeTokenizer(DefaultTokenizer):
 
 @lru_cache(maxsize=1 << 15)
 def _stemmed_words(text):
-    words = _WORD.findall(text.lower())
+    # A text of emoji or other signs alone has no words, so that each of its signs counts as one.
+    words = _WORD.findall(text.lower()) or _SIGN.findall(text)
     stem = DefaultTokenizer(use_stemmer=True).tokenize
     # rouge_score would cut "café" to "caf", so it gets ASCII words only.
     return [part for word in words for part in (stem(word) if word.isascii() else [word])]

@@ -109,6 +109,19 @@ def check_is_downloaded(path: Path) -> None:
             )
 
 
+def check_default_weights(config: dict, path: Path) -> None:
+    """Refuse a config.json, read from `path`, that chooses another file of weights by its name.
+
+    Raises:
+        CheckpointError: naming the path.
+    """
+    if config.get("transformers_weights") is not None:
+        raise CheckpointError(
+            f"{path}: transformers_weights chooses a file of weights by name, which is not "
+            f"supported; rename the file to {SINGLE} and remove the key"
+        )
+
+
 def _no_weights(folder: Path) -> str:
     """Return the message for a folder without weights that can be read."""
     for path in sorted(folder.iterdir()):

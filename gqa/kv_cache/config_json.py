@@ -23,6 +23,8 @@ HINT = re.compile(
     r"|swa|local|global|latent|lora_rank|state|ssm|mamba|rwkv|conv|recurrent|linear|hybrid|channels"
     r"|pattern|period|offset|block|multi_query|mqa|gqa|group|cross|encoder|skip|sparse|sink|compress|index"
     r"|^(text|llm|language|thinker|decoder|encoder)(_config)?$|interval|interleave|every|depth|memory|span|stride|d_k|d_v|full_"
+    r"|(^|_)([qkv]|qk|query|key|value)s?_(dim|size|width|len)|dim_per|yoco|dilat|band_?width|look_?back"
+    r"|recur|loop|repeat|iteration|ut_steps"
 )
 # Fields with such words that decide about something else in every type.
 HARMLESS = re.compile(

@@ -117,3 +117,24 @@ def test_a_row_takes_a_few_times_its_bytes(tmp_path):
         tracemalloc.stop()
         assert isinstance(rows[0], str)
         assert peak < 30 * len(row)
+
+
+@pytest.mark.parametrize("closed", ['40,height 5"', '40,"'])
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_an_unclosed_quote_that_another_one_closes_hides_no_rows(tmp_path, closed, separator):
+    """The row of both quotes looks right: two columns, the second of many lines."""
+    lines = [f"{i},text {i}" for i in range(100)]
+    lines[3], lines[40], lines[50] = '3,"size in inches', closed, '50,"say ""hi"""'
+    path = tmp_path / ("a.csv" if separator == "," else "a.tsv")
+    path.write_text("\n".join(["a,b", *lines]).replace(",", separator))
+    read = separated_values.read_csv if separator == "," else separated_values.read_tsv
+    with pytest.raises(UserError, match=r"a\.csv:5: a quote is open over 37 lines|a\.tsv: 1 rows"):
+        list(read(str(path)))
+
+
+def test_a_text_of_many_lines_is_no_row_with_an_unclosed_quote(tmp_path):
+    poem = "\n".join(["one, two", "three"] * 20)
+    rows = [["a", "b"], [poem, "x"], ["\n".join(["no comma"] * 30), "y"]]
+    for name, read in (("a.csv", separated_values.read_csv), ("a.tsv", separated_values.read_tsv)):
+        path = write(tmp_path / name, rows, delimiter="," if name == "a.csv" else "\t")
+        assert [list(row.values()) for _, row in read(path)] == rows[1:]

@@ -165,5 +165,13 @@ def test_normalize_gives_what_decode_gives(text, model):
     assert ours.normalize(text) == ours.decode(ours.encode(text))
 
 
+@pytest.mark.parametrize("text", [*SPECIAL_TEXTS[:-2], "the</s>", "<pad></s> cat", "</s>"])
+def test_a_perfect_answer_equals_its_reference_with_special_tokens(text, model):
+    """Spaces do not count in any metric."""
+    ours = tokenizer.load(model)
+    answer = ours.decode(ours.encode(text), skip_special_tokens=True)
+    assert ours.normalize(text).split() == answer.split()
+
+
 def test_a_fullwidth_question_mark_becomes_an_ordinary_one(model):
     assert tokenizer.load(model).normalize("你好吗？") == "你好吗?"

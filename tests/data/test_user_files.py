@@ -248,7 +248,8 @@ def test_no_two_splits_have_the_same_file(tmp_path, kind):
     train = tmp_path / "train.jsonl"
     options = {"train": str(train), "test": str(tmp_path / "test.jsonl")}
     user_files.check_splits(options)
-    (tmp_path / "link.jsonl").symlink_to(train)
+    if kind == "a link":
+        (tmp_path / "link.jsonl").symlink_to(train)
     (tmp_path / "copy.jsonl").write_bytes(train.read_bytes())
     again = {"the same name": "train.jsonl", "a link": "link.jsonl", "a copy": "copy.jsonl"}
     options["test"] = str(tmp_path / again.get(kind, ""))
@@ -277,3 +278,13 @@ def test_a_bad_byte_is_named_by_its_line_where_no_line_is_blank(tmp_path):
     entry = user_files.Entry([str(tmp_path / "a.txt")], 1.0)
     with pytest.raises(UserError, match=r"a\.txt:3: not UTF-8 text"):
         user_files.collect(entry, ["text"], lambda row: user_files.text(row, "text"))
+
+
+@pytest.mark.parametrize("names", ["a.txt,a.txt", "in,in/c.jsonl", "in/*,in", "linked.txt,a.txt"])
+def test_a_file_that_is_named_twice_is_refused(folder, names):
+    """Otherwise its rows would count twice; a mixture may name a file twice."""
+    (folder / "linked.txt").symlink_to("a.txt")
+    with pytest.raises(UserError, match=r"(txt|jsonl): is named twice, also as .*; name it once"):
+        user_files.entries(names, "train")
+    weighted = names.replace(",", "@1,") + "@1"
+    assert len(user_files.entries(weighted, "train")) == 2

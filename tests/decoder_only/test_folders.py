@@ -377,3 +377,13 @@ def test_an_adapter_beside_the_model_is_refused(tmp_path, name):
     (tmp_path / "a" / name).write_text("{}")
     with pytest.raises(UserError, match=f"{name}: an adapter changes the model"):
         quietly(tmp_path / "a", tmp_path / "b", 2)
+
+
+def test_another_file_of_weights_that_the_config_chooses_is_refused(tmp_path):
+    write_llama(tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    config = json.loads(path.read_text()) | {"transformers_weights": "other.safetensors"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json: transformers_weights chooses a file"):
+        quietly(tmp_path / "a", tmp_path / "b", 2)
+    assert not (tmp_path / "b").exists()

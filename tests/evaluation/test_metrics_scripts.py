@@ -130,3 +130,22 @@ def test_phoneme_error_rate_is_edits_over_the_length_of_the_nearest_reference():
     value = metrics.score("phoneme_error_rate", predictions, references).value
     assert value == pytest.approx(100 * 1 / 5)
     assert metrics.score("phoneme_error_rate", ["x y z"], [["a"]]).value == 300
+
+
+def test_a_perfect_answer_of_signs_alone_is_100():
+    for name in ("rouge1", "rougeL"):
+        assert metrics.score(name, ["\U0001f600 \u2192"], [["\U0001f600\u2192"]]).value == 100
+        assert metrics.score(name, ["\U0001f600"], [["\u2192"]]).value == 0
+
+
+def test_the_first_sentence_ends_at_the_stop_of_its_script():
+    texts = [
+        "यह एक है। यह दो है।",
+        "هل هذا؟ نعم.",
+        "یہ ایک ہے۔ دو",
+        "好！真好。",
+        "አንድ። ሁለት",
+        "1.5 m. No",
+    ]
+    expected = ["यह एक है।", "هل هذا؟", "یہ ایک ہے۔", "好！", "አንድ።", "1.5 m."]
+    assert metrics.first_sentence(texts) == expected

@@ -174,3 +174,15 @@ def test_a_pointer_of_git_lfs_is_known(network, tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
     with pytest.raises(CheckpointError, match=rf"{name}: is a pointer of Git LFS"):
         huggingface.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_another_tokenizer_does_not_stay_beside_a_new_vocabulary(network, tmp_path, name):
+    """Transformers would take it before spiece.model, whose ids the weights are for."""
+    (tmp_path / "a.model").write_text("x")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"{name}: .* place of the new spiece\.model or"):
+        huggingface.save(*network, tmp_path / "model", vocabulary=tmp_path / "a.model")
+    assert names(tmp_path / "model") == [name]
+    huggingface.save(*network, tmp_path / "model")

@@ -266,6 +266,8 @@ HINTS = {
     "encoder_layers": 3,
     "num_key_value_heads_per_layer": [1, 2],
     "skip_layers": [0],
+    **dict.fromkeys(("key_dim", "value_size", "qk_dim", "dim_per_h"), 8),
+    **dict.fromkeys(("num_recurrences", "total_ut_steps", "num_loops", "dilation"), 2),
 }
 
 

@@ -53,11 +53,7 @@ def open_folder(folder: str | os.PathLike) -> Source:
     """
     path = Path(folder) / "config.json"
     _, hf_config = _read_config(path)
-    if hf_config.get("transformers_weights") is not None:
-        raise CheckpointError(
-            f"{path}: transformers_weights chooses a file of weights by name, which is not "
-            "supported; rename the file to model.safetensors and remove the key"
-        )
+    safetensors_files.check_default_weights(hf_config, path)
 
     tensors = Tensors(folder)
     with safetensors_files.naming(tensors.path):

@@ -37,6 +37,10 @@ OTHER_WEIGHTS = re.compile(
     r"adapter_(config\.json|model\.(bin|safetensors))|pytorch_model.*\.bin(\.index\.json)?"
     r"|tf_model.*\.h5|flax_model.*\.msgpack"
 )
+# Vocabularies that Transformers takes before VOCABULARY.
+OTHER_VOCABULARY = re.compile(
+    r"tokenizer(_config)?\.json|added_tokens\.json|special_tokens_map\.json"
+)
 UNFINISHED = ".unfinished-"
 
 
@@ -95,7 +99,7 @@ def save(
         new_config = config
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_replaceable(folder)
+        _check_replaceable(folder, bool(vocabulary))
 
         # Inside the folder, so that the files can be renamed into place: a rename does not cross to
         # another disk.
@@ -114,13 +118,19 @@ def save(
         ) from error
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Refuse a folder with weights that this program does not write and would have to remove."""
+def _check_replaceable(folder: Path, has_vocabulary: bool) -> None:
+    """Refuse a folder with weights that this program does not write and would have to remove.
+
+    Where the new model has a vocabulary, the files of another tokenizer are refused as well.
+    """
     for path in sorted(folder.iterdir()):
-        if OTHER_WEIGHTS.fullmatch(path.name):
+        old = "weights" if OTHER_WEIGHTS.fullmatch(path.name) else ""
+        if has_vocabulary and OTHER_VOCABULARY.fullmatch(path.name):
+            old = VOCABULARY
+        if old:
             raise CheckpointError(
                 f"{path}: is in the folder already and would be loaded in the place of the new "
-                "weights or beside them; remove it or name another folder"
+                f"{old} or beside them; remove it or name another folder"
             )
 
 
