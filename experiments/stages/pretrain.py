@@ -30,8 +30,9 @@ def run(
     del parents  # pretraining builds on nothing
     if settings.vocabulary not in (None, job.text.tokenizer.hash):
         raise UserError(
-            "the vocabulary has changed since this stage was planned; put the old file of "
-            "text.vocabulary back, or run the same command again"
+            "the vocabulary has changed since this stage was planned; put back the old file of "
+            "text.vocabulary, or the old text if the vocabulary was trained on it, or run the same "
+            "command again"
         )
 
     recipe = settings.recipe
