@@ -62,7 +62,7 @@ def append(path: str | os.PathLike, records: list[dict]) -> None:
 
         # The previous writer may have been killed in the middle of a line. New records must not be
         # joined to such a piece.
-        _close_last_line(file)
+        _close_last_line(file, path)
 
         end = file.seek(0, os.SEEK_END)
         try:
@@ -80,12 +80,16 @@ def _write(file, content: bytes):
         content = content[file.write(content) :]
 
 
-def _close_last_line(file):
+def _close_last_line(file, path):
     """Cut off a last line that a killed writer left half written, or end it if it is complete."""
     # Read backwards from the end, because the file may be large and a line is not.
     end = start = file.seek(0, os.SEEK_END)
     tail = b""
     while start > 0 and b"\n" not in tail:
+        if len(tail) > MAX_LINE_BYTES:
+            raise UserError(
+                f"{path}: its last line has more than {MAX_LINE_BYTES:,} bytes; remove the line"
+            )
         size = min(_CHUNK, start)
         start -= size
         tail = os.pread(file.fileno(), size, start) + tail

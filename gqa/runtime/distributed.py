@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ CLUSTERS = {
     "gcetpu": None,
     "gketpu": None,
 }
+MAX_PORT = 65535
 PATIENCE = 5.0  # seconds that a process which failed waits for the others to end as well
 
 
@@ -49,6 +51,7 @@ def initialize() -> None:
     how = _given() or _detected()
     if how is None:
         return
+    _check_listening(how)
 
     # JAX's preemption service would take SIGTERM away from `gqa.runtime.signals`.
     jax.config.update("jax_enable_preemption_service", False)
@@ -75,6 +78,8 @@ def _given() -> dict[str, Any] | None:
     numbers = all(text.isdecimal() and len(text) < 10 for text in (count, index))
     if not (address and re.fullmatch(r".+:\d{1,5}", address) and numbers):
         raise UserError(f"{', '.join(GIVEN)} go together: HOST:PORT and two numbers")
+    if not 0 < int(address.rpartition(":")[2]) <= MAX_PORT:
+        raise UserError(f"{GIVEN[0]}={address}: use a port from 1 to {MAX_PORT}")
     return {
         "coordinator_address": address,
         # JAX would listen on every interface, where anybody who reaches it could join.
@@ -83,6 +88,43 @@ def _given() -> dict[str, Any] | None:
         "process_id": int(index),
         "cluster_detection_method": "deactivate",
     }
+
+
+def _check_listening(how: dict[str, Any]) -> None:
+    """Refuse an address on which the primary cannot listen; JAX would end the process by a signal.
+
+    Raises:
+        UserError: naming the address.
+    """
+    address = how.get("coordinator_bind_address")
+    if address is None or how["process_id"]:
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        places = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:
+        raise _not_listening(address, error) from error
+
+    # A name such as localhost has an address for each version of IP, and one of them is enough.
+    errors = []
+    for family, kind, protocol, _, place in places:
+        try:
+            with socket.socket(family, kind, protocol) as listener:
+                # Else a port of a program that has just ended would count as taken.
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(place)
+                return
+        except OSError as error:
+            errors.append(error)
+    raise _not_listening(address, errors[-1]) from errors[-1]
+
+
+def _not_listening(address: str, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    return UserError(
+        f"process 0 cannot listen on {address}: {reason}; set {GIVEN[0]} to an address of this "
+        f"machine with a free port, or {BIND} if the others reach it under another one"
+    )
 
 
 def _detected() -> dict[str, Any] | None:

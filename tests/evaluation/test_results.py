@@ -196,6 +196,9 @@ def test_a_huge_line_is_refused_before_it_is_read(tmp_path):
     os.truncate(path, 2**40)
     with pytest.raises(UserError, match=r"results.jsonl:2: longer than 16,777,216 bytes"):
         results.read(path)
+    with pytest.raises(UserError, match=r"results.jsonl: its last line has more than 16,777,216"):
+        results.append(path, [record(1)])
+    assert path.stat().st_size == 2**40
 
 
 def test_records_are_read_as_regular_files_only(tmp_path):

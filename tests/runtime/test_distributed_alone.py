@@ -1,5 +1,7 @@
 """What one process says of itself, and which others it is told of."""
 
+import socket
+
 import jax
 import pytest
 
@@ -31,6 +33,28 @@ def test_the_environment_says_who_is_joined(monkeypatch, address, count, index, 
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "inside:2")
     assert distributed._given()["coordinator_bind_address"] == "inside:2"
     assert found["cluster_detection_method"] == "deactivate"
+
+
+@pytest.mark.parametrize("port", [0, 65536, 99999])
+def test_a_port_that_there_is_not_is_refused(monkeypatch, port):
+    for name, value in zip(distributed.GIVEN, (f"127.0.0.1:{port}", "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"ADDRESS=127.0.0.1:{port}: use a port from 1 to 65535"):
+        distributed._given()
+
+
+def test_an_address_on_which_nobody_can_listen_is_refused(monkeypatch):
+    """JAX would end the process with a segmentation fault."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        addresses = ["host.invalid:1234", "192.0.2.1:1234", "no host:1234", f"127.0.0.1:{port}"]
+        for address in addresses:
+            how = {"coordinator_bind_address": address, "process_id": 0}
+            with pytest.raises(UserError, match=f"process 0 cannot listen on {address}: .*; set"):
+                distributed._check_listening(how)
+            distributed._check_listening(how | {"process_id": 1})
+    distributed._check_listening(how)
+    distributed._check_listening(how | {"coordinator_bind_address": f"localhost:{port}"})
 
 
 def test_a_single_process_is_the_primary_and_waits_for_nobody():
