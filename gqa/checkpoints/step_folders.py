@@ -18,18 +18,18 @@ def check_path(folder: Path, field: str = "checkpoint folder") -> None:
     """Refuse a folder whose checkpoints could be written but never read, and an address.
 
     Orbax looks for files by a pattern that begins with the folder's path, so that "[" in it means a
-    set of characters. TensorStore takes a backslash for a slash.
+    set of characters; it fails on "**". TensorStore takes a backslash for a slash.
 
     Raises:
         ConfigError: naming the field and the path.
     """
     checks.check_local_path(field, folder)
-    for character in "[\\":
+    for character in ("[", "**", "\\"):
         if character in str(folder.absolute()):
             raise ConfigError(
                 field,
                 str(folder),
-                'use a folder whose path has neither "[" nor a backslash',
+                'use a folder whose path has neither "[" nor "**" nor a backslash',
                 f"has {character}, which Orbax and TensorStore do not read as it stands",
             )
 

@@ -173,7 +173,7 @@ def test_a_checkpoint_lies_in_a_folder_of_any_name(tmp_path, tiny, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["a[b]", "a[b", "a\\b"])
+@pytest.mark.parametrize("name", ["a[b]", "a[b", "a\\b", "a**"])
 def test_a_folder_whose_checkpoints_could_not_be_read_is_refused_before_anything(tmp_path, name):
     with pytest.raises(ConfigError, match="use a folder whose path has neither"):
         Checkpoints(tmp_path / name / "run")
