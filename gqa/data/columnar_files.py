@@ -127,6 +127,12 @@ def _check_type(path: str, column: str, kind: pa.DataType) -> None:
             f"{path}: column {column!r} has type {kind}; save it as text, or as lists of texts"
         )
 
+    # In a list, a long text of a dictionary may be repeated a million times in one row.
+    if pa.types.is_nested(kind) and any(
+        pa.types.is_dictionary(kind.field(i).type) for i in range(kind.num_fields)
+    ):
+        raise UserError(f"{path}: column {column!r} has type {kind}; save its texts as they are")
+
     # Such a type may be hidden inside a list, an object or a dictionary.
     for i in range(kind.num_fields):
         _check_type(path, column, kind.field(i).type)

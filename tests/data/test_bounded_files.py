@@ -159,6 +159,14 @@ def test_a_parquet_file_of_one_text_for_all_rows_is_refused(tmp_path, monkeypatc
         read(tmp_path / "a.parquet")
 
 
+def test_an_arrow_list_of_one_long_text_many_times_is_refused(tmp_path):
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 0], pa.int8()), pa.array(["a" * 100]))
+    lists = pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), texts)
+    stream(tmp_path / "a.arrow", pa.record_batch({"de": lists}))
+    with pytest.raises(UserError, match=r"column .de. has type list.*; save its texts as they are"):
+        read(tmp_path / "a.arrow")
+
+
 def test_a_parquet_file_of_lists_of_nothing_is_refused_unread(tmp_path, monkeypatch):
     """A few hundred bytes may stand for millions of nulls, each of which is a Python object."""
     monkeypatch.setattr(parquet_pages, "FEW_VALUES", 1 << 10)
