@@ -27,6 +27,7 @@ from gqa.runtime.errors import UserError, renamed_fields
 
 # A vocabulary is trained on at most this many texts, the first ones.
 VOCABULARY_TEXTS = 1_000_000
+ROWS = 16  # the embedding's are a multiple of this where the config leaves them open
 
 
 class Text(NamedTuple):
@@ -140,12 +141,14 @@ def settings(config: ConfigDict) -> TextSettings:
 
 
 def model_section(config: ConfigDict) -> dict[str, Any]:
-    """Return the config's section `model` with the size that the vocabulary gets if it is 0."""
-    return {**config.model, "vocab_size": _vocabulary_shape(config)[1]}
+    """Return the config's section `model`; a `vocab_size` of 0 is the vocabulary's, rounded up."""
+    # Devices can then split the rows of the embedding.
+    rows = -(-_vocabulary_shape(config)[1] // ROWS) * ROWS
+    return {**config.model, "vocab_size": config.model.vocab_size or rows}
 
 
 def _vocabulary_shape(config: ConfigDict) -> tuple[str, int]:
-    """Return the kind of vocabulary that is trained, and how many rows the embedding has.
+    """Return the kind of vocabulary that is trained, and its size.
 
     Where the config leaves them open, the pretraining task or the vocabulary's file decides.
     """
