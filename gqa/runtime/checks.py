@@ -35,10 +35,11 @@ def check_local_path(field: str, path: str | Path) -> None:
     Raises:
         ConfigError: for a path such as gs://bucket/folder.
     """
-    # A Path has one slash in the place of two, which the message puts back.
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)/+", str(path))
-    if scheme:
-        url = f"{scheme[1]}//{str(path)[scheme.end() :]}"
+    url = str(path)
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", url):
+        # A Path has one slash in the place of two, which the message puts back.
+        if isinstance(path, Path):
+            url = f"{scheme[0]}/{url[scheme.end() :]}"
         advice = "mount the bucket or copy its files, and name the folder on this machine"
         raise ConfigError(field, url, advice, "is a URL")
 

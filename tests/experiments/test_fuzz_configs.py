@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import launch
-from configs import base
+from configs import docstrings
 from configs.sizes import SIZES
 from experiments.graph.validate import CHOICES, ZERO_TOO, flatten
 from experiments.stages import text
@@ -29,7 +29,7 @@ from gqa.training import progress
 
 ROOT = Path(launch.__file__).parent
 # The main job does not read the section aot, whose mistakes are in test_aot.
-KEYS = {key: value for key, value in flatten(base.get_config()) if not key.startswith("aot.")}
+KEYS = {key: value for key, value in flatten(docstrings.get_config()) if not key.startswith("aot.")}
 NAMES = CHOICES | {
     "experiment": ("pipeline",),
     "compare": ("", "mean@0,svd@0", " first , svd-weight@.5"),
@@ -47,6 +47,7 @@ NAMES = CHOICES | {
     "finetune.tasks": ("parameter_qa", "docstring_summary,code_summary", " code_summary ,", " , "),
     "text.packages": ("flax,optax", "rich, fsspec,absl-py"),
     "text.vocabulary": ("",),
+    "train.profile": ("", "100:110", "0:1"),
     "init.huggingface": ("",),
     "init.t5x": ("",),
 }
@@ -121,7 +122,7 @@ def workdir(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz") / "runs"
 
 
-def run(workdir, *arguments, config="configs/gqa8.py"):
+def run(workdir, *arguments, config="configs/docstrings.py"):
     """None if the job begins, else the one line that says what is wrong."""
     shutil.rmtree(workdir, ignore_errors=True)
     sys.modules.pop("config_config", None)  # as which config files are loaded, one into the other

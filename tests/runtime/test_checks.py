@@ -1,5 +1,6 @@
 """Addresses are refused as such, and every other name of a file is a path."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,10 @@ ADDRESSES += ["file:///etc", "x-y+z.1://a"]
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address_is_named_as_the_user_wrote_it(address):
     """Also where it has become a path, which has one slash in the place of two."""
-    written = address.replace(":///", "://")
-    for path in (address, Path(address)):
-        with pytest.raises(
-            ConfigError, match=f"^folder='{written}' is a URL; mount".replace("+", r"\+")
-        ):
+    # A Path cannot tell file:///etc from file://etc.
+    for path, written in ((address, address), (Path(address), address.replace(":///", "://"))):
+        message = re.escape(f"folder='{written}' is a URL; mount")
+        with pytest.raises(ConfigError, match=f"^{message}"):
             checks.check_local_path("folder", path)
 
 

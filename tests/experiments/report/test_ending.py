@@ -96,12 +96,14 @@ def test_commands_name_the_checkpoints_that_were_scored(tmp_path):
     assert f"report: {tmp_path / 'report.md'}" in text
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    ")]
     stages = workdir / "stages"
+    python = commands[0][0]  # "python", or that of an environment below the current folder
+    assert python.endswith("python")
     assert commands == [
-        ["python", "-m", "gqa", "generate"]
+        [python, "-m", "gqa", "generate"]
         + [str(stages / f"finetune-{key}" / "checkpoints" / "20") for key in ("aa", "bb")]
         + ["en: hello"],
-        ["python", "launch.py", "--config=configs/gqa.py:kv_heads=4", f"--workdir={workdir}"],
-        ["python", "launch.py", "--config=configs/sweeps/groups.py", f"--workdir={workdir}"],
+        [python, "launch.py", "--config=configs/gqa.py:kv_heads=4", f"--workdir={workdir}"],
+        [python, "launch.py", "--config=configs/sweeps/groups.py", f"--workdir={workdir}"],
     ]
 
     # A folder that is gone or damaged has no command.
