@@ -57,6 +57,7 @@ class Tokenizer:
     def __init__(self, model: bytes):
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.hash = hashlib.sha256(model).hexdigest()
+        self.unknown = self._processor.unk_id()  # 2 for T5's model, 3 for copies that have <s>
         self.num_pieces = self._processor.get_piece_size()
         # Some copies of T5's model already end in the sentinels, as pieces 99 down to 0.
         if self._processor.id_to_piece(self.num_pieces - 1).endswith("<extra_id_0>"):
@@ -95,7 +96,7 @@ class Tokenizer:
         sentinel, pad, eos, _ = match.groups()
         if sentinel is not None:
             return self.sentinel(int(sentinel))
-        return PAD if pad else EOS if eos else UNK
+        return PAD if pad else EOS if eos else self.unknown
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, as `encode` does; uses every core."""
@@ -127,7 +128,8 @@ class Tokenizer:
             if token == EOS:
                 begin = len(text)
                 break
-            texts.append(self._processor.decode([UNK]).strip() if token == UNK else "")
+            is_unknown = token == self.unknown
+            texts.append(self._processor.decode([token]).strip() if is_unknown else "")
         texts.append(self._normalize(text[begin:]))
         return " ".join(filter(None, texts))
 
@@ -265,15 +267,12 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
 
 def _check_ids(tokenizer: Tokenizer) -> None:
-    """Refuse a model in which a special token has another id than in T5."""
-    # Batches write padding and EOS as fixed numbers, and "<unk>" in a text is encoded as one. With
-    # other ids they would be ordinary pieces.
+    """Refuse a model whose padding, end or sentinels have other ids than in T5."""
+    # Batches write padding and EOS as fixed numbers. With other ids they would be ordinary pieces.
     processor = tokenizer._processor
-    ids = [processor.pad_id(), processor.eos_id(), processor.unk_id()]
-    if ids != [PAD, EOS, UNK]:
-        raise vocabulary_files.WrongVocabulary(
-            f"pad, eos and unk have ids {ids}, T5 needs {[PAD, EOS, UNK]}"
-        )
+    ids = [processor.pad_id(), processor.eos_id()]
+    if ids != [PAD, EOS]:
+        raise vocabulary_files.WrongVocabulary(f"pad and eos have ids {ids}, T5 needs [0, 1]")
 
     # A model that holds sentinels must hold all of them, because their ids are counted from the
     # last.

@@ -81,7 +81,7 @@ WRONG = {
     "no size": (set_rules(b"xy"), "rules of normalization are damaged"),
     "a wrong size": (set_rules(struct.pack("<I", 1 << 20) + b"xy"), "are damaged"),
     "astray": (set_rules(rules(astray(), b"x\0")), "are damaged"),
-    "unk": (swap_pieces(2, 300), r"unk have ids \[0, 1, 300\], T5 needs \[0, 1, 2\]"),
+    "eos": (swap_pieces(1, 300), r"pad and eos have ids \[0, 300\], T5 needs \[0, 1\]"),
     "one sentinel": (lambda model: model.pieces.add(piece="<extra_id_0>"), "must be <extra_id_1>"),
 }
 
@@ -94,6 +94,16 @@ def test_a_crafted_file_is_refused_by_name(tmp_path, content, name):
     (tmp_path / "a.model").write_bytes(model.SerializeToString())
     with pytest.raises(UserError, match=rf"vocabulary .*a\.model: .*{message}"):
         tokenizer.load(tmp_path / "a.model")
+
+
+def test_unknown_may_have_another_id(tmp_path, content):
+    """Some copies of T5's vocabulary have <s> as piece 2 and <unk> as piece 3."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)
+    swap_pieces(2, 300)(model)
+    (tmp_path / "a.model").write_bytes(model.SerializeToString())
+    vocabulary = tokenizer.load(tmp_path / "a.model")
+    assert vocabulary.encode("<unk>") == [300]
+    assert vocabulary.normalize("a <unk>") == tokenizer.Tokenizer(content).normalize("a <unk>")
 
 
 def test_a_rule_of_the_longest_length_is_taken(tmp_path, content):
