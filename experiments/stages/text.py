@@ -158,7 +158,7 @@ def _vocabulary_shape(config: ConfigDict) -> tuple[str, int]:
 
     size = config.model.vocab_size
     if not size and config.text.vocabulary:
-        size = tokenizer.load(config.text.vocabulary).sentinel(0) + 1
+        size = tokenizer.count_ids(os.path.abspath(config.text.vocabulary))
     return config.text.vocabulary_model or design.model_type, size or design.vocab_size
 
 

@@ -4,6 +4,7 @@ Ids are laid out as in T5: padding 0, end of sequence 1, unknown 2, the pieces o
 100 sentinels counting down from the last id. The embedding is rounded up to a multiple of 128 rows.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -264,6 +265,15 @@ def load(path: str | os.PathLike) -> Tokenizer:
     except (RuntimeError, IndexError, UnicodeDecodeError) as error:
         raise UserError(f"vocabulary {path}: not a SentencePiece model") from error
     return tokenizer
+
+
+@functools.lru_cache(maxsize=4)
+def count_ids(path: str) -> int:
+    """Return how many ids, sentinels among them, the vocabulary of an absolute path has.
+
+    The file is read once in a process, because a sweep asks several times for each of its points.
+    """
+    return load(path).sentinel(0) + 1
 
 
 def _check_ids(tokenizer: Tokenizer) -> None:
