@@ -5,7 +5,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, cpu
 
 
 def sweep(name: str, arg: str, **grids: dict) -> ConfigDict:
@@ -33,7 +33,8 @@ def sweep(name: str, arg: str, **grids: dict) -> ConfigDict:
         # (calibration tokens), svd-sequential, svd-shrink0.1 (shrinkage),
         # svd-logit-per_layer_budget, mean-kl1 (uptrain.beta). none: trained from scratch.
         axes.methods = config.convert.method
-        axes.seeds = (config.seed,)
+        # Three seeds show the chance in training, where a training takes minutes.
+        axes.seeds = (0, 1, 2) if config.size in cpu.MINUTES else (config.seed,)
         # Tasks, separated by commas. Empty: those of finetune.tasks; none: networks are neither
         # fine-tuned nor timed.
         axes.tasks = ""
