@@ -34,6 +34,7 @@ def get_config(arg: str = ""):
         budget=at_once | {"methods": budget, "kv_heads": (8, 4, 2)},
         curves=losses
         | {"methods": f"{CURVES},{NEAR_PARENT}", "kv_heads": (0, 4, 1), "alphas": alphas},
+        learned=losses | {"methods": "weighted,fuse", "kv_heads": (4, 1), "alphas": (0.01, 0.05)},
         scores={"methods": "mean,svd-logit", "kv_heads": (4, 1), "alphas": (0.0, 0.05)},
         figure4={"methods": "mean,first,random", "kv_heads": (1,)},
     )

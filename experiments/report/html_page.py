@@ -18,7 +18,7 @@ img { display: block; max-width: 100%; height: auto; break-inside: avoid }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top;
   overflow-wrap: anywhere }
-th { border-bottom: 2px solid #666 }
+th { border-bottom: 2px solid #666; overflow-wrap: normal }  /* whole words */
 tr { break-inside: avoid }
 @media print {
   @page { size: A4 landscape; margin: 12mm }

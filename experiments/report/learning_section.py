@@ -73,7 +73,7 @@ def baselines(summary: Summary) -> str:
         recorded = summary.metrics("evaluate", task)
         names = [name for name in BASELINES if name in recorded]
         header = ["variant", "score", *(BASELINES[name] for name in names), "test loss"]
-        header += ["other example's input", "margin", "unigram model", "margin"]
+        header += ["loss, other input", "margin", "loss, unigram", "margin"]
 
         rows, remarks = [], []
         for variant in summary.scored:
@@ -88,7 +88,7 @@ def baselines(summary: Summary) -> str:
 
         # Say that nothing is missing only where something was measured, never over dashes.
         if not remarks and any(cell != DASH for row in rows for cell in row[2:]):
-            remarks = ["Every margin measured here is there."]
+            remarks = ["Every network does better than each of these, and uses its input."]
         parts += [
             f"### {safe_text.markdown(task)}",
             tables.markdown(header, rows),

@@ -116,6 +116,7 @@ def test_a_sweep_does_what_is_not_done_yet(whole, files, tmp_path):
     workdir = shutil.copytree(whole[0], tmp_path / "runs")
     before = {folder.name for folder in (workdir / "stages").iterdir()}
     axes = {"kv_heads": "2,1", "alphas": 0.5, "methods": "mean,none", "tasks": "files"}
+    axes["seeds"] = "0,"
     sweep = {f"sweep.groups.{axis}": value for axis, value in axes.items()}
     kept = {key: value for key, value in TINY.items() if key not in ONE_POINT}
     printed = launch(workdir, kept | files | sweep, "--jobs=2", config="configs/sweeps/groups.py")

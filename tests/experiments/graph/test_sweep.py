@@ -124,20 +124,19 @@ def test_a_grid_is_every_combination():
 
 
 def test_groups_has_every_divisor():
-    both = ["mean", "none"]  # converted, and trained from scratch
-    assert [p[1:3] for p in points(get("groups"))] == [(K, m) for K in (8, 4, 2, 1) for m in both]
-    assert [p[1] for p in points(get("groups", "base"))][::2] == [6, 4, 3, 2, 1]
     config = get("groups")
+    methods = ["mean", "svd", "none"]  # converted, and trained from scratch
+    assert [p[1:3] for p in points(config)][::3] == [(K, m) for K in (8, 4, 2, 1) for m in methods]
+    assert [p[1] for p in points(get("groups", "base"))][::3] == [6, 4, 3, 2, 1]
     config.sweep.groups.kv_heads, config.sweep.groups.methods = (4,), "mean"
+    config.sweep.groups.seeds = (0,)
     config.sweep.groups.tasks = "parameter_qa"
     assert points(config) == [("nano", 4, "mean", 0.05, 0, "parameter_qa")]
 
 
 def test_alpha_has_the_papers_lines():
     config = get("alpha")
-    from_scratch = [p[1:4] for p in points(config) if p[2] == "none"]
-    assert from_scratch == [(K, "none", alpha) for K in (8, 1) for alpha in (0.0, 0.05)]
-    del config.unlock().sweep.scratch
+    config.sweep.alpha.seeds = (0,)
     found = points(config)
     assert len(found) == 15
     assert {p[1] for p in found} == {16, 8, 1}
@@ -154,7 +153,7 @@ def test_conversion_has_every_method_of_the_paper():
     for method in ("mean", "first", "random"):
         assert {p[4] for p in scored if p[1:4] == (1, method, 0.05)} == {0, 1, 2}
     ours = {p[2] for p in found}
-    assert ours == {*METHODS, "none"}
+    assert ours == {*METHODS}
     curve = {p[3] for p in found if p[1:3] == (4, "svd")}
     assert curve == {0, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1}
 
@@ -162,10 +161,9 @@ def test_conversion_has_every_method_of_the_paper():
 def test_table1_has_two_sizes():
     found = [p[:4] for p in points(get("table1", "xxl"))]
     assert found == [
-        ("xxl", 8, "mean", 0.05),
-        ("xxl", 8, "none", 0.05),
-        ("xxl", 1, "mean", 0.05),
-        ("xxl", 1, "none", 0.05),
+        ("xxl", 8, "svd", 0.0),
+        ("xxl", 1, "svd", 0.0),
+        *[("xxl", K, method, 0.05) for K in (8, 1) for method in ("mean", "svd", "none")],
         ("large", 16, "mean", 0.0),
     ]
     with pytest.raises(UserError, match="size='small' has no smaller one; use one of nano, mini"):
@@ -184,6 +182,11 @@ def test_another_size_has_its_own_recipe_and_what_the_user_changed():
     assert small.pretrain.steps == base.get_config("nano").pretrain.steps != large.pretrain.steps
     expected = dataclasses.replace(parent_config(base.get_config("nano")), remat="full")
     assert parent_config(small) == expected
+
+
+def test_sizes_that_train_in_minutes_have_three_seeds():
+    for size, seeds in (("nano", {0, 1, 2}), ("mini", {0}), ("xxl", {0})):
+        assert {p[4] for p in points(get("alpha", size))} == seeds
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,7 @@ def test_nothing_is_trained_from_scratch_beside_a_trained_network():
     """A sweep leaves such points out, unless they are all that a grid asks for."""
     config = get("groups")
     config.init.t5x = "checkpoint"
-    assert {p[2] for p in points(config)} == {"mean"}
+    assert {p[2] for p in points(config)} == {"mean", "svd"}
     config.sweep.groups.methods = "none"
     assert {p[2] for p in points(config)} == {"none"}
     with pytest.raises(
@@ -220,7 +223,7 @@ def test_nothing_is_trained_from_scratch_beside_a_trained_network():
 
 def test_attentions_are_converted_as_the_grid_says():
     config = grid.sweep(
-        "x", "nano", a={"kv_heads": (8, 0), "where": "self_attention,cross_attention"}
+        "x", "mini", a={"kv_heads": (8, 0), "where": "self_attention,cross_attention"}
     )
     found = [
         (

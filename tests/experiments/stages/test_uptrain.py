@@ -23,6 +23,7 @@ SETTINGS["pretrain.steps"] = 2
 SETTINGS["model.num_decoder_layers"] = 2
 for grid, methods, alphas in (
     ("larger", "mean,none", "0.5,1.0"),
+    ("at_once", "mean", "0.5,"),
     ("smaller", "weighted-random,fuse,mean-kl9,mean-weight-per_layer_budget", "1.0,"),
 ):
     axes = {
@@ -31,6 +32,7 @@ for grid, methods, alphas in (
         "kv_heads": "2,",
         "methods": methods,
         "alphas": alphas,
+        "seeds": "0,",
     }
     SETTINGS |= {f"sweep.{grid}.{axis}": value for axis, value in axes.items()}
 
