@@ -362,6 +362,8 @@ MODEL_TYPES = {
     ),
     "plbart": ModelType(cross_readers.encoder_decoder, bart_sizes(6, 12, 768), ENCODER),
     "t5": ModelType(cross_readers.t5, t5_sizes(6, 8) | GROUPED),
+    # A grouped network that `python -m gqa export` has written.
+    "t5_gqa": ModelType(cross_readers.t5, t5_sizes(6, 8) | GROUPED),
     "t5_gemma_module": ModelType(
         cross_readers.t5gemma_decoder,
         sizes(26, 8, 4, 2304, 256) | window(4096) | LISTED,

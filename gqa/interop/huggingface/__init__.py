@@ -2,6 +2,7 @@
 
 This file only exports names. reading.py and writing.py read and write folders, config.py translates
 config.json, names.py the names and shapes of tensors, and command.py is `python -m gqa export`.
+modeling_t5_gqa.py is a grouped T5 for Transformers, which goes into the folders.
 The safetensors format itself is in gqa/interop/safetensors_files.py.
 """
 

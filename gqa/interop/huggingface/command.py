@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expand",
         action="store_true",
-        help="repeat each KV head for its query heads, so that Transformers' T5 can run the result",
+        help="repeat each KV head for its query heads: an ordinary T5, with MHA's large cache. "
+        "By default the result stays grouped, and Transformers runs it with trust_remote_code=True",
     )
     parser.add_argument("--vocabulary", help="SentencePiece file to put beside the weights")
 

@@ -11,8 +11,13 @@ from gqa.runtime.errors import CheckpointError
 
 ACTIVATIONS = {"relu": RELU, "gated-gelu": GATED_GELU}
 
+# The type of grouped networks, with a class of our own: modeling_t5_gqa.py. Transformers refuses it
+# without that file. As a "t5" it would be loaded with multi-head attention.
+GROUPED = "t5_gqa"
+MODELING_FILE = "modeling_t5_gqa.py"
+
 # Transformers' default of feed_forward_proj, by model type.
-DEFAULTS = {"t5": "relu", "mt5": "gated-gelu"}
+DEFAULTS = {"t5": "relu", "mt5": "gated-gelu", GROUPED: "relu"}
 
 # Constants of our network. A file with another value is refused.
 FIXED = {
@@ -80,7 +85,7 @@ def to_config(hf_config: dict) -> Config:
     tied = _flag(hf_config, "tie_word_embeddings", True)
     # mT5 ties its logits without scaling them. Our tied logits are always scaled, so for mT5 our
     # network has a logit kernel of its own, which repeats the embedding.
-    scaled = _flag(hf_config, "scale_decoder_outputs", tied) and kind == "t5"
+    scaled = _flag(hf_config, "scale_decoder_outputs", tied) and kind != "mt5"
 
     return Config(
         **sizes,
@@ -140,5 +145,20 @@ def from_config(config: Config) -> dict:
 
     # A multi-head network is an ordinary T5, so its file has no key that Transformers' T5 lacks.
     heads = {theirs: getattr(config, ours) for ours, theirs in KV_HEADS.items()}
-    grouped = set(heads.values()) != {config.num_heads}
-    return hf_config | (heads if grouped else {})
+    if set(heads.values()) == {config.num_heads}:
+        return hf_config
+
+    classes = {
+        "AutoConfig": "T5GQAConfig",
+        "AutoModelForSeq2SeqLM": "T5GQAForConditionalGeneration",
+    }
+    module = MODELING_FILE.removesuffix(".py")
+    return (
+        hf_config
+        | heads
+        | {
+            "model_type": GROUPED,
+            "architectures": [classes["AutoModelForSeq2SeqLM"]],
+            "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
+        }
+    )

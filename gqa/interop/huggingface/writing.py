@@ -20,7 +20,7 @@ from jax import Array
 
 from gqa.interop import safetensors_files
 from gqa.interop.huggingface import names
-from gqa.interop.huggingface.config import KV_HEADS, from_config
+from gqa.interop.huggingface.config import GROUPED, KV_HEADS, MODELING_FILE, from_config
 from gqa.model.config import Config
 from gqa.runtime import checks
 from gqa.runtime.errors import CheckpointError, is_disk_full
@@ -31,6 +31,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # of one safetensors file, as Transformers has it
 # generation of the model that was there before.
 OWN_WEIGHTS = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|generation_config\.json"
+    rf"|{re.escape(MODELING_FILE)}"
 )
 # Weights that other programs write, which `save` does not delete.
 OTHER_WEIGHTS = re.compile(
@@ -74,12 +75,13 @@ def save(
 ) -> None:
     """Write config.json and model.safetensors in float32, in shards if larger than 5 GB.
 
-    Transformers' T5 reads a folder that is multi-head or expanded. The config.json of a grouped
-    network has num_key_value_heads, which Transformers' T5 does not know and `load` reads.
+    Transformers' T5 reads a folder that is multi-head or expanded. A grouped network has a class of
+    ours beside its weights, modeling_t5_gqa.py, which Transformers loads with
+    `trust_remote_code=True`. `load` reads both.
 
     If the folder holds a model, that model is replaced once the new one is complete. Its
-    safetensors, its index and generation_config.json are removed, so that no program reads them
-    together with the new weights.
+    safetensors, its index, its class and generation_config.json are removed, so that no program
+    reads them together with the new weights.
 
     Args:
         expand: repeat each KV head for its query heads.
@@ -108,7 +110,10 @@ def save(
             _write_weights(_lazy_tensors(params, config, expand), unfinished)
             if vocabulary:
                 shutil.copyfile(vocabulary, unfinished / VOCABULARY)
-            safetensors_files.write_json(unfinished / "config.json", from_config(new_config))
+            hf_config = from_config(new_config)
+            if hf_config["model_type"] == GROUPED:
+                shutil.copyfile(Path(__file__).with_name(MODELING_FILE), unfinished / MODELING_FILE)
+            safetensors_files.write_json(unfinished / "config.json", hf_config)
             _replace_model(folder, unfinished)
     except OSError as error:
         if is_disk_full(error):
