@@ -13,7 +13,6 @@ from experiments.report.summary import Summary
 from experiments.report.tables import DASH
 from experiments.report.variants_section import kv_heads
 from experiments.stages.variant import Variant
-from gqa.evaluation.metrics import LOWER_IS_BETTER
 
 MOST_ROWS = 12  # of the table; of more variants, only the telling ones are shown
 NO_DIFFERENCE = "no difference shown"
@@ -63,27 +62,16 @@ def _is_near(summary, variant, within):
     difference = summary.against_parent(variant)
     if difference.low is None:
         return False
-    return difference.high < within if _is_error(summary) else difference.low > -within
+    return difference.high < within if summary.scores_are_errors else difference.low > -within
 
 
 def _gain(summary, variant):
     """Return by how much the score, or else the loss, is better than the parent's, if at all."""
     difference = summary.against_parent(variant)
     if difference is not None:
-        return -difference.value if _is_error(summary) else difference.value
+        return -difference.value if summary.scores_are_errors else difference.value
     damage = method_comparison.damage(summary, variant)
     return -math.inf if damage is None else -damage.value
-
-
-def _is_error(summary):
-    """Return whether the scores are error rates, of which a lower one is better."""
-    return bool(_metrics(summary)) and _metrics(summary) <= set(LOWER_IS_BETTER)
-
-
-def _metrics(summary):
-    """Return the names of the headline metrics of all tasks."""
-    scores = [summary.headline(v, task) for v in summary.scored for task in summary.tasks]
-    return {score.unit.removesuffix(" %") for score in scores if score}
 
 
 # --- the sentence ---------------------------------------------------------------------------------
@@ -160,10 +148,10 @@ def _quality(summary: Summary, variant: Variant, over: str = "") -> str:
 
 
 def _scored(summary, score):
-    metrics = _metrics(summary)
+    metrics = summary.headline_metrics
     if metrics == {"word_accuracy"}:
         return f"says {score.value:.1f}% of the words right"
-    names = ", ".join(sorted(metrics)) + (", lower is better" if _is_error(summary) else "")
+    names = ", ".join(sorted(metrics)) + (", lower is better" if summary.scores_are_errors else "")
     return f"scores {score.value:.1f} ({names})"
 
 
@@ -311,7 +299,7 @@ def note(summary: Summary, within: float) -> str:
     """Return what the columns of the table mean, and how many variants the table leaves out."""
     parts = ["Ratios compare with the multi-head parent (MHA).", "KV cache: of one sequence."]
     if summary.tasks:
-        names, metrics = ", ".join(summary.tasks), ", ".join(sorted(_metrics(summary)))
+        names, metrics = ", ".join(summary.tasks), ", ".join(sorted(summary.headline_metrics))
         what = f"average of {names}" if len(summary.tasks) > 1 else f"of {names}"
         parts.append(
             f"Score: {metrics} in percent, {what}. Difference: in points, with its 95% interval."

@@ -78,14 +78,21 @@ def plain(summary: Summary, within: float) -> str:
 
 def _rule(summary, within):
     """Return the rule by which the answer is chosen, for readers."""
+    limit = _limit(summary, within)
+    better, worse = ("below", "above") if summary.scores_are_errors else ("above", "below")
     return (
         "The answer is the smallest measured number of KV heads whose "
         f"{_score(summary)} is shown to be within {_points(within)} of the score of multi-head "
         "attention (MHA). For each number of KV heads, the difference is its score minus MHA's, "
-        "with a 95% interval. If the whole interval lies "
-        f"above {-within:g}, the number of KV heads is good enough (yes). If the whole interval "
-        f"lies below {-within:g}, it is not (no). Otherwise these results cannot tell."
+        f"with a 95% interval. If the whole interval lies {better} {limit:g}, the number of KV "
+        f"heads is good enough (yes). If the whole interval lies {worse} {limit:g}, it is not "
+        "(no). Otherwise these results cannot tell."
     )
+
+
+def _limit(summary, within):
+    """Return the difference to MHA that is `within` points worse than none."""
+    return within if summary.scores_are_errors else -within
 
 
 def _score(summary):
@@ -116,7 +123,7 @@ def _answer(summary, variants, within):
     points = []
     for v in sorted(variants, key=lambda v: v.num_kv_heads):
         difference = summary.against_parent(v)
-        points.append(Point(v, difference, _verdict(difference, within)))
+        points.append(Point(v, difference, _verdict(summary, difference, within)))
 
     header = ["KV heads", "difference to MHA, points", f"within {within:g}"]
     header += ["speed / sample", "speed / token", "KV cache"]
@@ -136,13 +143,12 @@ def _answer(summary, variants, within):
     return Answer(f"{variants[0].size}, {variants[0].origin}", header, rows, sentences)
 
 
-def _verdict(difference, within):
-    """Return whether the score is shown to be at most `within` points below MHA's."""
-    if difference.low is not None and difference.low > -within:
-        return YES
-    if difference.high is not None and difference.high < -within:
-        return NO
-    return UNKNOWN
+def _verdict(summary, difference, within):
+    """Return whether the score is shown to be at most `within` points worse than MHA's."""
+    limit = _limit(summary, within)
+    if difference.low is None or difference.low <= limit <= difference.high:
+        return UNKNOWN
+    return YES if (difference.low > limit) != summary.scores_are_errors else NO
 
 
 def _gain(summary, variant, metric):
@@ -174,14 +180,14 @@ def _conclusion(summary, points, within):
         heads = points[0].variant.num_heads
         return [
             f"No measured number of KV heads below MHA's {heads} will do: all are shown to be more "
-            f"than {_points(within)} below MHA."
+            f"than {_points(within)} worse than MHA."
         ]
 
     # Say for each undecided number what would decide it.
     reasons = "; ".join(f"{p.heads}, {_interval(p)}" for p in unknown)
     return [
         f"These results cannot tell. No number of KV heads is shown to be within {_points(within)} "
-        f"of MHA, and these are not shown to be further below: {reasons}.",
+        f"of MHA, and these are not shown to be worse than that: {reasons}.",
         *(_would_tell(summary, p, within) for p in unknown if p.difference.low is not None),
     ]
 
@@ -207,16 +213,17 @@ def _would_tell(summary, point, within):
     """Say how many test examples would decide about a point whose difference has an interval."""
     d = point.difference
 
-    # The interval must not hold -within, so its half width must be below |value + within|: 0.4 if
-    # the difference is -0.6 and `within` is 1. The half width is the hypotenuse of two: that of the
-    # seeds stays, and that of the n test examples shrinks as 1/sqrt(n).
-    room = (d.value + within) ** 2 - d.seeds**2
+    # The interval must not hold the limit, so its half width must be below |value - limit|: 0.4 if
+    # the difference is -0.6 and the limit is -1. The half width is the hypotenuse of two: that of
+    # the seeds stays, and that of the n test examples shrinks as 1/sqrt(n).
+    limit = _limit(summary, within)
+    room = (d.value - limit) ** 2 - d.seeds**2
     if room <= 0 and d.seeds:
         return f"For {point.heads}, more test examples alone would not decide; more seeds might."
     factor = d.examples**2 / room if room > 0 else math.inf
     if factor > PRACTICAL:
         return (
-            f"For {point.heads}, the difference of {d.value:+.2f} is too near {-within:g} for any "
+            f"For {point.heads}, the difference of {d.value:+.2f} is too near {limit:g} for any "
             "practical number of test examples to decide."
         )
 

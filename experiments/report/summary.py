@@ -15,6 +15,7 @@ from experiments.report.estimate import Difference, Estimate
 from experiments.stages.typed_json import from_json
 from experiments.stages.variant import Variant
 from gqa.evaluation import results
+from gqa.evaluation.metrics import LOWER_IS_BETTER
 from gqa.runtime.errors import UserError
 
 # Stages whose numbers belong to a task. Records of pretraining and uptraining name their text as
@@ -96,6 +97,18 @@ class Summary:
         """The variants that have a score in some task; all variants if no variant has a score."""
         scored = [v for v in self.variants if any(self.headline(v, task) for task in self.tasks)]
         return scored or self.variants
+
+    @property
+    def headline_metrics(self) -> set[str]:
+        """The names of the headline metrics of all tasks."""
+        scores = [self.headline(v, task) for v in self.scored for task in self.tasks]
+        return {score.unit.removesuffix(" %") for score in scores if score}
+
+    @property
+    def scores_are_errors(self) -> bool:
+        """Whether the headline scores are error rates, of which a lower one is better."""
+        metrics = self.headline_metrics
+        return bool(metrics) and metrics <= set(LOWER_IS_BETTER)
 
     def title(self, variant: Variant) -> str:
         """Name a variant, with its size where the results hold several."""

@@ -19,7 +19,6 @@ from experiments.stages.inputs import Job, Parent, load_state, open_parent, pret
 from experiments.stages.settings import ConvertSettings
 from experiments.stages.text import Training, training
 from experiments.stages.typed_json import to_json
-from experiments.stages.variant import Variant
 from gqa import conversion
 from gqa.checkpoints import checkpoint
 from gqa.conversion import Conversion, calibration
@@ -161,7 +160,9 @@ def _measured(
     """
     global _last_measured
     config, variant = parent.config, settings.variant
-    attended = _needs_attended(variant)
+    attended = conversion.needs_attended(
+        variant.method, variant.space or "weight", variant.per_layer_budget
+    )
     measured_anew = _MeasuredAnew(params, config, batches, attentions, attended)
     # Sequential conversion measures the network as converted so far, unless something before it
     # needs the covariances of the whole parent.
@@ -183,13 +184,6 @@ def _measured(
     input_covariances = list(measured_anew)
     _last_measured = _Measured(*identity, input_covariances, time.monotonic() - begun)
     return input_covariances, 0.0
-
-
-def _needs_attended(variant: Variant) -> bool:
-    """Return whether method or budget reads what attention attends to."""
-    space = variant.space or "weight"
-    methods = (variant.method, *(("svd",) if variant.per_layer_budget else ()))
-    return any(conversion.needs_attended(method, space) for method in methods)
 
 
 def _convert(

@@ -41,7 +41,7 @@ def run(
     layout = resolve_layout(parent.config, job.layout, job.mesh, batch_size, *lengths.values())
     generator = Generator(
         Inference(parent.config, settings.cache_dtype, layout=layout),
-        _make_search(settings),
+        decoding.search_of(settings, settings.variant.seed),
         recipe.targets_length,
         mesh=job.mesh,
     )
@@ -74,18 +74,6 @@ def run(
     for entry in records:
         print(f"{label}: {entry['metric']} {entry['value']:.2f} {entry['unit']}")
     return Outcome(records + shown)
-
-
-def _make_search(settings: EvaluateSettings) -> decoding.Search:
-    return decoding.named_search(
-        settings.search,
-        num_beams=settings.num_beams,
-        length_penalty=settings.length_penalty,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seed=settings.variant.seed,
-    )
 
 
 def _keep(path: Path, examples: list[Example], predictions: list[str]) -> list[dict]:

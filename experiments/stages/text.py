@@ -190,8 +190,8 @@ def check(config: ConfigDict) -> None:
     wanted = settings(config)
     # Each task once: the pretraining task may also be one to fine-tune on.
     for name in dict.fromkeys(task_names(config)):
-        for report in tasks.check(name, **wanted.options[name]):
-            print(f"task {name}: {report}; left out")
+        for line in tasks.check(name, **wanted.options[name]):
+            print(f"task {name}: {line}")
     for name in split_names(config.finetune.tasks):
         if not hasattr(tasks.get(name), "METRICS"):
             raise UserError(f"finetune.tasks: {name} has documents, not examples to fine-tune on")

@@ -117,10 +117,15 @@ def needs_input_covariances(
     return by_activations or method in pooling.MEASURED or grouping in MEASURED
 
 
-def needs_attended(method: str, space: str = "logit") -> bool:
-    """Return whether a conversion reads what attention attends to, as part of its covariances."""
-    by_attention = method in closed_form.METHODS and space == "attention"
-    return by_attention or method in pooling.MEASURED
+def needs_attended(method: str, space: str = "logit", per_layer_budget: bool = False) -> bool:
+    """Return whether a conversion reads what attention attends to, as part of its covariances.
+
+    Args:
+        per_layer_budget: whether KV heads are spread over the layers by `per_layer_kv_heads`, which
+            measures the loss of "svd" in each layer, whatever the method is.
+    """
+    by_closed_form = method in closed_form.METHODS or per_layer_budget
+    return (by_closed_form and space == "attention") or method in pooling.MEASURED
 
 
 def check_covariance(covariance: InputCovariance, method: str, space: str) -> None:

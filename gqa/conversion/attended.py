@@ -20,7 +20,7 @@ from gqa.model.attention import Segments, attention_weights, make_mask
 
 
 class AttendedCovariance(NamedTuple):
-    """What the query heads of one attention read, in float64.
+    """Hold what the query heads of one attention read, in float64.
 
     Attributes:
         values: [N, D, D], for each query head the mean of z z' over all queries.
@@ -34,7 +34,7 @@ class AttendedCovariance(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What one batch gives an attention to read.
+    """Hold what one batch gives an attention to read.
 
     Attributes:
         x: [B, T, D], from which queries are computed.

@@ -3,7 +3,8 @@
 A quote that is not closed takes in all lines up to the next quote. Such a row is bad, and the lines
 behind its first are read again as rows of their own, so that one typing error costs one row. Where
 the next quote happens to end a field, as in `5"` for five inches, the row looks right; it is told
-by its lines, which have the columns of rows, and the file is refused.
+by its lines, which have the columns of rows. The file is refused if such lines are many, and the
+row is a `DoubtfulRow` if they are few.
 """
 
 import collections
@@ -17,7 +18,7 @@ from gqa.data.text_lines import WrongText, decode
 from gqa.runtime.errors import UserError
 
 # Bytes of a file that may be read again behind unclosed quotes; lines beyond are bad unread.
-MOST_REREAD = 1 << 28
+MOST_REREAD = 1 << 26
 # Bytes that a line costs beside its own, because short lines take more memory and time than their
 # bytes.
 LINE_COST = 64
@@ -76,6 +77,10 @@ def read_tsv(path: str) -> Rows:
     return _named(path, "\t", lambda width: _plain_records(path, width))
 
 
+class DoubtfulRow(dict):
+    """A row with a quoted text of which every line looks like a row that a quote may hide."""
+
+
 class _Width:
     """The number of columns, which is known once the header is read."""
 
@@ -99,7 +104,9 @@ def _named(path: str, separator: str, open_records: Callable[[_Width], Iterator[
 
         # The first row that is not blank is the header.
         if names:
-            yield number, wrong or dict(zip(names, values, strict=True))
+            is_doubtful = _may_be_rows(text, separator, width.columns)
+            kind = DoubtfulRow if is_doubtful else dict
+            yield number, wrong or kind(zip(names, values, strict=True))
         elif wrong:
             raise UserError(f"{path}:{number}: {wrong}")
         else:
@@ -116,11 +123,21 @@ def _hidden_lines(text: str, separator: str, columns: int) -> bool:
     between them are looked at. In a file of one column every line has the columns of a row.
     """
     between = text.split("\n")[1:-1]
-    return (
-        columns > 1
-        and len(between) >= HIDDEN_LINES
-        and all(line.count(separator) == columns - 1 for line in between)
-    )
+    return len(between) >= HIDDEN_LINES and _look_like_rows(between, separator, columns)
+
+
+def _may_be_rows(text: str, separator: str, columns: int) -> bool:
+    """Return whether every line of a row's text has the columns of a row.
+
+    A few such lines are no proof, because a text may have a comma in each of its lines.
+    """
+    lines = text.split("\n")
+    return len(lines) > 1 and _look_like_rows(lines, separator, columns)
+
+
+def _look_like_rows(lines: list[str], separator: str, columns: int) -> bool:
+    """Return whether every line has the columns of a row; False for one column, which all have."""
+    return columns > 1 and all(line.count(separator) == columns - 1 for line in lines)
 
 
 def _plain_records(path: str, width: _Width) -> Iterator[Record]:

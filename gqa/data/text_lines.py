@@ -57,11 +57,18 @@ def lines(path: str) -> Iterator[tuple[int, bytes]]:
     Of a line that is longer than LONGEST, its first LONGEST + 1 bytes are given.
 
     Raises:
-        UserError: naming the file, if it is no regular file, is damaged or expands too much.
+        UserError: naming the file, if it is no regular file, is damaged, expands too much, or has
+            line ends of CR alone.
     """
     number, pieces = 0, 0
     with regular_files.open_regular(path) as file:
         for piece in _checked(path, file, lambda stream: stream.readline(LONGEST + 1)):
+            # A file with such line ends would be one line, and a text of it one paragraph.
+            if number == 0 and b"\n" not in piece and b"\r" in piece.rstrip(b"\r"):
+                raise UserError(
+                    f"{path}: its lines end in CR alone; convert them, such as with "
+                    "`tr '\\r' '\\n' < OLD > NEW`"
+                )
             if not pieces:
                 number += 1
                 yield number, piece.removeprefix(b"\xef\xbb\xbf") if number == 1 else piece

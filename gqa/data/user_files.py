@@ -10,11 +10,12 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from gqa.data import file_formats
 from gqa.data.examples import SPLITS
+from gqa.data.separated_values import DoubtfulRow
 from gqa.runtime import file_hashes, regular_files
 from gqa.runtime.errors import UserError
 
@@ -39,19 +40,39 @@ class Entry(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The number of bad rows of a file, and the messages of the first few."""
+    """What a user should know of a file's rows: how many are bad, and which may be several rows.
+
+    Args:
+        first: the messages of the first few bad rows.
+        doubtful: the numbers of the rows whose quoted text looks like rows of its own.
+    """
 
     path: str
     rows: int
     bad: int
     first: list[str]
+    doubtful: list[int]
 
     def __str__(self) -> str:
         return f"{self.bad} of {self.rows} rows are bad: {'; '.join(self.first)}"
 
+    def lines(self) -> Iterator[str]:
+        """Yield a line for the bad rows and one for the doubtful ones, where there are any."""
+        if self.bad:
+            yield f"{self}; left out"
+        if self.doubtful:
+            places = ", ".join(f"{self.path}:{number}" for number in self.doubtful[:SHOWN])
+            yield (
+                f"{len(self.doubtful)} rows hold a quoted text of which every line looks like a "
+                f"row; if a quote is missing, rows are lost in it: {places}"
+                + (", ..." if len(self.doubtful) > SHOWN else "")
+            )
+
 
 def collect(entry: Entry, columns: Collection[str], make: Callable) -> tuple[list, list[Report]]:
-    """Apply `make` to every row of an entry; return the results, and reports of bad rows.
+    """Apply `make` to every row of an entry; return the results, and reports of some files.
+
+    Reports are of files with bad or doubtful rows.
 
     A row is bad, and left out, if `make` raises `BadRow`.
 
@@ -60,10 +81,12 @@ def collect(entry: Entry, columns: Collection[str], make: Callable) -> tuple[lis
     """
     results, reports = [], []
     for path in entry.files:
-        report = Report(path, 0, 0, [])
+        report = Report(path, 0, 0, [], [])
         most_bad = math.inf
         for number, row in file_formats.read(path, columns):
             report = report._replace(rows=report.rows + 1)
+            if isinstance(row, DoubtfulRow):
+                report.doubtful.append(number)
             try:
                 results.append(make(_columns(row)))
             except BadRow as error:
@@ -80,7 +103,7 @@ def collect(entry: Entry, columns: Collection[str], make: Callable) -> tuple[lis
             raise UserError(f"{path}: no rows")
         if report.bad > MOST_BAD * report.rows:
             raise UserError(f"{report}; at most 1% may be")
-        reports += [report] if report.bad else []
+        reports += [report] if report.bad or report.doubtful else []
     return results, reports
 
 
@@ -313,29 +336,10 @@ def passed_over(names: str) -> list[str]:
         if others:
             shown = ", ".join(others[:SHOWN]) + (" ..." if len(others) > SHOWN else "")
             lines.append(
-                f"{len(others)} files of {folder} do not end in {file_formats.ENDINGS}: {shown}"
+                f"{len(others)} files of {folder} do not end in {file_formats.ENDINGS}: {shown}; "
+                "left out"
             )
     return lines
-
-
-def check_splits(options: dict) -> None:
-    """Refuse a file that two splits name, under whatever name or link, or as a copy.
-
-    Raises:
-        UserError: naming the file and the splits.
-    """
-    splits: dict[str, tuple[str, str]] = {}
-    for split in SPLITS:
-        if not options.get(split):
-            continue
-        for file in {file for entry in entries(options[split], split) for file in entry.files}:
-            # The first split with these contents keeps them.
-            other, first = splits.setdefault(file_hashes.sha256(file), (split, file))
-            if other != split:
-                raise UserError(
-                    f"{file}: {split} has the same contents as {first} of {other}, so that scores "
-                    "would be of texts seen in training; give each split files of its own"
-                )
 
 
 def _saved(folder: pathlib.Path) -> list[str]:

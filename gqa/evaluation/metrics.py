@@ -88,19 +88,27 @@ def score(name: str, predictions: list[str], references: list[list[str]]) -> Sco
 
 
 def note(name: str, references: list[list[str]]) -> str:
-    """Return one line on how a metric treats the script of these references; "" for Latin script.
+    """Return one line on how a metric treats these references; "" if it does nothing unusual.
+
+    Unusual are scripts other than Latin, and for BLEU references that are all very short.
 
     Args:
         references: [n][1 or more], normalized as the predictions are.
     """
-    script = _script(references)
+    script, facts = _script(references), []
     # These two metrics split at spaces in every script.
     if script == "unspaced" and name not in ("word_accuracy", "phoneme_error_rate"):
         tokens = f"sacreBLEU's tokenizer {_bleu_tokenizer(references)}" if name == "bleu" else ""
-        return f"{name}: each character is a word{tokens and ', as in '}{tokens}"
+        facts.append(f"each character is a word{tokens and ', as in '}{tokens}")
     if script == "other" and name.startswith("rouge"):
-        return f"{name}: words of this script are not stemmed, as those of English are"
-    return ""
+        facts.append("words of this script are not stemmed, as those of English are")
+
+    if name == "bleu" and (order := _bleu_order(references)) < NGRAM_ORDER:
+        facts.append(
+            f"no reference has {NGRAM_ORDER} tokens, so that n-grams of at most {order} are "
+            f"counted (max_ngram_order={order} in sacreBLEU)"
+        )
+    return f"{name}: {'; '.join(facts)}" if facts else ""
 
 
 def _script(references: list[list[str]]) -> str:
@@ -132,6 +140,21 @@ def _bleu_tokenizer(references: list[list[str]]) -> str:
     return "zh" if is_chinese else "char"
 
 
+def _bleu_order(references: list[list[str]]) -> int:
+    """Return the longest n-grams that BLEU counts: 4, or the tokens of the longest reference.
+
+    Where no reference has 4 tokens, a perfect answer has no 4-gram either, so that sacreBLEU's BLEU
+    of up to 4-grams is 0 for it.
+    """
+    bleu = _sentence_bleu(_bleu_tokenizer(references), NGRAM_ORDER)
+    longest = 1
+    for reference in dict.fromkeys(text for texts in references for text in texts):
+        longest = max(longest, bleu.sentence_score(reference, [reference]).sys_len)
+        if longest >= NGRAM_ORDER:
+            return NGRAM_ORDER
+    return longest
+
+
 def _statistics(name, predictions, references):
     """Return the statistics [n, s] that the metric `name` sums over n examples."""
     if name not in METRICS:
@@ -142,7 +165,7 @@ def _statistics(name, predictions, references):
     # The BLEU and the error rate of a corpus are no means over examples; they are made of summed
     # counts.
     if name == "bleu":
-        bleu = _sentence_bleu(_bleu_tokenizer(references))
+        bleu = _sentence_bleu(_bleu_tokenizer(references), _bleu_order(references))
         return np.array([_bleu_counts(bleu, *pair) for pair in pairs])
     if name == "phoneme_error_rate":
         return np.array([_edit_counts(*pair) for pair in pairs])
@@ -169,18 +192,21 @@ def _aggregate(name, sums, n):
         return 100 * float(sums[0]) / n
 
     sys_len, ref_len, *counts = sums.tolist()
-    correct, total = counts[:NGRAM_ORDER], counts[NGRAM_ORDER:]
-    return BLEU.compute_bleu(correct, total, sys_len, ref_len, smooth_method="exp").score
+    order = len(counts) // 2
+    correct, total = counts[:order], counts[order:]
+    return BLEU.compute_bleu(
+        correct, total, sys_len, ref_len, smooth_method="exp", max_ngram_order=order
+    ).score
 
 
 @lru_cache
-def _sentence_bleu(tokenizer):
+def _sentence_bleu(tokenizer, order):
     """Return sacreBLEU's scorer of single sentences, of which only the counts are used.
 
     Its `corpus_score` would need the same number of references for every example.
     """
     # `effective_order` does not change the counts. Without it sacreBLEU warns about each sentence.
-    return BLEU(effective_order=True, max_ngram_order=NGRAM_ORDER, tokenize=tokenizer)
+    return BLEU(effective_order=True, max_ngram_order=order, tokenize=tokenizer)
 
 
 def _bleu_counts(bleu, text, references):

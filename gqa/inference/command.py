@@ -166,15 +166,7 @@ def _search(options: argparse.Namespace) -> decoding.Search:
         raise UserError(f"--top-p={options.top_p}: use a value above 0, at most 1")
     if not 0 <= options.temperature < float("inf"):
         raise UserError(f"--temperature={options.temperature}: use 0 or more")
-    return decoding.named_search(
-        options.search,
-        num_beams=options.num_beams,
-        length_penalty=options.length_penalty,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    return decoding.search_of(options, options.seed)
 
 
 # --- the checkpoints ------------------------------------------------------------------------------

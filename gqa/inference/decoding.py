@@ -269,21 +269,18 @@ def beam_search(num_beams: int, length_penalty: float) -> Search:
     return Beam(num_beams, length_penalty) if num_beams > 1 else GREEDY
 
 
-def named_search(
-    name: str,
-    *,
-    num_beams: int,
-    length_penalty: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-) -> Search:
-    """Return the search "greedy", "beam" or "sample" with those of the settings that it has."""
-    if name == "beam":
-        return beam_search(num_beams, length_penalty)
-    if name == "sample":
-        return Sample(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+def search_of(options: Any, seed: int) -> Search:
+    """Return the search that settings or parsed flags describe.
+
+    Args:
+        options: an object with the attributes `search` ("greedy", "beam" or "sample"), `num_beams`,
+            `length_penalty`, `temperature`, `top_k` and `top_p`. The search reads those it has.
+        seed: of sampling.
+    """
+    if options.search == "beam":
+        return beam_search(options.num_beams, options.length_penalty)
+    if options.search == "sample":
+        return Sample(options.temperature, options.top_k, options.top_p, seed)
     return GREEDY
 
 

@@ -29,6 +29,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # Endings of weights in other formats.
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx")
+# Weights in another precision beside the usual ones, such as model.fp16.safetensors.
+VARIANT = re.compile(
+    r"(?:model|pytorch_model)\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)", re.ASCII
+)
 # The first bytes of the small file that Git LFS leaves in the place of a file not downloaded yet.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -124,6 +128,15 @@ def check_default_weights(config: dict, path: Path) -> None:
 
 def _no_weights(folder: Path) -> str:
     """Return the message for a folder without weights that can be read."""
+    for path in sorted(folder.iterdir()):
+        # Transformers reads a variant only if its argument `variant` names it.
+        if variant := VARIANT.fullmatch(path.name):
+            is_whole = path.name == f"model.{variant[1]}.safetensors"
+            rename = f"rename it to {SINGLE}"
+            save = f"load it with Transformers' variant={variant[1]!r}, and save the model again"
+            return f"{path}: is a variant of the weights, which is not read under this name; " + (
+                rename if is_whole else save
+            )
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in OTHER_FORMATS:
             return f"{path}: is not safetensors; save the model as {SINGLE} first"

@@ -29,7 +29,7 @@ MASKED = -1e10
 
 @flax.struct.dataclass
 class Segments:
-    """Which example of its row each position belongs to: query [B, T] and key [B, S], int32.
+    """Number the example that each position belongs to: query [B, T] and key [B, S], int32.
 
     A query attends to the keys that carry its own number. 0 is padding, which nobody attends to.
 

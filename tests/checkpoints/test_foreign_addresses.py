@@ -7,25 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.checkpoints import checkpoint
-from gqa.checkpoints.checkpoint import Checkpoints
 from gqa.runtime.errors import CheckpointError
 from tests.support import orbax_files
+from tests.support.orbax_files import load
 
 ROOT = Path(__file__).parent.parent.parent
-SHAPES = {"a": jnp.zeros(6), "b": {"c": jnp.zeros((2, 3))}}
 
 
 @pytest.fixture
 def step(tmp_path):
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        params = {"a": jnp.arange(6.0), "b": {"c": jnp.ones((2, 3))}}
-        checkpoints.save(1, {"params": params, "config": {}}, {"validation_loss": 1.0})
-    return tmp_path / "run" / "1"
+    return orbax_files.save(tmp_path / "run")
 
 
 @pytest.fixture
@@ -36,10 +30,6 @@ def server():
         listening.setblocking(False)
         with pytest.raises(BlockingIOError):
             listening.accept()
-
-
-def load(step):
-    return checkpoint.load(step, {"params": SHAPES})["params"]
 
 
 def move_data(step, prefix, place):

@@ -4,17 +4,15 @@ import gzip
 import json
 import zlib
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore
 
-from gqa.checkpoints import checkpoint, checksums, stored_arrays
-from gqa.checkpoints.checkpoint import Checkpoints
+from gqa.checkpoints import checksums, stored_arrays
 from gqa.runtime.errors import CheckpointError
 from tests.support import memory
-from tests.support.orbax_files import crc32c, open_store, replace
+from tests.support.orbax_files import crc32c, load, open_store, replace, save
 
 GIB, MIB = 2**30, 2**20
 
@@ -36,15 +34,7 @@ def shard(*chunks):
 @pytest.fixture
 def step(tmp_path):
     """A checkpoint with an array of 6 numbers and one of 2 x 3."""
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        params = {"a": jnp.arange(6.0), "b": {"c": jnp.ones((2, 3))}}
-        checkpoints.save(1, {"params": params, "config": {}}, {"validation_loss": 1.0})
-    return tmp_path / "run" / "1"
-
-
-def load(step):
-    shapes = {"a": jnp.zeros(6), "b": {"c": jnp.zeros((2, 3))}}
-    return checkpoint.load(step, {"params": shapes})["params"]
+    return save(tmp_path / "run")
 
 
 def test_a_chunk_far_larger_than_its_array_is_refused_before_it_is_decoded(step):

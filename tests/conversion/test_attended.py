@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.conversion import calibration, pooling
+from gqa.conversion import calibration, needs_attended, pooling
 from gqa.conversion.attended import AttendedCovariance, Reading, attended_covariance
 from gqa.conversion.attention_kernels import kernels_of, with_kernels
 from gqa.conversion.calibration import ATTENTIONS
@@ -148,3 +148,19 @@ def test_prune_keeps_the_head_with_the_most_energy():
         kept = energies[i, group].argmax()
         for one, other in zip(new, (keys, values), strict=True):
             np.testing.assert_allclose(one[i, :, group], other[i, :, group, kept], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (("mean", "attention"), False),
+        (("svd", "logit"), False),
+        (("svd", "attention"), True),
+        (("prune", "weight"), True),
+        # A budget is spread by the loss of "svd", whatever the method is.
+        (("mean", "attention", True), True),
+        (("mean", "logit", True), False),
+    ],
+)
+def test_what_needs_what_attention_attends_to_says_so(arguments, needed):
+    assert needs_attended(*arguments) == needed

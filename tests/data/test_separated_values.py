@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from gqa.data import separated_values
+from gqa.data import file_formats, separated_values, user_files
 from gqa.runtime.errors import UserError
 
 
@@ -138,3 +138,30 @@ def test_a_text_of_many_lines_is_no_row_with_an_unclosed_quote(tmp_path):
     for name, read in (("a.csv", separated_values.read_csv), ("a.tsv", separated_values.read_tsv)):
         path = write(tmp_path / name, rows, delimiter="," if name == "a.csv" else "\t")
         assert [list(row.values()) for _, row in read(path)] == rows[1:]
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_a_quote_that_may_hide_a_few_rows_is_named(tmp_path, name, separator):
+    """Rows 1 to 3 are hidden in the text of row 0, as far as anybody can tell."""
+    lines = ["a,b", '0,"size in inches', "1,x", "2,x", '3,height 5"', '4,"two', 'lines"']
+    lines += ['5,"say ""hi"""'] * 9
+    (tmp_path / name).write_text("\n".join(lines).replace(",", separator))
+    entry = user_files.Entry([str(tmp_path / name)], 1.0)
+    texts, (report,) = user_files.collect(entry, ["b"], lambda row: row["b"])
+    assert texts[0].count("\n") == 3
+    assert texts[1] == "two\nlines"
+    (line,) = report.lines()
+    assert line.startswith("1 rows hold a quoted text of which every line looks like a row; if a")
+    assert line.endswith(f": {tmp_path / name}:2")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.txt"])
+def test_lines_that_end_in_cr_alone_are_refused(tmp_path, name):
+    for content in ("a,b\r1,2\r", "a,b\r1,2"):
+        (tmp_path / name).write_bytes(content.encode())
+        with pytest.raises(UserError, match=rf"{name}: its lines end in CR alone; convert them"):
+            list(file_formats.read(str(tmp_path / name), ["a"]))
+    (tmp_path / "a.csv").write_bytes(b"a,b\r\n1,2\r\n")
+    assert list(file_formats.read(str(tmp_path / "a.csv"), ["a"])) == [(2, {"a": "1", "b": "2"})]
+    (tmp_path / "a.csv").write_bytes(b"a,b\r")
+    assert list(file_formats.read(str(tmp_path / "a.csv"), ["a"])) == []

@@ -161,7 +161,7 @@ def test_unreadable_files_are_named(write, tmp_path):
 
 def test_check_finds_mistakes_in_every_row_of_every_file(write):
     good, bad = write("a.jsonl", JSONL), write("b.tsv", "de\tfr\nx\ty\n")
-    held = write("held.jsonl", JSONL * 2)
+    held = write("held.jsonl", JSONL.replace('"de": "', '"de": "held '))
     options = {"train": good, "validation": held, "source": "de", "target": "en"}
     tasks.check("files", **options)
     late = write("late.jsonl", JSONL * 40 + "not JSON\n")

@@ -55,6 +55,33 @@ def test_bleu_of_chinese_is_sacrebleus():
     assert value == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("predictions", "references", "order"),
+    [
+        (["yes", "no"], [["yes"], ["no"]], 1),
+        (["in Paris", "never"], [["in Paris"], ["in Rome", "never"]], 2),
+        (["in Rome", "yes"], [["in Paris"], ["never"]], 2),
+        (["yes yes yes yes yes"], [["yes"]], 1),
+        (["巴黎", "北京"], [["巴黎"], ["东京"]], 2),
+        # One reference of 4 tokens is enough for the usual BLEU, which is 0 without any 4-gram.
+        (["yes", "a b c"], [["yes"], ["a b c d"]], 4),
+    ],
+)
+def test_bleu_counts_ngrams_up_to_the_longest_reference(predictions, references, order):
+    """sacreBLEU's default of 4 would give perfect answers of fewer tokens 0."""
+    tokenize = "zh" if "巴黎" in predictions else "13a"
+    most = max(map(len, references))
+    padded = [[texts[min(i, len(texts) - 1)] for texts in references] for i in range(most)]
+    bleu = sacrebleu.BLEU(max_ngram_order=order, tokenize=tokenize)
+    expected = bleu.corpus_score(predictions, padded).score
+    assert metrics.score("bleu", predictions, references).value == pytest.approx(expected)
+    if all(p in texts for p, texts in zip(predictions, references, strict=True)):
+        assert expected == pytest.approx(100)
+
+    note = metrics.note("bleu", references)
+    assert (f"n-grams of at most {order} " in note) == (order < 4)
+
+
 @pytest.mark.parametrize("gold", ["A", "the!", "An", "?", "The"])
 @pytest.mark.parametrize("name", ["f1", "exact_match"])
 def test_a_gold_answer_of_articles_and_punctuation_is_no_empty_answer(name, gold):

@@ -136,6 +136,20 @@ def test_weights_in_another_format_alone_are_named(tmp_path, name):
         Tensors(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("model.fp16.safetensors", "rename it to model.safetensors"),
+        ("pytorch_model.fp32.bin", "variant='fp32', and save the model again"),
+        ("model.fp16-00001-of-00002.safetensors", "variant='fp16', and save the model again"),
+    ],
+)
+def test_a_variant_of_the_weights_alone_is_named(tmp_path, name, advice):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{name}: is a variant of the weights, .*{advice}"):
+        Tensors(tmp_path)
+
+
 def test_shards_without_an_index_are_named(tmp_path, arrays):
     save_file(arrays, tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(

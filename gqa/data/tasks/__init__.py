@@ -12,7 +12,8 @@ To add a dataset, add a module to this package; nothing else changes. The module
 and, where they are needed,
 
     check(**options)        raises UserError for data that is missing or wrong, before the job
-                            begins; returns reports of the rows that would be left out
+                            begins; returns lines about rows that would be left out and others
+                            that a user should know of
     fingerprint(**options)  what determines its text, as JSON; needed without the corpus
     parts(**options)        the parts of a mixture with their weights, [(data, weight)]
     SPLITS                  if it lacks a split
@@ -63,8 +64,8 @@ def option_names(name: str) -> list[str]:
     return [key for key in parameters if key not in ("split", "corpus")]
 
 
-def check(name: str, **options) -> list:
-    """Check the options and the data of a task; return reports of rows that it will leave out.
+def check(name: str, **options) -> list[str]:
+    """Check the options and the data of a task; return lines that a user should read.
 
     Raises:
         UserError: for an unknown task or option, and whatever the task's own check refuses.

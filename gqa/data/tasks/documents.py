@@ -3,7 +3,7 @@
 `gqa.data.user_files` finds the files and their columns.
 """
 
-from gqa.data import user_files
+from gqa.data import split_overlap, user_files
 from gqa.runtime.errors import UserError
 
 
@@ -24,26 +24,27 @@ def parts(*, train: str, column: str, **options) -> list[tuple[list[str], float]
     ]
 
 
-def check(
-    *, train: str = "", validation: str = "", column: str = "text"
-) -> list[user_files.Report | str]:
-    """Read every file; return reports of bad rows, and lines about files that are passed over.
+def check(*, train: str = "", validation: str = "", column: str = "text") -> list[str]:
+    """Read every file; return lines about rows and files that are left out, and rows in two splits.
 
     Raises:
-        UserError: for a wrong path or column, a file with many bad rows, or a file that both
-            splits name.
+        UserError: for a wrong path or column, a file with many bad rows, a file that both splits
+            name, or two splits with the same rows.
     """
-    reports: list[user_files.Report | str] = []
+    lines: list[str] = []
+    rows: dict[str, list[int]] = {"train": [], "validation": []}
 
     # Every file is read before the job begins, because one found bad later would waste the work
     # done so far.
-    for split in ("train", "validation"):
+    for split in rows:
         for entry in _entries(split, train, validation):
-            reports += _documents(entry, column)[1]
+            documents, reports = _documents(entry, column)
+            rows[split] += map(hash, documents)
+            lines += [line for report in reports for line in report.lines()]
     for names in (train, validation):
-        reports += user_files.passed_over(names)
-    user_files.check_splits({"train": train, "validation": validation})
-    return reports
+        lines += user_files.passed_over(names)
+    split_overlap.check_files({"train": train, "validation": validation})
+    return lines + split_overlap.check_rows(rows)
 
 
 def fingerprint(*, column: str, **options) -> list:

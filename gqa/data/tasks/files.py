@@ -4,7 +4,7 @@ A target may be a list of references. `gqa.data.user_files` finds the files and 
 `gqa.data.file_formats` reads them.
 """
 
-from gqa.data import user_files
+from gqa.data import split_overlap, user_files
 from gqa.data.examples import SPLITS, Example
 from gqa.runtime.errors import UserError
 
@@ -56,14 +56,12 @@ def parts(*, source: str, target: str, train: str, prefix: str = "", **options):
     ]
 
 
-def check(
-    *, source: str = "", target: str = "", metrics=METRICS, **options
-) -> list[user_files.Report | str]:
-    """Read every file; return reports of bad rows, and lines about files that are passed over.
+def check(*, source: str = "", target: str = "", metrics=METRICS, **options) -> list[str]:
+    """Read every file; return lines about rows and files that are left out, and rows in two splits.
 
     Raises:
         UserError: for a wrong path, column or metric, a file with many bad rows, or a file that
-            two splits name.
+            two splits name, or two splits with the same rows.
     """
     if not (source and target and options.get("train")):
         raise UserError("task files needs train=PATH and the columns source=NAME and target=NAME")
@@ -71,16 +69,19 @@ def check(
         if name not in METRICS:
             raise UserError(f"metrics={name!r} is unknown; choose from {', '.join(METRICS)}")
 
-    reports: list[user_files.Report | str] = []
+    lines: list[str] = []
+    rows: dict[str, list[int]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         names = options.get(split) or ""
         for entry in user_files.entries(names, split):
-            reports += _examples(entry, source, target, "")[1]
-        reports += user_files.passed_over(names)
+            examples, reports = _examples(entry, source, target, "")
+            rows[split] += map(hash, examples)
+            lines += [line for report in reports for line in report.lines()]
+        lines += user_files.passed_over(names)
     if not options.get("validation"):
         raise UserError("task files needs validation=PATH to choose a checkpoint by")
-    user_files.check_splits(options)
-    return reports
+    split_overlap.check_files(options)
+    return lines + split_overlap.check_rows(rows)
 
 
 def fingerprint(*, source: str, target: str, prefix: str, **options) -> list:

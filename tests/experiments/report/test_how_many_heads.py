@@ -59,6 +59,28 @@ def test_it_depends_on_what_is_near_enough(within, heads):
     assert f"within {within:g} points" in found
 
 
+def test_an_error_rate_is_better_when_it_is_lower():
+    """More KV heads have fewer errors here: every difference is that of CLEAR with its sign turned.
+
+    The answer is the same as for a score of which more is better.
+    """
+    lines = results({heads: (-value, error) for heads, (value, error) in CLEAR.items()})
+    errors = [
+        r | {"unit": "phoneme_error_rate %"} if r["metric"] == "headline" else r for r in lines
+    ]
+    found = text(errors)
+    assert "If the whole interval lies below 1, the number of KV heads is good enough" in found
+    assert "4 KV heads will do: the average score differs from MHA's by +0.40 points, 95%" in found
+
+    turned = {8: (3.0, 0.1), 1: (5.0, 0.1)}
+    worse = [r | {"unit": "phoneme_error_rate %"} for r in results(turned)]
+    assert "all are shown to be more than 1 point worse than MHA" in text([*worse])
+
+    tie = {8: (1.001, 0.4), 1: (5.0, 0.4)}
+    undecided = [r | {"unit": "phoneme_error_rate %"} for r in results(tie)]
+    assert "For 8 KV heads, the difference of +1.00 is too near 1 for" in text(undecided)
+
+
 def test_an_undecided_smaller_number_is_pointed_out():
     found = text(results(CLEAR | {2: (-1.1, 0.4), 1: (-0.9, 0.4)}))
     assert "4 KV heads will do" in found

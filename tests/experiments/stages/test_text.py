@@ -32,7 +32,8 @@ def folder(tmp_path, monkeypatch):
     write(tmp_path / "held" / "all.jsonl", ROWS)
     paragraphs = [" ".join(f"w{i * k % 97}" for k in range(60)) for i in range(60)]
     (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
-    (tmp_path / "held.txt").write_text("\n\n".join(reversed(paragraphs)))
+    held = [" ".join(reversed(paragraph.split())) for paragraph in paragraphs]
+    (tmp_path / "held.txt").write_text("\n\n".join(held))
     tokenizer.train([*paragraphs, *map(str, ROWS)], 500, tmp_path / "small.model")
     return tmp_path
 
@@ -167,7 +168,8 @@ def test_a_corpus_that_changes_after_the_plan_is_not_read(tmp_path):
 
 
 def test_bad_rows_are_told_and_many_refused(folder, capsys):
-    write(folder / "b.jsonl", [*ROWS, {"q": 3}])
+    new = {"q": "frage", "answers": {"text": ["antwort"]}}  # another row than all of files.test
+    write(folder / "b.jsonl", [new, *ROWS[1:], {"q": 3}])
     validate.check_text(own(**{"files.train": "b.jsonl"}))
     said = capsys.readouterr().out
     assert said.startswith(f"task files: 1 of 151 rows are bad: {folder}/b.jsonl:151: ")
