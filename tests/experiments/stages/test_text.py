@@ -172,7 +172,8 @@ def test_bad_rows_are_told_and_many_refused(folder, capsys):
     write(folder / "b.jsonl", [new, *ROWS[1:], {"q": 3}])
     validate.check_text(own(**{"files.train": "b.jsonl"}))
     said = capsys.readouterr().out
-    assert said.startswith(f"task files: 1 of 151 rows are bad: {folder}/b.jsonl:151: ")
+    assert f"task files: 1 of 151 rows are bad: {folder}/b.jsonl:151: " in said
+    assert "task files: 149 of 150 rows of test are rows of train, too; scores should be of" in said
     write(folder / "c.jsonl", [*ROWS, {"q": 3}, *[{"a": i} for i in range(5)]])
     with pytest.raises(UserError, match=r"6 of 156 rows are bad: .*c\.jsonl:151: .*at most 1%"):
         validate.check_text(own(**{"files.test": "c.jsonl"}))
