@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gqa.conversion import convert
+from gqa.data import tokenizer
 from gqa.interop import huggingface
 from gqa.interop.huggingface import (
     COPIES,
@@ -154,11 +155,13 @@ def test_a_grouped_network_is_saved_and_read_back(version, expand, tmp_path, mon
     params, config, _ = convert(
         *golden(version, None)[:2], {"self_attention": 2, "cross_attention": 1}
     )
-    (tmp_path / "mine.model").write_bytes(b"pieces")
+    tokenizer.train(["some words to learn from"] * 20, 455, tmp_path / "mine.model")
     huggingface.save(params, config, tmp_path / "a", expand, tmp_path / "mine.model")
     said = json.loads((tmp_path / "a" / "config.json").read_text())
     assert said.get("num_key_value_heads") == (None if expand else 2)
-    assert (tmp_path / "a" / "spiece.model").read_bytes() == b"pieces"
+    pieces = (tmp_path / "mine.model").read_bytes()
+    assert (tmp_path / "a" / "spiece.model").read_bytes() == pieces
+    assert (tmp_path / "a" / "tokenizer.json").is_file()
     assert len(list((tmp_path / "a").glob("model-*-of-*.safetensors"))) > 2
     back, back_config = load(tmp_path / "a")
     if expand:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from gqa.data import tokenizer
 from gqa.interop import huggingface, safetensors_files
 from gqa.interop.huggingface import writing
 from gqa.runtime.errors import CheckpointError, ConfigError, UserError
@@ -176,13 +177,24 @@ def test_a_pointer_of_git_lfs_is_known(network, tmp_path, name):
         huggingface.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+@pytest.mark.parametrize("name", ["added_tokens.json", "special_tokens_map.json"])
 def test_another_tokenizer_does_not_stay_beside_a_new_vocabulary(network, tmp_path, name):
-    """Transformers would take it before spiece.model, whose ids the weights are for."""
-    (tmp_path / "a.model").write_text("x")
+    """Transformers would add its tokens to ours."""
+    tokenizer.train(["some words to learn from"] * 20, 455, tmp_path / "a.model")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / name).write_text("{}")
     with pytest.raises(CheckpointError, match=rf"{name}: .* place of the new spiece\.model or"):
         huggingface.save(*network, tmp_path / "model", vocabulary=tmp_path / "a.model")
     assert names(tmp_path / "model") == [name]
     huggingface.save(*network, tmp_path / "model")
+
+
+def test_a_new_vocabulary_replaces_the_old_one(network, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model"):
+        (folder / name).write_text("{}")
+    tokenizer.train(["some words to learn from"] * 20, 455, tmp_path / "a.model")
+    huggingface.save(*network, folder, vocabulary=tmp_path / "a.model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model"):
+        assert (folder / name).stat().st_size > 2

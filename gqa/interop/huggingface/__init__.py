@@ -2,7 +2,8 @@
 
 This file only exports names. reading.py and writing.py read and write folders, config.py translates
 config.json, names.py the names and shapes of tensors, and command.py is `python -m gqa export`.
-modeling_t5_gqa.py is a grouped T5 for Transformers, which goes into the folders.
+modeling_t5_gqa.py is a grouped T5 for Transformers, which goes into the folders. tokenizer_files.py
+writes the vocabulary for Transformers, with the rules of normalization.py.
 The safetensors format itself is in gqa/interop/safetensors_files.py.
 """
 

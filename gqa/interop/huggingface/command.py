@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="repeat each KV head for its query heads: an ordinary T5, with MHA's large cache. "
         "By default the result stays grouped, and Transformers runs it with trust_remote_code=True",
     )
-    parser.add_argument("--vocabulary", help="SentencePiece file to put beside the weights")
+    parser.add_argument(
+        "--vocabulary",
+        help="SentencePiece file to put beside the weights, with a tokenizer.json of it",
+    )
 
 
 def run(options: argparse.Namespace) -> None:

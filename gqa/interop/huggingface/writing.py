@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 
 from gqa.interop import safetensors_files
-from gqa.interop.huggingface import names
+from gqa.interop.huggingface import names, tokenizer_files
 from gqa.interop.huggingface.config import GROUPED, KV_HEADS, MODELING_FILE, from_config
 from gqa.model.config import Config
 from gqa.runtime import checks
@@ -38,10 +38,8 @@ OTHER_WEIGHTS = re.compile(
     r"adapter_(config\.json|model\.(bin|safetensors))|pytorch_model.*\.bin(\.index\.json)?"
     r"|tf_model.*\.h5|flax_model.*\.msgpack"
 )
-# Vocabularies that Transformers takes before VOCABULARY.
-OTHER_VOCABULARY = re.compile(
-    r"tokenizer(_config)?\.json|added_tokens\.json|special_tokens_map\.json"
-)
+# Files of other tokenizers that change what Transformers makes of ours.
+OTHER_VOCABULARY = re.compile(r"added_tokens\.json|special_tokens_map\.json|vocab\.(json|txt)")
 UNFINISHED = ".unfinished-"
 
 
@@ -85,9 +83,11 @@ def save(
 
     Args:
         expand: repeat each KV head for its query heads.
-        vocabulary: a SentencePiece file, copied into the folder as spiece.model.
+        vocabulary: a SentencePiece file, copied into the folder as spiece.model. Transformers reads
+            tokenizer.json beside it, which gives the same ids.
 
     Raises:
+        UserError: if Transformers cannot have the same vocabulary.
         CheckpointError: if the folder has weights in another format or an adapter, or cannot be
             written; nothing is changed.
     """
@@ -107,9 +107,10 @@ def save(
         # another disk.
         with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as name:
             unfinished = Path(name)
-            _write_weights(_lazy_tensors(params, config, expand), unfinished)
             if vocabulary:
+                tokenizer_files.write(Path(vocabulary), unfinished)
                 shutil.copyfile(vocabulary, unfinished / VOCABULARY)
+            _write_weights(_lazy_tensors(params, config, expand), unfinished)
             hf_config = from_config(new_config)
             if hf_config["model_type"] == GROUPED:
                 shutil.copyfile(Path(__file__).with_name(MODELING_FILE), unfinished / MODELING_FILE)
