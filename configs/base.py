@@ -80,7 +80,7 @@ def _init() -> ConfigDict:
     It counts as trained for `pretrain.steps` steps. Its sizes and vocabulary replace this config's.
     """
     init = ConfigDict()
-    init.huggingface = ""  # a folder with config.json, safetensors files and spiece.model
+    init.huggingface = ""  # a T5: its folder, or its name on the Hub, ORGANISATION/MODEL@REVISION
     init.t5x = ""  # a T5X checkpoint folder; set text.vocabulary as well
     return init
 

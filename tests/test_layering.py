@@ -34,6 +34,7 @@ PACKAGES = {
 STAGES = ("pretrain", "convert", "uptrain", "finetune", "evaluate", "benchmark")
 # Who may import it, as a pattern over module names.
 ROOMS = {
+    "huggingface_hub": r"gqa\.interop\.hub|tests\..*",
     "ml_collections": r"(configs|experiments|tests)\..*|launch",
     "pyarrow": r"gqa\.(data\.(array_records|columnar_files|parquet_pages|text_lines)"
     r"|checkpoints\.stored_arrays)"

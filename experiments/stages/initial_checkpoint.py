@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from experiments.stages.settings import InitialCheckpoint
 from gqa import conversion
 from gqa.checkpoints import pieces
-from gqa.interop import huggingface, safetensors_files, t5x
+from gqa.interop import hub, huggingface, safetensors_files, t5x
 from gqa.interop.safetensors_files import naming
 from gqa.model.config import Config
-from gqa.runtime import file_hashes, hardware
+from gqa.runtime import distributed, file_hashes, hardware
 from gqa.runtime.errors import CheckpointError, UserError
 
 READERS = {"huggingface": huggingface, "t5x": t5x}
@@ -52,6 +52,8 @@ def adopted(config: ConfigDict) -> ConfigDict:
     # The caller's config stays as the user set it. A key that the user set must agree with the
     # checkpoint; all others take the checkpoint's value.
     config = config.copy_and_resolve_references()
+    if named.kind == "huggingface" and hub.is_name(config.init.huggingface):
+        print(f"{config.init.huggingface}: {named.folder}", flush=True)
     sizes = dataclasses.asdict(network)
     _check_sizes(config, named.folder, sizes)
     # `num_buckets` and `max_distance` are not in the config, which leaves them at T5's values; a
@@ -61,12 +63,14 @@ def adopted(config: ConfigDict) -> ConfigDict:
     # Attentions that were to stay multi-head stay so with the checkpoint's number of heads.
     multi_head = [key for key in heads if config.convert[key] == config.model.num_heads]
     with config.unlocked():
+        # A model of the Hub stays the one of this commit, wherever the config goes.
+        config.init[named.kind] = str(named.folder)
         config.model.update({key: sizes[key] for key in taken})
         config.convert.update(dict.fromkeys(multi_head, network.num_heads))
         # Result records name the network by its size, and "nano" would be the name of another one.
         # A sweep makes its points from the names of sizes, so it keeps them.
         if config.size in OUR_SIZES and "sweep" not in config:
-            config.size = named.folder.name
+            config.size = hub.short_name(named.folder)
         config.text.vocabulary = config.text.vocabulary or _vocabulary(named)
     return config
 
@@ -137,15 +141,24 @@ def _open_named(config: ConfigDict) -> _Named | None:
 
     (kind,) = kinds
     with naming(f"init.{kind}"):
-        # The name of a model on a Hub is only known as one before it is made an absolute path.
-        safetensors_files.check_folder(Path(config.init[kind]))
-        folder = Path(config.init[kind]).absolute()
+        folder = _folder(kind, config.init[kind])
         source = READERS[kind].open_folder(folder)
 
     # Four bytes a parameter, because training holds the parameters in float32.
     size = sum(map(math.prod, source.shapes.values()))
     hardware.check_memory(4 * size, f"init.{kind}: {folder}, of {size:,} parameters,")
     return _Named(kind, folder, source)
+
+
+def _folder(kind: str, named: str) -> Path:
+    """Return the folder that a config names, or the copy of a model of the Hub that it names."""
+    if kind != "huggingface":
+        safetensors_files.check_folder(Path(named))
+        return Path(named).absolute()
+
+    # Process 0 downloads, while the others wait, and says which commit it has. The others find
+    # this commit in the cache that they share, or download it to the disk of their machine.
+    return hub.local_folder(distributed.by_primary(lambda: hub.pinned(named))).absolute()
 
 
 def _check_sizes(config: ConfigDict, folder: Path, sizes: dict[str, Any]) -> None:

@@ -10,7 +10,11 @@ from gqa.decoder_only import convert
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
-    parser.add_argument("source", metavar="SRC", help="folder with config.json and safetensors")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="folder with config.json and safetensors, or a model's name on the Hub",
+    )
     parser.add_argument(
         "target", metavar="DST", help="new folder, or one that an interrupted run left behind"
     )

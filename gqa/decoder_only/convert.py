@@ -24,8 +24,8 @@ from gqa.decoder_only.layout import (
     read_sizes,
     tensor_shape,
 )
-from gqa.interop import safetensors_files
-from gqa.interop.safetensors_files import Tensors
+from gqa.interop import hub, safetensors_files
+from gqa.interop.safetensors_files import SAFETENSORS, Tensors
 from gqa.runtime import checks, regular_files
 from gqa.runtime.errors import ConfigError
 
@@ -42,12 +42,13 @@ def convert(
     method: str = "mean",
     report: Callable[[str], None] = print,
 ) -> None:
-    """Write the model in folder `source` with `num_kv_heads` KV heads to folder `target`.
+    """Write the model `source` with `num_kv_heads` KV heads to folder `target`.
 
     Memory holds one layer's attention. A conversion that was interrupted continues where it
     stopped; config.json is written last, so a folder that has it is complete.
 
     Args:
+        source: a folder of Hugging Face, or the name of a model on the Hub.
         method: "mean" or "first" of the heads of a group, or "svd". "svd" pools values by singular
             values, which the output projection absorbs, and keys by the mean of heads that are
             aligned by the rotations that RoPE allows (rope.py).
@@ -60,8 +61,9 @@ def convert(
     # Check the whole folder.
     if method not in METHODS:
         raise ConfigError("method", method, f"use one of {', '.join(METHODS)}")
-    source, target = Path(source), Path(target)
+    target = Path(target)
     checks.check_local_path("target", target)
+    source = hub.local_folder(source, (SAFETENSORS,), side_files.COPIED)
 
     old = Tensors(source)
     config = regular_files.read_json(source / "config.json")

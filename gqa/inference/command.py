@@ -21,15 +21,16 @@ from gqa.data.tokenizer import EOS
 from gqa.inference import decoding
 from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
-from gqa.interop import huggingface
+from gqa.interop import hub, huggingface
 from gqa.interop.huggingface.writing import VOCABULARY
 from gqa.model.config import Config
 from gqa.runtime.errors import UserError
 
 DESCRIPTION = """\
 Print the texts that one or several checkpoints give for the same inputs. CHECKPOINT is a folder
-that launch.py has written (one step, or all steps) or a T5 folder of Hugging Face. Without TEXT
-and --jsonl, each line of standard input is a text. Options go first or last.
+that launch.py has written (one step, or all steps), a T5 folder of Hugging Face, or the name of a
+T5 on the Hub, such as google/flan-t5-small. Without TEXT and --jsonl, each line of standard input
+is a text. Options go first or last.
 """
 
 
@@ -108,8 +109,12 @@ class _Output(NamedTuple):
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divide the arguments into checkpoints, which come first and are folders, and texts."""
-    count = next((i for i, a in enumerate(arguments) if not os.path.isdir(a)), len(arguments))
+    """Divide the arguments into checkpoints, which come first, and texts.
+
+    Checkpoints are folders, or names of models on the Hub.
+    """
+    is_checkpoint = [os.path.isdir(argument) or hub.is_name(argument) for argument in arguments]
+    count = [*is_checkpoint, False].index(False)
     paths, texts = list(arguments[:count]), list(arguments[count:])
     if not paths:
         raise UserError(f"{arguments[0]}: no such folder; name a checkpoint first, then the texts")
@@ -178,8 +183,9 @@ def _open(path: str, vocabulary: str | None) -> _Model:
         params, config, info = network.load(path)
         return _Model(path, params, config, _find_vocabulary(path, info["vocabulary"], vocabulary))
 
-    params, config = huggingface.load(path)
-    return _Model(path, params, config, tokenizer.load(vocabulary or Path(path) / VOCABULARY))
+    folder = hub.local_folder(path)
+    params, config = huggingface.load(folder)
+    return _Model(path, params, config, tokenizer.load(vocabulary or folder / VOCABULARY))
 
 
 def _find_vocabulary(path: str, expected: str, named: str | None) -> tokenizer.Tokenizer:

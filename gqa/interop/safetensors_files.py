@@ -11,8 +11,7 @@ import contextlib
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +46,8 @@ class Tensor(NamedTuple):
         file: name of the file in the folder.
         dtype: safetensors' name of it, such as "BF16".
         start: offset of the tensor's first byte in the file.
+        strides: numbers from one index of an axis to the next; None for a tensor whose numbers lie
+            one behind the other, the last axis fastest.
     """
 
     file: str
@@ -54,6 +55,23 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    strides: tuple[int, ...] | None = None
+
+
+class Format(NamedTuple):
+    """A format of files with tensors.
+
+    Attributes:
+        single_file, index_file: names of a file with all tensors, and of the JSON file that says
+            which of several files has which tensor.
+        header: returns the tensors of a file in the order of their bytes.
+        their_name: returns the name that `header` gives to a tensor of the index.
+    """
+
+    single_file: str
+    index_file: str
+    header: Callable[[Path], dict[str, Tensor]]
+    their_name: Callable[[str], str] = str
 
 
 @contextlib.contextmanager
@@ -76,27 +94,16 @@ def check(name: str, shape: tuple[int, ...], expected: tuple[int, ...], dtype: s
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a path that is no folder, and say what to do if it is the name of a model on a Hub.
+    """Refuse a path that is no folder.
 
     Raises:
         CheckpointError: naming the path.
         ConfigError: if the path is an address.
     """
     checks.check_local_path("folder", folder)
-    if folder.is_dir():
-        return
-    if folder.exists():
-        raise CheckpointError(f"{folder}: is a file; name the folder with config.json")
-
-    # "google/t5-v1_1-base" is also a relative path, so a name is taken for that of a model on the
-    # Hub only if there is no such path.
-    advice = "name the folder with config.json"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-        advice = (
-            f"for the model of that name on the Hugging Face Hub, run `hf download {folder} "
-            "--local-dir FOLDER` and name FOLDER"
-        )
-    raise CheckpointError(f"{folder}: No such folder; {advice}")
+    if not folder.is_dir():
+        fault = "is a file" if folder.exists() else "No such folder"
+        raise CheckpointError(f"{folder}: {fault}; name the folder with config.json")
 
 
 def check_is_downloaded(path: Path) -> None:
@@ -126,8 +133,17 @@ def check_default_weights(config: dict, path: Path) -> None:
         )
 
 
-def _no_weights(folder: Path) -> str:
+def _find(folder: Path, formats: Sequence[Format]) -> Format:
+    """Return the first of the formats of which a folder has a single file or an index."""
+    for known in formats:
+        if any(os.path.lexists(folder / name) for name in (known.single_file, known.index_file)):
+            return known
+    raise CheckpointError(_no_weights(folder, formats))
+
+
+def _no_weights(folder: Path, formats: Sequence[Format]) -> str:
     """Return the message for a folder without weights that can be read."""
+    single = formats[0].single_file
     for path in sorted(folder.iterdir()):
         # Transformers reads a variant only if its argument `variant` names it.
         if variant := VARIANT.fullmatch(path.name):
@@ -138,11 +154,13 @@ def _no_weights(folder: Path) -> str:
                 rename if is_whole else save
             )
     for path in sorted(folder.iterdir()):
+        for known in formats:
+            if path.suffix == Path(known.single_file).suffix:
+                return f"{path}: is not read without {known.index_file}; save the model as {single}"
         if path.suffix.lower() in OTHER_FORMATS:
-            return f"{path}: is not safetensors; save the model as {SINGLE} first"
-    for path in sorted(folder.glob("*.safetensors")):
-        return f"{path}: is not read without {INDEX}; save the model as {SINGLE}"
-    return f"{folder / SINGLE}: No such file; name a folder with {SINGLE} or {INDEX}"
+            return f"{path}: is of a format that is not read; save the model as {single} first"
+    names = " or ".join(known.single_file for known in formats)
+    return f"{folder / single}: No such file; name a folder with {names}, or the index of several"
 
 
 class Tensors:
@@ -154,11 +172,14 @@ class Tensors:
     Attributes:
         files: the names of the files that are read, the index among them.
 
+    Args:
+        formats: those that may be read. The first one that the folder has is read.
+
     Raises:
         CheckpointError: naming a file that is missing or that cannot be used.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, formats: Sequence[Format] | None = None):
         self.folder = Path(folder)
         check_folder(self.folder)
         for name in ADAPTERS:
@@ -168,33 +189,31 @@ class Tensors:
                     "the weights (merge_and_unload of peft), or remove its files"
                 )
 
-        single = self.folder / SINGLE
-        self.path = single if single.exists() else self.folder / INDEX
-        if not self.path.exists():
-            raise CheckpointError(_no_weights(self.folder))
-
+        found = _find(self.folder, formats or (SAFETENSORS,))
         self._tensors: dict[str, Tensor] = {}
-        if self.path == single:
-            self.files = [SINGLE]
-            self._tensors = _header(single)
+        self.path = self.folder / found.single_file
+        if os.path.lexists(self.path):
+            self.files = [found.single_file]
+            self._tensors = found.header(self.path)
             return
 
-        names_of = self._index()
-        self.files = [INDEX, *names_of]
+        self.path = self.folder / found.index_file
+        names_of = self._index(found.their_name)
+        self.files = [found.index_file, *names_of]
         for file, names in names_of.items():
-            in_file = _header(self.folder / file)
+            in_file = found.header(self.folder / file)
             # Index and files must name the same tensors: a missing tensor cannot be read, and one
             # that the index leaves out would silently be ignored.
             for name in sorted(names ^ in_file.keys()):
-                lacks = f"tensor {name} of {INDEX} is not there"
+                lacks = f"tensor {name} of {found.index_file} is not there"
+                more = f"tensor {name} is not in {found.index_file} for this file"
                 raise CheckpointError(
-                    f"{self.folder / file}: "
-                    + (lacks if name in names else f"tensor {name} is not in {INDEX} for this file")
-                    + "; save the model again"
+                    f"{self.folder / file}: {lacks if name in names else more}; "
+                    "save the model again"
                 )
             self._tensors |= in_file
 
-    def _index(self) -> dict[str, set[str]]:
+    def _index(self, their_name: Callable[[str], str]) -> dict[str, set[str]]:
         """Return the names of the tensors of each file of the index."""
         files: dict[str, set[str]] = {}
         places = regular_files.read_json(self.path, MAX_INDEX_BYTES).get("weight_map")
@@ -204,7 +223,7 @@ class Tensors:
             # A path such as "../weights" would lead out of the folder.
             if not isinstance(file, str) or Path(file).name != file:
                 raise CheckpointError(f"{self.path}: {file!r:.100} is not the name of a file")
-            files.setdefault(file, set()).add(name)
+            files.setdefault(file, set()).add(their_name(name))
         return files
 
     def __iter__(self) -> Iterator[str]:
@@ -235,20 +254,22 @@ class Tensors:
         """
         tensor = self._tensors[name]
         dtype, (rows, *rest) = np.dtype(FLOATS[tensor.dtype]), tensor.shape
-        count = rows - first if count is None else count
+        shape = (rows - first if count is None else count, *rest)
+        strides = tensor.strides or [math.prod(rest[axis:]) for axis in range(len(shape))]
 
-        # The rows of a tensor lie one behind the other, so neighbouring rows are one stretch of the
-        # file.
-        row = math.prod(rest) * dtype.itemsize
-
+        # Read all that lies between the first number of these rows and the last one. Contiguous
+        # rows are one stretch of the file without gaps.
+        span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        nbytes = span * dtype.itemsize if math.prod(shape) else 0
         with regular_files.open_regular(self.folder / tensor.file) as file:
-            file.seek(tensor.start + first * row)
-            data = np.fromfile(file, np.uint8, count * row)
+            file.seek(tensor.start + first * strides[0] * dtype.itemsize)
+            data = np.fromfile(file, np.uint8, nbytes)
 
-        if data.size != count * row:
+        if data.size != nbytes:
             raise CheckpointError(f"{self.folder / tensor.file}: ends inside tensor {name}")
 
-        array = data.view(dtype).reshape(count, *rest)
+        steps = [stride * dtype.itemsize for stride in strides]
+        array = np.lib.stride_tricks.as_strided(data.view(dtype), shape, steps)
         pieces.check_finite(array, f"{self.folder / tensor.file}: tensor {name}")
         return array
 
@@ -336,3 +357,6 @@ def _bytes(array: np.ndarray) -> memoryview:
     # As bytes, because Python's buffers have no bfloat16; as a vector, because NumPy cannot view a
     # single number as bytes.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+SAFETENSORS = Format(SINGLE, INDEX, _header)

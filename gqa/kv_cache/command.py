@@ -147,7 +147,8 @@ def _text(nbytes: int) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
-    parser.add_argument("model", help=f"config.json, its folder, or {', '.join(PRESETS)}")
+    names = ", ".join(PRESETS)
+    parser.add_argument("model", help=f"config.json, its folder, a name on the Hub, or {names}")
     parser.add_argument("--batch", type=int, default=1, help="sequences at a time")
     parser.add_argument("--length", type=int, default=2048, help="positions of the decoder")
     parser.add_argument(

@@ -5,9 +5,10 @@
 
 from pathlib import Path
 
-from gqa.interop import safetensors_files
+from gqa.interop import hub
 from gqa.kv_cache import config_json
 from gqa.kv_cache.decoder import CachedLayer, Decoder
+from gqa.runtime import checks
 from gqa.runtime.errors import UserError
 
 
@@ -35,7 +36,10 @@ PRESETS = {
 
 
 def find(name: str) -> Decoder:
-    """Return the preset of a name, in any case, or the decoder of a config.json or its folder.
+    """Return the preset of a name, in any case, or the decoder of a config.json.
+
+    Args:
+        name: of a preset, of a config.json or its folder, or of a model on the Hub.
 
     Raises:
         UserError: naming the presets if there is no such file; else the field of config.json that
@@ -49,13 +53,11 @@ def find(name: str) -> Decoder:
     # then do the errors of config.json make sense.
     path = Path(name)
     try:
-        path = path / "config.json" if path.is_dir() else path
+        if path.is_dir() or hub.is_name(name):
+            path = hub.local_folder(name, formats=(), also=()) / "config.json"
         path.lstat()
     except (OSError, ValueError) as error:
-        # A name with a slash may be that of a model on a Hub, or an address. `check_folder` says
-        # what to do about these. No path has a zero byte.
-        if "/" in name and "\0" not in name:
-            safetensors_files.check_folder(path)
+        checks.check_local_path("model", name)
         raise UserError(
             f"{name!r} is no config.json ({getattr(error, 'strerror', None) or error}); use the "
             f"path of one, or one of {', '.join(PRESETS)}"

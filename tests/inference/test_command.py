@@ -122,7 +122,7 @@ def test_beam_search_is_that_of_the_library(checkpoint, capsys):
     ("arguments", "message"),
     [
         (["nowhere", "a text"], "nowhere: no such folder; name a checkpoint first"),
-        (["CHECKPOINT", "runs/mistyped"], "runs/mistyped: no such folder; if it is a text"),
+        (["CHECKPOINT", "runs/x/mistyped"], "runs/x/mistyped: no such folder; if it is a text"),
         (["--top-p=0", "CHECKPOINT", "a"], "--top-p=0.0: use a value above 0, at most 1"),
         (["--num-beams=0", "CHECKPOINT", "a"], "--num-beams=0: use a whole number, 1 or more"),
         (["--temperature=-1", "CHECKPOINT", "a"], "--temperature=-1.0: use 0 or more"),

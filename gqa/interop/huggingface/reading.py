@@ -13,7 +13,7 @@ import numpy as np
 
 from gqa.checkpoints import pieces
 from gqa.checkpoints.pieces import Index, Source
-from gqa.interop import safetensors_files
+from gqa.interop import hub, safetensors_files, weights
 from gqa.interop.huggingface import names
 from gqa.interop.huggingface.config import to_config
 from gqa.interop.huggingface.names import COPIES, UNUSED
@@ -42,7 +42,7 @@ def _read_config(path: Path) -> tuple[Config, dict]:
 
 
 def open_folder(folder: str | os.PathLike) -> Source:
-    """Open config.json and model.safetensors, whole or in shards; blocks are read when asked for.
+    """Open config.json and the weights, whole or in shards; blocks are read when asked for.
 
     The vocabulary has as many rows as the file. Dropout keeps our default, because it belongs to
     training and not to the network.
@@ -55,7 +55,7 @@ def open_folder(folder: str | os.PathLike) -> Source:
     _, hf_config = _read_config(path)
     safetensors_files.check_default_weights(hf_config, path)
 
-    tensors = Tensors(folder)
+    tensors = weights.open_folder(folder)
     with safetensors_files.naming(tensors.path):
         source = _source(tensors, hf_config)
     return source._replace(files=(path, *(tensors.folder / file for file in tensors.files)))
@@ -64,10 +64,13 @@ def open_folder(folder: str | os.PathLike) -> Source:
 def load(folder: str | os.PathLike) -> tuple[dict, Config]:
     """Read a folder into memory: parameters in float32, and their config.
 
+    Args:
+        folder: its path, or the name of a model on the Hub such as google/t5-v1_1-large.
+
     Raises:
-        UserError: as `open_folder` does.
+        UserError: as `open_folder` and `hub.local_folder` do.
     """
-    source = open_folder(folder)
+    source = open_folder(hub.local_folder(folder))
     return pieces.collect(source), source.config
 
 

@@ -1,6 +1,7 @@
 """A checkpoint of Hugging Face or T5X takes the place of pretraining."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -222,9 +223,21 @@ def test_files_that_changed_since_the_plan_are_refused(folder, network):
         initial_checkpoint.open_source(initial)
 
 
-def test_the_name_of_a_model_on_a_hub_comes_with_advice():
-    with pytest.raises(CheckpointError, match=r"init\.huggingface: google/x: No such folder; for"):
-        initial_checkpoint.adopted(config_of("google/x"))
+def test_what_is_neither_a_folder_nor_a_name_comes_with_advice():
+    message = r"init\.huggingface: /no/t5: No such folder; name a folder, or a model of the Hugging"
+    with pytest.raises(CheckpointError, match=message):
+        initial_checkpoint.adopted(config_of("/no/t5"))
+
+
+def test_a_snapshot_of_the_hub_has_the_models_name(folder, tmp_path):
+    """Its folder has the name of a commit. The cache's folder stands for the snapshot of main."""
+    cached = tmp_path / "models--google--t5-v1_1-x"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot)
+    config = initial_checkpoint.adopted(config_of(cached))
+    assert (config.size, config.init.huggingface) == ("t5-v1_1-x", str(snapshot))
+    assert initial_checkpoint.identity(config).folder == str(snapshot)
+    assert config.text.vocabulary == str(snapshot / "spiece.model")
 
 
 def test_more_than_the_memory_is_refused(folder, monkeypatch):
