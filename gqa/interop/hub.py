@@ -183,7 +183,10 @@ def _reason(error: Exception, name: str, revision: str) -> str:
             "`hf auth login`"
         )
     if isinstance(error, errors.HFValidationError):
-        return f"No such folder, and no name of a model either ({error}); name a folder, or a model such as {EXAMPLE}"
+        return (
+            f"No such folder, and no name of a model either ({error}); name a folder, or a model "
+            f"such as {EXAMPLE}"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"has no revision {revision!r}; name a branch, a tag or a commit"
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
