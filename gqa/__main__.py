@@ -20,7 +20,7 @@ COMMANDS = {
     ),
     "export": (
         "gqa.interop.huggingface.command",
-        "Write a checkpoint of this project as a Hugging Face T5 folder.",
+        "Write a checkpoint of this project for Transformers or CTranslate2.",
     ),
     "generate": (
         "gqa.inference.command",

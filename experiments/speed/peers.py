@@ -1,8 +1,7 @@
 """Build other libraries' T5 with our weights and inputs, to be timed beside ours.
 
-The peers are Hugging Face Transformers (PyTorch) and CTranslate2, both in float32 on the CPU and
-multi-head only. `requirements-bench.txt` installs them. No other module of the project imports
-these libraries; `benchmark.py` times the networks that this file builds.
+The peers are Hugging Face Transformers (PyTorch) and CTranslate2, both in float32 on the CPU.
+`requirements-bench.txt` installs them. `benchmark.py` times the networks that this file builds.
 """
 
 import importlib.util
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gqa.interop import huggingface
+from gqa.interop import ctranslate2_folders, huggingface
 from gqa.model.config import Config
 from gqa.runtime import hardware
 
@@ -20,11 +19,7 @@ HUGGING_FACE, CTRANSLATE2 = "hugging_face", "ctranslate2"
 TITLES = {HUGGING_FACE: "Hugging Face", CTRANSLATE2: "CTranslate2"}
 PACKAGES = {
     HUGGING_FACE: ("torch", "transformers"),
-    CTRANSLATE2: (
-        "torch",
-        "transformers",
-        "ctranslate2",
-    ),  # CTranslate2 converts a Transformers model
+    CTRANSLATE2: ("ctranslate2",),
 }
 
 
@@ -65,7 +60,7 @@ def _missing(name: str) -> list[str]:
 
 
 def build(name: str, params: dict, config: Config, inputs: np.ndarray) -> Peer:
-    """Return the peer `name` with our multi-head parameters, on inputs [B, S] without padding."""
+    """Return the peer `name` with our parameters, on inputs [B, S] without padding."""
     return {HUGGING_FACE: hugging_face, CTRANSLATE2: ctranslate2}[name](params, config, inputs)
 
 
@@ -101,14 +96,22 @@ def hugging_face(params: dict, config: Config, inputs: np.ndarray) -> Peer:
 
 
 def _transformers(params: dict, config: Config) -> Any:
-    """Return Transformers' T5 with our parameters; attention is SDPA if this version has it."""
+    """Return Transformers' T5, or ours for it if grouped; SDPA if this version has it."""
     import torch
     import transformers
 
     # As many threads as cores that this process may use, like our own programs.
     torch.set_num_threads(len(hardware.cores()))
-    hf_config = transformers.T5Config(**huggingface.from_config(config))
-    network = transformers.T5ForConditionalGeneration(hf_config)
+    values = huggingface.from_config(config)
+    kind: Any
+    if values["model_type"] == "t5":
+        kind = transformers.T5ForConditionalGeneration
+    else:
+        from gqa.interop.huggingface import modeling_t5_gqa
+
+        kind = modeling_t5_gqa.T5GQAForConditionalGeneration
+        del values["auto_map"]
+    network = kind(kind.config_class(**values))
     network.set_attn_implementation("sdpa" if network._supports_sdpa else "eager")
 
     if not config.tied_logits:
@@ -132,24 +135,13 @@ def ctranslate2(params: dict, config: Config, inputs: np.ndarray) -> Peer:
     the other systems choose token 1 it chooses the next likely token.
     """
     import ctranslate2
-    from ctranslate2.converters.transformers import T5Loader
-
-    network = _transformers(params, config)
-
-    # Transformers 5 calls every T5 "tied"; CTranslate2 would scale the logits of a tied T5.
-    network.config.tie_word_embeddings = config.tied_logits
-    spec = T5Loader().get_model_spec(network)
 
     # CTranslate2 takes words instead of ids, so every id is a word.
     words = [str(i) for i in range(config.vocab_size)]
-    spec.register_source_vocabulary(words)
-    spec.register_target_vocabulary(words)
-    spec.config.decoder_start_token = spec.config.bos_token = words[0]
-    spec.config.eos_token, spec.config.unk_token = words[1], words[2]
+    spec = ctranslate2_folders.specification(params, config)
+    ctranslate2_folders.register(spec, words)
 
     # A model is loaded from a folder; after that the folder is not needed.
-    spec.validate()
-    spec.optimize(quantization="float32")
     with tempfile.TemporaryDirectory() as folder:
         spec.save(folder)
         translator = ctranslate2.Translator(

@@ -1,1 +1,1 @@
-"""Checkpoints of other programs: Hugging Face Transformers and T5X."""
+"""Checkpoints of other programs: Hugging Face Transformers and T5X; CTranslate2."""

@@ -1,14 +1,18 @@
 """The command `python -m gqa export`: its arguments and what it does with them.
 
-`gqa.interop.huggingface` writes the folder; `gqa/__main__.py` chooses among the commands.
+`gqa.interop.huggingface` and `gqa/interop/ctranslate2_folders.py` write the folder;
+`gqa/__main__.py` chooses among the commands.
 """
 
 import argparse
 
 from gqa.checkpoints import network
 from gqa.data import tokenizer
-from gqa.interop import huggingface
-from gqa.runtime.errors import UserError
+from gqa.interop import ctranslate2_folders, huggingface
+from gqa.runtime.checks import check_choice
+from gqa.runtime.errors import ConfigError, UserError
+
+HUGGING_FACE, CTRANSLATE2 = FORMATS = ("huggingface", "ctranslate2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", metavar="CHECKPOINT", help="the folder of a step, or the folder of all steps"
     )
     parser.add_argument("folder", metavar="FOLDER", help="where config.json and the weights go")
+    parser.add_argument(
+        "--format",
+        default=HUGGING_FACE,
+        help=f"{HUGGING_FACE} (default), or {CTRANSLATE2}, which is grouped and needs --vocabulary",
+    )
     parser.add_argument(
         "--expand",
         action="store_true",
@@ -30,11 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Load the checkpoint and write it as a folder of Hugging Face."""
-    trained = network.load(options.checkpoint)
+    """Load the checkpoint and write it in the format that was chosen.
+
+    Raises:
+        UserError: for arguments that cannot be used together, and what the writers refuse.
+    """
+    check_choice("--format", options.format, FORMATS)
     vocabulary = options.vocabulary
+    if options.format == CTRANSLATE2 and options.expand:
+        raise ConfigError("--expand", True, "leave it out", f"is not for --format={CTRANSLATE2}")
+    if options.format == CTRANSLATE2 and not vocabulary:
+        raise UserError(f"--format={CTRANSLATE2} works on tokens; name their --vocabulary=FILE")
+
+    trained = network.load(options.checkpoint)
     if vocabulary and tokenizer.load(vocabulary).hash != trained.info.get("vocabulary"):
         raise UserError(
             f"{vocabulary} is not the vocabulary that {options.checkpoint} was trained with"
         )
-    huggingface.save(trained.params, trained.config, options.folder, options.expand, vocabulary)
+    if options.format == CTRANSLATE2:
+        ctranslate2_folders.save(trained.params, trained.config, options.folder, vocabulary)
+    else:
+        huggingface.save(trained.params, trained.config, options.folder, options.expand, vocabulary)

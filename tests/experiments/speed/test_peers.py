@@ -90,7 +90,7 @@ def test_a_missing_peer_is_named_in_one_line(monkeypatch):
     assert peers.missing() == [
         "Hugging Face is not timed because packages are missing (torch); "
         "pip install -r requirements-bench.txt",
-        "CTranslate2 is not timed because packages are missing (torch, ctranslate2); "
+        "CTranslate2 is not timed because packages are missing (ctranslate2); "
         "pip install -r requirements-bench.txt",
     ]
     absent.remove("torch")
