@@ -37,7 +37,7 @@ ROOMS = {
     "huggingface_hub": r"gqa\.interop\.hub|tests\..*",
     "ml_collections": r"(configs|experiments|tests)\..*|launch",
     "pyarrow": r"gqa\.(data\.(array_records|columnar_files|parquet_pages|text_lines)"
-    r"|checkpoints\.stored_arrays)"
+    r"|checkpoints\.(ocdbt_nodes|stored_arrays))"
     r"|tests\..*",
     "tensorflow_datasets": r"gqa\.data\.tfds|tests\..*",
     "orbax": r"gqa\.checkpoints\.checkpoint|tests\..*",

@@ -1,35 +1,31 @@
 """Measure stored arrays before TensorStore decodes them, so that a file cannot take all memory.
 
-TensorStore decompresses a chunk, or a node of an OCDBT database, as a whole and compares its size
-afterwards. A file of 200 KB can so take gigabytes of memory. This file decompresses the same bytes
-piece by piece, keeps none of them, and raises a CheckpointError at the first byte too many. Formats
-of arrays are zarr 2 (T5X) and zarr 3 (Orbax); checkpoint.py and gqa/interop/t5x.py call it.
+TensorStore decompresses a chunk as a whole and compares its size afterwards. A file of 200 KB can
+so take gigabytes of memory. This file decompresses the same bytes piece by piece, keeps none of
+them, and raises a CheckpointError at the first byte too many. Formats of arrays are zarr 2 (T5X)
+and zarr 3 (Orbax); checkpoint.py and gqa/interop/t5x.py call it. The database that Orbax keeps
+arrays in is checked by ocdbt_nodes.py.
 """
 
 import json
 import math
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 (gives NumPy the names bfloat16, float8_e4m3fn ...)
 import numpy as np
 import pyarrow
 import tensorstore
 
-from gqa.runtime import hardware, regular_files
+from gqa.checkpoints import ocdbt_nodes
 from gqa.runtime.errors import CheckpointError
 
 # The file that describes an array, by TensorStore's name of the format.
 HEADERS = {"zarr": ".zarray", "zarr3": "zarr.json"}
-# OCDBT's files: each object begins with one of these, then its length, version and compression.
-OCDBT_MAGIC = re.compile(rb"\x0c\xdb(?:\x3a\x2a|\x20\xde|\x12\x34)")
-# Orbax lets a node have 10^8 bytes at most, the default of OCDBT is 2^23.
-MAX_NODE_BYTES = 2**27
 # What a compressor, an index and a checksum add to a value that cannot be compressed, at most.
 ENCODING_SLACK = 2**20
 PIECE = 2**20  # bytes that are decompressed at a time
@@ -73,49 +69,6 @@ def kvstore(folder: Path) -> dict[str, Any]:
     if (folder / "manifest.ocdbt").exists():
         return {"driver": "ocdbt", "base": files}
     return files
-
-
-def check_ocdbt(folder: Path) -> None:
-    """Check the files of an OCDBT database; call it before the database is opened.
-
-    Raises:
-        CheckpointError: naming the file with a node larger than MAX_NODE_BYTES.
-        UserError: naming a file that is larger than this machine's memory.
-    """
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with regular_files.open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            # A value has as many bytes as the database says, if its file has them: a file without
-            # contents may seem to have terabytes.
-            if size > MAX_NODE_BYTES:
-                hardware.check_memory(size, str(path))
-            for start, length in _nodes(file, size):
-                if length > MAX_NODE_BYTES or _is_large_node(file, start, length):
-                    raise CheckpointError(
-                        f"{path}: a node of its database has more than {MAX_NODE_BYTES:,} bytes "
-                        "when it is decompressed; use another checkpoint"
-                    )
-
-
-def _is_large_node(file: BinaryIO, start: int, length: int) -> bool:
-    """Return whether an object of OCDBT has more than MAX_NODE_BYTES when it is decompressed.
-
-    Args:
-        start, length: of the rest of the object, behind its magic and its length. The rest is two
-            numbers, the content and a checksum.
-    """
-    file.seek(start)
-    content = file.read(length)
-    version_end = _varint_end(content, 0)
-    method_end = _varint_end(content, version_end)
-    if not _is_one(content[version_end:method_end]):  # 0 is no compression
-        return False
-
-    # The last 4 bytes are the checksum.
-    try:
-        return _total(_zstd(content[method_end:-4]), MAX_NODE_BYTES) > MAX_NODE_BYTES
-    except OSError:  # other data that happen to look like a node, or a damaged one
-        return False
 
 
 def read_header(store: tensorstore.KvStore, name: str, driver: str) -> Header:
@@ -171,7 +124,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
     Raises:
         CheckpointError: naming the array or the file that is not as Orbax writes it.
     """
-    check_ocdbt(folder)
+    ocdbt_nodes.check(folder)
     spec = kvstore(folder)
     store = tensorstore.KvStore.open(spec).result()
     ending = f"/{HEADERS['zarr3']}"
@@ -354,37 +307,3 @@ DECOMPRESSORS: dict[str | None, Callable[[bytes], Iterator[int]]] = {
     "zlib": _zlib,
     "blosc": _blosc,
 }
-
-
-def _nodes(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
-    """Yield offset and length of everything that may be an object of OCDBT, its magic left out.
-
-    Objects may lie anywhere in a file, so every place with the magic bytes is taken. Other data
-    have these bytes by chance every few gigabytes, and the bytes behind them are not zstd.
-    """
-    offset = 0
-    while offset < size:
-        file.seek(offset)
-        piece = file.read(2**24)
-        if len(piece) < 16:
-            return
-        for match in OCDBT_MAGIC.finditer(piece, 0, len(piece) - 12):
-            length = int.from_bytes(piece[match.end() : match.end() + 8], "little")
-            start = offset + match.end() + 8
-            if 16 <= length <= size - offset - match.start():
-                yield start, length - 12
-        # The last bytes are searched again, because magic and length may lie across two pieces.
-        offset += len(piece) - 15
-
-
-def _varint_end(content: bytes, start: int) -> int:
-    # The highest bit of a byte says that another byte follows.
-    end = start
-    while end < len(content) and content[end] & 0x80:
-        end += 1
-    return end + 1
-
-
-def _is_one(varint: bytes) -> bool:
-    # A number may be written with more bytes than it needs, so 0x81 0x00 is 1 as well.
-    return bool(varint) and varint[0] & 0x7F == 1 and not any(x & 0x7F for x in varint[1:])

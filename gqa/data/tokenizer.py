@@ -61,7 +61,9 @@ class Tokenizer:
         self.unknown = self._processor.unk_id()  # 2 for T5's model, 3 for copies that have <s>
         self.num_pieces = self._processor.get_piece_size()
         # Some copies of T5's model already end in the sentinels, as pieces 99 down to 0.
-        if self._processor.id_to_piece(self.num_pieces - 1).endswith("<extra_id_0>"):
+        last_piece = self._processor.id_to_piece(self.num_pieces - 1)
+        self._holds_sentinels = last_piece.endswith("<extra_id_0>")
+        if self._holds_sentinels:
             self.num_pieces -= NUM_SENTINELS
 
         self.vocab_size = -(-(self.num_pieces + NUM_SENTINELS) // 128) * 128
@@ -136,6 +138,13 @@ class Tokenizer:
 
     def _normalize(self, text: str) -> str:
         """Return a text without special tokens as `normalize` does."""
+        # NFKC makes "<extra_id_0>" of fullwidth characters. A model that holds this piece then
+        # encodes it as the sentinel, which is no part of a text; any other model spells it.
+        if self._holds_sentinels:
+            ids = self._processor.encode(text)
+            if max(ids, default=0) >= self.num_pieces:
+                return self.decode(ids, skip_special_tokens=True)
+
         # SentencePiece writes a space as this character.
         return self._processor.normalize(text).replace("\u2581", " ").strip()
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorstore
 
-from gqa.checkpoints import pieces, step_folders, stored_arrays
+from gqa.checkpoints import ocdbt_nodes, pieces, step_folders, stored_arrays
 from gqa.checkpoints.pieces import Index, Source
 from gqa.interop.safetensors_files import check_folder, naming
 from gqa.model.config import GATED_GELU, RELU, Config
@@ -188,7 +188,7 @@ def _list(folder: Path) -> _Arrays:
         files = regular_files.list_inside(folder, folder)
         files = [path for path in files if DATABASE.match(path.relative_to(folder).as_posix())]
 
-        stored_arrays.check_ocdbt(folder)
+        ocdbt_nodes.check(folder)
         try:
             store = tensorstore.KvStore.open(stored_arrays.kvstore(folder)).result()
             keys = [key.decode("utf-8", "replace") for key in store.list().result()]

@@ -44,11 +44,16 @@ def test_ids_are_laid_out_as_in_t5(model):
         loaded.sentinel(100)
 
 
-def test_sentinels_inside_the_model_are_not_added_twice(model):
+def with_sentinels(model):
+    """A vocabulary whose last pieces are the sentinels, as some copies of T5's have them."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
     for k in reversed(range(NUM_SENTINELS)):
         proto.pieces.add(piece=f"▁<extra_id_{k}>", score=0.0)
-    inside = tokenizer.Tokenizer(proto.SerializeToString())
+    return tokenizer.Tokenizer(proto.SerializeToString())
+
+
+def test_sentinels_inside_the_model_are_not_added_twice(model):
+    inside = with_sentinels(model)
     behind = tokenizer.load(model)
     assert inside.sentinel(0) == behind.sentinel(0)
     assert inside.vocab_size == behind.vocab_size
@@ -171,6 +176,20 @@ def test_a_perfect_answer_equals_its_reference_with_special_tokens(text, model):
     ours = tokenizer.load(model)
     answer = ours.decode(ours.encode(text), skip_special_tokens=True)
     assert ours.normalize(text).split() == answer.split()
+
+
+@pytest.mark.parametrize(
+    "text", ["sat ＜extra_id_0＞ mat", "＜extra_id_99＞", "the ＜/s＞ cat", "？"]
+)
+def test_a_perfect_answer_equals_its_reference_with_fullwidth_tokens(text, model):
+    """Only a vocabulary that holds "<extra_id_0>" takes the fullwidth form for the sentinel."""
+    behind, inside = tokenizer.load(model), with_sentinels(model)
+    for ours in (behind, inside):
+        ids = ours.encode(text)
+        answer = ours.decode(ids, skip_special_tokens=True)
+        assert ours.normalize(text).split() == answer.split()
+        has_sentinel = ours is inside and "extra" in text
+        assert any(token >= ours.num_pieces for token in ids) == has_sentinel
 
 
 def test_a_fullwidth_question_mark_becomes_an_ordinary_one(model):

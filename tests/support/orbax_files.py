@@ -5,7 +5,7 @@ import shutil
 import jax.numpy as jnp
 import tensorstore
 
-from gqa.checkpoints import checkpoint, checksums, stored_arrays
+from gqa.checkpoints import checkpoint, checksums, ocdbt_nodes, stored_arrays
 from gqa.checkpoints.checkpoint import Checkpoints
 
 
@@ -70,7 +70,7 @@ def point_database_to(folder, prefix):
     data_files = list((folder / written).iterdir())
     for path in [folder / "manifest.ocdbt", *data_files]:
         content = bytearray(path.read_bytes())
-        for match in stored_arrays.OCDBT_MAGIC.finditer(bytes(content)):
+        for match in ocdbt_nodes.MAGIC.finditer(bytes(content)):
             length = int.from_bytes(content[match.end() : match.end() + 8], "little")
             end = match.start() + length
             item = content[match.start() : end - 4].replace(written.encode(), prefix.encode())
