@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gqa
+from gqa.__main__ import run_command
 from gqa.conversion import convert
 from gqa.data import tokenizer
 from gqa.inference.decoding import GREEDY, Beam
@@ -99,3 +100,13 @@ def test_without_the_package_it_says_how_to_get_it(tiny, random_params, monkeypa
     monkeypatch.setitem(sys.modules, "ctranslate2.specs", None)
     with pytest.raises(UserError, match="ctranslate2 is not installed; pip install ctranslate2"):
         ctranslate2_folders.specification(random_params(tiny), tiny)
+
+
+def test_arguments_that_do_not_go_together_are_refused_before_anything_is_read():
+    for arguments, message in (
+        (["--format=onnx"], "--format='onnx'.* huggingface, ctranslate2"),
+        (["--format=ctranslate2"], "--format=ctranslate2 works on tokens; name their --vocabulary"),
+        (["--format=ctranslate2", "--expand"], "--expand=True is not for --format=ctranslate2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_command(["export", "nowhere", "folder", *arguments])
