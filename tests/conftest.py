@@ -1,6 +1,8 @@
 """Settings and the small network that the tests share."""
 
+import ctypes
 import functools
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -70,6 +72,30 @@ def pytest_collection_modifyitems(items):
 
     long_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long_files)
+
+
+# Resident memory of a process of the tests, in bytes, beyond which it lets go of its programs.
+MUCH_MEMORY = 3 * 2**29
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Behind a file of tests, let go of compiled programs if the process has become large.
+
+    JAX keeps every program. Those of one file take up to 450 MB, and no other file runs them. glibc
+    gives the memory back to the system only when it is asked to.
+    """
+    yield
+    statm = Path("/proc/self/statm")  # of Linux alone, as is `malloc_trim`
+    if not statm.exists():
+        return
+    resident_pages = int(statm.read_text().split()[1])
+    if resident_pages * os.sysconf("SC_PAGE_SIZE") > MUCH_MEMORY:
+        jax.clear_caches()
+        gc.collect()
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 @pytest.fixture
