@@ -66,7 +66,10 @@ def _model(size: str, columns: dict[str, int]) -> ConfigDict:
     # vocabulary is trained, as many as suit pretrain.task.
     model.num_encoder_layers = layers
     model.num_decoder_layers = layers
+    # Of T5 1.1. T5 1.0 has "relu", UL2 "gated_silu"; gqa/model/activations.py has all.
     model.activation = "gated_gelu"
+    # True, as in umT5: each layer has a table of relative positions instead of one for each stack.
+    model.position_bias_per_layer = False
     model.tied_logits = False  # True: the embedding also gives the logits
     model.dtype = "float32" if on_cpu else "bfloat16"  # of activations
     # Activations that the backward pass computes again instead of storing: none, minimal or full.
@@ -90,7 +93,8 @@ def _text() -> ConfigDict:
     # Python packages whose documentation is the default corpus: names separated by commas. Empty:
     # those in gqa/data/corpus_packages.py.
     text.packages = ""
-    # A SentencePiece model file. Empty: a vocabulary is trained on the pretraining text.
+    # A SentencePiece model file, or a folder of Hugging Face with spiece.model or tokenizer.json.
+    # Empty: a vocabulary is trained on the pretraining text.
     text.vocabulary = ""
     # The SentencePiece model to train: unigram, as T5's vocabularies are, or bpe, which keeps short
     # and frequent words such as phonemes whole. Empty: the kind that suits pretrain.task.

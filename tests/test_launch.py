@@ -84,7 +84,7 @@ def run(capsys, tmp_path, monkeypatch):
             "convert.optimizer='keep'; use one of map, reset",
         ),
         ((GQA8, "--config.model.remat=some"), "model.remat='some'; use one of none, minimal, full"),
-        ((GQA8, "--config.model.activation=tanh"), "model.activation='tanh'"),
+        ((GQA8, "--config.model.activation=swish"), "model.activation='swish'"),
         ((GQA8, "--config.finetune.dropout_rate=1.0"), "dropout_rate=1.0; use a value in"),
         (
             (GQA8, "--config.pretrain.batch_size=6", "--config.pretrain.num_microbatches=4"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.stages.folder import Course, StageFolder
 from experiments.stages.settings import (
+    LATER,
     EvaluateSettings,
     FinetuneSettings,
     PretrainSettings,
@@ -144,9 +145,14 @@ class Stage:
 
 
 def _without(settings: Any, names: tuple[str, ...]) -> Any:
-    """Return settings without some keys, at any depth."""
+    """Return settings without some keys, and without those of LATER, at any depth."""
     if isinstance(settings, dict):
-        return {k: _without(value, names) for k, value in settings.items() if k not in names}
+        return {
+            key: _without(value, names)
+            for key, value in settings.items()
+            # So stages that were finished before these settings came are found again.
+            if key not in names and not (key in LATER and value == LATER[key])
+        }
     if isinstance(settings, list | tuple):
         return [_without(value, names) for value in settings]
     return settings

@@ -234,8 +234,17 @@ def _check_tasks(config: ConfigDict) -> None:
 def _check_vocabulary(config: ConfigDict) -> None:
     # A row of the embedding for each id: those of a vocabulary that is given, or the fewest that
     # training one needs.
-    size, least = text.model_section(config)["vocab_size"], tokenizer.SMALLEST
-    if config.text.vocabulary:
-        least = tokenizer.load(config.text.vocabulary).sentinel(0) + 1
+    section, least = text.model_section(config), tokenizer.SMALLEST
+    if path := config.text.vocabulary:
+        vocabulary = tokenizer.shape(os.path.abspath(path))
+        least = vocabulary.num_ids
+        # Rows would be padded, or texts ended, with a token that the network reads as a word.
+        for name, token in (("pad", vocabulary.special.pad), ("eos", vocabulary.special.eos)):
+            if section[f"{name}_token_id"] != token:
+                raise UserError(
+                    f"text.vocabulary={path}: its {name} has id {token}, the checkpoint's "
+                    f"{name}_token_id is {section[f'{name}_token_id']}; name its own vocabulary"
+                )
+    size = section["vocab_size"]
     if size < least:
         raise UserError(f"model.vocab_size={size} is too small; use {least} or more")

@@ -42,7 +42,7 @@ def run(
 
     # The time of a conversion is from the first calibration batch to the last converted array.
     begun = time.monotonic()
-    batches, tokens = _calibration_batches(data, variant.calibration_tokens or 0)
+    batches, tokens = _calibration_batches(data, variant.calibration_tokens, parent.config)
     input_covariances, earlier_seconds = _measured(
         parent, state.params, settings, tuple(heads), batches
     )
@@ -234,14 +234,16 @@ def _convert(
     )
 
 
-def _calibration_batches(data: Training, tokens: int) -> tuple[list[dict], int]:
+def _calibration_batches(
+    data: Training, tokens: int | None, config: Config
+) -> tuple[list[dict], int]:
     """Return training batches with at least `tokens` input tokens in all, and how many they have.
 
     They are the next batches that uptraining would see, never those of the validation.
     """
     batches: list[dict] = []
     num_tokens = 0
-    while num_tokens < tokens:
+    while num_tokens < (tokens or 0):
         batches.append(next(data.batches))
-        num_tokens += int((batches[-1]["inputs"] > 0).sum())
+        num_tokens += int((batches[-1]["inputs"] != config.pad_token_id).sum())
     return batches, num_tokens

@@ -65,6 +65,7 @@ def run(
         batch_size=batch_size,
         pack=recipe.pack,
         shard=job.text.share,
+        special=parent.config.special_tokens,
         **lengths,
     )
 

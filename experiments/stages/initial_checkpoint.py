@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from experiments.stages.settings import InitialCheckpoint
 from gqa import conversion
 from gqa.checkpoints import pieces
+from gqa.data import tokenizer
 from gqa.interop import hub, huggingface, safetensors_files, t5x
 from gqa.interop.safetensors_files import naming
 from gqa.model.config import Config
@@ -28,7 +29,16 @@ READERS = {"huggingface": huggingface, "t5x": t5x}
 # a size takes the checkpoint's sizes instead of being refused.
 OUR_SIZES = ("pico", "nano", "mini")
 # Fields in which T5 1.0, T5 1.1 and mT5 of one named size differ.
-FAMILY = ("vocab_size", "activation", "tied_logits")
+FAMILY = ("vocab_size", "activation", "tied_logits", "position_bias_per_layer")
+# Fields that are not in the config, which leaves them at T5's values or, for tokens, those of the
+# vocabulary. A checkpoint may have others.
+NOT_IN_CONFIG = (
+    "num_buckets",
+    "max_distance",
+    "pad_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+)
 # Fields that no checkpoint has: they are no part of the network, but say how it is run.
 HOW_IT_IS_RUN = ("dtype", "remat", "dropout_rate")
 
@@ -56,10 +66,8 @@ def adopted(config: ConfigDict) -> ConfigDict:
         print(f"{config.init.huggingface}: {named.folder}", flush=True)
     sizes = dataclasses.asdict(network)
     _check_sizes(config, named.folder, sizes)
-    # `num_buckets` and `max_distance` are not in the config, which leaves them at T5's values; a
-    # checkpoint may have others.
     taken = [key for key in config.model if key not in HOW_IT_IS_RUN]
-    taken += [key for key in ("num_buckets", "max_distance") if key not in taken]
+    taken += [key for key in NOT_IN_CONFIG if key not in taken]
     # Attentions that were to stay multi-head stay so with the checkpoint's number of heads.
     multi_head = [key for key in heads if config.convert[key] == config.model.num_heads]
     with config.unlocked():
@@ -182,10 +190,11 @@ def _conflict(key: str, ours: Any, folder: str | Path, theirs: Any) -> UserError
 
 def _vocabulary(named: _Named) -> str:
     path = named.folder / huggingface.VOCABULARY
-    if not path.is_file():
+    if not tokenizer.is_in(named.folder):
         raise UserError(f"{path} is missing; set text.vocabulary to the checkpoint's vocabulary")
-    safetensors_files.check_is_downloaded(path)
-    return str(path)
+    if path.exists():
+        safetensors_files.check_is_downloaded(path)
+    return str(named.folder)
 
 
 def _contents(folder: Path, source: pieces.Source) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments.stages.settings import Recipe, Setup
+from experiments.stages.settings import LATER, Recipe, Setup
 from experiments.stages.text import Text
 from experiments.stages.typed_json import from_json
 from experiments.stages.variant import Variant
@@ -97,6 +97,8 @@ def open_parent(path: Path) -> Parent:
     values = checkpoint.load_config(path)
     try:
         _check_sizes(values.get("model"))
+        if isinstance(values.get("model"), dict):
+            values = values | {"model": LATER | values["model"]}
         # `Config` names its own fields in an error; the user looks for the key in the file.
         with renamed_fields("config.model."):
             info = from_json(CheckpointInfo, values, "config")
@@ -109,8 +111,9 @@ def _check_sizes(model: Any) -> None:
     if not isinstance(model, dict):
         return  # `from_json` says so
     for key, value in model.items():
-        if type(value) is int and not 1 <= value <= LARGEST_SIZE:
-            raise UserError(f"config.model.{key} is {value}; use 1 to {LARGEST_SIZE}")
+        least = 0 if key.endswith("_token_id") else 1
+        if type(value) is int and not least <= value <= LARGEST_SIZE:
+            raise UserError(f"config.model.{key} is {value}; use {least} to {LARGEST_SIZE}")
 
 
 def pretrain_recipe(parent: Parent, job: Job) -> Recipe:

@@ -13,6 +13,14 @@ from experiments.stages.variant import Variant
 from gqa.model.config import Config
 from gqa.runtime.mesh import Layout
 
+# Fields of `Config` that came after the first release, with the values of every earlier network.
+LATER = {
+    "position_bias_per_layer": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -190,7 +198,8 @@ class TextSettings:
 
     Args:
         packages: whose documentation is the default corpus.
-        vocabulary: a SentencePiece file; "" to train one on the text of the `pretraining` task.
+        vocabulary: a SentencePiece file, or a folder of Hugging Face; "" to train one on the text
+            of the `pretraining` task.
         vocabulary_model: the kind of SentencePiece model to train, "unigram" or "bpe".
         options: of each task, the keyword arguments that its module takes.
     """

@@ -42,7 +42,7 @@ class Text(NamedTuple):
             TASK/test.
     """
 
-    tokenizer: tokenizer.Tokenizer
+    tokenizer: tokenizer.Vocabulary
     corpus: corpus.Corpus | None
     options: dict[str, dict]
     folder: Path
@@ -141,10 +141,15 @@ def settings(config: ConfigDict) -> TextSettings:
 
 
 def model_section(config: ConfigDict) -> dict[str, Any]:
-    """Return the config's section `model`; a `vocab_size` of 0 is the vocabulary's, rounded up."""
-    # Devices can then split the rows of the embedding.
+    """Return the config's section `model`, with what it leaves to the vocabulary.
+
+    A `vocab_size` of 0 is the vocabulary's, rounded up so that devices can split the rows. The ids
+    of special tokens are the given vocabulary's, unless they were taken from a checkpoint.
+    """
     rows = -(-_vocabulary_shape(config)[1] // ROWS) * ROWS
-    return {**config.model, "vocab_size": config.model.vocab_size or rows}
+    path = config.text.vocabulary
+    tokens = tokenizer.shape(os.path.abspath(path)).special.fields if path else {}
+    return {**tokens, **config.model, "vocab_size": config.model.vocab_size or rows}
 
 
 def _vocabulary_shape(config: ConfigDict) -> tuple[str, int]:
@@ -158,7 +163,7 @@ def _vocabulary_shape(config: ConfigDict) -> tuple[str, int]:
 
     size = config.model.vocab_size
     if not size and config.text.vocabulary:
-        size = tokenizer.count_ids(os.path.abspath(config.text.vocabulary))
+        size = tokenizer.shape(os.path.abspath(config.text.vocabulary)).num_ids
     return config.text.vocabulary_model or design.model_type, size or design.vocab_size
 
 
@@ -198,14 +203,16 @@ def check(config: ConfigDict) -> None:
 
     # The functions below are called for their errors alone. `prepare` and `training` call them
     # again for their results.
-    if wanted.vocabulary:
-        tokenizer.load(wanted.vocabulary)
+    num_sentinels = tokenizer.NUM_SENTINELS
+    if path := wanted.vocabulary:
+        num_sentinels = len(tokenizer.load(path).sentinels)
     if _needs_corpus(wanted):
         try:
             corpus.distributions(wanted.packages)
         except UserError as error:
             raise UserError(f"text.packages: {error}") from error
-    span_corruption.span_lengths(config.pretrain.inputs_length)
+    if not hasattr(tasks.get(config.pretrain.task), "METRICS"):
+        span_corruption.span_lengths(config.pretrain.inputs_length, num_sentinels)
 
 
 def _needs_corpus(wanted: TextSettings) -> bool:
@@ -262,7 +269,7 @@ def _hash_rows(folder: Path, file_hashes: tuple[str, ...]) -> str:
 
 def _vocabulary(
     wanted: TextSettings, built: corpus.Corpus | None, folder: Path
-) -> tokenizer.Tokenizer:
+) -> tokenizer.Vocabulary:
     """Load the vocabulary, or train one on the pretraining text and keep it in `folder`."""
     if wanted.vocabulary:
         return tokenizer.load(wanted.vocabulary)
@@ -284,9 +291,8 @@ def _vocabulary(
     with renamed_fields("model."):
         trained = tokenizer.train(texts, path=path, **design._asdict())
 
-    # Sentinel 0 is the last id of the vocabulary. A small text may have too few pieces for the size
-    # that was asked for.
-    if (size := trained.sentinel(0) + 1) < wanted.vocab_size:
+    # A small text may have too few pieces for the size that was asked for.
+    if (size := trained.num_ids) < wanted.vocab_size:
         print(
             f"vocabulary: the text of {task} fills {size} of model.vocab_size={wanted.vocab_size}; "
             f"set that to {size} to leave no row of the embedding unused"
@@ -344,11 +350,12 @@ def training(text: Text, recipe: Recipe, section: str = "pretrain") -> Training:
             examples are cut.
     """
     shape: dict[str, Any] = recipe.lengths
-    stream: dict[str, Any] = {
+    rows: dict[str, Any] = {
         "batch_size": recipe.batch_size,
-        "seed": recipe.seed,
         "shard": text.share,
+        "special": text.tokenizer.special,
     }
+    stream: dict[str, Any] = rows | {"seed": recipe.seed}
     limit = recipe.validation_examples
 
     batches: Any
@@ -362,12 +369,10 @@ def training(text: Text, recipe: Recipe, section: str = "pretrain") -> Training:
         held_out, pack = text.pairs(validation[:limit]), recipe.pack
     else:
         # Span corruption decides how long the targets of full inputs are: 114 for 512 inputs.
-        shape["targets_length"] = span_corruption.span_lengths(recipe.inputs_length).targets
-        first_sentinel = text.tokenizer.sentinel(0)
-        corruption: dict[str, Any] = {
-            "inputs_length": shape["inputs_length"],
-            "first_sentinel": first_sentinel,
-        }
+        sentinels = text.tokenizer.sentinels
+        lengths = span_corruption.span_lengths(recipe.inputs_length, len(sentinels))
+        shape["targets_length"] = lengths.targets
+        corruption: dict = {"inputs_length": recipe.inputs_length, "sentinels": sentinels}
 
         # Documents in a list are read and tokenised at once. Others are streamed from their files.
         if isinstance(train[0], list):
@@ -387,11 +392,6 @@ def training(text: Text, recipe: Recipe, section: str = "pretrain") -> Training:
         pack = False  # every segment fills its row
 
     evaluation = functools.partial(
-        batching.evaluation_batches,
-        held_out,
-        **shape,
-        batch_size=recipe.batch_size,
-        pack=pack,
-        shard=text.share,
+        batching.evaluation_batches, held_out, **shape, **rows, pack=pack
     )
     return Training(batches, shape, evaluation, len(held_out))

@@ -107,11 +107,11 @@ def input_covariances(
     batches = list(batches)
 
     # Any, because jitted functions take NumPy arrays too, and `Array` does not say so.
-    sources: list[Any] = [_source(batch) for batch in batches]
+    sources: list[Any] = [_source(batch, config.pad_token_id) for batch in batches]
     embed = jax.jit(partial(Transformer(config).apply, method="embed"))
 
     # Batches of one length share a position bias.
-    activations, bias = [], cache(partial(_bias, params["encoder"], config, True))
+    activations, bias = [], cache(partial(_shared_bias, params["encoder"], config, True))
     for batch, source in zip(batches, sources, strict=True):
         S, packed = source.shape[1], "inputs_segments" in batch
         shared: tuple = (bias(S), Segments(source, source, packed))
@@ -132,29 +132,38 @@ def input_covariances(
         memory = second_moment(encoded, [r.real for r in activations])
 
     # The decoder, which reads the targets one position later and the encoder's output.
-    activations, bias = [], cache(partial(_bias, params["decoder"], config, False))
+    activations, bias = [], cache(partial(_shared_bias, params["decoder"], config, False))
     for batch, source, y in zip(batches, sources, encoded, strict=True):
         targets, packed = batch["targets"], "targets_segments" in batch
         segments: Any = batch["targets_segments"] if packed else np.ones_like(targets)
         self_segments = Segments(segments, segments, packed) if packed else None
         shared = (y, bias(targets.shape[1]), self_segments, Segments(segments, source, packed))
-        x = embed({"params": params}, shift_right(targets, batch.get("targets_positions")))
-        activations.append(_Activations(x, targets > 0, shared))
+        start = config.decoder_start_token_id
+        previous = shift_right(targets, start, batch.get("targets_positions"))
+        x = embed({"params": params}, previous)
+        activations.append(_Activations(x, targets != config.pad_token_id, shared))
     yield from _stack("decoder", params, config, activations, attentions, attended, memory)
 
 
-def _source(batch: dict) -> np.ndarray:
+def _source(batch: dict, pad: int) -> np.ndarray:
     """Return the segment of each input position [B, S]; 0 is padding."""
     inputs = np.asarray(batch["inputs"])
-    return np.asarray(batch.get("inputs_segments", (inputs > 0).astype(np.int32)))
+    return np.asarray(batch.get("inputs_segments", (inputs != pad).astype(np.int32)))
 
 
-def _bias(stack: dict, config: Config, bidirectional: bool, length: int) -> Any:
-    """Return a stack's position bias for sequences of `length`."""
+def _shared_bias(stack: dict, config: Config, bidirectional: bool, length: int) -> Any:
+    """Return the position bias of all layers of a stack, or None if each has its own."""
+    if config.position_bias_per_layer:
+        return None
+    return _bias(stack, config, bidirectional, length)
+
+
+def _bias(owner: dict, config: Config, bidirectional: bool, length: int) -> Any:
+    """Return the position bias of a stack, or of a layer, for sequences of `length`."""
     module = RelativePositionBias(
         config.num_heads, config.num_buckets, config.max_distance, bidirectional
     )
-    return module.apply({"params": stack["position_bias"]}, length, length)
+    return module.apply({"params": owner["position_bias"]}, length, length)
 
 
 def _stack(
@@ -211,7 +220,7 @@ def _layer(
 
         read = None
         if attended:
-            readings = map(partial(_reading, name), activations, normed)
+            readings = map(partial(_reading, name, layer, config), activations, normed)
             read = attended_covariance(layer[attention], readings, name == "self_attention")
 
         new_kernels = yield InputCovariance(name, index, keys, queries, num_keys, count, read)
@@ -222,14 +231,15 @@ def _layer(
     return [r._replace(x=x) for r, (x, _) in zip(activations, results, strict=True)]
 
 
-def _reading(name: str, batch: _Activations, x: Array) -> Reading:
+def _reading(name: str, layer: dict, config: Config, batch: _Activations, x: Array) -> Reading:
     """Return what attention `name` of a layer reads of a batch; x [B, T, D] is its normed input."""
-    if name == "encoder":
-        bias, segments = batch.shared
-        return Reading(x, x, batch.real, bias, segments)
-    encoded, bias, segments, cross_segments = batch.shared
     if name == "cross_attention":
+        encoded, _, _, cross_segments = batch.shared
         return Reading(x, encoded, batch.real, None, cross_segments)
+
+    *_, bias, segments = batch.shared if name == "encoder" else batch.shared[:3]
+    if config.position_bias_per_layer:
+        bias = _bias(layer, config, name == "encoder", x.shape[1])
     return Reading(x, x, batch.real, bias, segments)
 
 

@@ -2,8 +2,9 @@
 
 Query heads, their rows of the output kernel and, in self-attention, their columns of the position
 bias move with their KV head, so the network stays the same function. Each cross-attention has an
-order of its own. The self-attentions of a stack share one position bias and therefore one order,
-chosen by the sum of their layers' similarities. How a group's heads become one is not decided here:
+order of its own, and so has each self-attention with a position bias of its own (umT5). In T5 the
+self-attentions of a stack share one position bias and therefore one order, chosen by the sum of
+their layers' similarities. How a group's heads become one is not decided here:
 see pooling.py, closed_form.py and learned.py.
 """
 
@@ -56,14 +57,14 @@ def find_head_orders(
 
     head_orders = {}
     for name, K in fewer_heads.items():
-        # Self-attentions share one order, because they share a position bias. Cross-attentions
-        # have no position bias, so each has its own.
+        # Self-attentions that share a position bias share one order. Cross-attentions have no
+        # position bias, so each has its own order.
         L, _, N, _ = shapes[name]
 
         # Each attention has random numbers of its own, so that its order does not depend on which
         # other attentions are converted.
         rng = np.random.default_rng([seed, list(ATTENTIONS).index(name)])
-        num_orders = L if name == "cross_attention" else 1
+        num_orders = 1 if _share_bias(params, name) else L
         if grouping == "strided":
             # Row i of the reshape is heads i K .. i K + K - 1; column k is group k: k, k + K, ...
             rows = [np.arange(N).reshape(-1, K).T.reshape(-1)]
@@ -117,10 +118,18 @@ def _head_axes_of(
     }
     if name == "cross_attention":
         return leaves
+    if not _share_bias(params, name):
+        return leaves | {(stack, "layers", "position_bias", "table"): (2, query_order)}
 
     if (order != order[0]).any():
         raise ValueError(f"the layers of {name} self-attention share a bias: permute them alike")
     return leaves | {(stack, "position_bias", "table"): (1, query_order[0])}
+
+
+def _share_bias(params: dict, name: str) -> bool:
+    """Return whether all layers of an attention add one table of position biases."""
+    stack, _ = ATTENTIONS[name]
+    return name != "cross_attention" and "position_bias" in params[stack]
 
 
 def _query_order(order: Int[np.ndarray, "*L K"], num_heads: int) -> Int[np.ndarray, "*L N"]:
@@ -149,7 +158,7 @@ def permute_covariances(
 
 def _take_heads(leaf: Array, order: np.ndarray, axis: int) -> Array:
     """Reorder `axis` of a leaf by order [L, heads], or [heads] if it is not stacked."""
-    # The position bias [buckets, N] is the one leaf that is not stacked over layers.
+    # A shared position bias [buckets, N] is the one leaf that is not stacked over layers.
     if order.ndim == 1:
         return leaf[:, order]
     shape = [1] * leaf.ndim

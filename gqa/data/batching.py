@@ -24,7 +24,7 @@ from gqa.data import span_corruption
 from gqa.data.document_stream import DocumentStream
 from gqa.data.examples import TokenPair
 from gqa.data.span_corruption import SpanLengths, span_lengths
-from gqa.data.tokenizer import EOS, PAD
+from gqa.model.special_tokens import T5_TOKENS, SpecialTokens
 from gqa.runtime.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -43,7 +43,8 @@ def pretraining_batches(
     inputs_length: int,
     batch_size: int,
     seed: int,
-    first_sentinel: int,
+    sentinels: np.ndarray,
+    special: SpecialTokens = T5_TOKENS,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """Return endless batches of span corruption over texts held in memory.
@@ -56,11 +57,12 @@ def pretraining_batches(
         weights: how often the segments of each part are drawn.
         inputs_length: S of the batches; T is `span_lengths(inputs_length).targets`.
         batch_size: rows of a batch, over all processes.
-        first_sentinel: id of `<extra_id_0>`.
+        sentinels: ids of `<extra_id_0>`, `<extra_id_1>`, ...
+        special: the tokens that end and pad rows, here and in the functions below.
     """
     lengths = span_lengths(inputs_length)
     segments = [span_corruption.cut_into_segments(tokens, lengths.tokens) for tokens in parts]
-    corrupt = _corruption(lengths, first_sentinel)
+    corrupt = _corruption(lengths, sentinels, special)
 
     # `random_map` seeds the noise by the place in the endless dataset, so that every epoch has its
     # own.
@@ -75,7 +77,8 @@ def streamed_pretraining_batches(
     inputs_length: int,
     batch_size: int,
     seed: int,
-    first_sentinel: int,
+    sentinels: np.ndarray,
+    special: SpecialTokens = T5_TOKENS,
     shard: tuple[int, int] = (0, 1),
 ) -> DocumentStream:
     """Return batches like `pretraining_batches`, from documents that are read when needed.
@@ -94,7 +97,7 @@ def streamed_pretraining_batches(
     shuffled = documents.seed(seed).shuffle().repeat()[index::count]
     return DocumentStream(
         shuffled.map(lambda text: np.array(encode(text), np.int32)),
-        _corruption(lengths, first_sentinel),
+        _corruption(lengths, sentinels, special),
         lengths.tokens,
         _rows_per_process(batch_size, shard),
         # With `index`, so that row i of different processes has different noise.
@@ -103,15 +106,15 @@ def streamed_pretraining_batches(
 
 
 def _corruption(
-    lengths: SpanLengths, first_sentinel: int
+    lengths: SpanLengths, sentinels: np.ndarray, special: SpecialTokens
 ) -> Callable[[np.ndarray, np.random.Generator], Batch]:
     """Return a function of (segment, rng) that makes one padded example."""
 
     def corrupt(segment: np.ndarray, rng: np.random.Generator) -> Batch:
-        inputs, targets = span_corruption.corrupt(segment, rng, first_sentinel)
+        inputs, targets = span_corruption.corrupt(segment, rng, sentinels)
         return {
-            "inputs": _fill([inputs], lengths.inputs),
-            "targets": _fill([targets], lengths.targets),
+            "inputs": _fill([_ended(inputs, special.eos)], lengths.inputs, special.pad),
+            "targets": _fill([_ended(targets, special.eos)], lengths.targets, special.pad),
         }
 
     return corrupt
@@ -129,6 +132,7 @@ def finetuning_batches(
     batch_size: int,
     seed: int,
     pack: bool,
+    special: SpecialTokens = T5_TOKENS,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """Return endless batches of examples, truncated to the lengths, in a new order every epoch.
@@ -150,13 +154,14 @@ def finetuning_batches(
     lengths = inputs_length, targets_length
 
     # Truncate before packing, because the packing needs the lengths that remain.
-    truncated = [[_truncate(pair, *lengths) for pair in pairs] for pairs in parts]
+    truncated = [[_truncate(pair, *lengths, special.eos) for pair in pairs] for pairs in parts]
     if pack:
         truncated = [_shuffled_once(pairs, seed) for pairs in truncated]
     rows = [_rows(pairs, lengths, pack) for pairs in truncated]
 
     examples = [
-        part.map(lambda row: _row_arrays(row, lengths, pack)) for part in _shuffled(rows, seed)
+        part.map(lambda row: _row_arrays(row, lengths, pack, special.pad))
+        for part in _shuffled(rows, seed)
     ]
     return _batches(_mix(examples, weights), batch_size, shard)
 
@@ -176,17 +181,20 @@ def _rows(
     return [[pairs[i] for i in row] for row in first_fit(sizes, lengths)]
 
 
-def _row_arrays(row: Sequence[TokenPair], lengths: tuple[int, int], pack: bool) -> Batch:
-    """Return the arrays of one row; a row without examples is padding."""
+def _row_arrays(row: Sequence[TokenPair], lengths: tuple[int, int], pack: bool, pad: int) -> Batch:
+    """Return the arrays of one row; a row without examples is padding.
+
+    In segments and positions, padding is 0 whatever the token of padding is.
+    """
     arrays = {}
     for side, (name, length) in enumerate(zip(("inputs", "targets"), lengths, strict=True)):
         texts = [pair[side] for pair in row]
-        arrays[name] = _fill(texts, length)
+        arrays[name] = _fill(texts, length, pad)
         if pack:
             arrays[f"{name}_segments"] = _fill(
-                [np.full(len(text), k) for k, text in enumerate(texts, start=1)], length
+                [np.full(len(text), k) for k, text in enumerate(texts, start=1)], length, 0
             )
-            arrays[f"{name}_positions"] = _fill([np.arange(len(text)) for text in texts], length)
+            arrays[f"{name}_positions"] = _fill([np.arange(len(text)) for text in texts], length, 0)
     return arrays
 
 
@@ -273,6 +281,7 @@ def evaluation_batches(
     inputs_length: int,
     targets_length: int,
     batch_size: int,
+    special: SpecialTokens = T5_TOKENS,
     pack: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Batch, int]]:
@@ -282,7 +291,8 @@ def evaluation_batches(
     With `pack`, several examples share a row, which takes less time and gives the same losses.
     """
     lengths = inputs_length, targets_length
-    examples = _rows([_truncate(pair, *lengths) for pair in pairs], lengths, pack)
+    truncated = [_truncate(pair, *lengths, special.eos) for pair in pairs]
+    examples = _rows(truncated, lengths, pack)
 
     index, rows = shard[0], _rows_per_process(batch_size, shard)
     for start in range(0, len(examples), batch_size):
@@ -291,29 +301,29 @@ def evaluation_batches(
 
         # All batches have one shape, for which the evaluation is compiled once.
         padding: list[list[TokenPair]] = [[]] * (rows - len(block))
-        arrays = [_row_arrays(row, lengths, pack) for row in [*block, *padding]]
+        arrays = [_row_arrays(row, lengths, pack, special.pad) for row in [*block, *padding]]
         yield {name: np.stack([row[name] for row in arrays]) for name in arrays[0]}, len(block)
 
 
 # --- one row --------------------------------------------------------------------------------------
 
 
-def _truncate(pair: TokenPair, inputs_length: int, targets_length: int) -> TokenPair:
-    """Cut both sides to leave room for EOS, then append EOS."""
+def _truncate(pair: TokenPair, inputs_length: int, targets_length: int, eos: int) -> TokenPair:
+    """Cut both sides to leave room for `eos`, then append it."""
     inputs, targets = pair
-    return _with_eos(inputs[: inputs_length - 1]), _with_eos(targets[: targets_length - 1])
+    return _ended(inputs[: inputs_length - 1], eos), _ended(targets[: targets_length - 1], eos)
 
 
-def _with_eos(text: np.ndarray) -> np.ndarray:
+def _ended(text: np.ndarray, eos: int) -> np.ndarray:
     # `np.append` takes ten times as long for a short text, and data sets have millions.
     row = np.empty(len(text) + 1, text.dtype)
-    row[:-1], row[-1] = text, EOS
+    row[:-1], row[-1] = text, eos
     return row
 
 
-def _fill(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """Return one int32 row [length]: the texts one after the other, then padding."""
-    row = np.full(length, PAD, np.int32)
+def _fill(texts: Sequence[np.ndarray], length: int, pad: int) -> np.ndarray:
+    """Return one int32 row [length]: the texts one after the other, then `pad`."""
+    row = np.full(length, pad, np.int32)
     end = 0
     for text in texts:
         row[end : end + len(text)] = text

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gqa.data.examples import TokenPair
-from gqa.data.tokenizer import EOS, NUM_SENTINELS
+from gqa.data.tokenizer import NUM_SENTINELS
 from gqa.runtime.errors import UserError
 
 NOISE_DENSITY = 0.15  # share of the tokens that are replaced
@@ -27,7 +27,7 @@ class SpanLengths(NamedTuple):
     targets: int
 
 
-def span_lengths(inputs_length: int) -> SpanLengths:
+def span_lengths(inputs_length: int, num_sentinels: int = NUM_SENTINELS) -> SpanLengths:
     """Return the sizes for the longest raw text whose corrupted inputs fit `inputs_length`.
 
     For example, 512 gives (568, 512, 114), as in T5.
@@ -39,12 +39,17 @@ def span_lengths(inputs_length: int) -> SpanLengths:
         raise UserError(
             f"inputs_length={inputs_length} is too short for span corruption; use 4 or more"
         )
+    if not num_sentinels:
+        raise UserError(
+            "the vocabulary has no sentinels (<extra_id_0> ...), which span corruption puts in the "
+            "place of spans; train on examples with inputs and targets, or use another vocabulary"
+        )
     tokens = 2
     while _corrupted_lengths(tokens + 1).inputs <= inputs_length:
         tokens += 1
-        if _noise(tokens)[1] > NUM_SENTINELS:
+        if _noise(tokens)[1] > num_sentinels:
             raise UserError(
-                f"inputs_length={inputs_length} needs more sentinels than the {NUM_SENTINELS} "
+                f"inputs_length={inputs_length} needs more sentinels than the {num_sentinels} "
                 f"there are; use at most {_corrupted_lengths(tokens).inputs - 1}"
             )
     return _corrupted_lengths(tokens)
@@ -62,11 +67,11 @@ def _corrupted_lengths(tokens: int) -> SpanLengths:
     return SpanLengths(tokens, tokens - noise + spans + 1, noise + spans + 1)
 
 
-def corrupt(tokens: np.ndarray, rng: np.random.Generator, first_sentinel: int) -> TokenPair:
-    """Replace random spans of `tokens` [n] by sentinels; return (inputs, targets), EOS on both.
+def corrupt(tokens: np.ndarray, rng: np.random.Generator, sentinels: np.ndarray) -> TokenPair:
+    """Replace random spans of `tokens` [n] by sentinels; return (inputs, targets) without EOS.
 
-    The k-th span becomes the sentinel `first_sentinel - k` in the inputs. The targets are each
-    sentinel followed by the tokens of its span. The inputs begin with text and end with a span.
+    The k-th span becomes `sentinels[k]` in the inputs. The targets are each sentinel followed by
+    the tokens of its span. The inputs begin with text and end with a span.
     """
     noise, spans = _noise(len(tokens))
 
@@ -77,7 +82,7 @@ def corrupt(tokens: np.ndarray, rng: np.random.Generator, first_sentinel: int) -
     lengths[1::2] = _random_segmentation(noise, spans, rng)
     is_noise = np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
     span_starts = np.cumsum(lengths)[0::2]
-    sentinels = first_sentinel - np.arange(spans)
+    sentinels = sentinels[:spans]
 
     # Inputs: a sentinel takes the place of the first token of its span; the others are dropped.
     inputs = tokens.copy()
@@ -90,7 +95,7 @@ def corrupt(tokens: np.ndarray, rng: np.random.Generator, first_sentinel: int) -
     noise_tokens = tokens[is_noise]
     noise_starts = np.cumsum(lengths[1::2]) - lengths[1::2]
     targets = np.insert(noise_tokens, noise_starts, sentinels)
-    return np.append(inputs[keep], EOS), np.append(targets, EOS)
+    return inputs[keep], targets
 
 
 def _random_segmentation(items: int, segments: int, rng: np.random.Generator) -> np.ndarray:
@@ -114,16 +119,14 @@ def cut_into_segments(tokens: np.ndarray, length: int) -> np.ndarray:
 
 
 def held_out_pairs(
-    tokens: np.ndarray, *, inputs_length: int, first_sentinel: int, seed: int
+    tokens: np.ndarray, *, inputs_length: int, sentinels: np.ndarray, seed: int
 ) -> list[TokenPair]:
     """Return validation examples from the text `tokens` [n], in its order and without EOS.
 
     The noise depends on `seed` and the place of the segment alone, so it is the same every time.
     """
     segments = cut_into_segments(tokens, span_lengths(inputs_length).tokens)
-    corrupted = (
-        corrupt(segment, np.random.default_rng((seed, i)), first_sentinel)
+    return [
+        corrupt(segment, np.random.default_rng((seed, i)), sentinels)
         for i, segment in enumerate(segments)
-    )
-    # `batching.evaluation_batches` adds EOS to every example it is given.
-    return [(inputs[:-1], targets[:-1]) for inputs, targets in corrupted]
+    ]

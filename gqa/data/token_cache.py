@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from gqa.data.examples import Example, TokenPair
-from gqa.data.tokenizer import Tokenizer
+from gqa.data.tokenizer import Vocabulary
 from gqa.runtime import atomic_files, regular_files
 
 FORMAT = 2  # raise it when a vocabulary gives other ids for the same text
 
 
 def tokenize(
-    texts: Sequence[str], tokenizer: Tokenizer, folder: str | os.PathLike
+    texts: Sequence[str], tokenizer: Vocabulary, folder: str | os.PathLike
 ) -> list[np.ndarray]:
     """Return the int32 token ids [n] of each text, without EOS.
 
@@ -43,7 +43,7 @@ def tokenize(
 
 
 def tokenize_examples(
-    examples: Sequence[Example], tokenizer: Tokenizer, folder: str | os.PathLike
+    examples: Sequence[Example], tokenizer: Vocabulary, folder: str | os.PathLike
 ) -> list[TokenPair]:
     """Return the token ids of each example's inputs and first target, as `tokenize` does."""
     inputs = tokenize([example.inputs for example in examples], tokenizer, folder)

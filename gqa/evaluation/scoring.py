@@ -11,8 +11,8 @@ import numpy as np
 
 from gqa.data.batching import evaluation_batches
 from gqa.data.examples import TokenPair
-from gqa.data.tokenizer import EOS
 from gqa.inference.generator import Generator, bucket
+from gqa.model.special_tokens import T5_TOKENS
 from gqa.runtime import distributed
 
 
@@ -34,6 +34,7 @@ def predict(
     `together`, one generator spans the devices of all processes, and they run every batch jointly.
     """
     order = np.argsort([len(text) for text in texts], kind="stable")
+    special = generator.special
 
     outputs = np.zeros((len(texts), generator.length), np.int32)
     # Process 1 of 4 takes the batches 1, 5, 9 ... Jointly, every process runs all batches.
@@ -41,13 +42,13 @@ def predict(
 
     for start in range(turn * batch_size, len(texts), turns * batch_size):
         chosen = order[start : start + batch_size]
-        rows = [np.append(texts[i][: inputs_length - 1], EOS) for i in chosen]
+        rows = [np.append(texts[i][: inputs_length - 1], special.eos) for i in chosen]
 
         # Lengths and batch sizes are rounded up, because every new shape of inputs is compiled. The
         # rows behind the last text stay empty.
         width = bucket(max(map(len, rows)), inputs_length)
         # Any, because the generator takes NumPy arrays too, and `Array` does not say so.
-        inputs: Any = np.zeros((batch_size, width), np.int32)
+        inputs: Any = np.full((batch_size, width), special.pad, np.int32)
         for row, text in zip(inputs, rows, strict=False):
             row[: len(text)] = text
 
@@ -78,7 +79,8 @@ def losses(
 
     Args:
         train: training examples, for the token frequencies.
-        shape: inputs_length, targets_length, batch_size and others of `evaluation_batches`.
+        shape: inputs_length, targets_length, batch_size, special and others of
+            `evaluation_batches`.
     """
     results = {"test_loss": validation_loss(params, evaluation_batches(pairs, **shape))}
 
@@ -91,19 +93,25 @@ def losses(
         )
 
     results["test_loss_unigram"] = unigram_loss(
-        [t for _, t in train], [t for _, t in pairs], shape["targets_length"]
+        [t for _, t in train],
+        [t for _, t in pairs],
+        shape["targets_length"],
+        shape.get("special", T5_TOKENS).eos,
     )
     return results
 
 
 def unigram_loss(
-    train: Sequence[np.ndarray], test: Sequence[np.ndarray], targets_length: int
+    train: Sequence[np.ndarray], test: Sequence[np.ndarray], targets_length: int, eos: int
 ) -> float:
-    """Return nats per token of test targets under training token frequencies (add-one)."""
+    """Return nats per token of test targets under training token frequencies (add-one).
+
+    Targets are cut to `targets_length` with the token `eos` behind them.
+    """
 
     def tokens(texts):
         # The order of the tokens does not matter, so that every EOS can stand at the end.
-        return np.concatenate([*(text[: targets_length - 1] for text in texts), [EOS] * len(texts)])
+        return np.concatenate([*(text[: targets_length - 1] for text in texts), [eos] * len(texts)])
 
     train_ids, test_ids = tokens(train), tokens(test)
 

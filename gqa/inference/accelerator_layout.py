@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gqa.inference.layout import KeysValues
+from gqa.model import activations
 from gqa.model.attention import Segments
-from gqa.model.config import GATED_GELU, Config
+from gqa.model.config import Config
 from gqa.model.fused_attention import fused_attention
 from gqa.runtime.mesh import Layout, by_rows
 from gqa.runtime.sharding import constrain
@@ -147,11 +148,9 @@ class AcceleratorLayout:
         return constrain(jnp.einsum("BRNH,NHD->BRD", x, kernel), "batch", None, None)
 
     def mlp(self, weights: dict, x: Float[Array, "B R D"]) -> Float[Array, "B R D"]:
-        hidden = x @ weights["wi_0"]
-        if self.config.activation == GATED_GELU:
-            hidden = jax.nn.gelu(hidden) * (x @ weights["wi_1"])
-        else:
-            hidden = jax.nn.relu(hidden)
+        hidden = activations.function(self.config.activation)(x @ weights["wi_0"])
+        if self.config.is_gated:
+            hidden *= x @ weights["wi_1"]
 
         # Each device holds some of the F hidden units, so the devices' products are added up.
         return constrain(hidden @ weights["wo"], "batch", None, None)

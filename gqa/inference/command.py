@@ -17,12 +17,10 @@ import numpy as np
 
 from gqa.checkpoints import network
 from gqa.data import json_lists, text_lines, tokenizer
-from gqa.data.tokenizer import EOS
 from gqa.inference import decoding
 from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
 from gqa.interop import hub, huggingface
-from gqa.interop.huggingface.writing import VOCABULARY
 from gqa.model.config import Config
 from gqa.runtime.errors import UserError
 
@@ -94,7 +92,7 @@ class _Model(NamedTuple):
     path: str
     params: dict
     config: Config
-    vocabulary: tokenizer.Tokenizer
+    vocabulary: tokenizer.Vocabulary
 
 
 class _Output(NamedTuple):
@@ -185,10 +183,10 @@ def _open(path: str, vocabulary: str | None) -> _Model:
 
     folder = hub.local_folder(path)
     params, config = huggingface.load(folder)
-    return _Model(path, params, config, tokenizer.load(vocabulary or folder / VOCABULARY))
+    return _Model(path, params, config, tokenizer.load(vocabulary or folder))
 
 
-def _find_vocabulary(path: str, expected: str, named: str | None) -> tokenizer.Tokenizer:
+def _find_vocabulary(path: str, expected: str, named: str | None) -> tokenizer.Vocabulary:
     """Return the vocabulary whose hash is `expected`: the named file, or one of the run's workdir.
 
     A checkpoint holds no vocabulary, only its hash. The workdir keeps the vocabularies that were
@@ -227,10 +225,11 @@ def _generate(
     model: _Model, texts: list[str], search: decoding.Search, options: argparse.Namespace
 ) -> _Output:
     """Generate for every text. Compiling is not timed: the longest batch runs once before."""
-    encoded = [[*ids, EOS] for ids in model.vocabulary.encode_batch(texts)]
+    special = model.config.special_tokens
+    encoded = [[*ids, special.eos] for ids in model.vocabulary.encode_batch(texts)]
     width = max(map(len, encoded))
     size = min(options.batch_size, len(encoded))
-    inputs = np.zeros((-(-len(encoded) // size) * size, width), np.int32)
+    inputs = np.full((-(-len(encoded) // size) * size, width), special.pad, np.int32)
     for row, ids in zip(inputs, encoded, strict=False):
         row[: len(ids)] = ids
 
@@ -247,7 +246,9 @@ def _generate(
     )[: len(encoded)]
     seconds = time.perf_counter() - begin
     return _Output(
-        [model.vocabulary.decode(row) for row in outputs], int((outputs > 0).sum()), seconds
+        [model.vocabulary.decode(row) for row in outputs],
+        int((outputs != special.pad).sum()),
+        seconds,
     )
 
 

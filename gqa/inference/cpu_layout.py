@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gqa.inference.layout import KeysValues
-from gqa.model.config import GATED_GELU, Config
+from gqa.model import activations
+from gqa.model.config import Config
 from gqa.model.cpu_attention import blocked_attention
 
 # Columns of a block. XLA:CPU packs or transposes a wide matrix before it multiplies a few rows by
@@ -49,7 +50,7 @@ class CpuLayout:
 
         # The kernels of cross-attention's keys and values stay as they are. Prefill multiplies many
         # rows by them, and blocks help products with few rows.
-        gate = (mlp["wi_1"],) if c.activation == GATED_GELU else ()
+        gate = (mlp["wi_1"],) if c.is_gated else ()
         return {
             "qkv": concatenate(*(self_attention[kind] for kind in ("query", "key", "value"))),
             "self_out": output(self_attention["out"]),
@@ -165,13 +166,13 @@ class CpuLayout:
 
     def mlp(self, weights: dict, x: Float[Array, "B R D"]) -> Float[Array, "B R D"]:
         c = self.config
-        gated = c.activation == GATED_GELU
-        hidden = project(x, weights["wi"], c.d_ff * (1 + gated))
-        if gated:
+        activation = activations.function(c.activation)
+        hidden = project(x, weights["wi"], c.d_ff * (1 + c.is_gated))
+        if c.is_gated:
             hidden, gate = jnp.split(hidden, 2, axis=-1)
-            hidden = jax.nn.gelu(hidden) * gate
+            hidden = activation(hidden) * gate
         else:
-            hidden = jax.nn.relu(hidden)
+            hidden = activation(hidden)
         return project(hidden, weights["wo"], c.d_model)
 
     def logits(self, x: Float[Array, "B R D"], kernel: Array) -> Float[Array, "B R V"]:

@@ -10,11 +10,11 @@ every cache array holds an equal, contiguous slice for each of the B * R beams, 
 A search keeps the state of B examples in `rows`, a tuple of arrays whose first axis is B. Among
 these arrays are
 
-    tokens [B, R, 1 + length]   the tokens chosen so far, behind the start token 0
+    tokens [B, R, 1 + length]   the start token, the tokens chosen so far, and padding behind them
     ended [B]                   whether the example is complete and no longer changes
 
 No example depends on another, so a caller may drop the ended examples from the batch between two
-calls of `advance`. Tokens are int32; 0 is padding and 1 ends a text.
+calls of `advance`. Tokens are int32; which of them start, end and pad a text is an argument.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-EOS = 1
+from gqa.model.special_tokens import T5_TOKENS, SpecialTokens
+
 NO_EOS = -1  # no token has this number, so that no text ends early
 
 Step = Callable[[Array, Array, Any], tuple[Array, Any]]
@@ -38,14 +39,14 @@ def advance(
     cache: Any,
     begin: Int[Array, ""] | int,
     end: Int[Array, ""] | int,
-    eos: int = EOS,
+    special: SpecialTokens = T5_TOKENS,
 ) -> tuple[Any, Any]:
     """Choose the tokens of positions begin .. end - 1; stops early when every example has ended.
 
     Args:
         rows: the state of the search, as `search.start` or an earlier `advance` returned it.
         cache: the cache of `step`.
-        eos: the token that ends a text, or `NO_EOS`.
+        special: the tokens that end and pad a text; with eos = `NO_EOS` no text ends early.
 
     Returns:
         The new rows and the new cache.
@@ -63,7 +64,7 @@ def advance(
         logits, cache = step(last, index, cache)
 
         # A search with beams may continue one beam twice and drop another, so the cache follows.
-        rows, parents = search.update(rows, logits, index, eos)
+        rows, parents = search.update(rows, logits, index, special)
         if parents is not None:
             cache = _follow(cache, parents)
         return index + 1, rows, cache
@@ -110,21 +111,27 @@ class Sample:
     seed: int = 0
     num_beams = 1
 
-    def start(self, numbers: Int[Array, " B"], length: int) -> Texts:
+    def start(
+        self, numbers: Int[Array, " B"], length: int, special: SpecialTokens = T5_TOKENS
+    ) -> Texts:
         """Return the rows of texts that have the start token alone and room for `length` tokens.
 
         `numbers` number the examples; a negative number stands for no example.
         """
-        tokens = jnp.zeros((len(numbers), 1, 1 + length), jnp.int32)
-        return Texts(numbers, tokens, numbers < 0)
+        return Texts(numbers, _empty(len(numbers), 1, length, special), numbers < 0)
 
     def update(
-        self, rows: Texts, logits: Float[Array, "B 1 V"], index: Int[Array, ""], eos: int
+        self,
+        rows: Texts,
+        logits: Float[Array, "B 1 V"],
+        index: Int[Array, ""],
+        special: SpecialTokens,
     ) -> tuple[Texts, None]:
         """Append a token at position `index`; returns the new rows, and no parents of beams."""
-        chosen = jnp.where(rows.ended, 0, self._choose(logits[:, 0], rows.numbers, index))
+        chosen = self._choose(logits[:, 0], rows.numbers, index)
+        chosen = jnp.where(rows.ended, special.pad, chosen)
         tokens = _put(rows.tokens, chosen[:, None], index)
-        return rows._replace(tokens=tokens, ended=rows.ended | (chosen == eos)), None
+        return rows._replace(tokens=tokens, ended=rows.ended | (chosen == special.eos)), None
 
     def _choose(self, logits: Array, numbers: Array, index: Array) -> Array:
         """Choose a token [B] from each row of logits [B, V]."""
@@ -148,7 +155,7 @@ class Sample:
         return chosen if tokens is None else _take(tokens, chosen[:, None])[:, 0]
 
     def outputs(self, rows: Texts) -> Int[Array, "B length"]:
-        """Return the texts, with 0 behind the end of each."""
+        """Return the texts, with padding behind the end of each."""
         return rows.tokens[:, 0, 1:]
 
 
@@ -184,26 +191,32 @@ class Beam:
     num_beams: int
     length_penalty: float
 
-    def start(self, numbers: Int[Array, " B"], length: int) -> Beams:
+    def start(
+        self, numbers: Int[Array, " B"], length: int, special: SpecialTokens = T5_TOKENS
+    ) -> Beams:
         """Return the rows of beams that have the start token alone and room for `length` tokens.
 
         A negative number stands for no example; the numbers have no other meaning here.
         """
         B, R = len(numbers), self.num_beams
-        tokens = jnp.zeros((B, R, 1 + length), jnp.int32)
+        tokens = _empty(B, R, length, special)
         # All beams begin with the same text, so only the first beam may be continued.
         scores = jnp.full((B, R), -jnp.inf, jnp.float32)
         return Beams(tokens, scores.at[:, 0].set(0), tokens[:, 0], scores[:, 0], numbers < 0)
 
     def update(
-        self, rows: Beams, logits: Float[Array, "B R V"], index: Int[Array, ""], eos: int
+        self,
+        rows: Beams,
+        logits: Float[Array, "B R V"],
+        index: Int[Array, ""],
+        special: SpecialTokens,
     ) -> tuple[Beams, Int[Array, "B R"]]:
         """Append a token at position `index`.
 
         Returns the new rows and, for each new beam, the old beam whose text it continues.
         """
         parents, chosen, scores = self._continuations(rows.scores, logits)
-        ends = chosen == eos
+        ends = chosen == special.eos
 
         # The texts that go on. Each beam has one continuation that ends, so at most R of the 2R end
         # and R others are left.
@@ -249,7 +262,7 @@ class Beam:
         return ((5 + length) / 6) ** self.length_penalty
 
     def outputs(self, rows: Beams) -> Int[Array, "B length"]:
-        """Return the best finished text of each example, with 0 behind its end.
+        """Return the best finished text of each example, with padding behind its end.
 
         If no text of an example has ended, its best unfinished text is returned.
         """
@@ -282,6 +295,11 @@ def search_of(options: Any, seed: int) -> Search:
     if options.search == "sample":
         return Sample(options.temperature, options.top_k, options.top_p, seed)
     return GREEDY
+
+
+def _empty(B: int, R: int, length: int, special: SpecialTokens = T5_TOKENS) -> Array:
+    """Return texts [B, R, 1 + length] of the start token alone, with padding behind it."""
+    return jnp.full((B, R, 1 + length), special.pad, jnp.int32).at[:, :, 0].set(special.start)
 
 
 def _arg_max(x: Array) -> Array:

@@ -43,13 +43,13 @@ def generate(
 
     Args:
         params: of `gqa.load`, or of `gqa.model.transformer.init_params`.
-        inputs: token ids; 0 is padding.
+        inputs: token ids, padded with `config.pad_token_id`.
         max_length: number of tokens of the longest text.
         search: `GREEDY`, `Sample` or `Beam` of `gqa.inference.decoding`.
-        stop: whether a text ends at the token 1. If not, every text has `max_length` tokens.
+        stop: whether a text ends at `config.eos_token_id`. If not, all have `max_length` tokens.
 
     Returns:
-        Token ids, 0 behind the end of a text.
+        Token ids, with padding behind the end of a text.
     """
     generator = _compiled(config, search, max_length, stop)
     return generator(generator.prepare(params), inputs)
@@ -112,7 +112,7 @@ class Generator:
         weights = generate.prepare(params)                              once per checkpoint
         tokens = generate(weights, inputs)                              prefill, then decode
 
-    If `stop` is False, texts do not end at the token 1 and all have `length` tokens.
+    If `stop` is False, no token ends a text and all texts have `length` tokens.
 
     Self-attention reads a cache whose capacity is the current length's `bucket`. When the
     unfinished examples fit into half of the batch, the batch is halved, at most three times. So
@@ -133,6 +133,7 @@ class Generator:
         mesh: Mesh | None = None,
     ):
         self.net, self.search, self.length, self.stop = net, search, length, stop
+        self.special = net.config.special_tokens
         split = _Shardings() if mesh is None else _shardings(net, mesh)
         self._num_shards, self._batch_sharding = split.num_shards, split.batch
         state = None if mesh is None else (split.batch, split.cache, split.memory)
@@ -143,7 +144,8 @@ class Generator:
         self.prefill = jax.jit(
             prefill, in_shardings=(split.weights, split.batch), out_shardings=split.memory
         )
-        self._start = jax.jit(partial(search.start, length=length), out_shardings=split.batch)
+        start = partial(search.start, length=length, special=self.special)
+        self._start = jax.jit(start, out_shardings=split.batch)
         self._init_cache = jax.jit(
             net.init_cache, static_argnums=(0, 1, 2), out_shardings=split.cache
         )
@@ -164,7 +166,7 @@ class Generator:
         inputs: Int[Tokens, "B S"],
         numbers: Int[np.ndarray, " B"] | None = None,
     ) -> Int[np.ndarray, "B length"]:
-        """Generate tokens for inputs, in which 0 is padding; see `decode`."""
+        """Generate tokens for padded inputs; see `decode`."""
         if self._batch_sharding is not None:
             inputs = sharding.put(inputs, self._batch_sharding)
         return self.decode(weights, self.prefill(weights, inputs), numbers)
@@ -172,14 +174,14 @@ class Generator:
     def decode(
         self, weights: dict, memory: Memory, numbers: Int[np.ndarray, " B"] | None = None
     ) -> Int[np.ndarray, "B length"]:
-        """Generate tokens from the result of `prefill`, with 0 behind the end of each text.
+        """Generate tokens from the result of `prefill`, with padding behind the end of each text.
 
         `numbers` decide, with the seed, what `Sample` draws for each example; by default they are
-        0 .. B - 1. A row with a negative number stands for no example, and its tokens stay 0.
+        0 .. B - 1. A row with a negative number stands for no example, and stays padding.
         """
         B = len(memory.mask)
         numbers = np.arange(B) if numbers is None else np.asarray(numbers)
-        outputs = np.zeros((B, self.length), np.int32)
+        outputs = np.full((B, self.length), self.special.pad, np.int32)
 
         # For each row that is still in the batch: its row of `outputs`, and whether it has ended.
         output_rows, ended = np.arange(B), numbers < 0
@@ -229,8 +231,8 @@ class Generator:
         def step(tokens: Array, index: Array, cache: Any) -> tuple[Array, Any]:
             return self.net.step(weights, tokens, index, cache, memory)
 
-        eos = decoding.EOS if self.stop else decoding.NO_EOS
-        return decoding.advance(step, self.search, rows, cache, begin, end, eos)
+        special = self.special if self.stop else self.special._replace(eos=decoding.NO_EOS)
+        return decoding.advance(step, self.search, rows, cache, begin, end, special)
 
     def _keep_rows(
         self, rows: Any, cache: list, memory: Memory, keep: Array

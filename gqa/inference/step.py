@@ -103,6 +103,11 @@ class Inference:
         return chosen.kernel is not None
 
     @property
+    def _kept(self) -> tuple[str, ...]:
+        """The parts of a layer that every layout leaves as they are."""
+        return (*NORMS, "position_bias") if self.config.position_bias_per_layer else NORMS
+
+    @property
     def _first_layout(self) -> DecoderLayout:
         """The first layer's layout, for methods whose result is equal for every layer."""
         return self.decoder_layouts[0]
@@ -116,7 +121,7 @@ class Inference:
         decoder, dtype = params["decoder"], self.config.dtype
         layers = [jax.tree.map(lambda x: x.astype(dtype), layer) for layer in each_layer(decoder)]
         layers = [
-            layout.prepare_layer(layer) | {name: layer[name] for name in NORMS}
+            layout.prepare_layer(layer) | {name: layer[name] for name in self._kept}
             for layout, layer in zip(self.decoder_layouts, layers, strict=True)
         ]
         weights = params | {"decoder": decoder | {"layers": layers}}
@@ -125,7 +130,7 @@ class Inference:
         return weights
 
     def prefill(self, weights: dict, inputs: Int[Tokens, "B S"], num_beams: int = 1) -> Memory:
-        """Encode inputs (0 is padding) and project them to the keys and values of each layer."""
+        """Encode padded inputs and project them to the keys and values of each layer."""
         with jax.named_scope("encoder"):
             encoded = self._encode(weights, inputs)
 
@@ -136,7 +141,8 @@ class Inference:
         ]
         fill = self._padding(inputs.shape[1], num_query_rows)
         encoded = jnp.pad(encoded, ((0, 0), (0, fill), (0, 0)))
-        mask = as_bias(jnp.pad(inputs, ((0, 0), (0, fill))) > 0)[:, None, None, :]
+        real = jnp.pad(inputs != self.config.pad_token_id, ((0, 0), (0, fill)))
+        mask = as_bias(real)[:, None, None, :]
 
         layers = zip(
             self.decoder_layouts, weights["decoder"]["layers"], num_query_rows, strict=True
@@ -163,7 +169,7 @@ class Inference:
 
         def encode(inputs: Tokens) -> Array:
             x = constrain(weights["embedding"][inputs].astype(c.dtype), "batch", None, None)
-            real = (inputs > 0).astype(jnp.int32)
+            real = (inputs != c.pad_token_id).astype(jnp.int32)
             segments = Segments(real, real, packed=False)
             encoded: Any = Encoder(c).apply({"params": weights["encoder"]}, x, segments, False)
             # Without this constraint, a cache that is split by its rows would make XLA split the
@@ -218,18 +224,19 @@ class Inference:
         c, decoder = self.config, weights["decoder"]
         length = self.capacity(cache)
 
-        # The bias of self-attention: relative positions, and a mask over positions after `index`.
-        with jax.named_scope("position_bias"):
-            module = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, False)
-            params = {"params": decoder["position_bias"]}
-            bias: Any = module.apply(params, index, length, method="row")
-            bias += as_bias(jnp.arange(length) <= index)[None, None, None]
+        # All layers share one position bias, or each has its own.
+        shared_bias = None
+        if not c.position_bias_per_layer:
+            shared_bias = self._bias(decoder["position_bias"], index, length)
 
         x = constrain(weights["embedding"][tokens].astype(c.dtype), "batch", None, None)
         new_cache = []
         layers = zip(self.decoder_layouts, decoder["layers"], cache, memory.kv, strict=True)
         with jax.named_scope("decoder"):
             for layout, layer, self_kv, cross_kv in layers:
+                bias = shared_bias
+                if bias is None:
+                    bias = self._bias(layer["position_bias"], index, length)
                 x, self_kv = self._decoder_layer(
                     layout, layer, x, index, bias, self_kv, cross_kv, memory.mask
                 )
@@ -244,6 +251,17 @@ class Inference:
             # of the embedding in memory order.
             logits = jnp.einsum("VD,BRD->VBR", weights["embedding"], x).transpose(1, 2, 0)
             return logits, new_cache
+
+    def _bias(self, table: dict, index: Array | int, length: int) -> Array:
+        """Return the bias [1, N, 1, length] of self-attention for the query at position `index`.
+
+        It holds relative positions, and a mask over positions after `index`.
+        """
+        with jax.named_scope("position_bias"):
+            c = self.config
+            module = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, False)
+            bias: Any = module.apply({"params": table}, index, length, method="row")
+            return bias + as_bias(jnp.arange(length) <= index)[None, None, None]
 
     def _decoder_layer(
         self,

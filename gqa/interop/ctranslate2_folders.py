@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from gqa.interop import huggingface
 from gqa.interop.huggingface import tokenizer_files
 from gqa.model.config import Config
+from gqa.model.special_tokens import T5_TOKENS
 from gqa.runtime.errors import CheckpointError, UserError
 
 State = dict[str, np.ndarray]  # Transformers' names: tensors
@@ -37,12 +38,18 @@ def save(
     CTranslate2 takes and returns tokens. Their names are those of the tokenizer.json in the folder.
 
     Raises:
-        UserError: if the folder has files already, if the vocabulary cannot be written as
-            tokenizer.json, or if ctranslate2 is not installed.
+        UserError: if the folder has files already, if the network has other special tokens than
+            T5, if the vocabulary cannot be written as tokenizer.json, or if ctranslate2 is not
+            installed.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: is there already; name a new folder")
+    if config.special_tokens != T5_TOKENS:
+        raise CheckpointError(
+            f"the network's padding, end and start are {tuple(config.special_tokens)}; folders of "
+            f"CTranslate2 are written with T5's {tuple(T5_TOKENS)} alone"
+        )
 
     model = specification(params, config)
     try:

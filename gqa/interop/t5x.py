@@ -19,7 +19,8 @@ import tensorstore
 from gqa.checkpoints import ocdbt_nodes, pieces, step_folders, stored_arrays
 from gqa.checkpoints.pieces import Index, Source
 from gqa.interop.safetensors_files import check_folder, naming
-from gqa.model.config import GATED_GELU, RELU, Config
+from gqa.model.activations import GATED_GELU, RELU
+from gqa.model.config import Config
 from gqa.runtime import hardware, regular_files
 from gqa.runtime.errors import CheckpointError
 
@@ -300,9 +301,7 @@ def _theirs(name: str, stacks: dict[str, _Stack], config: Config) -> list[str]:
     pattern = where.bias
     if rest != TABLE:
         theirs = LAYERS[stack][rest.removeprefix("layers/")]
-        pattern = where.prefix + theirs.replace(
-            "wi_0", "wi" if config.activation == RELU else "wi_0"
-        )
+        pattern = where.prefix + theirs.replace("wi_0", "wi_0" if config.is_gated else "wi")
 
     # A name without {} is the same for all layers: scanned layers, or a bias that they share.
     return list(dict.fromkeys(pattern.format(i) for i in range(where.layers)))

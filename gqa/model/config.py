@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
+from gqa.model import activations
+from gqa.model.activations import GATED_GELU
+from gqa.model.special_tokens import SpecialTokens
 from gqa.runtime.checks import check_choice, check_whole_number
 from gqa.runtime.errors import ConfigError
 from gqa.runtime.mesh import divisors
-
-GATED_GELU, RELU = "gated_gelu", "relu"  # activations of T5 1.1 and of T5 1.0
 
 # What a backward pass keeps of the forward pass. "none" keeps everything (no rematerialisation),
 # "minimal" keeps the products with weights and recomputes the rest, "full" recomputes everything.
@@ -28,8 +29,9 @@ REMAT = {
 class Config:
     """Everything that shapes the network. The defaults are T5 1.1's.
 
-    T5 1.0 is `activation="relu", tied_logits=True`. The KV heads of a decoder attention are one
-    number for all layers, or a number for each decoder layer.
+    T5 1.0 is `activation="relu", tied_logits=True`, umT5 is `position_bias_per_layer=True`. The KV
+    heads of a decoder attention are one number for all layers, or a number for each decoder layer.
+    The last three fields are tokens: padding, the end of a text, and the decoder's first input.
 
     Raises:
         ConfigError: for a field that cannot be used.
@@ -47,11 +49,15 @@ class Config:
     num_kv_heads_cross_attention: int | tuple[int, ...]
     activation: str = GATED_GELU
     tied_logits: bool = False
+    position_bias_per_layer: bool = False
     num_buckets: int = 32
     max_distance: int = 128
     dropout_rate: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    decoder_start_token_id: int = 0
 
     def __post_init__(self) -> None:
         # Fields are checked in the order of their declaration: num_heads comes before the numbers
@@ -61,10 +67,15 @@ class Config:
             value = getattr(self, field.name)
             if field.name.startswith("num_kv_heads"):
                 object.__setattr__(self, field.name, self._checked_heads(field.name, value))
+            elif field.name.endswith("_token_id"):
+                check_whole_number(field.name, value, 0, self.vocab_size - 1)
             else:
                 _check_type(field.name, value, field.type)
 
-        check_choice("activation", self.activation, (GATED_GELU, RELU))
+        if self.activation.removeprefix(activations.GATED) not in activations.FUNCTIONS:
+            names = ", ".join(activations.FUNCTIONS)
+            advice = f"use one of {names}, or one of these behind {activations.GATED!r}"
+            raise ConfigError("activation", self.activation, advice)
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("remat", self.remat, tuple(REMAT))
 
@@ -75,6 +86,9 @@ class Config:
         if self.max_distance <= self.num_buckets // 2:
             advice = f"use more than half of num_buckets={self.num_buckets}"
             raise ConfigError("max_distance", self.max_distance, advice)
+        if self.eos_token_id == self.pad_token_id:
+            advice = f"use another than pad_token_id={self.pad_token_id}, which is never predicted"
+            raise ConfigError("eos_token_id", self.eos_token_id, advice)
 
     def _checked_heads(self, field: str, value: Any) -> int | tuple[int, ...]:
         """Check a field's numbers of KV heads; returns one number if all layers have the same."""
@@ -118,6 +132,16 @@ class Config:
         value = getattr(self, f"num_kv_heads_{name}")
         assert isinstance(value, int), f"the layers have different numbers of KV heads: {value}"
         return value
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """The ids of padding, of the end of a text and of the decoder's first input."""
+        return SpecialTokens(self.pad_token_id, self.eos_token_id, self.decoder_start_token_id)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has a second input kernel, wi_1."""
+        return activations.is_gated(self.activation)
 
     @property
     def layer_groups(self) -> dict[int, int]:

@@ -6,7 +6,7 @@ Padding counts. The two products of attention count in full, although a causal m
 them. This is the convention of PaLM's model FLOPs utilization (Chowdhery et al., 2022, appendix B).
 """
 
-from gqa.model.config import GATED_GELU, Config
+from gqa.model.config import Config
 
 
 def train_flops(config: Config, batch_size: int, inputs_length: int, targets_length: int) -> float:
@@ -44,5 +44,5 @@ def _attention(config: Config, K: int, T: int, S: int) -> int:
 
 def _mlp(config: Config, T: int) -> int:
     """Return the FLOPs of one layer's MLP on T positions."""
-    kernels = 3 if config.activation == GATED_GELU else 2
+    kernels = 3 if config.is_gated else 2
     return kernels * 2 * T * config.d_model * config.d_ff

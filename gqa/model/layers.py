@@ -14,9 +14,8 @@ from jax.nn.initializers import ones, variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from gqa.model import fused_attention
+from gqa.model import activations, fused_attention
 from gqa.model.attention import AnyArray, Segments, make_mask
-from gqa.model.config import GATED_GELU
 from gqa.model.cpu_attention import attention_with_custom_gradient
 from gqa.model.linear import linear
 from gqa.runtime.sharding import constrain, repeat_heads
@@ -128,8 +127,9 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """The feed-forward part of a layer, applied to each position alone.
 
-    T5 1.1 computes (gelu(x wi_0) * (x wi_1)) wo, T5 1.0 computes relu(x wi_0) wo. The parameters
-    wi_0 and wi_1 are [D, F], wo is [F, D]. Hidden activations are dropped out before wo.
+    T5 1.1 computes (gelu(x wi_0) * (x wi_1)) wo, T5 1.0 computes relu(x wi_0) wo; other functions
+    are in `activations.py`. The parameters wi_0 and wi_1 are [D, F], wo is [F, D]. Hidden
+    activations are dropped out before wo.
     """
 
     d_ff: int
@@ -145,11 +145,9 @@ class MLP(nn.Module):
         def project(name: str, y: Array, shape: tuple[int, int]) -> Array:
             return linear(y, self.param(name, init, shape).astype(self.dtype))
 
-        hidden = project("wi_0", x, (D, F))
-        if self.activation == GATED_GELU:
-            hidden = jax.nn.gelu(hidden) * project("wi_1", x, (D, F))
-        else:
-            hidden = jax.nn.relu(hidden)
+        hidden = activations.function(self.activation)(project("wi_0", x, (D, F)))
+        if activations.is_gated(self.activation):
+            hidden *= project("wi_1", x, (D, F))
         hidden = constrain(hidden, "batch", None, "mlp")
         return project("wo", self.dropout()(hidden, deterministic=not train), (F, D))
 
@@ -157,8 +155,8 @@ class MLP(nn.Module):
 class RelativePositionBias(nn.Module):
     """T5's learned bias for each query head and bucket of distances.
 
-    The layers of a stack share one table [buckets, N]. There is a column for each query head, not
-    for each KV head, so a conversion leaves the table as it is.
+    The layers of a stack share one table [buckets, N], or in umT5 each layer has its own. There is
+    a column for each query head, not for each KV head, so a conversion leaves the table as it is.
     """
 
     num_heads: int

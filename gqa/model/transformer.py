@@ -65,16 +65,23 @@ class EncoderLayer(nn.Module):
 
     def setup(self):
         c = self.config
+        if c.position_bias_per_layer:
+            self.position_bias = _position_bias(c, bidirectional=True)
         self.attention_norm, self.mlp_norm = _norm(c), _norm(c)
         self.attention = _attention(c, c.num_kv_heads_encoder)
         self.mlp = _mlp(c)
         self.dropout = _dropout(c)
 
-    def __call__(self, x: Array, position_bias: Array, segments: Segments) -> tuple[Array, None]:
+    def __call__(
+        self, x: Array, position_bias: Array | None, segments: Segments
+    ) -> tuple[Array, None]:
         """Return x [B, S, D] after this layer, and None, which `nn.scan` asks for.
 
-        position_bias is [1, N, S, S].
+        position_bias is [1, N, S, S], or None if each layer has its own.
         """
+        if self.config.position_bias_per_layer:
+            position_bias = self.position_bias(x.shape[1], x.shape[1])
+
         # T5 norms what a part reads and adds what the part computes to the unnormed x ("pre-norm").
         h = self.attention_norm(x)
         h = self.attention(h, h, position_bias, segments, self.train)
@@ -115,6 +122,8 @@ class DecoderLayer(nn.Module):
 
     def setup(self):
         c = self.config
+        if c.position_bias_per_layer:
+            self.position_bias = _position_bias(c, bidirectional=False)
         self.self_attention_norm, self.cross_attention_norm = _norm(c), _norm(c)
         self.mlp_norm = _norm(c)
         self.self_attention = _attention(c, c.layer_kv_heads("self_attention"), causal=True)
@@ -126,7 +135,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Array,
         encoded: Array,
-        position_bias: Array,
+        position_bias: Array | None,
         segments: Segments | None,
         cross_segments: Segments,
     ) -> tuple[Array, None]:
@@ -135,10 +144,12 @@ class DecoderLayer(nn.Module):
         Args:
             x: [B, T, D].
             encoded: the encoder's output [B, S, D].
-            position_bias: [1, N, T, T].
+            position_bias: [1, N, T, T], or None if each layer has its own.
             segments: which targets attend to each other; None limits nothing but causality.
             cross_segments: which targets attend to which inputs.
         """
+        if self.config.position_bias_per_layer:
+            position_bias = self.position_bias(x.shape[1], x.shape[1])
 
         # Dropout is part of training alone, so it is wrapped around the parts here and not written
         # into `decoder_layer`, which generation shares.
@@ -205,10 +216,13 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, segments: Segments, train: bool) -> Array:
-        # All layers share one position bias. The last dropout, behind the norm, draws for each
-        # position; the others draw once for all positions.
         c, S = self.config, x.shape[1]
-        position_bias = _position_bias(c, bidirectional=True, name="position_bias")(S, S)
+        position_bias = None
+        if not c.position_bias_per_layer:
+            position_bias = _position_bias(c, bidirectional=True, name="position_bias")(S, S)
+
+        # The last dropout, behind the norm, draws for each position; the others draw once for all
+        # positions.
         x = _dropout(c)(x, deterministic=not train)
         x, _ = _layers(EncoderLayer, c, train, c.num_encoder_layers)(x, position_bias, segments)
         return _dropout(c, broadcast_dims=())(_norm(c, name="norm")(x), deterministic=not train)
@@ -229,7 +243,9 @@ class Decoder(nn.Module):
         train: bool,
     ) -> Array:
         c, T = self.config, x.shape[1]
-        position_bias = _position_bias(c, bidirectional=False, name="position_bias")(T, T)
+        position_bias = None
+        if not c.position_bias_per_layer:
+            position_bias = _position_bias(c, bidirectional=False, name="position_bias")(T, T)
         x = _dropout(c)(x, deterministic=not train)
 
         # Layers with different numbers of KV heads have arrays of different shapes, which one scan
@@ -245,9 +261,10 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """The whole network.
 
-    A batch is a dict of int32 arrays in which 0 is padding: inputs [B, S] and targets [B, T]. If a
-    row holds several examples (packing), there are also inputs_segments and targets_segments, which
-    number the examples of a row from 1, and targets_positions, all of the same shapes.
+    A batch is a dict of int32 arrays: inputs [B, S] and targets [B, T], padded with the config's
+    `pad_token_id`. If a row holds several examples (packing), there are also inputs_segments and
+    targets_segments, which number the examples of a row from 1 and are 0 where there is padding,
+    and targets_positions, all of the same shapes.
     """
 
     config: Config
@@ -263,20 +280,20 @@ class Transformer(nn.Module):
 
     def __call__(self, batch: dict[str, Array], train: bool = False) -> Array:
         """Return the teacher-forced logits [B, T, V] of batch["targets"], in float32."""
-        inputs, targets = batch["inputs"], batch["targets"]
+        inputs, targets, special = batch["inputs"], batch["targets"], self.config.special_tokens
         packed = "targets_segments" in batch
         if packed:
             source, target = batch["inputs_segments"], batch["targets_segments"]
             segments = Segments(target, target, packed)
         else:
-            source, target = (inputs > 0).astype(jnp.int32), jnp.ones_like(targets)
+            source, target = (inputs != special.pad).astype(jnp.int32), jnp.ones_like(targets)
             # Causality is enough: a target sees only targets before it, and the padding behind
             # the end of a text is not scored.
             segments = None
 
         x = self.encoder(self.embed(inputs), Segments(source, source, packed), train)
         cross = Segments(target, source, packed)
-        previous = shift_right(targets, batch.get("targets_positions"))
+        previous = shift_right(targets, special.start, batch.get("targets_positions"))
         return self.to_logits(self.decoder(self.embed(previous), x, segments, cross, train))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -298,16 +315,15 @@ class Transformer(nn.Module):
 
 
 def shift_right(
-    targets: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
+    targets: Int[Array, "B T"], start: int, positions: Int[Array, "B T"] | None = None
 ) -> Int[Array, "B T"]:
-    """Return the decoder's inputs: the targets one position later, behind a start token.
+    """Return the decoder's inputs: the targets one position later, behind the token `start`.
 
-    The start token is 0, which T5 also uses for padding. In a packed row every example starts with
-    it, wherever `positions` is 0. Example: targets 7 8 1 | 9 1 with positions 0 1 2 | 0 1 give
-    0 7 8 | 0 9.
+    In a packed row every example starts with this token, wherever `positions` is 0. Example: start
+    0 and targets 7 8 1 | 9 1 with positions 0 1 2 | 0 1 give 0 7 8 | 0 9.
     """
-    shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-    return shifted if positions is None else jnp.where(positions == 0, 0, shifted)
+    shifted = jnp.pad(targets, ((0, 0), (1, 0)), constant_values=start)[:, :-1]
+    return shifted if positions is None else jnp.where(positions == 0, start, shifted)
 
 
 def cut(tree: dict, config: Config) -> dict:

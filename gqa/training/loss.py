@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 
 
 def cross_entropy(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], z_loss: float = 0.0
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], z_loss: float = 0.0, pad: int = 0
 ) -> dict[str, Float[Array, ""]]:
-    """Return sums over the real tokens of a batch. A target of 0 is padding and does not count.
+    """Return sums over the real tokens of a batch; the target `pad` is none and does not count.
 
     Args:
         logits: float32.
@@ -32,7 +32,7 @@ def cross_entropy(
     is_target = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
     target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
 
-    real = (targets > 0).astype(jnp.float32)
+    real = (targets != pad).astype(jnp.float32)
     nats = (log_z - target_logits) * real
     return {
         "loss": jnp.sum(nats + z_loss * jnp.square(log_z) * real),
@@ -43,16 +43,19 @@ def cross_entropy(
 
 
 def kl_divergence(
-    teacher: Float[Array, "B T V"], logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+    teacher: Float[Array, "B T V"],
+    logits: Float[Array, "B T V"],
+    targets: Int[Array, "B T"],
+    pad: int = 0,
 ) -> Float[Array, ""]:
     """Return the sum over the real tokens of KL(teacher || logits), in nats.
 
     Args:
         teacher, logits: unnormalised log-probabilities of the two networks.
-        targets: 0 where a position is padding.
+        targets: `pad` where a position is padding.
     """
     log_teacher, log_student = (
         jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (teacher, logits)
     )
     per_token = jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1)
-    return jnp.sum(per_token * (targets > 0))
+    return jnp.sum(per_token * (targets != pad))

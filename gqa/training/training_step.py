@@ -91,25 +91,27 @@ def shardings(state: State) -> State:
 
 
 def make_loss(config: Config, z_loss: float, teacher: Teacher | None = None) -> Loss:
-    """Return the training loss as a function (params, batch, key) -> the sums of `cross_entropy`.
+    """Return the training loss as a function (params, batch, key) -> sums over the batch.
 
-    The network runs with dropout, drawn from `key`. With a teacher, the function takes the
-    teacher's parameters as a fourth argument and adds the teacher's term to the sum "loss".
+    They are those of `cross_entropy`, and input_tokens: how many inputs are real. The network runs
+    with dropout, drawn from `key`. With a teacher, the function takes the teacher's parameters as a
+    fourth argument and adds the teacher's term to the sum "loss".
     """
-    network = Transformer(config)
+    network, pad = Transformer(config), config.pad_token_id
 
     def loss(
         params: dict, batch: dict, key: Array, teacher_params: dict | None = None
     ) -> dict[str, Array]:
         logits = network.apply({"params": params}, batch, train=True, rngs={"dropout": key})
-        sums = cross_entropy(logits, batch["targets"], z_loss)
+        sums = cross_entropy(logits, batch["targets"], z_loss, pad)
+        sums["input_tokens"] = jnp.sum(batch["inputs"] != pad)
         if teacher is None:
             return sums
 
         # The teacher runs without dropout. It gets no gradient, because only `params` is
         # differentiated.
         teacher_logits = Transformer(teacher.config).apply({"params": teacher_params}, batch)
-        divergence = kl_divergence(teacher_logits, logits, batch["targets"])
+        divergence = kl_divergence(teacher_logits, logits, batch["targets"], pad)
         return sums | {"loss": sums["loss"] + teacher.beta * divergence}
 
     return loss
@@ -164,7 +166,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
 
-        metrics = _metrics(sums, batch, tokens) | {"learning_rate": rate}
+        metrics = _metrics(sums, tokens) | {"learning_rate": rate}
         return State(state.step + 1, params, opt_state), metrics
 
     # Metrics are replicated, so that every process can read them.
@@ -175,12 +177,12 @@ def make_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
-def _metrics(sums: dict[str, Array], batch: dict, tokens: Array) -> dict[str, Array]:
+def _metrics(sums: dict[str, Array], tokens: Array) -> dict[str, Array]:
     """Return the metrics of a step from the sums over its batch; `tokens` is at least 1."""
     return {
         "loss": sums["nats"] / tokens,
         "accuracy": sums["correct"] / tokens,
-        "input_tokens": jnp.sum(batch["inputs"] > 0),
+        "input_tokens": sums["input_tokens"],
         "tokens": sums["tokens"],
     }
 
@@ -232,9 +234,9 @@ def make_validation(config: Config, mesh: Mesh) -> Callable[[dict, Iterable], fl
 
     def nats(params: dict, batch: dict) -> Array:
         logits = Transformer(config).apply({"params": params}, batch)
-        return cross_entropy(logits, batch["targets"])["nats"]
+        return cross_entropy(logits, batch["targets"], pad=config.pad_token_id)["nats"]
 
-    return _per_token(nats, mesh)
+    return _per_token(nats, mesh, config.pad_token_id)
 
 
 @functools.lru_cache(maxsize=4)
@@ -247,17 +249,17 @@ def make_divergence(teacher: Config, config: Config, mesh: Mesh) -> Callable[...
     def nats(teacher_params: dict, params: dict, batch: dict) -> Array:
         teacher_logits = Transformer(teacher).apply({"params": teacher_params}, batch)
         logits = Transformer(config).apply({"params": params}, batch)
-        return kl_divergence(teacher_logits, logits, batch["targets"])
+        return kl_divergence(teacher_logits, logits, batch["targets"], config.pad_token_id)
 
-    return _per_token(nats, mesh)
+    return _per_token(nats, mesh, config.pad_token_id)
 
 
-def _per_token(nats: Callable[..., Array], mesh: Mesh) -> Callable[..., float]:
+def _per_token(nats: Callable[..., Array], mesh: Mesh, pad: int) -> Callable[..., float]:
     """Return a function (*trees, batches) -> the sum of nats(*trees, batch) per real token."""
 
     @jax.jit
     def sums(batch: dict, *trees: dict) -> tuple[Array, Array]:
-        return nats(*trees, batch), jnp.sum(batch["targets"] > 0)
+        return nats(*trees, batch), jnp.sum(batch["targets"] != pad)
 
     def mean(*trees_and_batches) -> float:
         *trees, batches = trees_and_batches

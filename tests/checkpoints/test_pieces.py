@@ -177,7 +177,7 @@ def test_a_checkpoint_becomes_a_folder_of_hugging_face(folder, tmp_path):
     assert back_config == config
     jax.tree.map(np.testing.assert_array_equal, back, params)
     run_command(["export", step, str(tmp_path / "b"), "--expand"])
-    assert huggingface.read_config(tmp_path / "b").num_kv_heads_cross_attention == config.num_heads
+    assert huggingface.load(tmp_path / "b")[1].num_kv_heads_cross_attention == config.num_heads
     with pytest.raises(UserError, match="its config has no network"):
         run_command(["export", str(tmp_path / "c"), str(tmp_path / "d")])
     tokenizer.train(["some words to learn from"] * 20, 455, tmp_path / "x.model")

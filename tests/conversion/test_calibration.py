@@ -10,7 +10,7 @@ import pytest
 from gqa.conversion import grouping
 from gqa.conversion.calibration import ATTENTIONS, input_covariances
 from gqa.model.attention import Segments
-from gqa.model.transformer import Decoder, Encoder, shift_right
+from gqa.model.transformer import Decoder, Encoder, Transformer, shift_right
 
 ALL = ("encoder", "self_attention", "cross_attention")
 
@@ -115,7 +115,7 @@ def test_they_are_of_what_the_attentions_read(tiny, params, batch, layer, length
     actual = {m[:2]: m for m in input_covariances(params, tiny, [batch], ALL)}
     source, target = (batch["inputs"] > 0).astype(np.int32), batch["targets"] > 0
     embed = params["embedding"]
-    previous = shift_right(jnp.asarray(batch["targets"]))
+    previous = shift_right(jnp.asarray(batch["targets"]), 0)
     segments = Segments(source, source, False)
     encoded = Encoder(tiny).apply(
         {"params": params["encoder"]}, embed[batch["inputs"]], segments, False
@@ -182,3 +182,36 @@ def test_padding_alone_gives_zeros(tiny, params, batch):
         assert covariance.num_keys == covariance.num_queries == 0
         assert not covariance.keys.any()
         assert not covariance.queries.any()
+
+
+def with_a_bias_each(params, config):
+    """The same network, in which each layer has its own copy of the stack's table."""
+    for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", 2)):
+        parts = dict(params[stack])
+        table = jnp.repeat(parts.pop("position_bias")["table"][None], layers, axis=0)
+        parts["layers"] = parts["layers"] | {"position_bias": {"table": table}}
+        params = params | {stack: parts}
+    return params, dataclasses.replace(config, position_bias_per_layer=True)
+
+
+def test_a_copy_of_the_bias_in_each_layer_changes_nothing(tiny, params, batch):
+    own, config = with_a_bias_each(params, tiny)
+    outputs = [
+        jax.jit(Transformer(c).apply)({"params": p}, batch)
+        for p, c in ((params, tiny), (own, config))
+    ]
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
+    covariances = [
+        list(input_covariances(p, c, [batch], ALL, attended=True))
+        for p, c in ((params, tiny), (own, config))
+    ]
+    assert_same(*covariances)
+
+
+def test_layers_with_a_bias_each_may_order_their_heads_apart(tiny, params, batch):
+    own, config = with_a_bias_each(params, tiny)
+    order = np.array([[0, 1, 2, 3], [1, 0, 2, 3]])
+    new = grouping.permute_heads(own, {"encoder": order, "self_attention": order})
+    run = jax.jit(Transformer(config).apply)
+    outputs = [run({"params": p}, batch) for p in (own, new)]
+    np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-4)

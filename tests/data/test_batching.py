@@ -8,7 +8,7 @@ import pytest
 from gqa.data import batching
 from gqa.data.tokenizer import EOS
 from gqa.runtime.errors import UserError
-from tests.data.test_span_corruption import FIRST_SENTINEL, LENGTH, noise
+from tests.data.test_span_corruption import FIRST_SENTINEL, LENGTH, SENTINELS, noise
 from tests.support.spans import restore
 
 
@@ -35,7 +35,7 @@ def assert_same_batches(a, b):
 
 def pretraining(**changes):
     tokens = np.arange(100, 100 + 47 * 50, dtype=np.int32)  # 50 segments of 47 distinct tokens
-    options = {"inputs_length": 43, "batch_size": 4, "seed": 3, "first_sentinel": FIRST_SENTINEL}
+    options = {"inputs_length": 43, "batch_size": 4, "seed": 3, "sentinels": SENTINELS}
     return batching.pretraining_batches([tokens], **options | changes)
 
 
@@ -66,7 +66,7 @@ def test_an_epoch_of_pretraining_is_the_text_and_the_next_has_other_noise():
 
 
 def test_every_segment_of_an_epoch_has_noise_of_its_own():
-    options = {"inputs_length": 128, "batch_size": 20, "first_sentinel": FIRST_SENTINEL}
+    options = {"inputs_length": 128, "batch_size": 20, "sentinels": SENTINELS}
     epochs = [
         noise(
             next(batching.pretraining_batches([np.full(LENGTH * 20, 5)], **options, seed=s))[
@@ -245,7 +245,7 @@ def test_a_mixture_draws_rows_as_often_as_their_weights_say(pack):
 
 def test_a_mixture_of_texts_draws_segments_as_often_as_their_weights_say():
     parts = [np.full(47 * 3, 200, np.int32), np.full(47 * 30, 300, np.int32)]
-    options = {"inputs_length": 43, "batch_size": 4, "seed": 3, "first_sentinel": FIRST_SENTINEL}
+    options = {"inputs_length": 43, "batch_size": 4, "seed": 3, "sentinels": SENTINELS}
     stream = batching.pretraining_batches(parts, (4, 1), **options)
     rows = np.concatenate([batch["inputs"] for batch in take(stream, 50)])
     assert (rows[:, 0] == 200).mean() == pytest.approx(0.8, abs=0.01)

@@ -9,14 +9,14 @@ import pytest
 from gqa.data import batching
 from gqa.runtime.errors import UserError
 from tests.data.test_batching import assert_same_batches, take
-from tests.data.test_span_corruption import FIRST_SENTINEL, LENGTH, noise
+from tests.data.test_span_corruption import FIRST_SENTINEL, LENGTH, SENTINELS, noise
 from tests.support.spans import restore
 
 
 def stream(**changes):
     """Documents of 1 to 9 tokens that can be told apart."""
     documents = grain.MapDataset.source([f"{i} " * (1 + i % 9) for i in range(200)])
-    options = {"inputs_length": 43, "batch_size": 6, "seed": 3, "first_sentinel": FIRST_SENTINEL}
+    options = {"inputs_length": 43, "batch_size": 6, "seed": 3, "sentinels": SENTINELS}
     return batching.streamed_pretraining_batches(documents, encode, **options | changes)
 
 
@@ -59,7 +59,7 @@ def test_a_stream_resumes_and_shards():
 def stream_of_one_token(**changes):
     """Batches of a text that repeats one token, so that rows differ in their noise alone."""
     documents = grain.MapDataset.source(["5 " * LENGTH] * 8)
-    options = {"inputs_length": 128, "batch_size": 4, "seed": 3, "first_sentinel": FIRST_SENTINEL}
+    options = {"inputs_length": 128, "batch_size": 4, "seed": 3, "sentinels": SENTINELS}
     encode = lambda text: [int(word) for word in text.split()]  # noqa: E731
     return batching.streamed_pretraining_batches(documents, encode, **options | changes)
 
@@ -81,7 +81,7 @@ def test_noise_of_a_stream_differs_by_row_step_seed_and_process():
 
 def test_the_order_of_a_streams_documents_is_drawn_from_the_seed():
     documents = grain.MapDataset.source([str(100 + i) for i in range(LENGTH)])
-    options = {"inputs_length": 128, "batch_size": 1, "first_sentinel": FIRST_SENTINEL}
+    options = {"inputs_length": 128, "batch_size": 1, "sentinels": SENTINELS}
 
     def order(seed):
         """Every document is one token, and the first batch is one epoch of them."""

@@ -240,7 +240,12 @@ def test_c4_is_read_as_it_is_needed(tmp_path, monkeypatch):
     def encode(text):
         return [100 + int(word[1:]) for word in text.split()]
 
-    options = {"inputs_length": 43, "batch_size": 2, "seed": 3, "first_sentinel": 32099}
+    options = {
+        "inputs_length": 43,
+        "batch_size": 2,
+        "seed": 3,
+        "sentinels": np.arange(32099, 31999, -1),
+    }
     batch = next(batching.streamed_pretraining_batches(documents, encode, **options))
     for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True):
         words = restore(inputs, targets, 32099)

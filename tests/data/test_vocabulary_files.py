@@ -103,7 +103,7 @@ def test_unknown_may_have_another_id(tmp_path, content):
     (tmp_path / "a.model").write_bytes(model.SerializeToString())
     vocabulary = tokenizer.load(tmp_path / "a.model")
     assert vocabulary.encode("<unk>") == [300]
-    assert vocabulary.normalize("a <unk>") == tokenizer.Tokenizer(content).normalize("a <unk>")
+    assert vocabulary.normalize("a <unk>") == tokenizer.from_model(content).normalize("a <unk>")
 
 
 def test_a_rule_of_the_longest_length_is_taken(tmp_path, content):

@@ -23,7 +23,8 @@ from configs.sizes import SIZES
 from experiments.graph.validate import CHOICES, ZERO_TOO, flatten
 from experiments.stages import text
 from gqa import conversion
-from gqa.model.config import GATED_GELU, RELU, REMAT
+from gqa.model.activations import GATED_GELU, RELU
+from gqa.model.config import REMAT
 from gqa.runtime.mesh import KV_HEADS
 from gqa.training import progress
 

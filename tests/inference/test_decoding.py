@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.inference.decoding import EOS, GREEDY, NO_EOS, Beam, Sample, advance, beam_search
+from gqa.data.tokenizer import EOS
+from gqa.inference.decoding import GREEDY, NO_EOS, Beam, Sample, advance, beam_search
+from gqa.model.special_tokens import SpecialTokens
 
 BEAM = Beam(num_beams=3, length_penalty=0.6)
 
@@ -57,7 +59,7 @@ def log_probability(table, text):
 @functools.partial(jax.jit, static_argnames=("step", "search", "B", "length", "eos"))
 def run(step, search, cache, B, length, eos=EOS):
     rows = search.start(jnp.arange(B), length)
-    return advance(step, search, rows, cache, 0, length, eos)
+    return advance(step, search, rows, cache, 0, length, SpecialTokens(eos=eos))
 
 
 def texts(step, search, cache, B, length, eos=EOS):

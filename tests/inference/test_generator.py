@@ -19,6 +19,7 @@ from gqa.inference.decoding import GREEDY, Beam, Sample
 from gqa.inference.generator import Generator, bucket
 from gqa.inference.step import Inference
 from gqa.interop.huggingface import from_state_dict
+from gqa.model.special_tokens import SpecialTokens
 from gqa.model.transformer import Transformer
 from gqa.runtime.mesh import make_mesh
 
@@ -210,7 +211,8 @@ def test_beams_score_what_teacher_forcing_gives_their_texts(tiny, batch, random_
             return net.step(weights, tokens, index, cache, memory)
 
         rows, cache = search.start(jnp.arange(B), length), net.init_cache(B, R, length)
-        return decoding.advance(step, search, rows, cache, 0, length, decoding.NO_EOS)[0]
+        special = SpecialTokens(eos=decoding.NO_EOS)
+        return decoding.advance(step, search, rows, cache, 0, length, special)[0]
 
     rows = run(params)
     texts = rows.tokens[:, :, 1:].reshape(B * R, length)

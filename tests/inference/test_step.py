@@ -35,7 +35,7 @@ def step_by_step(net, params, inputs, targets, room):
     memory = jax.jit(net.prefill, static_argnums=2)(weights, inputs, R)
     cache = net.init_cache(B, R, room)
     step = jax.jit(net.step)
-    previous = shift_right(jnp.asarray(targets).reshape(B * R, T)).reshape(B, R, T)
+    previous = shift_right(jnp.asarray(targets).reshape(B * R, T), 0).reshape(B, R, T)
     logits = []
     for index in range(T):
         if index == room:

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 from gqa.interop import huggingface, safetensors_files
 from gqa.interop.huggingface import from_state_dict, names, state_dict, writing
 from gqa.interop.huggingface.config import from_config, to_config
-from gqa.model.config import GATED_GELU, RELU
+from gqa.model.activations import GATED_GELU, RELU
+from gqa.model.transformer import init_params
 from gqa.runtime.errors import UserError
 
 LEAST = {
@@ -64,9 +65,58 @@ def test_fixed_settings_may_be_said_or_left_out_but_not_changed():
     assert said["pad_token_id"] == said["decoder_start_token_id"] == 0
     assert "num_key_value_heads" not in said
     assert to_config(LEAST | {"pad_token_id": None}) == to_config(LEAST)
-    for key in ("layer_norm_epsilon", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
-        with pytest.raises(UserError, match=f"{key}=2 is not supported; use "):
-            to_config(LEAST | {key: 2})
+    with pytest.raises(UserError, match="layer_norm_epsilon=2 is not supported; use "):
+        to_config(LEAST | {"layer_norm_epsilon": 2})
+
+
+@pytest.mark.parametrize(
+    ("ours", "generation", "special"),
+    [
+        ({}, {}, (0, 1, 0)),
+        ({"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}, {}, (1, 2, 0)),
+        ({"eos_token_id": 2}, {"eos_token_id": 3, "pad_token_id": None}, (0, 3, 0)),
+        ({"eos_token_id": [4]}, {"decoder_start_token_id": 5}, (0, 4, 5)),
+        ({"bos_token_id": 6}, {}, (0, 1, 6)),
+        ({"bos_token_id": 6, "decoder_start_token_id": 7}, {"bos_token_id": 8}, (0, 1, 7)),
+    ],
+)
+def test_special_tokens_are_those_of_both_files(ours, generation, special):
+    assert to_config(LEAST | ours, generation).special_tokens == special
+
+
+@pytest.mark.parametrize(
+    ("keys", "activation"),
+    [
+        ({"feed_forward_proj": "gated-silu"}, "gated_silu"),
+        ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}, "gated_gelu"),
+        ({"feed_forward_proj": "gelu"}, "gelu_exact"),
+        ({"feed_forward_proj": "gated-gelu_python"}, "gated_gelu_exact"),
+        ({"dense_act_fn": "swish", "is_gated_act": True}, "gated_silu"),
+    ],
+)
+def test_activations_mean_what_they_mean_to_transformers(keys, activation):
+    found = to_config(LEAST | keys)
+    assert found.activation == activation
+    assert to_config(from_config(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"}, "dense_act_fn='gelu' contra"),
+        ({"feed_forward_proj": "relu", "dense_act_fn": "silu"}, "dense_act_fn='silu' contradicts"),
+        ({"feed_forward_proj": "relu", "is_gated_act": True}, "is_gated_act=True contradicts"),
+        ({"feed_forward_proj": "prelu"}, "feed_forward_proj='prelu' is not supported; use relu"),
+        ({"feed_forward_proj": "silu-gated"}, "feed_forward_proj='silu-gated' is not supported"),
+        ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\] is not supported; use one id"),
+        ({"pad_token_id": 1}, "eos_token_id=1; use another than pad_token_id=1"),
+        ({"pad_token_id": 32}, "pad_token_id=32; use a whole number from 0 to 31"),
+        ({"model_type": "longt5"}, "model_type='longt5' is not supported; use t5, mt5, umt5"),
+    ],
+)
+def test_what_our_network_cannot_be_is_refused_by_its_key(keys, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        to_config(LEAST | keys)
 
 
 @pytest.fixture
@@ -130,3 +180,24 @@ def test_expanding_repeats_each_kv_head_for_its_neighbours(tiny, random_params):
     heads = np.asarray(params["decoder"]["layers"]["cross_attention"]["key"][1])
     for n, k in enumerate((0, 0, 1, 1)):
         np.testing.assert_array_equal(wide[n], heads[:, k].T)
+
+
+@pytest.mark.parametrize(("encoder", "cross"), [(4, 4), (2, 2), (4, 2), (2, 4)])
+def test_kv_heads_that_a_file_leaves_open_are_those_of_its_tensors(encoder, cross):
+    """GQA T5s of others have one number, and their tensors show for which attentions it is."""
+    heads = {"num_kv_heads_encoder": encoder, "num_kv_heads_cross_attention": cross}
+    config = dataclasses.replace(to_config(LEAST), num_kv_heads_self_attention=2, **heads)
+    params = init_params(config, 0)
+    found, found_config = from_state_dict(
+        state_dict(params, config), LEAST | {"num_key_value_heads": 2}
+    )
+    assert found_config == config
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_kv_heads_that_no_tensor_has_are_refused_by_the_tensor():
+    heads = {"num_kv_heads_encoder": 1, "num_kv_heads_self_attention": 2}
+    config = dataclasses.replace(to_config(LEAST), **heads)
+    state = state_dict(init_params(config, 0), config)
+    with pytest.raises(UserError, match=r"encoder\.block\.0.*SelfAttention\.k\.weight has shape"):
+        from_state_dict(state, LEAST | {"num_key_value_heads": 2})

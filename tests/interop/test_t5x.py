@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from gqa.checkpoints import checkpoint, pieces, stored_arrays
 from gqa.interop import t5x
-from gqa.model.config import RELU
+from gqa.model.activations import RELU
 from gqa.runtime.errors import CheckpointError, UserError
 from tests.support import memory
 

@@ -11,7 +11,8 @@ from gqa import kv_cache
 from gqa.inference import generator
 from gqa.inference.step import Inference
 from gqa.model import transformer
-from gqa.model.config import RELU, Config
+from gqa.model.activations import RELU
+from gqa.model.config import Config
 
 
 def grouped(config, decoder, cross, **more):

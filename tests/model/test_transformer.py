@@ -86,7 +86,10 @@ def test_a_wrong_head_count_is_refused(tiny, name, value):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"activation": "swish"}, "activation='swish'; use one of gated_gelu, relu"),
+        (
+            {"activation": "swish"},
+            "activation='swish'; use one of gelu, .*, tanh, or one of these behind 'gated_'",
+        ),
         ({"dtype": "float16"}, "dtype='float16'; use one of float32, bfloat16"),
         ({"remat": "some"}, "remat='some'; use one of none, minimal, full"),
         ({"dropout_rate": 1.0}, "dropout_rate=1.0; use a value in"),
@@ -195,9 +198,9 @@ def test_a_packed_row_has_the_logits_of_its_examples(tiny, batch):
 
 def test_decoder_inputs_start_each_example_with_zero():
     targets = jnp.array([[5, 6, 7, 8, 9]])
-    np.testing.assert_array_equal(shift_right(targets), [[0, 5, 6, 7, 8]])
+    np.testing.assert_array_equal(shift_right(targets, 0), [[0, 5, 6, 7, 8]])
     positions = jnp.array([[0, 1, 2, 0, 1]])
-    np.testing.assert_array_equal(shift_right(targets, positions), [[0, 5, 6, 0, 8]])
+    np.testing.assert_array_equal(shift_right(targets, 0, positions), [[0, 5, 6, 0, 8]])
 
 
 def test_remat_keeps_less_and_changes_no_gradient(tiny, batch):

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vocabulary",
-        help="SentencePiece file to put beside the weights, with a tokenizer.json of it",
+        help="SentencePiece file or tokenizer's folder; its tokenizer.json goes beside the weights",
     )
 
 

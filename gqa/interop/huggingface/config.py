@@ -5,27 +5,22 @@ Only the meaning of keys is here; reading.py reads the file, and names.py has th
 
 from typing import Any
 
-from gqa.model.config import GATED_GELU, RELU, Config
-from gqa.runtime.checks import check_whole_number
+from gqa.interop.huggingface import activations
+from gqa.model.config import Config
+from gqa.model.special_tokens import T5_TOKENS
+from gqa.runtime.checks import MAX_INT32, check_whole_number
 from gqa.runtime.errors import CheckpointError
-
-ACTIVATIONS = {"relu": RELU, "gated-gelu": GATED_GELU}
 
 # The type of grouped networks, with a class of our own: modeling_t5_gqa.py. Transformers refuses it
 # without that file. As a "t5" it would be loaded with multi-head attention.
 GROUPED = "t5_gqa"
 MODELING_FILE = "modeling_t5_gqa.py"
 
-# Transformers' default of feed_forward_proj, by model type.
-DEFAULTS = {"t5": "relu", "mt5": "gated-gelu", GROUPED: "relu"}
+# The model types that are taken, and Transformers' default of feed_forward_proj for each.
+DEFAULTS = {"t5": "relu", "mt5": "gated-gelu", "umt5": "gated-gelu", GROUPED: "relu"}
 
 # Constants of our network. A file with another value is refused.
-FIXED = {
-    "layer_norm_epsilon": 1e-6,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
-}
+FIXED = {"layer_norm_epsilon": 1e-6}
 
 # Our names of sizes, and Transformers' names.
 SIZES = {
@@ -47,54 +42,80 @@ KV_HEADS = {
 }
 
 
-def to_config(hf_config: dict) -> Config:
+# A key of ours for grouped networks, whose model type does not say that they come from umT5.
+PER_LAYER = "position_bias_per_layer"
+
+# Our names of special tokens' ids, which are Transformers' too, and their values in T5.
+TOKENS = T5_TOKENS.fields
+
+
+def to_config(hf_config: dict, generation: dict | None = None) -> Config:
     """Return our config for a config.json; a key that is missing has Transformers' default.
+
+    Args:
+        generation: generation_config.json, if there is one.
 
     Raises:
         CheckpointError: naming the key whose value our network cannot have.
     """
-    if not isinstance(hf_config, dict):
+    generation = {} if generation is None else generation
+    if not isinstance(hf_config, dict) or not isinstance(generation, dict):
         raise CheckpointError("not a JSON object with a model's settings")
 
     kind = hf_config.get("model_type")
-    if kind == "umt5":
-        raise CheckpointError(
-            "model_type='umt5' is not supported: it has a position bias in every layer, "
-            "our network one for all; use t5 or mt5"
-        )
     if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise CheckpointError(f"model_type={kind!r} is not supported; use t5 or mt5")
+        raise CheckpointError(f"model_type={kind!r} is not supported; use {', '.join(DEFAULTS)}")
 
     for key, ours in FIXED.items():
         if hf_config.get(key, ours) not in (ours, None):
             raise CheckpointError(f"{key}={hf_config[key]!r} is not supported; use {ours}")
-
-    activation = hf_config.get("feed_forward_proj", DEFAULTS[kind])
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        supported = ", ".join(ACTIVATIONS)
-        raise CheckpointError(
-            f"feed_forward_proj={activation!r} is not supported; use one of {supported}"
-        )
 
     # Any, because a type checker does not match the keys of ** with the types of the fields.
     sizes: dict[str, Any] = {ours: _size(hf_config, key) for ours, key in SIZES.items()}
     if hf_config.get("num_decoder_layers") is not None:
         sizes["num_decoder_layers"] = _size(hf_config, "num_decoder_layers")
 
-    # Transformers 5 writes tie_word_embeddings=true for every T5 and this key for the scale.
-    tied = _flag(hf_config, "tie_word_embeddings", True)
-    # mT5 ties its logits without scaling them. Our tied logits are always scaled, so for mT5 our
-    # network has a logit kernel of its own, which repeats the embedding.
-    scaled = _flag(hf_config, "scale_decoder_outputs", tied) and kind != "mt5"
-
     return Config(
         **sizes,
         **_kv_heads(hf_config, sizes["num_heads"]),
-        activation=ACTIVATIONS[activation],
-        tied_logits=scaled,
+        **_token_ids(hf_config, generation),
+        activation=activations.activation(hf_config, DEFAULTS[kind]),
+        tied_logits=_tied_logits(hf_config, kind),
+        position_bias_per_layer=kind == "umt5" or _flag(hf_config, PER_LAYER, False),
         num_buckets=_size(hf_config, "relative_attention_num_buckets", 32),
         max_distance=_size(hf_config, "relative_attention_max_distance", 128),
     )
+
+
+def _tied_logits(hf_config: dict, kind: str) -> bool:
+    """Return whether the embedding, scaled by 1 / sqrt(d_model), gives the logits."""
+    tied = _flag(hf_config, "tie_word_embeddings", True)
+    if kind in ("t5", GROUPED):
+        # Transformers 5 writes tie_word_embeddings=true for every T5 and this key for the scale.
+        return _flag(hf_config, "scale_decoder_outputs", tied)
+    # mT5 ties its logits without scaling them. Our tied logits are always scaled, so for mT5 our
+    # network has a logit kernel of its own, which repeats the embedding.
+    return tied and kind == "umt5"
+
+
+def _token_ids(hf_config: dict, generation: dict) -> dict[str, Any]:
+    """Return the ids of special tokens; generation_config.json wins, as in Transformers.
+
+    A decoder without a start token starts with `bos_token_id`, if there is one.
+    """
+    found: dict[str, Any] = {}
+    for key, default in TOKENS.items():
+        keys = [key, "bos_token_id"] if key == "decoder_start_token_id" else [key]
+        values = [file.get(k) for k in keys for file in (generation, hf_config)]
+        value = next((x for x in values if x is not None), default)
+
+        # Transformers lets several tokens end a text. Training has one, which ends every target.
+        if isinstance(value, list) and len(value) == 1:
+            (value,) = value
+        if isinstance(value, list):
+            raise CheckpointError(f"{key}={value!r} is not supported; use one id")
+        found[key] = check_whole_number(key, value, 0, MAX_INT32)
+    return found
 
 
 def _kv_heads(hf_config: dict, heads: int) -> dict[str, Any]:
@@ -125,10 +146,10 @@ def _flag(hf_config: dict, key: str, default: bool) -> bool:
 
 def from_config(config: Config) -> dict:
     """Return the config.json of a network; `to_config` is the inverse."""
-    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    kind = "UMT5" if config.position_bias_per_layer else "T5"
     hf_config = FIXED | {
-        "model_type": "t5",
-        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": kind.lower(),
+        "architectures": [f"{kind}ForConditionalGeneration"],
         "vocab_size": config.vocab_size,
         "d_model": config.d_model,
         "d_ff": config.d_ff,
@@ -136,12 +157,13 @@ def from_config(config: Config) -> dict:
         "d_kv": config.head_dim,
         "num_layers": config.num_encoder_layers,
         "num_decoder_layers": config.num_decoder_layers,
-        "feed_forward_proj": activations[config.activation],
+        "feed_forward_proj": activations.feed_forward_proj(config.activation),
         "tie_word_embeddings": config.tied_logits,
         "relative_attention_num_buckets": config.num_buckets,
         "relative_attention_max_distance": config.max_distance,
         "dropout_rate": config.dropout_rate,
     }
+    hf_config |= {key: getattr(config, key) for key in TOKENS}
 
     # A multi-head network is an ordinary T5, so its file has no key that Transformers' T5 lacks.
     heads = {theirs: getattr(config, ours) for ours, theirs in KV_HEADS.items()}
@@ -157,6 +179,7 @@ def from_config(config: Config) -> dict:
         hf_config
         | heads
         | {
+            PER_LAYER: config.position_bias_per_layer,
             "model_type": GROUPED,
             "architectures": [classes["AutoModelForSeq2SeqLM"]],
             "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},

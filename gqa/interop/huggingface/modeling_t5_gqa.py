@@ -31,6 +31,7 @@ class T5GQAConfig(T5Config):
             for each decoder layer. None stands for `num_heads`, here and below.
         cross_num_key_value_heads: of cross-attention, likewise.
         encoder_num_key_value_heads: of every layer of the encoder.
+        position_bias_per_layer: whether each layer has a table of relative positions, as in umT5.
     """
 
     model_type = "t5_gqa"
@@ -38,6 +39,7 @@ class T5GQAConfig(T5Config):
     num_key_value_heads: int | list[int] | None = None
     cross_num_key_value_heads: int | list[int] | None = None
     encoder_num_key_value_heads: int | list[int] | None = None
+    position_bias_per_layer: bool = False
 
     def kv_heads(self, name: str, layers: int) -> list[int]:
         """Return the numbers of KV heads of `layers` layers, from the attribute `name`.
@@ -116,7 +118,8 @@ class T5GroupedAttention(T5Attention):
         Args:
             hidden_states: [B, T, D], where queries come from, and the keys of self-attention.
             key_value_states: [B, S, D], where the keys of cross-attention come from.
-            position_bias: of the layer below, [1, N, T, S]. The first layer has the table.
+            position_bias: of the layer below, [1, N, T, S]. The first layer has the table, or each
+                layer has one.
         """
         # Copied, because a cache of fixed size counts on in place.
         seen = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
@@ -124,7 +127,8 @@ class T5GroupedAttention(T5Attention):
 
         query = self._split_heads(self.q(hidden_states))
         key, value = self._keys_and_values(hidden_states, key_value_states, past_key_values)
-        if position_bias is None and self.has_relative_attention_bias:
+        has_own = self.has_relative_attention_bias
+        if has_own and (position_bias is None or self.config.position_bias_per_layer):
             position_bias = self.compute_bias(
                 query.shape[2], key.shape[2], device=query.device, past_seen_tokens=seen
             )
@@ -189,18 +193,23 @@ class T5GQAForConditionalGeneration(T5ForConditionalGeneration):
     def __init__(self, config: T5GQAConfig):
         super().__init__(config)
         encoder, decoder = self.encoder, self.decoder
+        per_layer = config.position_bias_per_layer
 
         heads = config.kv_heads("encoder_num_key_value_heads", len(encoder.block))
         for i, block in enumerate(encoder.block):
             block.layer[0].SelfAttention = self._attention(
-                encoder, heads[i], i, has_relative_attention_bias=i == 0
+                encoder, heads[i], i, has_relative_attention_bias=i == 0 or per_layer
             )
 
         heads = config.kv_heads("num_key_value_heads", len(decoder.block))
         cross_heads = config.kv_heads("cross_num_key_value_heads", len(decoder.block))
         for i, block in enumerate(decoder.block):
             block.layer[0].SelfAttention = self._attention(
-                decoder, heads[i], i, has_relative_attention_bias=i == 0, is_causal=True
+                decoder,
+                heads[i],
+                i,
+                has_relative_attention_bias=i == 0 or per_layer,
+                is_causal=True,
             )
             block.layer[1].EncDecAttention = self._attention(decoder, cross_heads[i], i)
 

@@ -7,10 +7,12 @@ a stack. This file reads nothing; reading.py and writing.py do.
 
 import math
 
-from gqa.model.config import RELU, Config
+from gqa.model.config import Config
 
 # Our names, and theirs without the prefix, such as "decoder.block.3.", and the ending ".weight".
+POSITION_BIAS = "layer.0.SelfAttention.relative_attention_bias"
 ENCODER_LAYER = {
+    "position_bias/table": POSITION_BIAS,  # of umT5, whose layers have a table each
     "attention_norm/scale": "layer.0.layer_norm",
     "attention/query": "layer.0.SelfAttention.q",
     "attention/key": "layer.0.SelfAttention.k",
@@ -22,6 +24,7 @@ ENCODER_LAYER = {
     "mlp/wo": "layer.1.DenseReluDense.wo",
 }
 DECODER_LAYER = {
+    "position_bias/table": POSITION_BIAS,
     "self_attention_norm/scale": "layer.0.layer_norm",
     "self_attention/query": "layer.0.SelfAttention.q",
     "self_attention/key": "layer.0.SelfAttention.k",
@@ -40,17 +43,23 @@ DECODER_LAYER = {
 LAYERS = {"encoder": ENCODER_LAYER, "decoder": DECODER_LAYER}
 OUTSIDE_LAYERS = {
     "embedding": "shared",
-    "encoder/position_bias/table": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "encoder/position_bias/table": f"encoder.block.0.{POSITION_BIAS}",
     "encoder/norm/scale": "encoder.final_layer_norm",
-    "decoder/position_bias/table": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "decoder/position_bias/table": f"decoder.block.0.{POSITION_BIAS}",
     "decoder/norm/scale": "decoder.final_layer_norm",
     "logits": "lm_head",
 }
-NOT_TRANSPOSED = ("embedding", "encoder/position_bias/table", "decoder/position_bias/table")
+NOT_TRANSPOSED = ("embedding", "table")  # the last parts of names
 
 EMBEDDING, LOGITS = "shared.weight", "lm_head.weight"
-# Names under which a file may repeat the embedding; LOGITS only if the logits are tied.
+# Names under which a file may repeat the embedding, or have it instead of EMBEDDING; LOGITS only if
+# the logits are tied.
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", LOGITS)
+# A tensor that shows how many KV heads an attention has, by the key of config.json that says so.
+KV_HEADS_IN = {
+    "cross_num_key_value_heads": "decoder.block.0.layer.1.EncDecAttention.k.weight",
+    "encoder_num_key_value_heads": "encoder.block.0.layer.0.SelfAttention.k.weight",
+}
 # A tensor of the first T5 files that nothing reads: cross-attention has no position bias.
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
@@ -66,10 +75,10 @@ def theirs(name: str, shape: tuple[int, ...], config: Config) -> list[str]:
     run, _, of_run = rest.partition("/")
     first, rest = (int(run), of_run) if run.isdecimal() else (0, rest)
 
-    # An MLP with ReLU has one input matrix. Transformers calls it "wi", and a gated MLP's two
+    # An MLP without a gate has one input matrix. Transformers calls it "wi", and a gated MLP's two
     # "wi_0" and "wi_1".
     tensor = LAYERS[stack][rest]
-    if config.activation == RELU:
+    if not config.is_gated:
         tensor = tensor.replace("wi_0", "wi")
     return [f"{stack}.block.{first + i}.{tensor}.weight" for i in range(shape[0])]
 
@@ -81,7 +90,7 @@ def is_stacked(name: str) -> bool:
 
 def is_transposed(name: str, shape: tuple[int, ...]) -> bool:
     """Return whether the tensor of one layer is the transpose of our layer of shape `shape`."""
-    return len(shape) > 1 and name not in NOT_TRANSPOSED
+    return len(shape) > 1 and name.rpartition("/")[2] not in NOT_TRANSPOSED
 
 
 def their_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -22,43 +22,42 @@ from gqa.model.config import Config
 from gqa.runtime import regular_files
 from gqa.runtime.errors import CheckpointError
 
-
-def read_config(folder: str | os.PathLike) -> Config:
-    """Return our config of a folder's config.json.
-
-    Raises:
-        UserError: if the file cannot be read or describes another network than T5.
-    """
-    return _read_config(Path(folder) / "config.json")[0]
-
-
-def _read_config(path: Path) -> tuple[Config, dict]:
-    """Return our config, and config.json as it is."""
-    safetensors_files.check_folder(path.parent)
-    safetensors_files.check_is_downloaded(path)
-    hf_config = regular_files.read_json(path)
-    with safetensors_files.naming(path):
-        return to_config(hf_config), hf_config
+GENERATION = "generation_config.json"
 
 
 def open_folder(folder: str | os.PathLike) -> Source:
     """Open config.json and the weights, whole or in shards; blocks are read when asked for.
 
     The vocabulary has as many rows as the file. Dropout keeps our default, because it belongs to
-    training and not to the network.
+    training and not to the network. The ids of special tokens in generation_config.json, if there
+    is one, win over those in config.json.
 
     Raises:
         UserError: if a file cannot be read, for another network than T5, and for a tensor that is
             missing, not expected, or of another shape than config.json says.
     """
     path = Path(folder) / "config.json"
-    _, hf_config = _read_config(path)
+    safetensors_files.check_folder(path.parent)
+    hf_config = _read_json(path)
+    with safetensors_files.naming(path):
+        to_config(hf_config)  # before the weights, so that another model is refused by its type
     safetensors_files.check_default_weights(hf_config, path)
+
+    other = path.with_name(GENERATION)
+    generation = _read_json(other) if other.exists() else {}
+    with safetensors_files.naming(other):
+        to_config(hf_config, generation)
 
     tensors = weights.open_folder(folder)
     with safetensors_files.naming(tensors.path):
-        source = _source(tensors, hf_config)
-    return source._replace(files=(path, *(tensors.folder / file for file in tensors.files)))
+        source = _source(tensors, hf_config, generation)
+    own = (path, other) if generation else (path,)
+    return source._replace(files=(*own, *(tensors.folder / file for file in tensors.files)))
+
+
+def _read_json(path: Path) -> dict:
+    safetensors_files.check_is_downloaded(path)
+    return regular_files.read_json(path)
 
 
 def load(folder: str | os.PathLike) -> tuple[dict, Config]:
@@ -96,9 +95,12 @@ class _InMemory(dict):
         return rows
 
 
-def _source(tensors: Tensors | _InMemory, hf_config: dict) -> Source:
+def _source(
+    tensors: Tensors | _InMemory, hf_config: dict, generation: dict | None = None
+) -> Source:
     """Check every tensor that the config asks for, and return the parameters as blocks to read."""
-    config = to_config(hf_config)
+    config = to_config(hf_config, generation)
+    config = to_config(hf_config | _kv_heads(hf_config, config, tensors), generation)
 
     # Tracing the shapes of a network takes time per layer, so an absurd number is refused first.
     num_layers = config.num_encoder_layers + config.num_decoder_layers
@@ -109,11 +111,14 @@ def _source(tensors: Tensors | _InMemory, hf_config: dict) -> Source:
 
     shapes = pieces.shapes(config)
     tensors_of = {name: names.theirs(name, shape, config) for name, shape in shapes.items()}
+    embedding = _embedding(tensors, config)
+    tensors_of["embedding"] = [embedding]
     if names.LOGITS not in tensors and hf_config.get("tie_word_embeddings") is True:
         # Tied but not scaled (mT5): our network has the embedding as a logit kernel of its own.
-        tensors_of |= {"logits": [names.EMBEDDING]} if "logits" in tensors_of else {}
+        tensors_of |= {"logits": [embedding]} if "logits" in tensors_of else {}
 
-    _check_names(tensors, {theirs for group in tensors_of.values() for theirs in group})
+    expected = {theirs for group in tensors_of.values() for theirs in group}
+    _check_names(tensors, expected, embedding)
 
     # A block is a slice of one layer, along the axis of the tensor's rows: such a slice is read
     # without the rest of the tensor.
@@ -133,6 +138,34 @@ def _source(tensors: Tensors | _InMemory, hf_config: dict) -> Source:
     return Source(config, shapes, chunks, read)
 
 
+def _kv_heads(hf_config: dict, config: Config, tensors: Tensors | _InMemory) -> dict:
+    """Return the numbers of KV heads that config.json leaves open.
+
+    We write a number for each of the three attentions. GQA T5s of others have one number,
+    `num_key_value_heads`, and the sizes of their tensors say which attentions it is meant for.
+    """
+    if hf_config.get("num_key_value_heads") is None:
+        return {}
+
+    found = {}
+    multi_head = names.their_shape("key", (config.d_model, config.num_heads, config.head_dim))
+    for key, tensor in names.KV_HEADS_IN.items():
+        if hf_config.get(key) is None and tensor in tensors:
+            is_multi_head = tuple(tensors[tensor].shape) == multi_head
+            found[key] = config.num_heads if is_multi_head else hf_config["num_key_value_heads"]
+    return found
+
+
+def _embedding(tensors: Tensors | _InMemory, config: Config) -> str:
+    """Return the name under which the file has the embedding, `names.EMBEDDING` if it has none.
+
+    Transformers stores one of several tied tensors, and finds it under each of their names.
+    """
+    copies = [name for name in names.COPIES if name != names.LOGITS or config.tied_logits]
+    present = (name for name in (names.EMBEDDING, *copies) if name in tensors)
+    return next(present, names.EMBEDDING)
+
+
 def _chunk_along_axis(name: str, layer_shape: tuple[int, ...], itemsize: int) -> tuple[int, int]:
     """Return the axis along which a layer is cut into blocks, and the length of one block."""
     axis, _ = names.rows(name, layer_shape)
@@ -142,7 +175,7 @@ def _chunk_along_axis(name: str, layer_shape: tuple[int, ...], itemsize: int) ->
     return axis, min(layer_shape[axis], max(1, safetensors_files.PIECE // bytes_each))
 
 
-def _check_names(tensors: Tensors | _InMemory, expected: set[str]) -> None:
+def _check_names(tensors: Tensors | _InMemory, expected: set[str], embedding: str) -> None:
     """Refuse a missing tensor, an unknown tensor, and a copy that differs from the embedding."""
     present = set(tensors)
     if missing := sorted(expected - present):
@@ -151,10 +184,8 @@ def _check_names(tensors: Tensors | _InMemory, expected: set[str]) -> None:
         raise CheckpointError(f"tensor {extra[0]} is not one of T5's ({len(extra)} in all)")
 
     for name in COPIES:
-        if name in present - expected and not _equal(tensors, name, names.EMBEDDING):
-            raise CheckpointError(
-                f"tensor {name} differs from {names.EMBEDDING}, which it should repeat"
-            )
+        if name in present - expected and not _equal(tensors, name, embedding):
+            raise CheckpointError(f"tensor {name} differs from {embedding}, which it should repeat")
 
 
 def _equal(tensors: Tensors | _InMemory, name: str, other: str) -> bool:

@@ -46,6 +46,7 @@ def write(vocabulary: Path, folder: Path) -> None:
         UserError: naming the file, if `tokenizers` cannot give the same ids.
     """
     known = tokenizer.load(vocabulary)
+    assert isinstance(known, tokenizer.Tokenizer)  # as every vocabulary of a single file is
     model = model_pb2.ModelProto.FromString(vocabulary.read_bytes())  # type: ignore[attr-defined]
     try:
         built = build(model, known)
@@ -229,7 +230,7 @@ def _add_special_tokens(built: Tokenizer, known: tokenizer.Tokenizer) -> None:
     built.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in tokens])
     ids = {name: built.token_to_id(name) for name in tokens}
     expected = dict(zip(NAMES.values(), (PAD, EOS, known.unknown), strict=True))
-    expected |= {name: known.sentinel(k) for k, name in enumerate(SENTINELS)}
+    expected |= {name: int(known.sentinels[k]) for k, name in enumerate(SENTINELS)}
     assert ids == expected, "the special tokens have other ids than in the vocabulary"
 
     end = NAMES["eos_token"]

@@ -85,6 +85,7 @@ def save(
         expand: repeat each KV head for its query heads.
         vocabulary: a SentencePiece file, copied into the folder as spiece.model. Transformers reads
             tokenizer.json beside it, which gives the same ids.
+            In its place, a folder of Hugging Face, whose tokenizer's files are copied.
 
     Raises:
         UserError: if Transformers cannot have the same vocabulary.
@@ -108,8 +109,7 @@ def save(
         with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as name:
             unfinished = Path(name)
             if vocabulary:
-                tokenizer_files.write(Path(vocabulary), unfinished)
-                shutil.copyfile(vocabulary, unfinished / VOCABULARY)
+                _write_vocabulary(Path(vocabulary), unfinished)
             _write_weights(_lazy_tensors(params, config, expand), unfinished)
             hf_config = from_config(new_config)
             if hf_config["model_type"] == GROUPED:
@@ -122,6 +122,19 @@ def save(
         raise CheckpointError(
             f"{error.filename or folder}: {error.strerror}; name a folder that can be written"
         ) from error
+
+
+def _write_vocabulary(vocabulary: Path, folder: Path) -> None:
+    """Write the files of a tokenizer: copies of a folder's, or those of a SentencePiece file."""
+    if not vocabulary.is_dir():
+        tokenizer_files.write(vocabulary, folder)
+        shutil.copyfile(vocabulary, folder / VOCABULARY)
+        return
+
+    own = (VOCABULARY, tokenizer_files.TOKENIZER, tokenizer_files.TOKENIZER_CONFIG)
+    for path in vocabulary.iterdir():
+        if path.name in own or OTHER_VOCABULARY.fullmatch(path.name):
+            shutil.copyfile(path, folder / path.name)
 
 
 def _check_replaceable(folder: Path, has_vocabulary: bool) -> None:

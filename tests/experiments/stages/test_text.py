@@ -273,7 +273,9 @@ def test_the_vocabulary_suits_the_task_unless_the_config_says_otherwise(folder):
 
 def test_large_sizes_have_the_lengths_of_the_paper():
     config = make_config(
-        "large", **{"finetune.tasks": "trivia_qa,arxiv,cnn_dailymail,parameter_qa"}
+        "large",
+        text__vocabulary="",
+        finetune__tasks="trivia_qa,arxiv,cnn_dailymail,parameter_qa",
     )
     lengths = {
         recipe.task: (recipe.inputs_length, recipe.targets_length) for recipe in recipes(config)
@@ -284,7 +286,7 @@ def test_large_sizes_have_the_lengths_of_the_paper():
     config.finetune.inputs_length = 99
     assert {recipe.inputs_length for recipe in recipes(config)} == {99}
     assert {recipe.targets_length for recipe in recipes(config)} == {32, 512, 256}
-    small = make_config("nano", **{"finetune.tasks": "trivia_qa"})
+    small = make_config("nano", text__vocabulary="", finetune__tasks="trivia_qa")
     assert {(r.inputs_length, r.targets_length) for r in recipes(small)} == {(80, 64)}
 
 
