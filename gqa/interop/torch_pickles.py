@@ -9,6 +9,7 @@ torch_files.py finds the bytes of the tensors.
 
 import math
 import pickletools
+import warnings
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
@@ -113,12 +114,17 @@ def read(stream: BinaryIO) -> Any:
     """
     machine = _Machine()
     try:
-        for count, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
-            if count >= MAX_INSTRUCTIONS:
-                raise CheckpointError(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions")
-            if instruction.name == "STOP":
-                return machine.stack.pop()
-            machine.obey(instruction.name, argument)
+        with warnings.catch_warnings():
+            # `pickletools` warns of odd texts in instructions that are refused by their names.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for count, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
+                if count >= MAX_INSTRUCTIONS:
+                    raise CheckpointError(
+                        f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions"
+                    )
+                if instruction.name == "STOP":
+                    return machine.stack.pop()
+                machine.obey(instruction.name, argument)
     except (ValueError, LookupError) as error:
         # A damaged pickle ends early, or takes more from the stack than there is.
         raise CheckpointError(f"its pickle is damaged ({error}); copy the file again") from error

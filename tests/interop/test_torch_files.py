@@ -99,6 +99,7 @@ PICKLES = {
     "not by text": (state(a=b"K\1K\2\x93" + CALL), "asks for ''"),
     "INST": (b"\x80\x02(iposix\nsystem\n.", "instruction INST, which describes no"),
     "NEWOBJ": (state(a=name(ORDERED_DICT) + b")\x81"), "instruction NEWOBJ"),
+    "an odd text": (b"\x80\x02S'\\q'\n.", "instruction STRING"),
     "EXT1": (state(a=b"\x82\1"), "instruction EXT1"),
     "a storage is called": (state(a=name("torch.FloatStorage") + b")R"), "calls torch.Float"),
     "a tensor is called": (state(a=tensor() + b")R"), "calls something that has no name"),
