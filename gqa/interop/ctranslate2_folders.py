@@ -20,6 +20,9 @@ from gqa.model.config import Config
 from gqa.model.special_tokens import T5_TOKENS
 from gqa.runtime.errors import CheckpointError, UserError
 
+# Ids of the tokens that `register` names, as T5 has them.
+TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+
 State = dict[str, np.ndarray]  # Transformers' names: tensors
 
 # feed_forward_proj of config.json: CTranslate2's name of the activation, and whether it is gated.
@@ -50,6 +53,9 @@ def save(
             f"the network's padding, end and start are {tuple(config.special_tokens)}; folders of "
             f"CTranslate2 are written with T5's {tuple(T5_TOKENS)} alone"
         )
+
+    if Path(vocabulary).is_dir():
+        raise CheckpointError(f"{vocabulary}: is a folder; name a SentencePiece file")
 
     model = specification(params, config)
     try:
@@ -88,14 +94,19 @@ def specification(params: dict, config: Config) -> Any:
     """Return CTranslate2's TransformerSpec of a network, without the names of its tokens.
 
     Raises:
-        UserError: for an activation that CTranslate2 does not have, and if it is not installed.
+        UserError: for an activation or special tokens that it cannot have, and if ctranslate2 is
+            not installed.
     """
     try:
         from ctranslate2.specs import common_spec, transformer_spec
     except ImportError as error:
         raise UserError("ctranslate2 is not installed; pip install ctranslate2") from error
 
-    name = huggingface.from_config(config)["feed_forward_proj"]
+    values = huggingface.from_config(config)
+    for key, value in TOKENS.items():
+        if values[key] != value:
+            raise CheckpointError(f"{key}={values[key]} is not supported; use {value}")
+    name = values["feed_forward_proj"]
     if name not in ACTIVATIONS:
         raise CheckpointError(f"CTranslate2 has T5 with {', '.join(ACTIVATIONS)}, not with {name}")
     activation, gated = ACTIVATIONS[name]

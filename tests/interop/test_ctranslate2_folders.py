@@ -12,7 +12,7 @@ from gqa.__main__ import run_command
 from gqa.conversion import convert
 from gqa.data import tokenizer
 from gqa.inference.decoding import GREEDY, Beam
-from gqa.interop import ctranslate2_folders
+from gqa.interop import ctranslate2_folders, huggingface
 from gqa.interop.huggingface import from_state_dict
 from gqa.model.transformer import Transformer, init_params
 from gqa.runtime.errors import CheckpointError, UserError
@@ -94,6 +94,18 @@ def test_a_folder_has_the_vocabulary_and_texts_go_through_it(tiny, tmp_path):
 
     with pytest.raises(CheckpointError, match="folder: is there already; name a new folder"):
         ctranslate2_folders.save(params, config, folder, tmp_path / "a.model")
+
+
+@needs_ctranslate2
+def test_what_it_cannot_express_is_refused(tiny, random_params, tmp_path, monkeypatch):
+    params = random_params(tiny)
+    with pytest.raises(CheckpointError, match="is a folder; name a SentencePiece file"):
+        ctranslate2_folders.save(params, tiny, tmp_path / "a", tmp_path)
+    usual = huggingface.from_config(tiny)
+    for key, value in (("eos_token_id", 2), ("feed_forward_proj", "gated-tanh")):
+        monkeypatch.setattr(huggingface, "from_config", lambda _, k=key, v=value: usual | {k: v})
+        with pytest.raises(CheckpointError, match=f"{key}=2 is not|not with {value}"):
+            ctranslate2_folders.specification(params, tiny)
 
 
 def test_without_the_package_it_says_how_to_get_it(tiny, random_params, monkeypatch):
