@@ -8,6 +8,7 @@ from gqa.evaluation import scoring
 from gqa.inference.decoding import Sample
 from gqa.inference.generator import Generator
 from gqa.inference.step import Inference
+from gqa.model.special_tokens import T5_TOKENS
 from gqa.model.transformer import init_params
 from gqa.runtime.mesh import make_mesh
 from gqa.training import training_step
@@ -41,7 +42,7 @@ def test_inputs_are_no_wider_than_their_bucket(tiny):
     seen = []
 
     class Wide:
-        length = 1
+        length, special = 1, T5_TOKENS
 
         def __call__(self, weights, inputs, numbers):
             seen.append((inputs.shape, numbers.tolist(), (inputs > 0).sum(1).tolist()))
@@ -92,8 +93,8 @@ def test_unigram_loss_counts_every_token_and_the_end():
     # Training tokens 7 7 8 1 and 7 1, one added for each of the ids 0..8: 15 in all.
     expected = -(np.log(4 / 15) + np.log(3 / 15)) / 2
     targets = [pair[1] for pair in TRAIN]
-    assert scoring.unigram_loss(targets, [np.array([7])], 4) == pytest.approx(expected)
+    assert scoring.unigram_loss(targets, [np.array([7])], 4, 1) == pytest.approx(expected)
     # A target of 4 or more tokens is cut to leave room for its end.
     long = [np.array([7, 7, 7, 7, 7])]
     expected = -(3 * np.log(4 / 15) + np.log(3 / 15)) / 4
-    assert scoring.unigram_loss(targets, long, 4) == pytest.approx(expected)
+    assert scoring.unigram_loss(targets, long, 4, 1) == pytest.approx(expected)

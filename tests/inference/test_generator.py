@@ -145,7 +145,7 @@ def test_a_text_is_cut_at_its_length_and_goes_no_further(
     monkeypatch.setattr(generation, "SHORTEST", shortest)
     monkeypatch.setattr(generation, "EVERY", every)
     expected = golden["greedy"][:8, :length]
-    assert (expected != decoding.EOS).all(axis=1).any()
+    assert (expected != config.eos_token_id).all(axis=1).any()
     generator = Generator(Inference(config), GREEDY, length)
     tokens = generator(generator.prepare(params), golden["inputs"][:8])
     np.testing.assert_array_equal(tokens, expected)

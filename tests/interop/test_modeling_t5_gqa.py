@@ -130,7 +130,7 @@ def test_its_cache_is_as_large_as_the_calculator_says(name, exported):
     batch, inputs, targets = 3, 11, 7
     expected = kv_cache_bytes(config, batch, inputs, targets)
     if name.startswith("expanded"):
-        expected = kv_cache_bytes(huggingface.read_config(folder), batch, inputs, targets)
+        expected = kv_cache_bytes(huggingface.open_folder(folder).config, batch, inputs, targets)
         assert expected > kv_cache_bytes(config, batch, inputs, targets)
     assert batch * presets.find(str(folder)).cache_bytes(targets, inputs, 4) == expected
 

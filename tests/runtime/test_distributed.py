@@ -75,6 +75,7 @@ AGREE = """
     import numpy as np
     from gqa.checkpoints import checkpoint, checksums
     from gqa.evaluation import scoring
+    from gqa.model.special_tokens import T5_TOKENS
     from gqa.runtime import sharding
     from gqa.runtime.errors import DamagedCheckpoint, UserError
     from gqa.runtime.mesh import make_mesh
@@ -90,7 +91,7 @@ AGREE = """
         except UserError as error:
             print(type(error).__name__, str(error)[:40], file=sys.stderr)
     class Copy:  # a text generates itself
-        length, calls = 8, 0
+        length, calls, special = 8, 0, T5_TOKENS
         def __call__(self, weights, inputs, numbers):
             self.calls += 1
             return inputs[:, :8]
