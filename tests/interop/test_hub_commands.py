@@ -9,7 +9,7 @@ import pytest
 
 from gqa.data import tokenizer
 from gqa.interop import huggingface
-from gqa.model.config import RELU
+from gqa.model.activations import RELU
 from tests.support import jobs
 from tests.support.foreign_weights import write_torch
 from tests.support.hub_server import HubServer, environment, files_of, serving
