@@ -95,7 +95,10 @@ def run(capsys, tmp_path, monkeypatch):
         ((GQA8, "--config.model.d_ff=-1"), "model.d_ff=-1; use a whole number, 1 or more"),
         ((GQA8, "--config.finetune.learning_rate=-0.1"), "learning_rate=-0.1; use 0 or more"),
         ((GQA8, "--config.pretrain.scale=nan"), "pretrain.scale=nan; use 0 or more"),
-        ((GQA8, "--config.pretrain.inputs_length=2"), "inputs_length=2"),
+        (
+            (GQA8, "--config.pretrain.task=docstrings", "--config.pretrain.inputs_length=2"),
+            "inputs_length=2",
+        ),
         ((GQA8, "--config.evaluate.split=dev"), "evaluate.split='dev'; use one of train"),
         ((GQA8, "--workdir=README.md"), "--workdir='README.md' cannot be used: "),
         ((GQA8, "--config.finetune.tasks=squad"), "task='squad' is unknown; choose from"),

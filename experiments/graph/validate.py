@@ -139,7 +139,7 @@ def check_numbers(config: ConfigDict) -> None:
     for name, value in flatten(config):
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        least = 0 if name in ZERO_TOO else 1
+        least = 0 if name in ZERO_TOO or name.endswith("_token_id") else 1
         if isinstance(value, int):
             check_whole_number(name, value, least)
         elif not 0 <= value < math.inf:
@@ -151,6 +151,7 @@ def _check_conversion(config: ConfigDict) -> None:
     section = config.convert
     if section.per_layer_budget and config.mesh.model > 1:
         raise UserError("convert.per_layer_budget=True goes with mesh.model=1 alone")
+    parent = parent_config(config)  # here, because its errors name keys of another section
     if section.method == NOT_CONVERTED:
         _check_from_scratch(config)
         return
@@ -159,7 +160,7 @@ def _check_conversion(config: ConfigDict) -> None:
         if section.per_layer_budget:
             conversion.check_per_layer(section.method, section.grouping)
         conversion.check(
-            parent_config(config),
+            parent,
             dict(target_heads(config)),
             section.method,
             section.space,

@@ -68,7 +68,7 @@ class Config:
             if field.name.startswith("num_kv_heads"):
                 object.__setattr__(self, field.name, self._checked_heads(field.name, value))
             elif field.name.endswith("_token_id"):
-                check_whole_number(field.name, value, 0, self.vocab_size - 1)
+                check_whole_number(field.name, value, 0)
             else:
                 _check_type(field.name, value, field.type)
 
@@ -86,6 +86,9 @@ class Config:
         if self.max_distance <= self.num_buckets // 2:
             advice = f"use more than half of num_buckets={self.num_buckets}"
             raise ConfigError("max_distance", self.max_distance, advice)
+        if self.vocab_size <= max(self.special_tokens):
+            advice = f"use more than {max(self.special_tokens)}, the largest special token"
+            raise ConfigError("vocab_size", self.vocab_size, advice)
         if self.eos_token_id == self.pad_token_id:
             advice = f"use another than pad_token_id={self.pad_token_id}, which is never predicted"
             raise ConfigError("eos_token_id", self.eos_token_id, advice)

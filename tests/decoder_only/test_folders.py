@@ -348,14 +348,11 @@ def test_how_many_coordinates_rope_rotates():
 def test_weights_in_another_format_alone_are_named(tmp_path, name):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / name).write_text("")
-    with pytest.raises(UserError, match=f"{name}: is not safetensors; save the model as"):
+    with pytest.raises(UserError, match=f"{name}: is of a format that is not read; save the"):
         quietly(tmp_path / "a", tmp_path / "b", 2)
 
 
-def test_names_of_a_hub_and_addresses_are_told_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"meta-llama/Llama-3-8B: No such folder; .*`hf download"):
-        quietly("meta-llama/Llama-3-8B", tmp_path / "b", 2)
+def test_addresses_are_told_what_to_do(tmp_path):
     write_llama(tmp_path / "a")
     with pytest.raises(UserError, match="target='gs://bucket/b' is a URL; mount the"):
         quietly(tmp_path / "a", "gs://bucket/b", 2)

@@ -110,7 +110,7 @@ def test_activations_mean_what_they_mean_to_transformers(keys, activation):
         ({"feed_forward_proj": "silu-gated"}, "feed_forward_proj='silu-gated' is not supported"),
         ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\] is not supported; use one id"),
         ({"pad_token_id": 1}, "eos_token_id=1; use another than pad_token_id=1"),
-        ({"pad_token_id": 32}, "pad_token_id=32; use a whole number from 0 to 31"),
+        ({"pad_token_id": 32}, "vocab_size=32; use more than 32, the largest special token"),
         ({"model_type": "longt5"}, "model_type='longt5' is not supported; use t5, mt5, umt5"),
     ],
 )

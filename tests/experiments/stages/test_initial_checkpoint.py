@@ -239,7 +239,7 @@ def test_a_snapshot_of_the_hub_has_the_models_name(folder, tmp_path):
     config = initial_checkpoint.adopted(config_of(cached))
     assert (config.size, config.init.huggingface) == ("t5-v1_1-x", str(snapshot))
     assert initial_checkpoint.identity(config).folder == str(snapshot)
-    assert config.text.vocabulary == str(snapshot / "spiece.model")
+    assert config.text.vocabulary == str(snapshot)
 
 
 def test_more_than_the_memory_is_refused(folder, monkeypatch):
