@@ -16,7 +16,7 @@ def fit(config: ConfigDict) -> None:
     config.compare = "mean@0,svd@0" if tiny else ""
 
     pretrain.task = "pronounce"
-    pretrain.steps = 3600 if tiny else 20_000
+    pretrain.steps = 3000 if tiny else 20_000
     # With far fewer steps than T5's, the learning rate is higher and decays earlier.
     pretrain.scale = 0.5
     pretrain.warmup = 400 if tiny else 2000

@@ -2,7 +2,7 @@
 # table1.py: 225 stages, 83 min on two cores that had other work, two stages at a time. Of groups.py
 # and conversion.py a part was run: 4 and 1 KV heads, and the losses straight after conversion.
 # Predictions, replicates and learning_curve records are left out of results.jsonl.
-shared="--jobs=2 --config.train.on_divergence=rollback"
+shared="--jobs=2 --config.pretrain.steps=3600 --config.train.on_divergence=rollback"
 python launch.py --config=configs/sweeps/table1.py $shared
 python launch.py --config=configs/sweeps/groups.py $shared --config.sweep.groups.kv_heads=4, \
     --config.sweep.groups.methods=mean,svd --config.sweep.groups.alphas=0.0,0.05
