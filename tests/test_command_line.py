@@ -84,19 +84,21 @@ def test_64_bits_are_refused(value, monkeypatch, capsys):
     assert command_line.status(lambda: print("ran")) == 0
 
 
-@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
-def test_a_device_that_is_not_there_is_told_in_one_line(platform):
-    code = (
-        "import sys, jax; from gqa.runtime import command_line;"
-        "sys.exit(command_line.status(lambda: jax.devices()))"
-    )
-    done = subprocess.run(
+def in_a_process(call, **variables):
+    """Run a call, as Python's text, as a command with further environment variables."""
+    code = f"import sys; from gqa.runtime import command_line;sys.exit(command_line.status({call}))"
+    return subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": platform},
+        env=os.environ | variables,
     )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_device_that_is_not_there_is_told_in_one_line(platform):
+    done = in_a_process("lambda: __import__('jax').devices()", JAX_PLATFORMS=platform)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
         f"error: JAX_PLATFORMS={platform}: JAX has no such device here; install JAX for it, or"
@@ -131,17 +133,7 @@ def test_links_in_a_circle_are_told_in_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["JAX_ENABLE_X64", "JAX_DISABLE_JIT", "JAX_DEBUG_NANS"])
 def test_a_variable_that_jax_does_not_understand_is_named(name):
-    code = (
-        "import sys; from gqa.runtime import command_line;"
-        "sys.exit(command_line.status(lambda: __import__('jax')))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {name: "maybe"},
-    )
+    done = in_a_process("lambda: __import__('jax')", **{name: "maybe"})
     assert done.returncode == 2
     assert done.stderr.startswith("error: invalid truth value 'maybe' for environment")
     assert done.stderr.endswith(f"'{name}'; unset it or correct it\n")

@@ -22,7 +22,7 @@ MOST_BYTES = 1 << 28  # of a tokenizer.json; those of the largest vocabularies h
 
 
 class AddedTokens(NamedTuple):
-    """What the files of a folder say about tokens; the defaults are T5's.
+    """The tokens that the files of a folder describe; the defaults are T5's.
 
     Attributes:
         pad, eos, unknown: the texts of these tokens.

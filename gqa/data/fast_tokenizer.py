@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import tokenizers
 
+from gqa.data import added_tokens
 from gqa.data.added_tokens import AddedTokens
 from gqa.data.vocabulary_files import WrongVocabulary
 from gqa.model.special_tokens import SpecialTokens
@@ -37,13 +38,10 @@ class FastTokenizer:
 
         self.special = SpecialTokens(pad, eos, pad)
         self.hash = hashlib.sha256(content).hexdigest()
-        self.num_ids = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.num_ids = 1 + max(ids.values())
         self.vocab_size = -(-self.num_ids // 128) * 128
-
-        sentinels: list[int] = []
-        while (k := self._tokenizer.token_to_id(f"<extra_id_{len(sentinels)}>")) is not None:
-            sentinels.append(k)
-        self.sentinels = np.array(sentinels, np.int32)
+        self.sentinels = added_tokens.sentinels(ids)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text, without EOS at the end.

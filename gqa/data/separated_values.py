@@ -154,7 +154,7 @@ def _plain_records(path: str, width: _Width) -> Iterator[Record]:
 
 
 def _width_fault(columns: int, width: _Width) -> str:
-    """Return what is wrong with a row of so many columns; "" if nothing is."""
+    """Return the fault of a row of so many columns; "" if it has none."""
     if not width.columns:
         return f"the header has {columns} columns" if columns > MOST_COLUMNS else ""
     if columns == width.columns:

@@ -377,7 +377,7 @@ def is_in(folder: str | os.PathLike) -> bool:
 
 
 class Shape(NamedTuple):
-    """What a network has to know about a vocabulary: how many ids it has, and the special ones."""
+    """The shape of a vocabulary, as a network needs it: the number of ids, and the special ones."""
 
     num_ids: int
     special: SpecialTokens

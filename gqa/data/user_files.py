@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a user should know of a file's rows: how many are bad, and which may be several rows.
+    """Counts of a file's rows for the user: how many are bad, and which may be several rows.
 
     Args:
         first: the messages of the first few bad rows.
